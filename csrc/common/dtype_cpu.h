@@ -1,0 +1,78 @@
+// Latents of three dtypes, computed on as float32: a run of elements is widened into, or rounded out of, a small buffer.
+#pragma once
+
+#include <cstring>
+
+#include "philox.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+namespace FK_ISA {
+
+// Round to nearest even, as torch rounds; NaN stays a NaN.
+FK_INLINE uint16_t to_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? uint16_t(0x7FC0u) : uint16_t(rounded);
+}
+
+FK_INLINE float from_bfloat16(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
+
+FK_INLINE float from_float16(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return float(half);
+}
+
+FK_INLINE uint16_t to_float16(float value) {
+  const _Float16 half = _Float16(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+
+// The float32 values of count elements: the data itself where it is float32, else a copy in buffer.
+FK_INLINE const float* widen(const void* data, DType dtype, int64_t count, float* buffer) {
+  if (dtype == DType::float32) return static_cast<const float*>(data);
+  const uint16_t* half = static_cast<const uint16_t*>(data);
+  int64_t i = 0;
+  if (dtype == DType::bfloat16) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) buffer[j] = from_bfloat16(half[j]);
+    return buffer;
+  }
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+#endif
+  for (; i < count; ++i) buffer[i] = from_float16(half[i]);
+  return buffer;
+}
+
+// Writes count float32 values to data in its dtype.
+FK_INLINE void narrow(const float* values, void* data, DType dtype, int64_t count) {
+  if (dtype == DType::float32) {
+    std::memcpy(data, values, count * 4);
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(data);
+  int64_t i = 0;
+  if (dtype == DType::bfloat16) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) half[j] = to_bfloat16(values[j]);
+    return;
+  }
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) half[i] = to_float16(values[i]);
+}
+
+}  // namespace FK_ISA

@@ -1,0 +1,171 @@
+"""Checks shared by the ops: every error names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowkern.schedules import Coefficients
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_STEP = 2**28
+STREAMS = {"init": 0, "step": 1, "match": 2}
+
+
+def check_latent(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """A floating-point (B, *D) tensor; with `like`, of its shape and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if like is None:
+        if x.ndim < 2:
+            raise ValueError(
+                f"{name}: expected shape (B, *D) with at least two dimensions, got {tuple(x.shape)}"
+            )
+        return
+    if x.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {tuple(like.shape)}, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
+
+
+def check_per_sample(name: str, x: Tensor, batch: int, device: torch.device) -> None:
+    """A floating-point (B,) tensor on `device`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.shape != (batch,):
+        raise ValueError(f"{name}: expected shape ({batch},), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def check_index(name: str, index: Tensor, count: int, device: torch.device) -> Tensor:
+    """(B,) integers in [0, count), as int64. Values are read on the CPU; on CUDA only with FLOWKERN_DEBUG=1 (it synchronizes)."""
+    if (
+        not isinstance(index, Tensor)
+        or index.is_floating_point()
+        or index.dtype == torch.bool
+        or index.ndim != 1
+    ):
+        raise TypeError(f"{name}: expected an integer tensor of shape (B,), got {_describe(index)}")
+    if index.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {index.device}")
+    readable = device.type == "cpu" or os.environ.get("FLOWKERN_DEBUG") == "1"
+    if readable and not torch.compiler.is_compiling() and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= count:
+            raise IndexError(f"{name}: expected values in [0, {count}), got {low} to {high}")
+    return index.long()
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any input is float64 (the reference only), else float32."""
+    return (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors)
+        else torch.float32
+    )
+
+
+def check_rows(
+    name: str, rows: Coefficients, batch: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The table of `rows` in `dtype`: (batch, columns), or (columns,) for a single edge that serves all samples."""
+    if not isinstance(rows, Coefficients):
+        raise TypeError(
+            f"{name}: expected flowkern.schedules.Coefficients, got {type(rows).__name__}"
+        )
+    table = rows.table
+    if table.ndim == 2 and table.shape[0] != batch:
+        raise ValueError(
+            f"{name}: expected a single edge or {batch} rows, one per sample; got {table.shape[0]} rows"
+        )
+    if table.device != device:
+        raise ValueError(
+            f"{name}: expected device {device}, got {table.device}; move it once with c.to({str(device)!r})"
+        )
+    return table if table.dtype == dtype else rows.to(device, dtype).table
+
+
+def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, velocity: Tensor) -> None:
+    if velocity_uncond is not None:
+        check_latent("velocity_uncond", velocity_uncond, velocity)
+    elif guidance_scale != 1.0:
+        raise ValueError(f"velocity_uncond: needed for guidance_scale={guidance_scale}, got None")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the noise of a step comes from: `given`, or Philox with (seed, sample_id, step), or nowhere."""
+
+    given: Tensor | None = None
+    seed: int = 0
+    sample_id: Tensor | None = None  # (B,) int64
+    step: Tensor | None = None  # (B,) int64, or None: step_value for all
+    step_value: int = 0
+
+
+def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:
+    """Either `noise`, or all of `seed`, `sample_id` and `step`."""
+    keyed = {"seed": seed, "sample_id": sample_id, "step": step}
+    if noise is not None:
+        extra = [name for name, value in keyed.items() if value is not None]
+        if extra:
+            raise ValueError(
+                f"noise: given together with {extra}; expected noise, or seed with sample_id and step"
+            )
+        check_latent("noise", noise, like)
+        return Noise(given=noise)
+    missing = [name for name, value in keyed.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: got None; expected noise, or all of seed, sample_id and step "
+            "(a sample's noise follows from them alone, so ids and steps must not repeat)"
+        )
+    return check_key(seed, sample_id, step, like.shape[0], like.device)
+
+
+def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> Noise:
+    """A Philox key: seed (64 bits), sample_id (B,) int64 (a sequence is taken too), step an int or (B,) int64."""
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+    sample_id = _ids("sample_id", sample_id, batch, device)
+    if isinstance(step, int):
+        if not 0 <= step < MAX_STEP:
+            raise ValueError(f"step: expected 0 <= step < 2**28, got {step}")
+        return Noise(None, _signed(seed), sample_id, None, step)
+    return Noise(None, _signed(seed), sample_id, _ids("step", step, batch, device))
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as an int64, which is what an op's schema carries."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _ids(name: str, value, batch: int, device: torch.device) -> Tensor:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = torch.tensor(value, dtype=torch.int64, device=device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape ({batch},), got {value!r}")
+    if value.dtype != torch.int64:
+        if value.is_floating_point() or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected int64, got {value.dtype}")
+        value = value.long()
+    if value.shape != (batch,):
+        raise ValueError(f"{name}: expected shape ({batch},), got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    return value if value.is_contiguous() else value.contiguous()

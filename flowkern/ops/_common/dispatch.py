@@ -1,0 +1,107 @@
+"""Choosing the implementation of an op: the best one that can serve, or exactly the one that was named."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import native
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op. `why_not(device, dtype)` is None where it can serve, else the reason it cannot."""
+
+    name: str  # "native" | "triton" | "reference"
+    call: Callable
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot serve these arguments."""
+
+
+def choose(
+    impls: Sequence[Impl], device: torch.device, dtype: torch.dtype, backend: str | None
+) -> Impl:
+    """The first of `impls` (best first) that can serve `dtype` on `device`, or the one named `backend`.
+
+    `dtype` is float64 where any input is. Raises ValueError for an unknown name, BackendError with the reason otherwise.
+    """
+    if backend is None:
+        for impl in impls:
+            if impl.why_not(device, dtype) is None and not (
+                impl.name == "triton" and interpreting()
+            ):
+                return impl
+        reasons = {impl.name: impl.why_not(device, dtype) for impl in impls}
+        raise BackendError(f"no backend can serve {dtype} on {device}: {reasons}")
+    for impl in impls:
+        if impl.name == backend:
+            reason = impl.why_not(device, dtype)
+            if reason is not None:
+                raise BackendError(
+                    f"backend={backend!r} cannot serve {dtype} on {device}: {reason}"
+                )
+            return impl
+    raise ValueError(f"backend: expected one of {[i.name for i in impls]} or None, got {backend!r}")
+
+
+def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
+    """Which backends can serve float32 latents on `device`: None means usable, else the reason why not."""
+    device = torch.device(device)
+    checks = {"reference": no_objection, "triton": triton_why_not, "native": native_why_not}
+    return {name: check(device, torch.float32) for name, check in checks.items()}
+
+
+def no_objection(device: torch.device, dtype: torch.dtype) -> None:
+    """The reference serves everything, in float64 too."""
+
+
+def native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the native kernels are for the CPU, got {device.type}"
+    if dtype == torch.float64:
+        return "it computes in float32; float64 is served by the reference"
+    return native.why_not()
+
+
+def triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "it computes in float32; float64 is served by the reference"
+    if not _triton_version():
+        return "triton is not installed"
+    if interpreting():
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets on the CPU"
+    if device.type != "cuda":
+        return (
+            "no CUDA device"
+            if not torch.cuda.is_available()
+            else f"needs a CUDA tensor, got {device.type}"
+        )
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter: on the CPU, for tests, and only when named."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def is_tracing(*tensors: torch.Tensor | None) -> bool:
+    """Whether a compiler or a dispatch mode must see the op itself, rather than what it calls."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors if t is not None)

@@ -1,0 +1,47 @@
+"""The native CPU kernels: loaded on first use, so that the package imports without them."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from flowkern import _cpu
+    except ImportError as error:
+        return None, (
+            f"the native kernels are not built ({error}); install with a C++ compiler present, "
+            "FLOWKERN_BUILD=cpu shows why a build fails"
+        )
+    return _cpu, None
+
+
+def why_not() -> str | None:
+    return _load()[1]
+
+
+def cpu() -> ModuleType:
+    return _load()[0]
+
+
+def per_sample_contiguous(x: Tensor) -> Tensor:
+    """`x` itself where the elements of each sample are contiguous (whatever lies between samples), else a copy."""
+    if x.is_contiguous() or x.shape[0] == 0 or x[0].is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def latent(x: Tensor | None) -> tuple[int, int, int] | None:
+    """(address, elements from sample to sample, dtype code), as the kernels take a latent."""
+    return None if x is None else (x.data_ptr(), x.stride(0), _DTYPE_CODES[x.dtype])
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,135 @@
+"""Noise: Philox-4x32-10 and its transform to normals in plain torch, and the public verb over all backends.
+
+The same IEEE float32 operations in the same order as csrc/common/philox.h and philox_triton.py, so the normals agree to the
+bit on every backend. Layout: docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import native
+from .arguments import STREAMS, Noise, check_key
+from .dispatch import Impl, choose, native_why_not, no_objection
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+LOG_POLYNOMIAL = (
+    8.700359947e-02, -1.426747632e-01, 1.491478702e-01, -1.657758601e-01,
+    1.996306229e-01, -2.500133702e-01, 3.333391077e-01,
+)  # fmt: skip
+SINE_POLYNOMIAL = (-1.951528210e-04, 8.332160752e-03, -1.666665461e-01)
+COSINE_POLYNOMIAL = (2.443844968e-05, -1.388736750e-03, 4.166664687e-02)
+
+
+def philox_4x32_10(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., SC 2011). counter: four int64 tensors holding 32-bit words; the four words out likewise."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & _MASK) ^ c1 ^ key0,
+            p1 & _MASK,
+            (p0 >> 32 & _MASK) ^ c3 ^ key1,
+            p0 & _MASK,
+        )
+        key0, key1 = (key0 + _KEY_STEPS[0]) & _MASK, (key1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 normals from two 32-bit words (int64 tensors)."""
+    u = (radius_bits >> 1).float() * 2.0**-31 + 2.0**-32
+    # torch's float32 sqrt is not always correctly rounded (MKL); through float64 it is.
+    radius = torch.sqrt((-2.0 * _log_unit(u)).double()).float()
+    quadrant = (angle_bits + 0x20000000 & _MASK) >> 30
+    shifted = angle_bits << 2 & _MASK
+    y = (shifted - (shifted >> 31 << 32)).float() * 3.657295198e-10  # 2 pi / 2^34: within pi / 4
+    y2 = y * y
+    sine = _polynomial(SINE_POLYNOMIAL, y2) * y2 * y + y
+    cosine = _polynomial(COSINE_POLYNOMIAL, y2) * y2 * y2 - 0.5 * y2 + 1.0
+    swap = quadrant & 1 == 1
+    c = torch.where(swap, sine, cosine) * (1 - (quadrant + 1 & 2)).float()
+    s = torch.where(swap, cosine, sine) * (1 - (quadrant & 2)).float()
+    return radius * c, radius * s
+
+
+def _log_unit(u: Tensor) -> Tensor:
+    bits = u.view(torch.int32) - 0x3F3504F3
+    exponent = (bits >> 23).float()
+    t = ((bits & 0x007FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
+    t2 = t * t
+    return exponent * 0.693147181 + ((_polynomial(LOG_POLYNOMIAL, t) * t - 0.5) * t2 + t)
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    p = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        p = p * x + coefficient
+    return p
+
+
+def reference_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
+    """(B, *D) float32 normals."""
+    batch, size = shape[0], math.prod(shape[1:])
+    block = torch.arange((size + 3) // 4, device=device)
+    step = key.step if key.step is not None else torch.full((batch,), key.step_value, device=device)
+    zero = torch.zeros_like(block)
+    word = (stream << 28 | step & 0x0FFFFFFF)[:, None] + zero
+    low, high = (
+        (key.sample_id & _MASK)[:, None] + zero,
+        (key.sample_id >> 32 & _MASK)[:, None] + zero,
+    )
+    r0, r1, r2, r3 = philox_4x32_10((block + torch.zeros_like(low), word, low, high), key.seed)
+    normals = torch.stack([*box_muller(r0, r1), *box_muller(r2, r3)], dim=-1)
+    return normals.reshape(batch, -1)[:, :size].reshape(tuple(shape))
+
+
+def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
+    out = torch.empty(tuple(shape), device=device)
+    native.cpu().fill_philox(
+        shape[0], math.prod(shape[1:]), out.data_ptr(), key.seed & (2**64 - 1),
+        native.address(key.sample_id), native.address(key.step), key.step_value, stream, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_IMPLS = (
+    Impl("native", _native_normal, native_why_not),
+    Impl("reference", reference_normal, no_objection),
+)
+
+
+def philox_normal(
+    shape: Sequence[int],
+    seed: int,
+    sample_id: Tensor,
+    step: int | Tensor,
+    stream: str = "step",
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normals that follow from (seed, stream, step, sample_id, element) alone: the noise the kernels draw.
+
+    shape: (B, *D). seed: 64 bits. sample_id: (B,) int64, global ids (iteration, prompt, root, branch), never an index in the
+    batch. step: int or (B,) int64, 0 <= step < 2**28. stream: "init" | "step" | "match". device: that of sample_id by default.
+    Returns (B, *D) float32, the same bits on every backend. Source: Philox-4x32-10 (Salmon et al., SC 2011), Box-Muller.
+    """
+    if len(shape) < 2 or any(n < 0 for n in shape):
+        raise ValueError(
+            f"shape: expected (B, *D) with at least two dimensions, got {tuple(shape)}"
+        )
+    if stream not in STREAMS:
+        raise ValueError(f"stream: expected one of {tuple(STREAMS)}, got {stream!r}")
+    if device is None:
+        device = sample_id.device if isinstance(sample_id, Tensor) else "cpu"
+    device = torch.device(device)
+    key = check_key(seed, sample_id, step, shape[0], device)
+    return choose(_IMPLS, device, torch.float32, backend).call(shape, key, STREAMS[stream], device)

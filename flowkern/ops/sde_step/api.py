@@ -1,0 +1,344 @@
+"""The step of every sampler of the family, with its log-probability.
+
+    mean     = a x_t + b velocity + sum_j h_j history_j,    velocity = uncond + guidance_scale (velocity - uncond)
+    x_next   = mean + std noise                             (rounded to the dtype it is stored in)
+    log_prob = mean_D(-k (x_next - mean)^2) + c             (of the x_next that is stored)
+
+B = samples, D = latent elements of one sample. Arithmetic in float32; float64 where any input is float64 (reference only).
+Source: Flow-GRPO (arXiv 2505.05470) and its relatives; the coefficients are rows of flowkern.schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowkern.ops._common.arguments import (
+    FLOATS,
+    Noise,
+    check_guidance,
+    check_latent,
+    check_noise,
+    check_rows,
+    compute_dtype,
+)
+from flowkern.ops._common.dispatch import (
+    Impl,
+    choose,
+    is_tracing,
+    native_why_not,
+    no_objection,
+    triton_why_not,
+)
+from flowkern.schedules import MAX_HISTORY, Coefficients
+
+from . import native_impl, reference, triton_impl
+
+_DRAW = (
+    Impl("native", native_impl.draw, native_why_not),
+    Impl("triton", triton_impl.draw, triton_why_not),
+    Impl("reference", reference.draw, no_objection),
+)
+_REPLAY = (
+    Impl("native", native_impl.replay, native_why_not),
+    Impl("triton", triton_impl.replay, triton_why_not),
+    Impl("reference", reference.replay, no_objection),
+)
+_REPLAY_BACKWARD = (
+    Impl("native", native_impl.replay_backward, native_why_not),
+    Impl("triton", triton_impl.replay_backward, triton_why_not),
+    Impl("reference", reference.replay_backward, no_objection),
+)
+
+
+@torch.library.custom_op("flowkern::sde_draw", mutates_args=("x_next", "log_prob", "x0"))
+def _draw_op(
+    x_t: Tensor,
+    velocity: Tensor,
+    rows: Tensor,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    seed: int,
+    sample_id: Tensor | None,
+    step: Tensor | None,
+    step_value: int,
+    x_next: Tensor,
+    log_prob: Tensor | None,
+    x0: Tensor | None,
+    backend: str | None,
+) -> None:
+    dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, x0, *history)
+    source = Noise(noise, seed, sample_id, step, step_value)
+    choose(_DRAW, x_t.device, dtype, backend).call(
+        x_t, velocity, rows, velocity_uncond, guidance_scale, history, source, x_next, log_prob, x0
+    )
+
+
+@_draw_op.register_fake
+def _(*_) -> None:
+    return None
+
+
+@torch.library.custom_op("flowkern::sde_log_prob", mutates_args=())
+def _replay_op(
+    x_t: Tensor,
+    velocity: Tensor,
+    x_next: Tensor,
+    rows: Tensor,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str | None,
+) -> Tensor:
+    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+    impl = choose(_REPLAY, x_t.device, dtype, backend)
+    return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+
+
+@_replay_op.register_fake
+def _(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale, backend) -> Tensor:
+    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+    return x_t.new_empty(x_t.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("flowkern::sde_log_prob_backward", mutates_args=())
+def _replay_backward_op(
+    grad: Tensor,
+    x_t: Tensor,
+    velocity: Tensor,
+    x_next: Tensor,
+    rows: Tensor,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str | None,
+) -> Tensor:
+    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+    impl = choose(_REPLAY_BACKWARD, x_t.device, dtype, backend)
+    return impl.call(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+
+
+@_replay_backward_op.register_fake
+def _(grad, x_t, velocity, *_) -> Tensor:
+    return velocity.new_empty(velocity.shape)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    x_t, velocity, x_next, rows, velocity_uncond, ctx.guidance_scale, ctx.backend = inputs
+    ctx.save_for_backward(x_t, velocity, x_next, rows, velocity_uncond)
+
+
+def _backward(ctx, grad: Tensor):
+    x_t, velocity, x_next, rows, velocity_uncond = ctx.saved_tensors
+    grad_velocity = None
+    if ctx.needs_input_grad[1]:
+        grad_velocity = _replay_backward_op(
+            grad.contiguous(),
+            x_t,
+            velocity,
+            x_next,
+            rows,
+            velocity_uncond,
+            ctx.guidance_scale,
+            ctx.backend,
+        )
+    return None, grad_velocity, None, None, None, None, None
+
+
+_replay_op.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def sde_step(
+    x_t: Tensor,
+    velocity: Tensor,
+    c_rows: Coefficients,
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    sample_id: Tensor | None = None,
+    step: int | Tensor | None = None,
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    history: Sequence[Tensor] = (),
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw x_next and its log-probability. Not differentiable: training replays with `sde_log_prob`.
+
+    Args:
+        x_t, velocity: (B, *D), any strides; float32, bfloat16 or float16 (float64: the reference).
+        c_rows: one edge for all samples, or B rows, of `flowkern.schedules`, on the device of x_t.
+        noise: (B, *D) standard normals. Or else all of
+        seed, sample_id, step: Philox noise drawn in the kernel: 64 bits; (B,) int64 global ids; an int or (B,) int64.
+        velocity_uncond: (B, *D), with guidance_scale: the step uses uncond + guidance_scale (velocity - uncond).
+        history: earlier x0 predictions, most recent first, for the rows of a multistep solver: up to three of (B, *D).
+        out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), written instead of a new tensor.
+        backend: "native" | "triton" | "reference"; None takes the best that can serve.
+
+    Returns:
+        x_next (B, *D); log_prob (B,) float32, of x_next as stored, per element (a mean over D).
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names it. BackendError: the backend named cannot serve.
+    """
+    _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
+    source = check_noise(noise, seed, sample_id, step, x_t)
+    x_next = _output(x_t, out_dtype, out)
+    dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, *history)
+    log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
+    _draw(
+        x_t,
+        velocity,
+        c_rows,
+        velocity_uncond,
+        guidance_scale,
+        history,
+        source,
+        x_next,
+        log_prob,
+        None,
+        dtype,
+        backend,
+    )
+    return x_next, log_prob
+
+
+def ode_step(
+    x_t: Tensor,
+    velocity: Tensor,
+    m_rows: Coefficients,
+    history: Sequence[Tensor] = (),
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    return_x0: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The mean of the step: Euler, or a multistep solver with `history`; the same kernel without noise.
+
+    Args as `sde_step`; m_rows from `multistep_coefficients`, `edge_coefficients` or `step_coefficients`.
+
+    Returns:
+        x_next (B, *D); with return_x0 also x0 = x_t - sigma velocity (B, *D) in the dtype of x_next, from the same pass:
+        the next edge's history.
+    """
+    _check_step(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
+    x_next = _output(x_t, out_dtype, out)
+    x0 = torch.empty_like(x_next) if return_x0 else None
+    dtype = compute_dtype(x_t, velocity, velocity_uncond, x_next, *history)
+    _draw(
+        x_t,
+        velocity,
+        m_rows,
+        velocity_uncond,
+        guidance_scale,
+        history,
+        Noise(),
+        x_next,
+        None,
+        x0,
+        dtype,
+        backend,
+    )
+    return (x_next, x0) if return_x0 else x_next
+
+
+def sde_log_prob(
+    x_t: Tensor,
+    velocity: Tensor,
+    x_next: Tensor,
+    c_rows: Coefficients,
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of a stored x_next: (B,) float32, differentiable in `velocity` (velocity_uncond gets no gradient).
+
+    With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for any split of the batch.
+    Args as `sde_step`; d log_prob / d velocity = 2 k b (x_next - mean) / D, recomputed from the inputs: nothing else is saved.
+    """
+    _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, ())
+    check_latent("x_next", x_next, x_t)
+    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+    rows = check_rows("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
+    wants_grad = velocity.requires_grad and torch.is_grad_enabled()
+    if wants_grad or is_tracing(x_t, velocity, x_next, velocity_uncond):
+        return _replay_op(
+            x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale), backend
+        )
+    # The dispatcher costs more than the kernel at image size; in eager mode without gradient nothing needs to see the op.
+    impl = choose(_REPLAY, x_t.device, dtype, backend)
+    return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+
+
+def _check_step(
+    x_t, velocity, rows, velocity_uncond, guidance_scale, history, rows_name="c_rows"
+) -> None:
+    check_latent("x_t", x_t)
+    check_latent("velocity", velocity, x_t)
+    check_guidance(velocity_uncond, guidance_scale, velocity)
+    for j, earlier in enumerate(history):
+        check_latent(f"history[{j}]", earlier, x_t)
+    needed = rows.num_history if isinstance(rows, Coefficients) else 0
+    if not needed <= len(history) <= MAX_HISTORY:
+        raise ValueError(
+            f"history: {rows_name} weigh {needed} earlier x0 predictions; expected {needed} to {MAX_HISTORY} tensors, "
+            f"got {len(history)}"
+        )
+
+
+def _output(x_t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        if out_dtype is not None and out_dtype not in FLOATS:
+            raise TypeError(
+                f"out_dtype: expected float32, bfloat16, float16 or float64, got {out_dtype}"
+            )
+        return torch.empty(x_t.shape, dtype=out_dtype or x_t.dtype, device=x_t.device)
+    check_latent("out", out, x_t)
+    if out_dtype is not None and out_dtype != out.dtype:
+        raise TypeError(f"out: expected out_dtype {out_dtype}, got {out.dtype}")
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    return out
+
+
+def _draw(
+    x_t,
+    velocity,
+    rows,
+    velocity_uncond,
+    guidance_scale,
+    history,
+    source: Noise,
+    x_next,
+    log_prob,
+    x0,
+    dtype,
+    backend,
+) -> None:
+    table = check_rows(
+        "c_rows" if log_prob is not None else "m_rows", rows, x_t.shape[0], x_t.device, dtype
+    )
+    if is_tracing(x_t, velocity, velocity_uncond, source.given, x_next):
+        _draw_op(
+            x_t.detach(), velocity.detach(), table,
+            None if velocity_uncond is None else velocity_uncond.detach(), float(guidance_scale),
+            [h.detach() for h in history], source.given, source.seed, source.sample_id, source.step, source.step_value,
+            x_next, log_prob, x0, backend,
+        )  # fmt: skip
+        return
+    choose(_DRAW, x_t.device, dtype, backend).call(
+        x_t.detach(),
+        velocity.detach(),
+        table,
+        velocity_uncond,
+        guidance_scale,
+        history,
+        source,
+        x_next,
+        log_prob,
+        x0,
+    )

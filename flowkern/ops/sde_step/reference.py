@@ -1,0 +1,92 @@
+"""The step in plain torch: the truth the kernels are held to, in float32 or float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowkern.ops._common.arguments import STREAMS, Noise
+from flowkern.ops._common.philox import reference_normal
+from flowkern.schedules import COLUMNS, MAX_HISTORY
+
+
+def column(rows: Tensor, name: str, like: Tensor) -> Tensor:
+    """A coefficient, shaped to broadcast over `like` (B, *D)."""
+    return rows[..., COLUMNS.index(name)].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def guided(
+    velocity: Tensor, velocity_uncond: Tensor | None, guidance_scale: float, dtype: torch.dtype
+) -> Tensor:
+    velocity = velocity.to(dtype)
+    if velocity_uncond is None:
+        return velocity
+    uncond = velocity_uncond.to(dtype)
+    return uncond + guidance_scale * (velocity - uncond)
+
+
+def mean_and_x0(
+    x_t, velocity, rows, velocity_uncond, guidance_scale, history
+) -> tuple[Tensor, Tensor]:
+    x, v = x_t.to(rows.dtype), guided(velocity, velocity_uncond, guidance_scale, rows.dtype)
+    mean = column(rows, "a", x) * x + column(rows, "b", x) * v
+    for j, earlier in enumerate(history[:MAX_HISTORY]):
+        mean = mean + column(rows, f"h{j + 1}", x) * earlier.to(rows.dtype)
+    return mean, x - column(rows, "sigma", x) * v
+
+
+def log_prob_of(x_next: Tensor, mean: Tensor, rows: Tensor) -> Tensor:
+    """(B,), one sample at a time: torch's reductions depend on the shape, and a replay must not depend on the batch."""
+    residual = x_next.to(rows.dtype) - mean
+    k, c = rows[..., COLUMNS.index("k")], rows[..., COLUMNS.index("c")]
+    if residual.shape[0] == 0 or residual[0].numel() == 0:
+        return (c - k * 0).expand(residual.shape[0]).clone()
+    squares = torch.stack([r.square().mean() for r in residual.flatten(1).unbind()])
+    return c - k * squares
+
+
+def draw(
+    x_t: Tensor,
+    velocity: Tensor,
+    rows: Tensor,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    history: Sequence[Tensor],
+    source: Noise,
+    x_next: Tensor,
+    log_prob: Tensor | None,
+    x0: Tensor | None,
+) -> None:
+    with torch.no_grad():
+        mean, predicted = mean_and_x0(x_t, velocity, rows, velocity_uncond, guidance_scale, history)
+        value = mean
+        noise = source.given
+        if source.sample_id is not None:
+            noise = reference_normal(x_t.shape, source, STREAMS["step"], x_t.device)
+        if noise is not None:
+            std = column(rows, "std", mean)
+            value = torch.where(
+                std > 0, mean + std * noise.to(mean.dtype), mean
+            )  # std == 0 never reads the noise
+        if x0 is not None:
+            x0.copy_(predicted)
+        x_next.copy_(value)
+        if log_prob is not None:
+            log_prob.copy_(log_prob_of(x_next, mean, rows))
+
+
+def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
+    mean, _ = mean_and_x0(x_t, velocity, rows, velocity_uncond, guidance_scale, ())
+    return log_prob_of(x_next, mean, rows)
+
+
+def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
+    """By hand, since it runs inside an op; the tests hold it to autograd through `replay`."""
+    mean, _ = mean_and_x0(x_t, velocity, rows, velocity_uncond, guidance_scale, ())
+    scale = guidance_scale if velocity_uncond is not None else 1.0
+    weight = grad.to(rows.dtype).reshape(-1, *[1] * (mean.ndim - 1))
+    size = max(1, mean[0].numel() if len(mean) else 1)
+    slope = weight * 2 * column(rows, "k", mean) * column(rows, "b", mean) * scale / size
+    return (slope * (x_next.to(rows.dtype) - mean)).to(velocity.dtype)

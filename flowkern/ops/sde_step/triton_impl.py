@@ -1,0 +1,5 @@
+def draw(*a):
+    raise RuntimeError
+
+
+replay = replay_backward = draw

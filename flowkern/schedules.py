@@ -1,0 +1,314 @@
+"""Noise schedules and step coefficients: scalars only, computed in float64.
+
+x_t = (1 - sigma) x0 + sigma e,   velocity = e - x0,   sigma = 1 is noise, sigma = 0 is the image.
+
+Every sampler of the family is one affine Gaussian step over an edge sigma -> sigma_next (dt = sigma_next - sigma < 0):
+
+    mean     = a x_t + b velocity (+ sum_j history_weight_j x0_prediction_j)
+    x_next   = mean + std noise
+    log_prob = mean_D(-k (x_next - mean)^2) + c
+
+so a sampler is a row of coefficients here, and never a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
+MAX_HISTORY = 3
+# One row of the table. `sigma` serves return_x0 (x0 = x_t - sigma velocity).
+COLUMNS = ("a", "b", "std", "k", "c", "h1", "h2", "h3", "sigma")
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Coefficients:
+    """Step coefficients, one row per edge or per sample: `a`, `b`, `std`, `k`, `c`, `h1`..`h3`, `sigma`.
+
+    `c[i]` is one edge and broadcasts over a batch; `c[index_tensor]` gives one row per sample.
+    Built and validated by the functions of this module; ops read the rows on the device, never on the host.
+    """
+
+    def __init__(self, table: Tensor, num_history: int = 0):
+        if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
+            raise ValueError(
+                f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), got {tuple(table.shape)}"
+            )
+        self.table = table
+        self.num_history = num_history  # earlier x0 predictions that the rows weigh; known on the host, so ops can check
+        self._converted: dict[tuple[torch.device, torch.dtype], Coefficients] = {}
+
+    a = property(lambda self: self.table[..., 0])
+    b = property(lambda self: self.table[..., 1])
+    std = property(lambda self: self.table[..., 2])
+    k = property(lambda self: self.table[..., 3])
+    c = property(lambda self: self.table[..., 4])
+    history = property(
+        lambda self: self.table[..., 5 : 5 + MAX_HISTORY],
+        doc="Weights on earlier x0 predictions, most recent first.",
+    )
+    sigma = property(lambda self: self.table[..., 8])
+
+    def __len__(self) -> int:
+        if self.table.ndim == 1:
+            raise TypeError("a single edge has no length; it broadcasts over the batch")
+        return self.table.shape[0]
+
+    def __getitem__(self, index) -> Coefficients:
+        """`int`: one edge. Slice or index tensor (B,): rows."""
+        if self.table.ndim == 1:
+            raise TypeError("a single edge cannot be indexed")
+        if isinstance(
+            index, int
+        ):  # plain tensors accept it too, but their error does not name the grid
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"step {index} is out of range for {len(self)} edges")
+        elif isinstance(index, Tensor) and index.device.type == "cpu" and index.is_floating_point():
+            raise TypeError(f"index: expected integers, got {index.dtype}")
+        return Coefficients(self.table[index], self.num_history)
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> Coefficients:
+        """The same rows on `device` in `dtype`; converted once and remembered."""
+        device = torch.device(device) if device is not None else self.table.device
+        dtype = dtype or self.table.dtype
+        if self.table.device == device and self.table.dtype == dtype:
+            return self
+        key = (device, dtype)
+        if key not in self._converted:
+            self._converted[key] = Coefficients(self.table.to(device, dtype), self.num_history)
+        return self._converted[key]
+
+    def __repr__(self) -> str:
+        rows = "single edge" if self.table.ndim == 1 else f"{len(self)} rows"
+        return f"Coefficients({rows}, {self.table.dtype}, {self.table.device})"
+
+
+# ---- sigma grids ----
+
+
+def sd3_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
+    """The grid diffusers' FlowMatchEulerDiscreteScheduler gives for SD3.5: (num_steps + 1,) float64, from 1 to 0.
+
+    The scheduler shifts sigma_min once when it is made and again when its steps are set; so does this.
+    """
+    _check_steps(num_steps)
+    sigma_min = _shift(torch.tensor(1e-3, dtype=torch.float64), shift)
+    return _close(_shift(_linspace(1.0, float(sigma_min), num_steps), shift))
+
+
+def flux_sigmas(num_steps: int, image_seq_len: int) -> Tensor:
+    """The FLUX / Qwen-Image grid with its dynamic shift mu, for `image_seq_len` packed image tokens: (num_steps + 1,)."""
+    _check_steps(num_steps)
+    if image_seq_len <= 0:
+        raise ValueError(
+            f"image_seq_len: expected a positive number of tokens, got {image_seq_len}"
+        )
+    slope = (1.15 - 0.5) / (4096 - 256)
+    mu = image_seq_len * slope + 0.5 - 256 * slope
+    u = _linspace(1.0, 1.0 / num_steps, num_steps)
+    return _close(math.exp(mu) / (math.exp(mu) + (1 / u - 1)))
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
+    """linspace(1, 0) shifted, as DanceGRPO, MixGRPO and G2RPO use it: (num_steps + 1,) float64."""
+    _check_steps(num_steps)
+    return _shift(_linspace(1.0, 0.0, num_steps + 1), shift)
+
+
+def _check_steps(num_steps: int) -> None:
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+
+
+def _linspace(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64)
+
+
+def _shift(u: Tensor, shift: float) -> Tensor:
+    if not shift > 0:
+        raise ValueError(f"shift: expected a positive number, got {shift}")
+    return shift * u / (shift * u + (1 - u))  # exactly 1 at u == 1
+
+
+def _close(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+# ---- one-step samplers ----
+
+
+def edge_coefficients(
+    sigma, sigma_next, kind: str, noise_level: float, sigma_max: float | None = None
+) -> Coefficients:
+    """Coefficients of the edge sigma -> sigma_next; floats give one edge, sequences (S,) give S rows.
+
+    kind: "ode" (Euler) | "flow_sde" (Flow-GRPO, arXiv 2505.05470) | "dance_sde" (DanceGRPO, arXiv 2505.07818)
+        | "cps" (coefficients-preserving sampling) | "dpm_sde" (first-order SDE-DPM-Solver++, arXiv 2211.01095).
+    noise_level: g = noise_level sqrt(sigma / (1 - sigma)) for flow_sde, the constant eta for dance_sde, the angle in units of
+        pi / 2 for cps; "ode" and "dpm_sde" have none and take any value.
+    sigma_max: stands for sigma in flow_sde's 1 / (1 - sigma) where sigma == 1: the second value of the grid. None: sigma_next.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    s, n = _edge("sigma", sigma), _edge("sigma_next", sigma_next)
+    if s.shape != n.shape:
+        raise ValueError(
+            f"sigma_next: expected the shape of sigma {tuple(s.shape)}, got {tuple(n.shape)}"
+        )
+    if not bool((n < s).all()):
+        raise ValueError(
+            f"sigma_next: expected values below sigma, got {n.tolist()} after {s.tolist()}"
+        )
+    if not (math.isfinite(noise_level) and noise_level >= 0):
+        raise ValueError(f"noise_level: expected a finite number >= 0, got {noise_level}")
+    if kind == "cps" and noise_level > 1:
+        raise ValueError(f"noise_level: cps takes an angle in [0, 1], got {noise_level}")
+
+    dt = n - s
+    if kind == "ode":
+        a, b, std = torch.ones_like(s), dt, torch.zeros_like(s)
+    elif kind in ("flow_sde", "dance_sde"):
+        g = (
+            _flow_diffusion(s, n, noise_level, sigma_max)
+            if kind == "flow_sde"
+            else torch.full_like(s, noise_level)
+        )
+        a = 1 + g**2 * dt / (2 * s)
+        b = dt * (1 + g**2 * (1 - s) / (2 * s))
+        std = g * torch.sqrt(-dt)
+    elif kind == "cps":
+        std = n * math.sin(noise_level * math.pi / 2)
+        keep = n * math.cos(noise_level * math.pi / 2)  # sqrt(sigma_next^2 - std^2)
+        a = (1 - n) + keep
+        b = -(1 - n) * s + keep * (1 - s)
+    else:
+        decay = _exp_minus_h(s, n)
+        weight = (1 - n) * (1 - decay**2)
+        a = n / s * decay + weight
+        b = -s * weight
+        std = n * torch.sqrt(1 - decay**2)
+    return _table(a, b, std, s, tempered=kind == "cps")
+
+
+def step_coefficients(sigmas, kind: str, noise_level: float) -> Coefficients:
+    """Coefficients of all edges of a grid: sigmas (S + 1,) falling -> (S,) rows; sigma == 1 uses the grid's second value."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"sigmas: expected shape (S + 1,) with S >= 1, got {tuple(sigmas.shape)}")
+    return edge_coefficients(sigmas[:-1], sigmas[1:], kind, noise_level, sigma_max=float(sigmas[1]))
+
+
+def _edge(name: str, value) -> Tensor:
+    value = torch.as_tensor(value, dtype=torch.float64).cpu()
+    if value.ndim > 1:
+        raise ValueError(f"{name}: expected a number or shape (S,), got {tuple(value.shape)}")
+    inside = (value > 0) & (value <= 1) if name == "sigma" else (value >= 0) & (value < 1)
+    if not bool(inside.all()):  # NaN is not inside either
+        interval = "(0, 1]" if name == "sigma" else "[0, 1)"
+        raise ValueError(f"{name}: expected values in {interval}, got {value.tolist()}")
+    return value
+
+
+def _flow_diffusion(s: Tensor, n: Tensor, noise_level: float, sigma_max: float | None) -> Tensor:
+    """Flow-GRPO's g = noise_level sqrt(sigma / (1 - sigma*)); sigma* = sigma but at sigma == 1."""
+    if sigma_max is not None and not 0 <= sigma_max < 1:
+        raise ValueError(f"sigma_max: expected a value in [0, 1), got {sigma_max}")
+    second = n if sigma_max is None else torch.full_like(s, sigma_max)
+    return noise_level * torch.sqrt(s / (1 - torch.where(s == 1, second, s)))
+
+
+def _exp_minus_h(s: Tensor, n: Tensor) -> Tensor:
+    """e^-h with h = lambda(sigma_next) - lambda(sigma), lambda = ln((1 - sigma) / sigma); 0 where sigma == 1 or sigma_next == 0."""
+    return (1 - s) * n / (s * (1 - n))
+
+
+def _table(
+    a: Tensor,
+    b: Tensor,
+    std: Tensor,
+    sigma: Tensor,
+    tempered: bool = False,
+    history: Sequence[Tensor] = (),
+) -> Coefficients:
+    noisy = std > 0
+    safe = torch.where(noisy, std, torch.ones_like(std))
+    zero = torch.zeros_like(std)
+    k = torch.ones_like(std) if tempered else torch.where(noisy, 1 / (2 * safe**2), zero)
+    c = zero if tempered else torch.where(noisy, -torch.log(safe) - _HALF_LOG_2PI, zero)
+    weights = [*history, *[zero] * (MAX_HISTORY - len(history))]
+    table = torch.stack([a, b, std, k, c, *weights, sigma], dim=-1)
+    if not bool(torch.isfinite(table.float()).all()):  # float: what the kernels compute with
+        raise ValueError(
+            f"the edges from sigma {sigma.tolist()} have coefficients beyond float32: {table.tolist()}"
+        )
+    return Coefficients(table, len(history))
+
+
+# ---- multistep solvers ----
+
+
+def multistep_coefficients(
+    path_sigmas, order: int, variant: str = "midpoint", sde: bool = False
+) -> Coefficients:
+    """One edge of DPM-Solver++ (arXiv 2211.01095) on flow sigmas: weights on x_t, velocity and earlier x0 predictions.
+
+    path_sigmas: (..., previous, current, next), falling. The order falls to what the path allows, and to 1 where next == 0.
+    variant: "midpoint" | "heun", the two second-order forms; order 3 has one form.
+    sde: the stochastic form (SDE-DPM-Solver++, orders 1 and 2 midpoint), with std > 0.
+    Pass the x0 predictions of the earlier nodes as `history`, most recent first, one fewer than the order in effect.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
+    if variant not in ("midpoint", "heun"):
+        raise ValueError(f"variant: expected 'midpoint' or 'heun', got {variant!r}")
+    if sde and (order == 3 or variant == "heun"):
+        raise ValueError(f"sde: exists for orders 1 and 2 midpoint, got order {order} {variant}")
+    path = [float(s) for s in path_sigmas]
+    if len(path) < 2:
+        raise ValueError(f"path_sigmas: expected at least (current, next), got {path}")
+    if any(later >= earlier for earlier, later in zip(path, path[1:], strict=False)):
+        raise ValueError(f"path_sigmas: expected falling values, got {path}")
+    s, n = _edge("sigma", path[-2]), _edge("sigma_next", path[-1])
+    for previous in path[:-2]:
+        _edge("sigma", previous)
+    order = 1 if path[-1] == 0 else min(order, len(path) - 1)
+
+    decay = float(_exp_minus_h(s, n))
+    alpha, h = 1 - path[-1], -math.log(decay) if decay > 0 else math.inf
+    first = alpha * (1 - decay**2 if sde else 1 - decay)  # weight of the x0 prediction
+    weights = [first, 0.0, 0.0]  # on m0 (this node), m1, m2
+    if order >= 2:
+        # With m1 at sigma == 1 its lambda is -inf: 1 / r is 0 and the difference drops out by itself.
+        inverse_r0 = h / (_log_snr(path[-2]) - _log_snr(path[-3]))
+        phi2 = alpha * ((decay - 1) / h + 1)
+    if order == 2:
+        weight = phi2 if variant == "heun" else 0.5 * first
+        weights = [first + weight * inverse_r0, -weight * inverse_r0, 0.0]
+    if order == 3:
+        inverse_r1 = h / (_log_snr(path[-3]) - _log_snr(path[-4]))
+        phi3 = -alpha * ((decay - 1 + h) / h**2 - 0.5)
+        r0 = 1 / inverse_r0
+        share = (
+            r0 * inverse_r1 / (1 + r0 * inverse_r1)
+        )  # r0 / (r0 + r1), finite where r1 is infinite
+        curvature = inverse_r1 / (1 + r0 * inverse_r1)  # 1 / (r0 + r1)
+        on_d0 = phi2 * (1 + share) + phi3 * curvature  # on D1_0 = (m0 - m1) / r0
+        on_d1 = -phi2 * share - phi3 * curvature  # on D1_1 = (m1 - m2) / r1
+        weights = [
+            first + on_d0 * inverse_r0,
+            -on_d0 * inverse_r0 + on_d1 * inverse_r1,
+            -on_d1 * inverse_r1,
+        ]
+    a = n / s * (decay if sde else 1) + weights[0]
+    b = -s * weights[0]
+    std = n * math.sqrt(1 - decay**2) if sde else torch.zeros_like(s)
+    history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:order]]
+    return _table(a, b, std, s, history=history)
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
