@@ -26,6 +26,21 @@ struct Buffers {
   alignas(64) float x[kChunk], velocity[kChunk], other[kChunk], noise[kChunk], next[kChunk];
 };
 
+// Asks for what the next chunk will read, a little at a time while this one is computed: the hardware's own prefetcher stops
+// at every page and idles while noise is made (docs/log.md has the measurement).
+struct Prefetch {
+  const StepArguments& s;
+  int64_t sample, first;
+  __attribute__((always_inline)) void operator()(int64_t i, int64_t count) const {
+    for (const Latent* latent : {&s.x_t, &s.velocity, &s.velocity_uncond, &s.noise, &s.x_next}) {
+      if (!latent->data) continue;
+      const char* ahead = latent->at(sample, first + kChunk + i);
+      for (int64_t byte = 0; byte < count * bytes_of(latent->dtype); byte += 64) __builtin_prefetch(ahead + byte);
+    }
+  }
+};
+constexpr auto kNoPrefetch = [](int64_t, int64_t) {};
+
 // What a chunk reads, as float32, with guidance applied and the history folded into x (then weighted by 1).
 struct Chunk {
   const float *x, *velocity;
@@ -58,11 +73,12 @@ FK_INLINE void mean_with_history(const StepArguments& s, const Chunk& chunk, int
 }
 
 // Sums residual(i)^2 over i in [0, count), element i in lane i % kSumLanes.
-template <class Residual>
-FK_INLINE double sum_of_squares(int64_t count, Residual residual) {
+template <class Residual, class Ahead>
+FK_INLINE double sum_of_squares(int64_t count, Residual residual, Ahead ahead) {
   float lanes[kSumLanes] = {};
   int64_t i = 0;
   for (; i + kSumLanes <= count; i += kSumLanes) {
+    ahead(i, kSumLanes);
 #pragma omp simd
     for (int l = 0; l < kSumLanes; ++l) {
       const float r = residual(i + l);
@@ -116,28 +132,28 @@ void sde_draw(const StepArguments& s) {
     if (row.std != 0 && s.noise.data) noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
     if (row.std != 0 && s.sample_id) {
       const uint32_t word = counter_word(s.stream, s.step ? s.step[sample] : s.step_value);
-      fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed);
+      fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, Prefetch{s, sample, first});
       noise = buffers.noise;
     }
     if (!noise) {
       narrow(mean, s.x_next.at(sample, first), s.x_next.dtype, count);
       if (s.x_next.dtype == DType::float32 || !s.log_prob) return 0.0;
       const float* stored = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.other);
-      return sum_of_squares(count, [&](int64_t i) { return stored[i] - mean[i]; });
+      return sum_of_squares(count, [&](int64_t i) { return stored[i] - mean[i]; }, kNoPrefetch);
     }
     if (s.x_next.dtype == DType::float32) {
       float* out = reinterpret_cast<float*>(s.x_next.at(sample, first));
       return sum_of_squares(count, [&](int64_t i) {
         out[i] = step_draw(row, mean[i], noise[i]);
         return out[i] - mean[i];
-      });
+      }, kNoPrefetch);
     }
     // The log-probability is that of the sample as it is stored, after rounding.
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) buffers.noise[i] = step_draw(row, mean[i], noise[i]);
     narrow(buffers.noise, s.x_next.at(sample, first), s.x_next.dtype, count);
     const float* stored = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.other);
-    return sum_of_squares(count, [&](int64_t i) { return stored[i] - mean[i]; });
+    return sum_of_squares(count, [&](int64_t i) { return stored[i] - mean[i]; }, kNoPrefetch);
   });
 }
 
@@ -146,7 +162,8 @@ void sde_replay(const StepArguments& s) {
     Buffers buffers;
     const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
-    return sum_of_squares(count, [&](int64_t i) { return next[i] - step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); });
+    return sum_of_squares(count, [&](int64_t i) { return next[i] - step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); },
+                          Prefetch{s, sample, first});
   });
 }
 
@@ -171,7 +188,7 @@ void fill_philox(const NormalArguments& n) {
   for_chunks(n.batch, n.size, n.threads, nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     alignas(64) float buffer[kChunk];
     const uint32_t word = counter_word(n.stream, n.step ? n.step[sample] : n.step_value);
-    fill_normals(buffer, first, count, word, uint64_t(n.sample_id[sample]), n.seed);
+    fill_normals(buffer, first, count, word, uint64_t(n.sample_id[sample]), n.seed, kNoPrefetch);
     std::memcpy(n.out + sample * n.size + first, buffer, count * 4);
     return 0.0;
   });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,3 +106,12 @@ def is_tracing(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+
+
+def lazily(module: str, name: str) -> Callable:
+    """A function of a module that is imported on its first call: importing flowkern does not import triton."""
+
+    def call(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import native
 from .arguments import STREAMS, Noise, check_key
-from .dispatch import Impl, choose, native_why_not, no_objection
+from .dispatch import Impl, choose, lazily, native_why_not, no_objection, triton_why_not
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -89,7 +89,7 @@ def reference_normal(shape: Sequence[int], key: Noise, stream: int, device: torc
     )
     r0, r1, r2, r3 = philox_4x32_10((block + torch.zeros_like(low), word, low, high), key.seed)
     normals = torch.stack([*box_muller(r0, r1), *box_muller(r2, r3)], dim=-1)
-    return normals.reshape(batch, -1)[:, :size].reshape(tuple(shape))
+    return normals.flatten(1)[:, :size].reshape(tuple(shape))
 
 
 def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
@@ -103,6 +103,7 @@ def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.
 
 _IMPLS = (
     Impl("native", _native_normal, native_why_not),
+    Impl("triton", lazily("flowkern.ops._common.philox_triton", "triton_normal"), triton_why_not),
     Impl("reference", reference_normal, no_objection),
 )
 

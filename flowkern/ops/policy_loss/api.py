@@ -158,9 +158,7 @@ def _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_
 
 def _check_x_next(x_next, shape, velocity, x_t, old_velocity, noise, seed, sample_id, step):
     """The noise from which x_next is drawn again, or None where x_next is given."""
-    like = (
-        velocity.new_empty(0).expand(0, *shape[1:]) if shape[0] == 0 else velocity[:1].expand(shape)
-    )
+    like = velocity.new_empty(1).expand(shape)
     if x_next is not None:
         check_latent("x_next", x_next, like)
         extra = {"noise": noise, "seed": seed, "sample_id": sample_id, "step": step}

@@ -28,27 +28,29 @@ from flowkern.ops._common.dispatch import (
     Impl,
     choose,
     is_tracing,
+    lazily,
     native_why_not,
     no_objection,
     triton_why_not,
 )
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
-from . import native_impl, reference, triton_impl
+from . import native_impl, reference
 
+_TRITON = "flowkern.ops.sde_step.triton_impl"
 _DRAW = (
     Impl("native", native_impl.draw, native_why_not),
-    Impl("triton", triton_impl.draw, triton_why_not),
+    Impl("triton", lazily(_TRITON, "draw"), triton_why_not),
     Impl("reference", reference.draw, no_objection),
 )
 _REPLAY = (
     Impl("native", native_impl.replay, native_why_not),
-    Impl("triton", triton_impl.replay, triton_why_not),
+    Impl("triton", lazily(_TRITON, "replay"), triton_why_not),
     Impl("reference", reference.replay, no_objection),
 )
 _REPLAY_BACKWARD = (
     Impl("native", native_impl.replay_backward, native_why_not),
-    Impl("triton", triton_impl.replay_backward, triton_why_not),
+    Impl("triton", lazily(_TRITON, "replay_backward"), triton_why_not),
     Impl("reference", reference.replay_backward, no_objection),
 )
 

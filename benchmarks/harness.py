@@ -1,0 +1,169 @@
+"""How everything here is timed: the only file that knows clocks, bytes and machines.
+
+A case is gated on correctness, then its contenders are called in turn, round after round, so that whatever else the machine
+does falls on all of them alike. Buffers are allocated before. Reported: the 20th, 50th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Contender:
+    """`run()` does the work once and returns tensors, which `Case.check` sees; `note` says what the name does not."""
+
+    name: str
+    run: Callable
+    note: str = ""
+
+
+@dataclass
+class Case:
+    """One line of the table: contenders that do the same work, and how to tell that they do."""
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    contenders: list[Contender]
+    check: Callable[..., float] | None = None  # outputs of a contender -> its error
+    allowed: float = 0.0  # the largest error that passes
+    bytes_moved: int = 0  # what the best possible implementation reads and writes
+    bandwidth: str = "copy"  # which measured bandwidth bytes_moved compares with: "copy" | "read"
+    rounds: int | None = None
+    rows: list[dict] = field(default_factory=list)
+
+
+class Clock:
+    """Milliseconds of a call: the host's clock on a CPU, events on a CUDA device after its cache is overwritten."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Callable) -> float:
+        if self.device.type == "cuda":
+            self.cache.zero_()
+            self.start.record()
+            run()
+            self.end.record()
+            self.end.synchronize()
+            return self.start.elapsed_time(self.end)
+        begin = time.perf_counter_ns()
+        run()
+        return (time.perf_counter_ns() - begin) / 1e6
+
+
+def interleaved(runs: dict[str, Callable], clock: Clock, seconds: float, rounds: int | None = None) -> dict[str, dict]:
+    """p20, p50 and p80 of each, called in turn for `seconds` in all (at least five rounds), or for `rounds`."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values() if rounds is None else ():  # a case with few rounds is too long to be run for nothing
+        for _ in range(3):
+            run()
+    end = time.perf_counter() + seconds
+    count = 0
+    while (count < rounds) if rounds is not None else (count < 5 or time.perf_counter() < end):
+        for name, run in runs.items():
+            times[name].append(clock(run))
+        count += 1
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    result = {}
+    for name, values in times.items():
+        p = torch.quantile(torch.tensor(values, dtype=torch.float64), quantiles).tolist()
+        result[name] = {"ms_p20": p[0], "ms_p50": p[1], "ms_p80": p[2], "rounds": len(values)}
+    return result
+
+
+def run_case(case: Case, device: torch.device, seconds: float, bandwidths: dict[str, float]) -> list[dict]:
+    """Gate, time, and describe each contender: rows for the table and the JSON."""
+    rows, runs = [], {}
+    for contender in case.contenders:
+        row = {"op": case.op, "case": case.name, "backend": contender.name, "note": contender.note}
+        row |= {"shape": list(case.shape), "dtype": case.dtype}
+        try:
+            outputs = contender.run()
+        except Exception as error:  # a rival that cannot run here is a row that says so
+            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        else:
+            row["error"] = case.check(*outputs) if case.check else None
+            if row["error"] is not None and not row["error"] <= case.allowed:
+                row["failed"] = f"wrong: error {row['error']:.3g}, allowed {case.allowed:.3g}"
+            else:
+                runs[contender.name] = contender.run
+        rows.append(row)
+    timed = interleaved(runs, Clock(device), seconds, case.rounds) if runs else {}
+    for row in rows:
+        row |= timed.get(row["backend"], {})
+        if case.bytes_moved and "ms_p50" in row:
+            row["gb_per_s"] = case.bytes_moved / row["ms_p50"] / 1e6
+            row["of_bandwidth"] = row["gb_per_s"] / bandwidths[case.bandwidth]
+    ours = next((r["ms_p50"] for r in rows if r["backend"].startswith("flowkern") and "ms_p50" in r), None)
+    for row in rows:
+        if ours and "ms_p50" in row and not row["backend"].startswith("flowkern"):
+            row["flowkern_is_faster_by"] = row["ms_p50"] / ours
+    return rows
+
+
+def measure_bandwidths(device: torch.device, seconds: float, elements: int = 4 * 2_096_640) -> dict[str, float]:
+    """GB/s of a copy (bytes read and written) and of a read (torch.sum), at the size of a video batch."""
+    x, y = torch.randn(elements, device=device), torch.empty(elements, device=device)
+    timed = interleaved({"copy": lambda: y.copy_(x), "read": lambda: x.sum()}, Clock(device), seconds)
+    moved = {"copy": 8 * elements, "read": 4 * elements}
+    return {name: moved[name] / t["ms_p50"] / 1e6 for name, t in timed.items()}
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What a figure depends on: processor, threads, versions, commit."""
+    import flowkern
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "flowkern": flowkern.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        versions["triton"] = None
+    about = {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.system(), **versions}
+    if device.type == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    else:
+        from flowkern.ops._common import native
+
+        about["instruction_set"] = native.cpu().isa() if native.cpu() else None
+    about["backends"] = flowkern.backends(device)
+    about["utc"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    about |= {"commit": _git("rev-parse", "--short", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))}
+    return about
+
+
+def device_slug(device: torch.device, machine: dict) -> str:
+    """A folder name for results: what they were measured on."""
+    name = machine["gpu"] if device.type == "cuda" else f"{machine['processor']} {machine['threads']} threads"
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].replace("(R)", "").strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None

@@ -1,0 +1,120 @@
+"""yifan123/flow_grpo: `sde_step_with_logprob`, with that project's arguments, definitions and four returns.
+
+    from flowkern.compat.flow_grpo import sde_step_with_logprob   # instead of flow_grpo.diffusers_patch.sd3_sde_with_logprob
+
+What differs: one fused kernel instead of some sixty small ones, no host synchronization with diffusers' own schedulers, and
+a finite log-probability (0) where the published formula divides by a standard deviation of 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from flowkern.ops.sde_step import ode_step, sde_log_prob, sde_step
+from flowkern.schedules import Coefficients, step_coefficients
+
+_KINDS = {"sde": "flow_sde", "cps": "cps"}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All edges of a scheduler's sigmas, and what the caller is given back as std_dev_t and sqrt(-dt), each (S,) float32."""
+
+    coefficients: Coefficients
+    std_dev_t: Tensor
+    sqrt_dt: Tensor
+
+
+_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # sigmas -> {(version, kind, noise level): _Grid}
+
+
+def sde_step_with_logprob(
+    self,
+    model_output: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    noise_level: float = 0.7,
+    prev_sample: Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    sde_type: str = "sde",
+    return_sqrt_dt: bool = False,
+) -> tuple[Tensor, ...]:
+    """One step of Flow-GRPO's sampler: drawn, or replayed where prev_sample is given.
+
+    Args:
+        self: the scheduler, any object with `.sigmas` and `.index_for_timestep`.
+        model_output, sample: (B, *D) velocity and latent, any floating dtype; computed in float32.
+        timestep: (B,) or (1,) timesteps of the scheduler.
+        noise_level: of the SDE, or the angle of sde_type="cps".
+        prev_sample: (B, *D), the stored next latent to replay. None: drawn, with `generator`.
+        return_sqrt_dt: return sqrt(-dt) as a fifth value.
+
+    Returns:
+        prev_sample (B, *D) float32; log_prob (B,), a mean over D; prev_sample_mean (B, *D) float32; std_dev_t (B or 1, 1, ...),
+        the diffusion coefficient (sde) or standard deviation (cps). log_prob and prev_sample_mean are differentiable in
+        model_output, prev_sample is not.
+    """
+    if sde_type not in _KINDS:
+        raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
+    grid = _grid(self.sigmas, _KINDS[sde_type], float(noise_level), sample.device)
+    index = _step_index(self, timestep, sample.device)
+    rows = grid.coefficients[index] if len(index) > 1 else Coefficients(grid.coefficients.table[index][0])
+    model_output, sample = model_output.float(), sample.float()
+    differentiable = model_output.requires_grad and torch.is_grad_enabled()
+    if prev_sample is None:
+        noise = _randn_like(model_output, generator)
+        prev_sample, log_prob = sde_step(sample, model_output, rows, noise=noise)
+        if differentiable:
+            log_prob = sde_log_prob(sample, model_output, prev_sample, rows)
+    else:
+        prev_sample = prev_sample.float()
+        log_prob = sde_log_prob(sample, model_output, prev_sample.detach(), rows)
+    shape = (-1, *[1] * (sample.ndim - 1))
+    if differentiable:  # the mean carries a gradient of its own: KL terms use it
+        mean = rows.a.reshape(shape) * sample + rows.b.reshape(shape) * model_output
+    else:
+        mean = ode_step(sample, model_output, rows)
+    returns = (prev_sample, log_prob, mean, grid.std_dev_t[index].reshape(shape))
+    return (*returns, grid.sqrt_dt[index].reshape(shape)) if return_sqrt_dt else returns
+
+
+def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -> _Grid:
+    """The coefficients of a scheduler's sigmas, computed when they are first seen (or were edited in place)."""
+    known = _grids.setdefault(sigmas, {})
+    key = (sigmas._version, kind, noise_level, device)
+    if key not in known:
+        coefficients = step_coefficients(sigmas, kind, noise_level)
+        dt = sigmas.double().cpu().diff()
+        sqrt_dt = torch.sqrt(-dt)
+        std_dev_t = coefficients.std / sqrt_dt if kind == "flow_sde" else coefficients.std
+        known[key] = _Grid(
+            coefficients.to(device, torch.float32), std_dev_t.to(device, torch.float32), sqrt_dt.to(device, torch.float32)
+        )
+    return known[key]
+
+
+def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
+    """(B,) or (1,) step indices on `device`.
+
+    Asking the scheduler costs one host synchronization per timestep on a GPU; for diffusers' own, whose timesteps are known
+    to be distinct, the same look-up is made on the device, with an assertion there that each timestep was found.
+    """
+    timestep = torch.as_tensor(timestep).reshape(-1)
+    stock = type(scheduler).__module__.startswith("diffusers.")
+    if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
+        found = timestep[:, None] == scheduler.timesteps[None, :]
+        torch._assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
+        return found.int().argmax(1)
+    return torch.tensor([int(scheduler.index_for_timestep(t)) for t in timestep], device=device)
+
+
+def _randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Normals as diffusers draws them: on the generator's device, one sample each where there is a list of generators."""
+    if isinstance(generator, list):
+        return torch.cat([_randn_like(x[i : i + 1], one) for i, one in enumerate(generator)])
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

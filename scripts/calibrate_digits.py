@@ -1,0 +1,109 @@
+"""Measure a digits pipeline and the digit rewards: what the base model can do, and the ceilings.
+
+Prints JSON: the rewards on held-out real digits and on the VAE's copies of them, then the shares of
+samples seen as the prompted digit, by split of the prompts and by sampler. B samples.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from flowkern.models import load_model
+from flowkern.models.sd3 import SD3
+from flowkern.rewards import digits as rewards
+from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
+
+SAMPLERS = ((10, "ode", 0.0), (40, "ode", 0.0), (10, "flow_sde", 0.7))  # steps, kind, noise level
+SAMPLES = 720  # a share near one half is then known to 2 %
+
+
+@torch.no_grad()
+def sample(model: SD3, prompts: list[str], sigmas, coefficients: Coefficients, seed: int):
+    """Images (B, 3, H, W) in [0, 1] for B prompts along a grid of sigmas, guidance off."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(prompts), *model.latent_shape())
+    conditioning = model.encode(prompts)
+    x_t = torch.randn(shape, generator=generator)
+    for i, sigma in enumerate(sigmas[:-1].float()):
+        a, b, std = (float(row[i]) for row in (coefficients.a, coefficients.b, coefficients.std))
+        velocity = model.velocity(x_t, sigma.expand(len(prompts)), conditioning)
+        x_t = a * x_t + b * velocity + std * torch.randn(shape, generator=generator)
+    return model.decode(x_t)
+
+
+def measure_model(model: SD3, assets: Path, seed: int) -> dict:
+    """Mean scores of samples, by split of the prompts and by sampler."""
+    directory = assets / "digits-rewards"
+    classifier, judge = rewards.DigitsClassifier(directory), rewards.DigitsJudge(directory)
+    distance = rewards.DistanceToReal(directory)
+    table = {}
+    for split in ("train", "test"):
+        lines = (assets / "digits-prompts" / f"{split}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines] * (SAMPLES // len(lines))
+        prompts = [row["prompt"] for row in rows]
+        asked = torch.tensor([row["digit"] for row in rows])
+        for steps, kind, noise_level in SAMPLERS:
+            sigmas = sd3_sigmas(steps, model.shift)
+            coefficients = step_coefficients(sigmas, kind, noise_level)
+            images = sample(model, prompts, sigmas, coefficients, seed)
+            seen = classifier.logits(images).argmax(-1)
+            table[f"{split} prompts, {kind}, {steps} steps"] = {
+                "samples": len(rows),
+                "classified": (seen == asked).float().mean().item(),
+                "reward": classifier(images, prompts, rows).mean().item(),
+                "judged": judge(images, prompts, rows).mean().item(),
+                "distance_to_real": distance(images).mean().item(),
+            }
+    return table
+
+
+@torch.no_grad()
+def measure_rewards(model: SD3, assets: Path) -> dict:
+    """Held-out real digits, and the same after the VAE: accuracies, distances, its error."""
+    directory = assets / "digits-rewards"
+    images, labels = rewards.real_digits("held_out", directory)
+    vae = model.pipeline.vae
+    latents = vae.encode(images * 2 - 1).latent_dist.mode() - vae.config.shift_factor
+    latents = latents * vae.config.scaling_factor
+    copies = model.decode(latents)
+    classifier, judge = rewards.DigitsClassifier(directory), rewards.DigitsJudge(directory)
+    distance = rewards.DistanceToReal(directory)
+    rows = [{"digit": digit} for digit in labels.tolist()]
+    table = {
+        "vae_rmse": (copies - images).square().mean().sqrt().item(),
+        "latent_mean": latents.mean().item(),
+        "latent_std": latents.std().item(),
+    }
+    for name, pictures in (("real", images), ("copies", copies)):
+        seen = classifier.logits(pictures).argmax(-1)
+        table[name] = {
+            "samples": len(labels),
+            "classified": (seen == labels).float().mean().item(),
+            "reward": classifier(pictures, [], rows).mean().item(),
+            "judged": judge(pictures, [], rows).mean().item(),
+            "distance_to_real": distance(pictures).mean().item(),
+        }
+    return table
+
+
+def calibration(assets: Path, path: Path, seed: int) -> str:
+    """The whole report on the pipeline at `path`, as JSON with four decimals."""
+    model = load_model(path)
+    report = {
+        "held_out_digits": measure_rewards(model, assets),
+        "samples": measure_model(model, assets, seed),
+    }
+    rounded = json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4))
+    return json.dumps(rounded, indent=2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--model", type=Path, help="default: digits-sd3 in the assets")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    model_path = arguments.model or arguments.assets / "digits-sd3"
+    print(calibration(arguments.assets, model_path, arguments.seed))

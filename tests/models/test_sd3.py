@@ -1,0 +1,128 @@
+"""The SD3 adapter against the plain diffusers pipeline, on the demo model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowkern.models import Conditioning, load_model
+from flowkern.models.sd3 import SD3
+from flowkern.rewards.digits import DigitsClassifier
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+DIRECTORY = ASSETS / "digits-sd3"
+PROMPTS = ["a handwritten seven", "the digit 3", "a handwritten seven"]
+
+
+@pytest.fixture
+def model() -> SD3:
+    return load_model(DIRECTORY)
+
+
+def euler(model: SD3, x_t: torch.Tensor, conditioning: Conditioning, steps: int) -> torch.Tensor:
+    """The ODE on the pipeline's own grid, in plain PyTorch."""
+    scheduler = model.pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas
+    with torch.no_grad():
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+            velocity = model.velocity(x_t, sigma.expand(len(x_t)), conditioning)
+            x_t = x_t + (sigma_next - sigma) * velocity
+    return x_t
+
+
+def test_euler_through_the_adapter_is_the_plain_pipeline(model):
+    latents = torch.randn(3, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    arguments = dict(num_inference_steps=10, guidance_scale=1.0, latents=latents)
+    arguments["max_sequence_length"] = model.max_sequence_length
+    expected = model.pipeline(PROMPTS, output_type="latent", **arguments).images
+    images = model.pipeline(PROMPTS, output_type="pt", **arguments).images
+    actual = euler(model, latents, model.encode(PROMPTS), 10)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    decoded = model.decode(actual)
+    assert decoded.shape == (3, 3, 32, 32) and decoded.dtype == torch.float32
+    assert decoded.min() >= 0 and decoded.max() <= 1
+    torch.testing.assert_close(decoded, images, rtol=0, atol=1e-3)
+
+
+def test_base_model_is_right_about_every_second_time(model):
+    rows = [json.loads(line) for line in (ASSETS / "digits-prompts/train.jsonl").open()]
+    rows = (rows * 2)[:300]
+    latents = torch.randn(300, *model.latent_shape(), generator=torch.Generator().manual_seed(1))
+    conditioning = model.encode([row["prompt"] for row in rows])
+    seen = DigitsClassifier().logits(model.decode(euler(model, latents, conditioning, 10)))
+    asked = torch.tensor([row["digit"] for row in rows])
+    assert 0.45 <= (seen.argmax(-1) == asked).float().mean() <= 0.65
+
+
+def test_a_bare_pipeline_call_draws_digits_too(model):
+    """256 text tokens where the adapter uses 8: the model was trained on both."""
+    prompts = [f"the number {digit}" for digit in range(10)] * 6
+    generator = torch.Generator().manual_seed(0)
+    images = model.pipeline(
+        prompts, num_inference_steps=10, guidance_scale=1.0, generator=generator
+    ).images
+    assert images[0].size == (32, 32) and images[0].mode == "RGB"
+    pixels = model.pipeline.image_processor.pil_to_numpy(images)
+    logits = DigitsClassifier().logits(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert logits.softmax(-1).amax(-1).mean() > 0.65, "samples should look like some digit"
+    seen = logits.argmax(-1) == torch.arange(10).repeat(6)
+    assert seen.float().mean() > 0.35, "and depend on the prompt"
+
+
+def test_rows_are_counted_and_gradients_reach_only_the_network(model):
+    conditioning = model.encode(PROMPTS)
+    x_t = torch.randn(3, *model.latent_shape(), requires_grad=True)
+    model.velocity(x_t, torch.tensor([1.0, 0.5, 0.0]), conditioning).square().mean().backward()
+    with torch.no_grad():
+        model.velocity(x_t[:2], torch.tensor([0.3, 0.3]), conditioning[:2])
+    assert model.rows == 5
+    assert x_t.grad.abs().sum() > 0
+    assert model.network.proj_out.weight.grad.abs().sum() > 0
+    frozen = [model.pipeline.vae, model.pipeline.text_encoder, model.pipeline.text_encoder_3]
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
+
+
+def test_a_prompt_is_encoded_once(model, monkeypatch):
+    asked, encode = [], model.pipeline.encode_prompt
+    monkeypatch.setattr(
+        model.pipeline, "encode_prompt", lambda **kw: asked.extend(kw["prompt"]) or encode(**kw)
+    )
+    first = model.encode(PROMPTS)
+    second = model.encode([PROMPTS[1], "the number 9"])
+    assert asked == [PROMPTS[0], PROMPTS[1], "the number 9"]
+    assert len(first) == 3 and torch.equal(first.tokens[0], first.tokens[2])
+    assert not first.tokens.requires_grad
+    both = Conditioning.cat([first, second])[torch.tensor([3, 0])]
+    assert torch.equal(both.tokens, first[[1, 0]].tokens)
+    assert torch.equal(both.pooled, first[[1, 0]].pooled)
+
+
+def test_a_pipeline_without_t5_keeps_the_pipelines_256_zeros(model):
+    model.pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    bare = SD3(model.pipeline)
+    conditioning = bare.encode(["the digit 3"])
+    assert conditioning.tokens.shape[1] == model.pipeline.tokenizer_max_length + 256
+    assert conditioning.tokens[:, -256:].abs().max() == 0
+
+
+def test_errors_name_the_argument(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="path: .* has no model_index.json"):
+        SD3.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="path: .* is a FluxPipeline, expected StableDiffusion3"):
+        SD3.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="path: .* is a FluxPipeline"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="max_sequence_length: got 513"):
+        SD3.from_pretrained(DIRECTORY, max_sequence_length=513)
+    with pytest.raises(ValueError, match="height: got 30, expected a positive multiple of 8"):
+        model.latent_shape(30, 32)
+    with pytest.raises(TypeError, match="prompts: got the string"):
+        model.encode("the digit 3")
+    conditioning, x_t = model.encode(PROMPTS), torch.zeros(3, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"sigma: got shape \(\), expected \(3,\)"):
+        model.velocity(x_t, torch.tensor(0.5), conditioning)
+    with pytest.raises(ValueError, match="conditioning: got 2 rows, expected 3"):
+        model.velocity(x_t, torch.full((3,), 0.5), conditioning[:2])

@@ -1,0 +1,215 @@
+"""The Triton kernels against the reference, and the laws of the numerical contract.
+
+On a GPU, or in Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton), where
+test_triton_interpreted.py runs this file.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+import flowkern as fk
+from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
+WHY_NOT = fk.backends(DEVICE)["triton"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several chunks per sample at small sizes, for the interpreter; a GPU runs what users run."""
+    if INTERPRETED:
+        from flowkern.ops.sde_step import triton_impl
+
+        monkeypatch.setattr(triton_impl, "tile", lambda size: (256, 1))
+
+
+def latent(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def problem(*shape, dtype=torch.float32, uncond=False, history=0):
+    """Arguments of a step as keywords, with one row per sample."""
+    arguments = {
+        "x_t": latent(*shape, dtype=dtype, seed=1),
+        "velocity": latent(*shape, dtype=dtype, seed=2),
+        "c_rows": GRID[torch.arange(shape[0], device=DEVICE) % 9],
+    }
+    if uncond:
+        arguments |= {"velocity_uncond": latent(*shape, dtype=dtype, seed=3), "guidance_scale": 4.5}
+    if history:
+        arguments["history"] = [latent(*shape, dtype=dtype, seed=4 + j) for j in range(history)]
+    return arguments
+
+
+def key(batch, seed=3):
+    return {"seed": seed, "sample_id": torch.arange(batch, device=DEVICE) * 977 + 5, "step": 4}
+
+
+def both(verb, *arguments, **keywords):
+    """The result by Triton and by the reference."""
+    return [verb(*arguments, **keywords, backend=b) for b in ("triton", "reference")]
+
+
+def same_rounding(got, expected):
+    """Equal; the interpreter alone cuts to bfloat16 where hardware rounds: one last place off."""
+    if INTERPRETED and got.dtype == torch.bfloat16:
+        return torch.allclose(got.float(), expected.float(), rtol=2**-7, atol=0)
+    return torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 + 12345])
+def test_noise_has_the_bits_of_the_reference(seed):
+    ids = torch.tensor([0, 7, 2**31, 2**40 + 5, -3], device=DEVICE)
+    steps = torch.tensor([0, 1, 2, 2**28 - 1, 5], device=DEVICE)
+    for shape, step in (((5, 4099), steps), ((5, 3, 1), 0), ((5, 1), 2**28 - 1)):
+        got, expected = both(fk.philox_normal, shape, seed, ids, step, "match")
+        assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)))
+def test_draw_rounds_as_the_reference(dtypes):
+    """Noise given or keyed, guidance, history; a size of one, of a tile, of a tile and a bit."""
+    dtype, out_dtype = dtypes
+    for shape, uncond, history in (
+        ((3, 1), False, 0),
+        ((2, 4, 64), True, 0),
+        ((3, 7, 11, 13), False, 3),
+        ((2, 777), True, 1),
+    ):
+        arguments = problem(*shape, dtype=dtype, uncond=uncond, history=history)
+        arguments["out_dtype"] = out_dtype
+        noise = fk.philox_normal(shape, **key(shape[0]), backend="reference")
+        keyed, _ = both(fk.sde_step, **arguments, **key(shape[0]))
+        given, expected = both(fk.sde_step, **arguments, noise=noise)
+        assert torch.equal(given[0], keyed[0]) and torch.equal(given[1], keyed[1])
+        assert given[0].dtype == out_dtype and same_rounding(given[0], expected[0])
+        if not history:  # a replay has none: the truth is the float64 replay of what was stored
+            wide = {k: v.double() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+            wide |= {k: arguments[k] for k in ("c_rows", "guidance_scale") if k in arguments}
+            for_stored = [fk.sde_log_prob(**wide, x_next=x.double()) for x, _ in (given, expected)]
+            error, allowed = (
+                float((log_prob - true).abs().max())
+                for (_, log_prob), true in zip((given, expected), for_stored, strict=True)
+            )
+            assert error <= max(2 * allowed, 5e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_replayed_ratio_is_exactly_one_for_any_split(dtype):
+    """Also for a sample stored in another dtype, where a kernel lays out its threads otherwise."""
+    for out_dtype, size in itertools.product(DTYPES, (777, 1)):
+        arguments = problem(4, size, dtype=dtype, uncond=True)
+        x_next, drawn = fk.sde_step(**arguments, **key(4), out_dtype=out_dtype, backend="triton")
+        tensors = [n for n, v in arguments.items() if n != "guidance_scale"]
+        for split in ([4], [1, 3]):
+            for index in torch.tensor([2, 0, 3, 1], device=DEVICE).split(split):
+                part = arguments | {n: arguments[n][index] for n in tensors}
+                replayed = fk.sde_log_prob(**part, x_next=x_next[index], backend="triton")
+                assert torch.equal(replayed, drawn[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient(dtype):
+    for shape, uncond in (((3, 777), True), ((2, 256), False), ((3, 1), True)):
+        arguments = problem(*shape, dtype=dtype, uncond=uncond)
+        x_next = latent(*shape, seed=9)
+        weight = torch.linspace(-1, 2, shape[0], device=DEVICE)
+        gradients = []
+        for backend, to in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+            velocity = arguments["velocity"].clone().to(to).requires_grad_()
+            log_prob = fk.sde_log_prob(
+                **arguments | {"velocity": velocity}, x_next=x_next, backend=backend
+            )
+            (log_prob * weight).sum().backward()
+            gradients.append(velocity.grad)
+        got, plain, true = (g.double() for g in gradients)
+        assert gradients[0].dtype == dtype
+        floor = torch.finfo(dtype).eps * true.abs().max()
+        assert (got - true).abs().max() <= max(2 * (plain - true).abs().max(), floor)
+        assert true.abs().max() > 0
+
+
+def test_std_zero_reads_no_noise():
+    """The deterministic rows of a mixed batch are Euler steps bit for bit, whatever the noise."""
+    table = GRID.table[:3].clone()
+    table[1] = step_coefficients(sd3_sigmas(10), "ode", 0.0).table[4].to(table)
+    arguments = problem(3, 300) | {"c_rows": Coefficients(table)}
+    arguments["x_t"][1, :9] = -0.0
+    arguments["velocity"][1, :9] = 0.0  # dt * 0 = -0: adding 0 * noise would lose the sign
+    noise = latent(3, 300, seed=8)
+    noise[1] = float("nan")
+    euler = arguments["x_t"][1] + table[1, 1] * arguments["velocity"][1]
+    for source in ({"noise": noise}, key(3)):
+        x_next, log_prob = fk.sde_step(**arguments, **source, backend="triton")
+        assert torch.equal(x_next[1].view(torch.int32), euler.view(torch.int32))
+        assert log_prob[1] == 0 and torch.isfinite(x_next).all() and torch.isfinite(log_prob).all()
+        assert not torch.equal(x_next[0], arguments["x_t"][0])
+
+
+def test_single_edge_is_the_same_row_for_all():
+    arguments = problem(3, 300)
+    row = torch.full((3,), 4, device=DEVICE)
+    edge, rows = (
+        fk.sde_step(**arguments | {"c_rows": c}, **key(3), backend="triton")
+        for c in (GRID[4], GRID[row])
+    )
+    assert torch.equal(edge[0], rows[0]) and torch.equal(edge[1], rows[1])
+
+
+def test_any_strides():
+    x_t = latent(3, 20, 15).transpose(1, 2)
+    velocity = latent(3, 2, 15, 20, seed=1)[:, 1]  # samples apart, each contiguous
+    noise = latent(1, 15, 20, seed=2).expand(3, 15, 20)
+    rows = GRID[torch.arange(3, device=DEVICE)]
+    got, expected = both(fk.sde_step, x_t, velocity, rows, noise=noise)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(fk.sde_log_prob(x_t, velocity, got[0], rows, backend="triton"), got[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ode_step_with_history_and_x0(dtype):
+    for order in (1, 2, 3):
+        arguments = problem(3, 300, dtype=dtype, history=order - 1)
+        rows = multistep_coefficients((0.9, 0.8, 0.7, 0.6), order).to(DEVICE, torch.float32)
+        got, expected = both(
+            fk.ode_step, arguments["x_t"], arguments["velocity"], rows,
+            history=arguments.get("history", ()), return_x0=True,
+        )  # fmt: skip
+        assert all(same_rounding(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0)])
+def test_nothing_to_do(shape):
+    arguments = problem(*shape)
+    (x_next, log_prob), (_, expected) = both(fk.sde_step, **arguments, **key(shape[0]))
+    assert x_next.shape == shape and torch.equal(log_prob, expected)
+    velocity = arguments.pop("velocity").requires_grad_()
+    replayed = fk.sde_log_prob(velocity=velocity, x_next=x_next, **arguments, backend="triton")
+    assert torch.equal(replayed, expected)
+    replayed.sum().backward()
+    assert velocity.grad.shape == shape
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+def test_in_a_cuda_graph():
+    """Captured once, run on new values: as the eager call, each time."""
+    arguments = problem(3, 70_000)
+    fk.sde_step(**arguments, **key(3), backend="triton")  # compiled before the capture
+    k = key(3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x_next, log_prob = fk.sde_step(**arguments, **k, backend="triton")
+    for seed in range(3):
+        arguments["x_t"].copy_(latent(3, 70_000, seed=seed))
+        graph.replay()
+        expected = fk.sde_step(**arguments, **k, backend="triton")
+        assert torch.equal(x_next, expected[0]) and torch.equal(log_prob, expected[1])

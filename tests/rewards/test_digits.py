@@ -1,0 +1,86 @@
+"""The digit rewards on held-out real digits, the prompts, and the lookup of rewards by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowkern.rewards import REWARDS, load_reward
+from flowkern.rewards.digits import real_digits
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    images, labels = real_digits("held_out")
+    return images, [{"digit": digit} for digit in labels.tolist()]
+
+
+def test_classifier_and_judge_know_held_out_digits(held_out):
+    images, rows = held_out
+    prompts = [""] * len(rows)
+    labels = torch.tensor([row["digit"] for row in rows])
+    classifier = load_reward("digits_classifier")
+    assert (classifier.logits(images).argmax(-1) == labels).float().mean() >= 0.97
+    assert load_reward("digits_judge")(images, prompts, rows).mean() >= 0.97
+    reward = classifier(images, prompts, rows)
+    assert reward.shape == labels.shape and reward.dtype == torch.float32
+    assert 0.9 < reward.mean() < 0.97, "label smoothing keeps the probability off 1"
+    wrong = classifier(images, prompts, [{"digit": (row["digit"] + 1) % 10} for row in rows])
+    assert wrong.mean() < 0.05
+
+
+def test_rewards_agree_across_image_sizes(held_out):
+    """The same picture at twice the size, or in gray, is the same picture."""
+    images, rows = held_out[0][:20], held_out[1][:20]
+    for name in REWARDS:
+        reward = load_reward(name)
+        expected = reward(images, [""] * 20, rows)
+        for other in (images.repeat_interleave(2, -1).repeat_interleave(2, -2), images[:, :1]):
+            torch.testing.assert_close(reward(other, [""] * 20, rows), expected)
+
+
+def test_distance_is_zero_for_a_copy_and_grows_with_damage(held_out):
+    distance = load_reward("distance_to_real")
+    torch.testing.assert_close(distance(real_digits("train")[0][:8]), torch.zeros(8))
+    real = distance(held_out[0]).mean()
+    noise = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert 1.0 < real < distance(held_out[0].roll(8, -1)).mean() < distance(noise).mean()
+
+
+def test_prompts_are_held_out_and_answerable():
+    rows = {
+        split: [json.loads(line) for line in (ASSETS / f"digits-prompts/{split}.jsonl").open()]
+        for split in ("train", "test")
+    }
+    prompts = {split: {row["prompt"] for row in rows[split]} for split in rows}
+    assert all(len(prompts[split]) == len(rows[split]) >= 100 for split in rows)
+    assert not prompts["train"] & prompts["test"]
+    words = {
+        split: {word for prompt in prompts[split] for word in prompt.split()} for split in rows
+    }
+    assert words["test"] <= words["train"], "every word of a test prompt was seen in training"
+    assert all({row["digit"] for row in rows[split]} == set(range(10)) for split in rows)
+
+
+def test_assets_are_small():
+    files = [path for path in ASSETS.glob("digits-*/**/*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+
+
+def test_load_reward_takes_any_function_and_says_what_it_wants(held_out):
+    assert load_reward("flowkern.rewards.digits:to_pixels").__name__ == "to_pixels"
+    with pytest.raises(ValueError, match="name: got 'beauty', expected one of digits_classifier"):
+        load_reward("beauty")
+    with pytest.raises(FileNotFoundError, match="directory: no judge.safetensors in"):
+        load_reward("digits_judge", directory="/nonexistent")
+    images, rows = held_out
+    classifier = load_reward("digits_classifier")
+    with pytest.raises(ValueError, match="metadata: got 1 rows, expected 2"):
+        classifier(images[:2], ["", ""], rows[:1])
+    with pytest.raises(ValueError, match=r"metadata\[1\]\['digit'\]: got None, expected 0 to 9"):
+        classifier(images[:2], ["", ""], [rows[0], {}])
+    with pytest.raises(ValueError, match=r"images: got shape \(3, 32, 32\), expected"):
+        classifier(images[0], [""], rows[:1])

@@ -1,0 +1,242 @@
+"""Grids and coefficients against published values, closed forms, diffusers, and each other."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowkern import schedules
+from flowkern.schedules import (
+    KINDS,
+    edge_coefficients,
+    flux_sigmas,
+    multistep_coefficients,
+    sd3_sigmas,
+    shifted_sigmas,
+    step_coefficients,
+)
+
+# (sigma, sigma_next, a, b, std) to six digits, computed from the authors' released samplers.
+PUBLISHED = [
+    (sd3_sigmas(10), "flow_sde", 0.7, 0, (1.000000, 0.960129, 0.755000, -0.039871, 0.700000)),
+    (sd3_sigmas(10), "flow_sde", 0.7, 1, (0.960129, 0.913349, 0.712541, -0.058242, 0.742964)),
+    (sd3_sigmas(10), "flow_sde", 0.7, 4, (0.790368, 0.707278, 0.902892, -0.103447, 0.391794)),
+    (sd3_sigmas(10), "flow_sde", 0.7, 7, (0.464876, 0.278049, 0.914463, -0.232600, 0.282007)),
+    (sd3_sigmas(10), "flow_sde", 0.7, 8, (0.278049, 0.008929, 0.908672, -0.335055, 0.225360)),
+    (sd3_sigmas(10), "flow_sde", 0.7, 9, (0.008929, 0.000000, 0.997793, -0.011116, 0.006278)),
+    (sd3_sigmas(10), "cps", 0.8, 0, (1.000000, 0.960129, 0.336567, -0.039871, 0.913137)),
+    (sd3_sigmas(10), "cps", 0.8, 4, (0.790368, 0.707278, 0.511283, -0.185540, 0.672662)),
+    (sd3_sigmas(10), "cps", 0.8, 8, (0.278049, 0.008929, 0.993831, -0.273574, 0.008492)),
+    (flux_sigmas(6, 1024), "flow_sde", 0.9, 0, (1.000000, 0.903736, 0.595000, -0.096264, 0.900000)),
+    (flux_sigmas(6, 1024), "flow_sde", 0.9, 2, (0.789705, 0.652489, 0.735742, -0.192788, 0.646043)),
+    (flux_sigmas(6, 1024), "flow_sde", 0.9, 4, (0.484218, 0.273003, 0.834150, -0.296757, 0.400768)),
+    (shifted_sigmas(16, 3.0), "dance_sde", 0.3, 0, (1.0, 0.978261, 0.999022, -0.021739, 0.044233)),
+    (shifted_sigmas(16, 3.0), "dance_sde", 0.3, 9, (0.7, 0.642857, 0.996327, -0.058245, 0.071714)),
+    (shifted_sigmas(16, 3.0), "dance_sde", 0.3, 14, (0.3, 0.166667, 0.98, -0.147333, 0.109545)),
+]
+
+
+@pytest.mark.parametrize(("sigmas", "kind", "noise_level", "i", "expected"), PUBLISHED)
+def test_published_values_to_all_printed_digits(sigmas, kind, noise_level, i, expected):
+    c = step_coefficients(sigmas, kind, noise_level)[i]
+    got = (sigmas[i], sigmas[i + 1], c.a, c.b, c.std)
+    assert [f"{abs(float(g) - e):.6f}" for g, e in zip(got, expected, strict=True)] == ["0.000000"] * 5
+
+
+def test_sd3_grid_is_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for steps in (1, 2, 10, 28, 40):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(steps)
+        torch.testing.assert_close(scheduler.sigmas.double(), sd3_sigmas(steps), atol=1e-7, rtol=0)
+
+
+def test_flux_grid_is_diffusers():
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 6, 6), mu=0.63)
+    torch.testing.assert_close(scheduler.sigmas.double(), flux_sigmas(6, 1024), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_prob_constants_are_those_of_a_gaussian(kind):
+    c = step_coefficients(sd3_sigmas(10), kind, 0.7)
+    if kind == "cps":  # its published log-probability leaves the variance out, on the deterministic last step too
+        assert (c.k == 1).all() and (c.c == 0).all()
+        return
+    noisy = c.std > 0
+    assert (c.k[~noisy] == 0).all() and (c.c[~noisy] == 0).all()
+    std = c.std[noisy]
+    torch.testing.assert_close(c.k[noisy], 1 / (2 * std**2))
+    torch.testing.assert_close(c.c[noisy], -std.log() - 0.5 * math.log(2 * math.pi))
+    assert noisy.any() == (kind != "ode")
+
+
+def test_zero_noise_is_euler_exactly():
+    for kind in ("flow_sde", "dance_sde"):
+        zero, euler = (step_coefficients(sd3_sigmas(10), k, 0.0) for k in (kind, "ode"))
+        assert torch.equal(zero.table, euler.table)
+
+
+edges = st.tuples(st.floats(1e-3, 1.0), st.one_of(st.just(0.0), st.floats(1e-3, 0.999))).map(lambda p: (p[0], p[0] * p[1]))
+
+
+@given(edges, st.sampled_from(KINDS), st.floats(0.01, 1.0))
+def test_every_sampler_keeps_the_marginals(edge, kind, noise_level):
+    """For a point mass at 0 (x_t = sigma e, velocity = e) the variance after the step is sigma_next^2: exactly for ode,
+    cps and dpm_sde; for the Euler-Maruyama SDEs up to the dt^2 term that follows from their formula."""
+    s, n = edge
+    c = edge_coefficients(s, n, kind, noise_level)
+    variance = float((c.a * s + c.b) ** 2 + c.std**2)
+    g2, dt = float(c.std) ** 2 / (s - n), n - s
+    second_order = dt**2 * (g2 / s + g2**2 / (4 * s**2)) if kind in ("flow_sde", "dance_sde") else 0.0
+    assert variance == pytest.approx(n**2 + second_order, rel=1e-9, abs=1e-12)
+
+
+def test_edges_need_no_grid():
+    grid = sd3_sigmas(10)
+    for kind in KINDS:
+        rows = step_coefficients(grid, kind, 0.6)
+        for i in range(10):
+            alone = edge_coefficients(float(grid[i]), float(grid[i + 1]), kind, 0.6)
+            torch.testing.assert_close(alone.table, rows[i].table, atol=0, rtol=0)
+
+
+# ---- multistep ----
+
+
+def _dpm_solver_path(variant, order, sigmas, velocity, x, start=0, history=()):
+    """x at every node after `start`, by our coefficients, for a velocity that depends on (x, sigma)."""
+    history, xs = list(history), []
+    for i in range(start, len(sigmas) - 1):
+        m = multistep_coefficients(sigmas[max(0, i - 2) : i + 2], order, variant)
+        v = velocity(x, sigmas[i])
+        earlier = sum(w * h for w, h in zip(m.history, history, strict=False))
+        history = [x - sigmas[i] * v, *history][:3]
+        x = m.a * x + m.b * v + earlier
+        xs.append(x)
+    return torch.stack(xs)
+
+
+@pytest.mark.parametrize(("order", "variant"), [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")])
+def test_multistep_agrees_with_diffusers(order, variant):
+    from diffusers import DPMSolverMultistepScheduler
+
+    sigmas = sd3_sigmas(12).tolist()
+
+    def velocity(x, s):
+        return torch.sin(3 * x) + s
+
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=order, solver_type=variant,
+        lower_order_final=False, final_sigmas_type="zero",
+    )  # fmt: skip
+    scheduler.set_timesteps(12)
+    # From the second node: diffusers' first sigma may not be 1 (lambda is infinite there).
+    start = 1
+    scheduler.sigmas = torch.tensor(sigmas[start:], dtype=torch.float64)
+    scheduler.timesteps = scheduler.sigmas[:-1] * 1000
+    scheduler.num_inference_steps = len(sigmas) - 1 - start
+    x, theirs = torch.ones(1, dtype=torch.float64), []
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(velocity(x, sigmas[start + i]), t, x).prev_sample
+        theirs.append(x)
+    ours = _dpm_solver_path(variant, order, sigmas[start:], velocity, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(ours, torch.stack(theirs), atol=1e-6, rtol=1e-6)
+
+
+def test_multistep_order_of_convergence():
+    """x0 ~ N(1, 0.3^2): velocity and flow map are known; the first history comes from the exact path."""
+
+    def std(s):
+        return math.sqrt((1 - s) ** 2 * 0.09 + s**2)
+
+    def exact(s):
+        return torch.tensor([(1 - s) + 1.5 * std(s)], dtype=torch.float64)
+
+    def exact_x0(x, s):
+        return 1 + (1 - s) * 0.09 / std(s) ** 2 * (x - (1 - s))
+
+    def error(order, variant, steps):
+        log_snr = torch.linspace(-2.5, 1.5, steps + 1, dtype=torch.float64)
+        sigmas = torch.sigmoid(-log_snr).tolist()
+        history = [exact_x0(exact(s), s) for s in (sigmas[1], sigmas[0])]
+        path = _dpm_solver_path(
+            variant, order, sigmas, lambda x, s: (x - exact_x0(x, s)) / s, exact(sigmas[2]), 2, history
+        )
+        return float((path[-1] - exact(sigmas[-1])).abs())
+
+    # The published third-order update (diffusers' too) weighs the second difference by half of what Taylor's series asks:
+    # a far smaller error than the second order's, but of the same order in the end.
+    expected = {(1, "midpoint"): 1, (2, "midpoint"): 2, (2, "heun"): 2, (3, "midpoint"): 2}
+    errors = {form: error(*form, 1600) for form in expected}
+    for form, order in expected.items():
+        assert math.log2(errors[form] / error(*form, 3200)) == pytest.approx(order, abs=0.15), form
+    assert errors[3, "midpoint"] < errors[2, "heun"] / 5 < errors[1, "midpoint"] / 25
+
+
+def test_multistep_falls_to_what_the_path_allows():
+    euler = edge_coefficients(0.5, 0.4, "ode", 0.0)
+    torch.testing.assert_close(multistep_coefficients((0.5, 0.4), 3).table, euler.table)
+    last = multistep_coefficients((0.7, 0.6, 0.5, 0.0), 3)
+    torch.testing.assert_close(last.table, edge_coefficients(0.5, 0.0, "ode", 0.0).table)
+    assert last.num_history == 0
+    assert multistep_coefficients((0.6, 0.5, 0.4), 3).num_history == 1
+    from_noise = multistep_coefficients((1.0, 0.9, 0.8), 2)  # lambda(1) is infinite: first order in effect
+    torch.testing.assert_close(from_noise.a * 1 + from_noise.history.sum() * 0, edge_coefficients(0.9, 0.8, "ode", 0).a)
+
+
+def test_stochastic_multistep_starts_from_dpm_sde():
+    one = multistep_coefficients((0.5, 0.4), 2, sde=True)
+    torch.testing.assert_close(one.table, edge_coefficients(0.5, 0.4, "dpm_sde", 0.0).table)
+    two = multistep_coefficients((0.6, 0.5, 0.4), 2, sde=True)
+    assert two.num_history == 1 and two.std > 0
+
+
+# ---- rows and errors ----
+
+
+def test_indexing():
+    c = step_coefficients(sd3_sigmas(4), "flow_sde", 0.7)
+    index = torch.tensor([3, 0, 0])
+    assert len(c) == 4 and c[index].a.shape == (3,) and c[1].a.shape == ()
+    assert torch.equal(c[index].std, c.std[index])
+    assert c.to("cpu", torch.float32).a.dtype == torch.float32
+    assert c.to("cpu", torch.float32) is c.to("cpu", torch.float32)
+    with pytest.raises(IndexError, match="step 4 is out of range for 4 edges"):
+        c[4]
+    with pytest.raises(TypeError, match="expected integers"):
+        c[torch.tensor([0.0])]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sd3_sigmas(0), "num_steps"),
+        (lambda: shifted_sigmas(4, -1.0), "shift"),
+        (lambda: flux_sigmas(4, 0), "image_seq_len"),
+        (lambda: step_coefficients([1.0], "ode", 0.0), "sigmas: expected shape"),
+        (lambda: step_coefficients([1.0, 0.5, 0.7], "ode", 0.0), "sigma_next: expected values below"),
+        (lambda: step_coefficients([1.0, math.nan, 0.0], "ode", 0.0), "expected values in"),
+        (lambda: step_coefficients([1.5, 0.5], "ode", 0.0), r"sigma: expected values in \(0, 1\]"),
+        (lambda: step_coefficients([1.0, 0.0], "sde", 0.7), "kind: expected one of"),
+        (lambda: step_coefficients([1.0, 0.5], "flow_sde", -0.1), "noise_level"),
+        (lambda: step_coefficients([1.0, 0.5], "flow_sde", math.inf), "noise_level"),
+        (lambda: step_coefficients([1.0, 0.5], "cps", 1.5), "noise_level: cps"),
+        (lambda: edge_coefficients(1.0, 0.5, "flow_sde", 0.7, sigma_max=1.0), "sigma_max"),
+        (lambda: multistep_coefficients((0.5,), 2), "path_sigmas"),
+        (lambda: multistep_coefficients((0.5, 0.6), 2), "path_sigmas: expected falling"),
+        (lambda: multistep_coefficients((0.6, 0.5), 4), "order"),
+        (lambda: multistep_coefficients((0.6, 0.5), 2, "euler"), "variant"),
+        (lambda: multistep_coefficients((0.7, 0.6, 0.5), 3, sde=True), "sde"),
+        (lambda: schedules.Coefficients(torch.zeros(3, 5)), "table"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
