@@ -100,6 +100,13 @@ def check_rows(
     return table if table.dtype == dtype else rows.to(device, dtype).table
 
 
+def per_sample_contiguous(x: Tensor) -> Tensor:
+    """`x` itself where the elements of each sample are contiguous (whatever lies between samples), else a copy."""
+    if x.is_contiguous() or x.shape[0] == 0 or x[0].is_contiguous():
+        return x
+    return x.contiguous()
+
+
 def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, velocity: Tensor) -> None:
     if velocity_uncond is not None:
         check_latent("velocity_uncond", velocity_uncond, velocity)

@@ -31,13 +31,6 @@ def cpu() -> ModuleType:
     return _load()[0]
 
 
-def per_sample_contiguous(x: Tensor) -> Tensor:
-    """`x` itself where the elements of each sample are contiguous (whatever lies between samples), else a copy."""
-    if x.is_contiguous() or x.shape[0] == 0 or x[0].is_contiguous():
-        return x
-    return x.contiguous()
-
-
 def latent(x: Tensor | None) -> tuple[int, int, int] | None:
     """(address, elements from sample to sample, dtype code), as the kernels take a latent."""
     return None if x is None else (x.data_ptr(), x.stride(0), _DTYPE_CODES[x.dtype])

@@ -132,5 +132,7 @@ def philox_normal(
     if device is None:
         device = sample_id.device if isinstance(sample_id, Tensor) else "cpu"
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     key = check_key(seed, sample_id, step, shape[0], device)
     return choose(_IMPLS, device, torch.float32, backend).call(shape, key, STREAMS[stream], device)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flowkern.ops._common import native
-from flowkern.ops._common.arguments import STREAMS, Noise
-from flowkern.ops._common.native import address, latent, per_sample_contiguous
+from flowkern.ops._common.arguments import STREAMS, Noise, per_sample_contiguous
+from flowkern.ops._common.native import address, latent
 
 
 def _common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows) -> tuple:
