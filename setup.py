@@ -1,5 +1,6 @@
-"""Builds the native kernels. FLOWKERN_BUILD = auto (build what the machine can; the default) | cpu | cuda | none.
+"""Builds the native kernels.
 
+FLOWKERN_BUILD = auto (build what the machine can; the default) | cpu | cuda | none.
 No torch is needed to build: the kernels take raw pointers, so one build serves every torch.
 """
 
@@ -13,7 +14,7 @@ from setuptools.extension import Extension
 
 COMMON = [
     "-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra",
-    # Rounding is part of the contract: no contraction, no fast-math. These three only let loops vectorize.
+    # Rounding is part of the contract: no contraction, no fast-math. The rest lets loops vectorize.
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-semantic-interposition",
 ]  # fmt: skip
 X86_INSTANCES = {
@@ -30,13 +31,14 @@ def wanted() -> str:
         sys.exit(f"FLOWKERN_BUILD: expected auto, cpu, cuda or none, got {choice!r}")
     if choice == "cuda":
         sys.exit(
-            "FLOWKERN_BUILD=cuda: this version has no native CUDA kernels; on CUDA devices the Triton ones serve. Use auto."
+            "FLOWKERN_BUILD=cuda: this version has no native CUDA kernels; "
+            "on CUDA devices the Triton ones serve. Use auto."
         )
     return choice
 
 
 class BuildKernels(build_ext):
-    """Compiles every kernel source once per instruction set and links the instances into one module."""
+    """Compiles every kernel source once per instruction set and links all into one module."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -62,7 +64,8 @@ class BuildKernels(build_ext):
             print(
                 f"flowkern: the native CPU kernels were not built ({error}).\n"
                 "flowkern: the package works without them, on the reference and Triton backends; "
-                "with a C++ compiler, install again to build them (FLOWKERN_BUILD=cpu shows the full error).",
+                "with a C++ compiler, install again to build them "
+                "(FLOWKERN_BUILD=cpu shows the full error).",
                 file=sys.stderr,
             )
 

@@ -23,14 +23,26 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     g = torch.Generator().manual_seed(0)
     x, old, drift = (torch.randn(IMAGE, generator=g).to(device) for _ in range(3))
     v = (old + 1e-3 * drift).requires_grad_()
-    rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[torch.arange(8)].to(device, torch.float32)
+    rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[torch.arange(8)].to(
+        device, torch.float32
+    )
     key = {"seed": 1, "sample_id": torch.arange(8, device=device), "step": 3}
     x_next, old_log_prob = fk.sde_step(x, old, rows, **key)
-    advantage, clip = torch.linspace(-1, 1, 8, device=device), 1.0  # nothing is clipped: every row has a gradient
+    advantage, clip = (
+        torch.linspace(-1, 1, 8, device=device),
+        1.0,
+    )  # nothing is clipped: every row has a gradient
 
     wide = v.detach().double().requires_grad_()
     truth = fk.policy_loss(
-        wide, x.double(), x_next.double(), rows, advantage.double(), old_velocity=old.double(), clip_low=0.99, clip_high=clip
+        wide,
+        x.double(),
+        x_next.double(),
+        rows,
+        advantage.double(),
+        old_velocity=old.double(),
+        clip_low=0.99,
+        clip_high=clip,
     ).loss
     truth.backward()
 
@@ -49,10 +61,31 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         ).loss
 
     contenders = [
-        Contender("flowkern (reference)", lambda: with_gradient(ours), "exact difference form; no kernel yet"),
-        Contender("eager", lambda: with_gradient(lambda: plain_loss(*arguments)), "ratio from log-probabilities"),
+        Contender(
+            "flowkern (reference)",
+            lambda: with_gradient(ours),
+            "exact difference form; no kernel yet",
+        ),
+        Contender(
+            "eager",
+            lambda: with_gradient(lambda: plain_loss(*arguments)),
+            "ratio from log-probabilities",
+        ),
         Contender("torch.compile", lambda: with_gradient(run), "ratio from log-probabilities"),
     ]
     check = lambda grad: float((grad - wide.grad).abs().max() / wide.grad.abs().max())  # noqa: E731
-    moved = 9 * x.numel() * 4  # forward: velocity, old, x_t, x_next; backward: the same and the gradient
-    return [Case("policy_loss", "forward + backward, image", IMAGE, "float32", contenders, check, 1e-3, moved)]
+    moved = (
+        9 * x.numel() * 4
+    )  # forward: velocity, old, x_t, x_next; backward: the same and the gradient
+    return [
+        Case(
+            "policy_loss",
+            "forward + backward, image",
+            IMAGE,
+            "float32",
+            contenders,
+            check,
+            1e-3,
+            moved,
+        )
+    ]

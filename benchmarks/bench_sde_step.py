@@ -1,4 +1,4 @@
-"""The step against plain PyTorch: draw with in-kernel and given noise, replay, replay with gradient; images and video."""
+"""The step against plain PyTorch: draw, replay, and its gradient; images and video."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plain_replay(x, v, x_next, a, b, k, c):
 
 
 class ReusedBuffers:
-    """The same formulas with every intermediate in a buffer that is there already: eager PyTorch at its best."""
+    """Eager PyTorch at its best: every intermediate goes to a buffer that is there already."""
 
     def __init__(self, like):
         self.mean, self.work, self.x_next = (torch.empty_like(like) for _ in range(3))
@@ -63,9 +63,13 @@ class Inputs:
         draw = lambda: torch.randn(shape, generator=g).to(device, dtype)  # noqa: E731
         self.x, self.v, self.noise = draw(), draw(), draw()
         steps = torch.arange(shape[0]) % 9
-        self.rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[steps].to(device, torch.float32)
+        self.rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[steps].to(
+            device, torch.float32
+        )
         column = lambda t: t.reshape(-1, 1).contiguous()  # noqa: E731
-        self.a, self.b, self.std, self.k, self.c = (column(getattr(self.rows, n)) for n in ("a", "b", "std", "k", "c"))
+        self.a, self.b, self.std, self.k, self.c = (
+            column(getattr(self.rows, n)) for n in ("a", "b", "std", "k", "c")
+        )
         self.key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
         self.out = torch.empty_like(self.x)
         self.x_next, self.log_prob = fk.sde_step(self.x, self.v, self.rows, **self.key)
@@ -76,7 +80,7 @@ class Inputs:
         return plain_replay(*wide)
 
     def check_draw(self, x_next, log_prob):
-        """The log-probability of what was drawn, and that the noise is standard normal, in units of its standard error."""
+        """The error of the log-probability; and whether the noise has a normal's variance."""
         noise = (x_next.double() - self.a * self.x.double() - self.b * self.v.double()) / self.std
         spread = abs(float(noise.square().mean()) - 1) * math.sqrt(noise.numel() / 2)
         return max(float((log_prob - self.truth(x_next)).abs().max()), 1e-5 * (spread > 5))
@@ -86,11 +90,23 @@ class Inputs:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    result = [_draw(Inputs(IMAGE, torch.float32, device)), _draw_given(Inputs(IMAGE, torch.float32, device))]
-    result += [_replay(Inputs(IMAGE, torch.float32, device)), _replay_gradient(Inputs(IMAGE, torch.float32, device))]
+    result = [
+        _draw(Inputs(IMAGE, torch.float32, device)),
+        _draw_given(Inputs(IMAGE, torch.float32, device)),
+    ]
+    result += [
+        _replay(Inputs(IMAGE, torch.float32, device)),
+        _replay_gradient(Inputs(IMAGE, torch.float32, device)),
+    ]
     if not quick:
-        result += [_draw(Inputs(IMAGE, torch.bfloat16, device)), _replay(Inputs(IMAGE, torch.bfloat16, device))]
-        result += [_draw(Inputs(VIDEO, torch.float32, device)), _replay(Inputs(VIDEO, torch.bfloat16, device))]
+        result += [
+            _draw(Inputs(IMAGE, torch.bfloat16, device)),
+            _replay(Inputs(IMAGE, torch.bfloat16, device)),
+        ]
+        result += [
+            _draw(Inputs(VIDEO, torch.float32, device)),
+            _replay(Inputs(VIDEO, torch.bfloat16, device)),
+        ]
     return [*result, _replay(Inputs(VIDEO, torch.float32, device))]
 
 
@@ -98,7 +114,17 @@ def _case(name, i: Inputs, contenders, check, streams, bandwidth="copy") -> Case
     size = "image" if i.x.numel() == math.prod(IMAGE) else "video"
     dtype = str(i.x.dtype).removeprefix("torch.")
     moved = streams * i.x.numel() * i.x.element_size()
-    return Case("sde_step", f"{name}, {size}", tuple(i.x.shape), dtype, contenders, check, 2e-5, moved, bandwidth)
+    return Case(
+        "sde_step",
+        f"{name}, {size}",
+        tuple(i.x.shape),
+        dtype,
+        contenders,
+        check,
+        2e-5,
+        moved,
+        bandwidth,
+    )
 
 
 def _draw(i: Inputs) -> Case:
@@ -110,7 +136,8 @@ def _draw(i: Inputs) -> Case:
             Contender("eager", lambda: plain_draw(i.x, i.v, *scalars)),
             Contender("torch.compile", compiled(plain_draw, i.x, i.v, *scalars)),
             Contender(
-                "torch.compile, fallback_random", compiled(plain_draw, i.x, i.v, *scalars, fallback_random=True)
+                "torch.compile, fallback_random",
+                compiled(plain_draw, i.x, i.v, *scalars, fallback_random=True),
             ),
         ]
     return _case("draw", i, contenders, i.check_draw, 3)
@@ -156,7 +183,9 @@ def _replay_gradient(i: Inputs) -> Case:
 
     arguments = (i.x, v, i.x_next, i.a, i.b, i.k, i.c)
     contenders = [
-        Contender("flowkern", lambda: with_gradient(lambda: fk.sde_log_prob(i.x, v, i.x_next, i.rows))),
+        Contender(
+            "flowkern", lambda: with_gradient(lambda: fk.sde_log_prob(i.x, v, i.x_next, i.rows))
+        ),
         Contender("eager", lambda: with_gradient(lambda: plain_replay(*arguments))),
         Contender("torch.compile", _compiled_gradient(with_gradient, arguments)),
     ]

@@ -1,7 +1,8 @@
 """How everything here is timed: the only file that knows clocks, bytes and machines.
 
-A case is gated on correctness, then its contenders are called in turn, round after round, so that whatever else the machine
-does falls on all of them alike. Buffers are allocated before. Reported: the 20th, 50th and 80th percentile.
+A case is gated on correctness, then its contenders are called in turn, round after round, so that
+whatever else the machine does falls on all of them alike. Buffers are allocated before. Reported:
+the 20th, 50th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Contender:
-    """`run()` does the work once and returns tensors, which `Case.check` sees; `note` says what the name does not."""
+    """`run()` does the work once and returns a tuple of tensors, which `Case.check` sees."""
 
     name: str
     run: Callable
@@ -45,7 +46,7 @@ class Case:
 
 
 class Clock:
-    """Milliseconds of a call: the host's clock on a CPU, events on a CUDA device after its cache is overwritten."""
+    """Milliseconds of a call: the host's clock, or a CUDA device's events after a cache flush."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -66,12 +67,15 @@ class Clock:
         return (time.perf_counter_ns() - begin) / 1e6
 
 
-def interleaved(runs: dict[str, Callable], clock: Clock, seconds: float, rounds: int | None = None) -> dict[str, dict]:
-    """p20, p50 and p80 of each, called in turn for `seconds` in all (at least five rounds), or for `rounds`."""
+def interleaved(
+    runs: dict[str, Callable], clock: Clock, seconds: float, rounds: int | None = None
+) -> dict[str, dict]:
+    """p20, p50 and p80 of each, called in turn for `seconds` in all, or for `rounds`."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values() if rounds is None else ():  # a case with few rounds is too long to be run for nothing
-        for _ in range(3):
-            run()
+    if rounds is None:  # a case with few rounds is too long to be run for nothing
+        for run in runs.values():
+            for _ in range(3):
+                run()
     end = time.perf_counter() + seconds
     count = 0
     while (count < rounds) if rounds is not None else (count < 5 or time.perf_counter() < end):
@@ -86,7 +90,9 @@ def interleaved(runs: dict[str, Callable], clock: Clock, seconds: float, rounds:
     return result
 
 
-def run_case(case: Case, device: torch.device, seconds: float, bandwidths: dict[str, float]) -> list[dict]:
+def run_case(
+    case: Case, device: torch.device, seconds: float, bandwidths: dict[str, float]
+) -> list[dict]:
     """Gate, time, and describe each contender: rows for the table and the JSON."""
     rows, runs = [], {}
     for contender in case.contenders:
@@ -109,17 +115,23 @@ def run_case(case: Case, device: torch.device, seconds: float, bandwidths: dict[
         if case.bytes_moved and "ms_p50" in row:
             row["gb_per_s"] = case.bytes_moved / row["ms_p50"] / 1e6
             row["of_bandwidth"] = row["gb_per_s"] / bandwidths[case.bandwidth]
-    ours = next((r["ms_p50"] for r in rows if r["backend"].startswith("flowkern") and "ms_p50" in r), None)
+    ours = next(
+        (r["ms_p50"] for r in rows if r["backend"].startswith("flowkern") and "ms_p50" in r), None
+    )
     for row in rows:
         if ours and "ms_p50" in row and not row["backend"].startswith("flowkern"):
             row["flowkern_is_faster_by"] = row["ms_p50"] / ours
     return rows
 
 
-def measure_bandwidths(device: torch.device, seconds: float, elements: int = 4 * 2_096_640) -> dict[str, float]:
-    """GB/s of a copy (bytes read and written) and of a read (torch.sum), at the size of a video batch."""
+def measure_bandwidths(
+    device: torch.device, seconds: float, elements: int = 4 * 2_096_640
+) -> dict[str, float]:
+    """GB/s of a copy (bytes read and written) and of a read (torch.sum), at video size."""
     x, y = torch.randn(elements, device=device), torch.empty(elements, device=device)
-    timed = interleaved({"copy": lambda: y.copy_(x), "read": lambda: x.sum()}, Clock(device), seconds)
+    timed = interleaved(
+        {"copy": lambda: y.copy_(x), "read": lambda: x.sum()}, Clock(device), seconds
+    )
     moved = {"copy": 8 * elements, "read": 4 * elements}
     return {name: moved[name] / t["ms_p50"] / 1e6 for name, t in timed.items()}
 
@@ -128,14 +140,23 @@ def describe_machine(device: torch.device) -> dict:
     """What a figure depends on: processor, threads, versions, commit."""
     import flowkern
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "flowkern": flowkern.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flowkern": flowkern.__version__,
+    }
     try:
         import triton
 
         versions["triton"] = triton.__version__
     except ImportError:
         versions["triton"] = None
-    about = {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.system(), **versions}
+    about = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        **versions,
+    }
     if device.type == "cuda":
         about |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     else:
@@ -144,13 +165,20 @@ def describe_machine(device: torch.device) -> dict:
         about["instruction_set"] = native.cpu().isa() if native.cpu() else None
     about["backends"] = flowkern.backends(device)
     about["utc"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-    about |= {"commit": _git("rev-parse", "--short", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))}
+    about |= {
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "-uno")),
+    }
     return about
 
 
 def device_slug(device: torch.device, machine: dict) -> str:
     """A folder name for results: what they were measured on."""
-    name = machine["gpu"] if device.type == "cuda" else f"{machine['processor']} {machine['threads']} threads"
+    name = (
+        machine["gpu"]
+        if device.type == "cuda"
+        else f"{machine['processor']} {machine['threads']} threads"
+    )
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 

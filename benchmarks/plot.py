@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 COLORS = {"eager, buffers reused": "#4c72b0", "eager": "#9db4d8", "torch.compile": "#dd8452"}
-COLORS |= {"torch.compile, fallback_random": "#f0bb93", "plain PyTorch, one group at a time": "#55a868"}
+COLORS |= {
+    "torch.compile, fallback_random": "#f0bb93",
+    "plain PyTorch, one group at a time": "#55a868",
+}
 COLORS |= {"plain PyTorch, one sample at a time": "#a3d1ad"}
 
 
@@ -32,12 +35,20 @@ def plot(result: dict, path: Path) -> None:
     seen = set()
     for y, row in bars:
         name, factor = row["backend"], row["flowkern_is_faster_by"]
-        axes.barh(y, factor, color=COLORS.get(name, "#888888"), label=None if name in seen else f"than {name}")
+        axes.barh(
+            y,
+            factor,
+            color=COLORS.get(name, "#888888"),
+            label=None if name in seen else f"than {name}",
+        )
         axes.text(factor * 1.04, y, f"{factor:.1f}×", va="center", fontsize=8)
         seen.add(name)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.7, *[0.8 * r["flowkern_is_faster_by"] for _, r in bars]), 2.2 * max(r["flowkern_is_faster_by"] for _, r in bars))
+    axes.set_xlim(
+        min(0.7, *[0.8 * r["flowkern_is_faster_by"] for _, r in bars]),
+        2.2 * max(r["flowkern_is_faster_by"] for _, r in bars),
+    )
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_yticks([y for y, _ in labels], [title for _, title in labels], fontsize=9)
     axes.invert_yaxis()
@@ -47,7 +58,9 @@ def plot(result: dict, path: Path) -> None:
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    axes.set_title(f"{where} · torch {machine['torch']} · commit {machine['commit']}", fontsize=9, loc="left")
+    axes.set_title(
+        f"{where} · torch {machine['torch']} · commit {machine['commit']}", fontsize=9, loc="left"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -57,7 +70,9 @@ def cases(result: dict) -> dict[str, list[dict]]:
     grouped: dict[str, list[dict]] = {}
     for row in result["rows"]:
         dtype = "" if row["dtype"] == "float32" else f" ({row['dtype']})"
-        prefix = {"training_step": "training step: ", "policy_loss": "policy loss, "}.get(row["op"], "")
+        prefix = {"training_step": "training step: ", "policy_loss": "policy loss, "}.get(
+            row["op"], ""
+        )
         grouped.setdefault(f"{prefix}{row['case']}{dtype}", []).append(row)
     return grouped
 

@@ -1,4 +1,4 @@
-"""torch.compile as a rival: compiled once, whole, for static shapes, with or without eager PyTorch's random numbers."""
+"""torch.compile as a rival: compiled once, whole, for static shapes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ def compiled(function: Callable, *arguments, fallback_random: bool = False) -> C
 
     @functools.cache
     def code():
-        return torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": fallback_random})
+        return torch.compile(
+            function, fullgraph=True, dynamic=False, options={"fallback_random": fallback_random}
+        )
 
     return lambda: code()(*arguments)

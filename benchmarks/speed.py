@@ -1,9 +1,9 @@
-"""What flowkern buys on this machine: kernels and one whole training step, against eager PyTorch and torch.compile.
+"""What flowkern buys on this machine, against eager PyTorch and torch.compile.
 
     python benchmarks/speed.py [--device cpu|cuda] [--quick] [--json PATH]
 
-Every timing is gated on correctness, contenders take turns, and nothing in the table is typed by hand. Writes a JSON file and,
-beside it, a PNG chart.
+Kernels, and one whole training step. Every timing is gated on correctness, contenders take turns,
+and nothing in the table is typed by hand. Writes a JSON file and, beside it, a PNG chart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from pathlib import Path
 import torch
 from harness import ROOT, describe_machine, device_slug, measure_bandwidths, run_case
 
-SECTIONS = {"Kernels": ("bench_sde_step", "bench_policy_loss"), "One training step": ("bench_training_step",)}
+SECTIONS = {
+    "Kernels": ("bench_sde_step", "bench_policy_loss"),
+    "One training step": ("bench_training_step",),
+}
 
 
 def main() -> int:
@@ -37,8 +40,15 @@ def main() -> int:
                 measured = run_case(case, device, seconds, bandwidths)
                 _print_case(case, measured)
                 rows += measured
-                is_good &= not any("failed" in r and r["backend"].startswith("flowkern") for r in measured)
-    result = {"machine": machine, "command": " ".join(sys.argv), "bandwidth_gb_per_s": bandwidths, "rows": rows}
+                is_good &= not any(
+                    "failed" in r and r["backend"].startswith("flowkern") for r in measured
+                )
+    result = {
+        "machine": machine,
+        "command": " ".join(sys.argv),
+        "bandwidth_gb_per_s": bandwidths,
+        "rows": rows,
+    }
     result["seconds"] = time.perf_counter() - begin
     path = options.json or _default_path(device, machine, options.quick)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,13 +63,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter timings: a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer cases, shorter timings: a smoke test"
+    )
     parser.add_argument("--json", type=Path, help="where the results go; the chart goes beside")
     return parser.parse_args()
 
 
 def _default_path(device: torch.device, machine: dict, quick: bool) -> Path:
-    return ROOT / "benchmarks" / "results" / device_slug(device, machine) / f"speed{'-quick' if quick else ''}.json"
+    return (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / device_slug(device, machine)
+        / f"speed{'-quick' if quick else ''}.json"
+    )
 
 
 def _chart(result: dict, path: Path) -> str:
@@ -76,16 +94,28 @@ def _chart(result: dict, path: Path) -> str:
 
 
 def _print_head(machine: dict, bandwidths: dict[str, float]) -> None:
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
-    print(f"flowkern {machine['flowkern']} at {machine['commit']}{' (modified)' if machine['dirty'] else ''} on {where}")
-    print(f"python {machine['python']}, torch {machine['torch']}, triton {machine['triton']}, {machine['utc']} UTC")
+    where = (
+        machine.get("gpu")
+        or f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
+    )
+    print(
+        f"flowkern {machine['flowkern']} at {machine['commit']}"
+        f"{' (modified)' if machine['dirty'] else ''} on {where}"
+    )
+    print(
+        f"python {machine['python']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"{machine['utc']} UTC"
+    )
     for name, reason in machine["backends"].items():
         print(f"  backend {name}: {'ready' if reason is None else reason}")
     print(f"  bandwidth: copy {bandwidths['copy']:.1f} GB/s, read {bandwidths['read']:.1f} GB/s")
 
 
 def _print_section(title: str) -> None:
-    print(f"\n{title}\n{'':36}{'p20':>9} {'p50':>9} {'p80':>9}  ms {'GB/s':>8} {'of peak':>8}  flowkern is faster by")
+    print(
+        f"\n{title}\n{'':36}{'p20':>9} {'p50':>9} {'p80':>9}  ms {'GB/s':>8} {'of peak':>8}"
+        "  flowkern is faster by"
+    )
 
 
 def _print_case(case, rows: list[dict]) -> None:
@@ -96,7 +126,9 @@ def _print_case(case, rows: list[dict]) -> None:
             print(f"  {row['backend']:34}{row['failed']}")
             continue
         times = " ".join(f"{row[p]:9.3f}" for p in ("ms_p20", "ms_p50", "ms_p80"))
-        moved = f"{row['gb_per_s']:8.1f} {row['of_bandwidth']:8.0%}" if "gb_per_s" in row else " " * 17
+        moved = (
+            f"{row['gb_per_s']:8.1f} {row['of_bandwidth']:8.0%}" if "gb_per_s" in row else " " * 17
+        )
         factor = f"{row['flowkern_is_faster_by']:6.1f} x" if "flowkern_is_faster_by" in row else ""
         print(f"  {row['backend']:34}{times}     {moved}  {factor}".rstrip(), flush=True)
 

@@ -2,7 +2,8 @@
 
 x_t = (1 - sigma) x0 + sigma e,   velocity = e - x0,   sigma = 1 is noise, sigma = 0 is the image.
 
-Every sampler of the family is one affine Gaussian step over an edge sigma -> sigma_next (dt = sigma_next - sigma < 0):
+Every sampler of the family is one affine Gaussian step over an edge sigma -> sigma_next, with
+dt = sigma_next - sigma < 0:
 
     mean     = a x_t + b velocity (+ sum_j history_weight_j x0_prediction_j)
     x_next   = mean + std noise
@@ -13,6 +14,7 @@ so a sampler is a row of coefficients here, and never a kernel of its own.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -27,19 +29,21 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Coefficients:
-    """Step coefficients, one row per edge or per sample: `a`, `b`, `std`, `k`, `c`, `h1`..`h3`, `sigma`.
+    """Step coefficients, one row per edge or per sample; the columns are `COLUMNS`.
 
     `c[i]` is one edge and broadcasts over a batch; `c[index_tensor]` gives one row per sample.
-    Built and validated by the functions of this module; ops read the rows on the device, never on the host.
+    Built and validated by the functions of this module; ops read the rows on the device, never on
+    the host.
     """
 
     def __init__(self, table: Tensor, num_history: int = 0):
         if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
             raise ValueError(
-                f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), got {tuple(table.shape)}"
+                f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
+                f"got {tuple(table.shape)}"
             )
         self.table = table
-        self.num_history = num_history  # earlier x0 predictions that the rows weigh; known on the host, so ops can check
+        self.num_history = num_history  # earlier x0 predictions the rows weigh; ops check it
         self._converted: dict[tuple[torch.device, torch.dtype], Coefficients] = {}
 
     a = property(lambda self: self.table[..., 0])
@@ -91,9 +95,9 @@ class Coefficients:
 
 
 def sd3_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
-    """The grid diffusers' FlowMatchEulerDiscreteScheduler gives for SD3.5: (num_steps + 1,) float64, from 1 to 0.
+    """The grid of diffusers' FlowMatchEuler for SD3.5: (num_steps + 1,) float64, from 1 to 0.
 
-    The scheduler shifts sigma_min once when it is made and again when its steps are set; so does this.
+    The scheduler shifts sigma_min when it is made and again when its steps are set; so does this.
     """
     _check_steps(num_steps)
     sigma_min = _shift(torch.tensor(1e-3, dtype=torch.float64), shift)
@@ -101,7 +105,7 @@ def sd3_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
 
 
 def flux_sigmas(num_steps: int, image_seq_len: int) -> Tensor:
-    """The FLUX / Qwen-Image grid with its dynamic shift mu, for `image_seq_len` packed image tokens: (num_steps + 1,)."""
+    """The FLUX and Qwen-Image grid for `image_seq_len` packed image tokens: (num_steps + 1,)."""
     _check_steps(num_steps)
     if image_seq_len <= 0:
         raise ValueError(
@@ -144,13 +148,16 @@ def _close(sigmas: Tensor) -> Tensor:
 def edge_coefficients(
     sigma, sigma_next, kind: str, noise_level: float, sigma_max: float | None = None
 ) -> Coefficients:
-    """Coefficients of the edge sigma -> sigma_next; floats give one edge, sequences (S,) give S rows.
+    """Coefficients of the edge sigma -> sigma_next: floats give one edge, sequences (S,) S rows.
 
-    kind: "ode" (Euler) | "flow_sde" (Flow-GRPO, arXiv 2505.05470) | "dance_sde" (DanceGRPO, arXiv 2505.07818)
-        | "cps" (coefficients-preserving sampling) | "dpm_sde" (first-order SDE-DPM-Solver++, arXiv 2211.01095).
-    noise_level: g = noise_level sqrt(sigma / (1 - sigma)) for flow_sde, the constant eta for dance_sde, the angle in units of
-        pi / 2 for cps; "ode" and "dpm_sde" have none and take any value.
-    sigma_max: stands for sigma in flow_sde's 1 / (1 - sigma) where sigma == 1: the second value of the grid. None: sigma_next.
+    kind: "ode" (Euler) | "flow_sde" (Flow-GRPO, arXiv 2505.05470)
+        | "dance_sde" (DanceGRPO, arXiv 2505.07818) | "cps" (coefficients-preserving sampling)
+        | "dpm_sde" (first-order SDE-DPM-Solver++, arXiv 2211.01095).
+    noise_level: g = noise_level sqrt(sigma / (1 - sigma)) for flow_sde, the constant eta for
+        dance_sde, the angle in units of pi / 2 for cps; "ode" and "dpm_sde" have none and take any
+        value.
+    sigma_max: stands for sigma in flow_sde's 1 / (1 - sigma) where sigma == 1: the second value of
+        the grid. None: sigma_next.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
@@ -195,7 +202,10 @@ def edge_coefficients(
 
 
 def step_coefficients(sigmas, kind: str, noise_level: float) -> Coefficients:
-    """Coefficients of all edges of a grid: sigmas (S + 1,) falling -> (S,) rows; sigma == 1 uses the grid's second value."""
+    """Coefficients of all edges of a falling grid (S + 1,): (S,) rows.
+
+    Where sigma == 1, flow_sde uses the grid's second value; kind and noise_level as above.
+    """
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas: expected shape (S + 1,) with S >= 1, got {tuple(sigmas.shape)}")
@@ -222,7 +232,10 @@ def _flow_diffusion(s: Tensor, n: Tensor, noise_level: float, sigma_max: float |
 
 
 def _exp_minus_h(s: Tensor, n: Tensor) -> Tensor:
-    """e^-h with h = lambda(sigma_next) - lambda(sigma), lambda = ln((1 - sigma) / sigma); 0 where sigma == 1 or sigma_next == 0."""
+    """e^-h, h = lambda(sigma_next) - lambda(sigma), lambda = ln((1 - sigma) / sigma).
+
+    Finite where lambda is not: 0 at sigma == 1 and at sigma_next == 0.
+    """
     return (1 - s) * n / (s * (1 - n))
 
 
@@ -243,7 +256,8 @@ def _table(
     table = torch.stack([a, b, std, k, c, *weights, sigma], dim=-1)
     if not bool(torch.isfinite(table.float()).all()):  # float: what the kernels compute with
         raise ValueError(
-            f"the edges from sigma {sigma.tolist()} have coefficients beyond float32: {table.tolist()}"
+            f"the edges from sigma {sigma.tolist()} have coefficients beyond float32: "
+            f"{table.tolist()}"
         )
     return Coefficients(table, len(history))
 
@@ -254,12 +268,17 @@ def _table(
 def multistep_coefficients(
     path_sigmas, order: int, variant: str = "midpoint", sde: bool = False
 ) -> Coefficients:
-    """One edge of DPM-Solver++ (arXiv 2211.01095) on flow sigmas: weights on x_t, velocity and earlier x0 predictions.
+    """One edge of DPM-Solver++ (arXiv 2211.01095) on flow sigmas.
 
-    path_sigmas: (..., previous, current, next), falling. The order falls to what the path allows, and to 1 where next == 0.
+    The weights on x_t, velocity and earlier x0 predictions, for `ode_step` and `sde_step`.
+
+    path_sigmas: (..., previous, current, next), falling. The order falls to what the path allows,
+        and to 1 where next == 0.
     variant: "midpoint" | "heun", the two second-order forms; order 3 has one form.
     sde: the stochastic form (SDE-DPM-Solver++, orders 1 and 2 midpoint), with std > 0.
-    Pass the x0 predictions of the earlier nodes as `history`, most recent first, one fewer than the order in effect.
+
+    Pass the x0 predictions of the earlier nodes as `history`, most recent first, one fewer than the
+    order in effect.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
@@ -270,7 +289,7 @@ def multistep_coefficients(
     path = [float(s) for s in path_sigmas]
     if len(path) < 2:
         raise ValueError(f"path_sigmas: expected at least (current, next), got {path}")
-    if any(later >= earlier for earlier, later in zip(path, path[1:], strict=False)):
+    if any(later >= earlier for earlier, later in itertools.pairwise(path)):
         raise ValueError(f"path_sigmas: expected falling values, got {path}")
     s, n = _edge("sigma", path[-2]), _edge("sigma_next", path[-1])
     for previous in path[:-2]:
@@ -282,7 +301,7 @@ def multistep_coefficients(
     first = alpha * (1 - decay**2 if sde else 1 - decay)  # weight of the x0 prediction
     weights = [first, 0.0, 0.0]  # on m0 (this node), m1, m2
     if order >= 2:
-        # With m1 at sigma == 1 its lambda is -inf: 1 / r is 0 and the difference drops out by itself.
+        # With m1 at sigma == 1 its lambda is -inf, 1 / r is 0 and the difference drops out.
         inverse_r0 = h / (_log_snr(path[-2]) - _log_snr(path[-3]))
         phi2 = alpha * ((decay - 1) / h + 1)
     if order == 2:

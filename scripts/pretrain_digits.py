@@ -249,7 +249,7 @@ def train_flow(
         [row["prompt"] for row in prompt_rows(TRAIN_TEMPLATES) if row["digit"] == digit]
         for digit in range(10)
     ]
-    flat, per_digit = sum(captions, []), len(captions[0])
+    flat, per_digit = [caption for digit in captions for caption in digit], len(captions[0])
     trained = [
         pipeline.transformer,
         pipeline.text_encoder,

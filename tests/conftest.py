@@ -6,7 +6,9 @@ import torch
 
 @pytest.fixture
 def poisoned_empty():
-    """Fresh memory is NaN (torch fills it in deterministic mode), so that an output element nobody wrote shows."""
+    """Fresh memory is NaN (torch fills it in deterministic mode), so that an output element nobody
+    wrote shows.
+    """
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

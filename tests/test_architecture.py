@@ -1,4 +1,6 @@
-"""The house rules as tests: which way imports run, which names stay in their room, which rooms are complete."""
+"""The house rules as tests: which way imports run, which names stay in their room, which rooms are
+complete.
+"""
 
 import ast
 import re
@@ -24,7 +26,16 @@ MAY_IMPORT = {
     "train": {"schedules", "ops", "rollout", "rl", "models", "rewards"},
     "cli": {"schedules", "ops", "rollout", "rl", "models", "rewards", "train"},
 }
-HEAVY = {"diffusers", "transformers", "peft", "accelerate", "wandb", "matplotlib", "sklearn", "triton"}
+HEAVY = {
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "wandb",
+    "matplotlib",
+    "sklearn",
+    "triton",
+}
 HEAVY_ROOMS = {"models", "rewards", "agent", "train"}
 
 
@@ -57,7 +68,9 @@ def test_imports_run_downhill(path):
         parts = name.split(".")
         if parts[0] == "flowkern" and here not in ("__init__", "__main__") and len(parts) > 1:
             other = parts[1]
-            assert other in MAY_IMPORT[here] | {here, "_cpu", "__version__"}, f"{here} imports {name}"
+            assert other in MAY_IMPORT[here] | {here, "_cpu", "__version__"}, (
+                f"{here} imports {name}"
+            )
             if here == "ops" and other == "ops" and len(parts) > 2:
                 mine = path.relative_to(PACKAGE).parts[1]
                 assert parts[2] in (mine, "_common"), f"ops/{mine} imports {name}"
@@ -69,7 +82,9 @@ def test_imports_run_downhill(path):
 
 def test_import_flowkern_costs_torch_and_nothing_else():
     code = f"import sys, flowkern; print([m for m in {sorted(HEAVY)!r} if m in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert loaded.stdout.strip() == "[]"
 
 
@@ -83,14 +98,18 @@ def test_algorithm_names_stay_in_their_room():
         code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
         for name in names:
             # A module path of the drop-ins may carry another project's name.
-            assert not re.search(rf"\b{name}\b", code.replace(f"compat.{name}", "")), f"{name} occurs in {path}"
+            assert not re.search(rf"\b{name}\b", code.replace(f"compat.{name}", "")), (
+                f"{name} occurs in {path}"
+            )
 
 
 def _without_docstrings(tree):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             node.body = [
-                n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+                n
+                for n in node.body
+                if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
             ] or [ast.Pass()]
     return tree
 
@@ -110,11 +129,21 @@ def test_every_op_has_its_five_rooms():
 
 
 def test_no_room_for_leftovers():
-    tracked = [p for folder in ("flowkern", "csrc", "tests", "benchmarks", "scripts") for p in (ROOT / folder).rglob("*.*")]
+    tracked = [
+        p
+        for folder in ("flowkern", "csrc", "tests", "benchmarks", "scripts")
+        for p in (ROOT / folder).rglob("*.*")
+    ]
     for path in tracked:
         if path.suffix in (".py", ".cpp", ".h", ".cu"):
             text = path.read_text()
             assert path.name not in ("utils.py", "helpers.py"), path
-            assert len(text.splitlines()) <= 400 or "tests" in path.parts, f"{path} is over 400 lines"
-            if "flowkern" in path.parts and room(path) in ("ops", "rl", "rollout") and path.suffix == ".py":
+            assert len(text.splitlines()) <= 400 or "tests" in path.parts, (
+                f"{path} is over 400 lines"
+            )
+            if (
+                "flowkern" in path.parts
+                and room(path) in ("ops", "rl", "rollout")
+                and path.suffix == ".py"
+            ):
                 assert ".item()" not in text, f"{path} reads a tensor on the host"

@@ -42,7 +42,9 @@ PUBLISHED = [
 def test_published_values_to_all_printed_digits(sigmas, kind, noise_level, i, expected):
     c = step_coefficients(sigmas, kind, noise_level)[i]
     got = (sigmas[i], sigmas[i + 1], c.a, c.b, c.std)
-    assert [f"{abs(float(g) - e):.6f}" for g, e in zip(got, expected, strict=True)] == ["0.000000"] * 5
+    assert [f"{abs(float(g) - e):.6f}" for g, e in zip(got, expected, strict=True)] == [
+        "0.000000"
+    ] * 5
 
 
 def test_sd3_grid_is_diffusers():
@@ -66,7 +68,9 @@ def test_flux_grid_is_diffusers():
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_prob_constants_are_those_of_a_gaussian(kind):
     c = step_coefficients(sd3_sigmas(10), kind, 0.7)
-    if kind == "cps":  # its published log-probability leaves the variance out, on the deterministic last step too
+    if (
+        kind == "cps"
+    ):  # its published log-probability leaves the variance out, on the deterministic last step too
         assert (c.k == 1).all() and (c.c == 0).all()
         return
     noisy = c.std > 0
@@ -83,18 +87,23 @@ def test_zero_noise_is_euler_exactly():
         assert torch.equal(zero.table, euler.table)
 
 
-edges = st.tuples(st.floats(1e-3, 1.0), st.one_of(st.just(0.0), st.floats(1e-3, 0.999))).map(lambda p: (p[0], p[0] * p[1]))
+edges = st.tuples(st.floats(1e-3, 1.0), st.one_of(st.just(0.0), st.floats(1e-3, 0.999))).map(
+    lambda p: (p[0], p[0] * p[1])
+)
 
 
 @given(edges, st.sampled_from(KINDS), st.floats(0.01, 1.0))
 def test_every_sampler_keeps_the_marginals(edge, kind, noise_level):
-    """For a point mass at 0 (x_t = sigma e, velocity = e) the variance after the step is sigma_next^2: exactly for ode,
-    cps and dpm_sde; for the Euler-Maruyama SDEs up to the dt^2 term that follows from their formula."""
+    """For a point mass at 0 (x_t = sigma e, velocity = e) the variance after the step is
+    sigma_next^2: exactly for ode, cps and dpm_sde; for the Euler-Maruyama SDEs up to the dt^2 term
+    that follows from their formula."""
     s, n = edge
     c = edge_coefficients(s, n, kind, noise_level)
     variance = float((c.a * s + c.b) ** 2 + c.std**2)
     g2, dt = float(c.std) ** 2 / (s - n), n - s
-    second_order = dt**2 * (g2 / s + g2**2 / (4 * s**2)) if kind in ("flow_sde", "dance_sde") else 0.0
+    second_order = (
+        dt**2 * (g2 / s + g2**2 / (4 * s**2)) if kind in ("flow_sde", "dance_sde") else 0.0
+    )
     assert variance == pytest.approx(n**2 + second_order, rel=1e-9, abs=1e-12)
 
 
@@ -111,7 +120,9 @@ def test_edges_need_no_grid():
 
 
 def _dpm_solver_path(variant, order, sigmas, velocity, x, start=0, history=()):
-    """x at every node after `start`, by our coefficients, for a velocity that depends on (x, sigma)."""
+    """x at every node after `start`, by our coefficients, for a velocity that depends on (x,
+    sigma).
+    """
     history, xs = list(history), []
     for i in range(start, len(sigmas) - 1):
         m = multistep_coefficients(sigmas[max(0, i - 2) : i + 2], order, variant)
@@ -123,7 +134,9 @@ def _dpm_solver_path(variant, order, sigmas, velocity, x, start=0, history=()):
     return torch.stack(xs)
 
 
-@pytest.mark.parametrize(("order", "variant"), [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")])
+@pytest.mark.parametrize(
+    ("order", "variant"), [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")]
+)
 def test_multistep_agrees_with_diffusers(order, variant):
     from diffusers import DPMSolverMultistepScheduler
 
@@ -133,8 +146,8 @@ def test_multistep_agrees_with_diffusers(order, variant):
         return torch.sin(3 * x) + s
 
     scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=order, solver_type=variant,
-        lower_order_final=False, final_sigmas_type="zero",
+        prediction_type="flow_prediction", use_flow_sigmas=True,
+        solver_order=order, solver_type=variant, lower_order_final=False, final_sigmas_type="zero",
     )  # fmt: skip
     scheduler.set_timesteps(12)
     # From the second node: diffusers' first sigma may not be 1 (lambda is infinite there).
@@ -146,12 +159,16 @@ def test_multistep_agrees_with_diffusers(order, variant):
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(velocity(x, sigmas[start + i]), t, x).prev_sample
         theirs.append(x)
-    ours = _dpm_solver_path(variant, order, sigmas[start:], velocity, torch.ones(1, dtype=torch.float64))
+    ours = _dpm_solver_path(
+        variant, order, sigmas[start:], velocity, torch.ones(1, dtype=torch.float64)
+    )
     torch.testing.assert_close(ours, torch.stack(theirs), atol=1e-6, rtol=1e-6)
 
 
 def test_multistep_order_of_convergence():
-    """x0 ~ N(1, 0.3^2): velocity and flow map are known; the first history comes from the exact path."""
+    """x0 ~ N(1, 0.3^2): velocity and flow map are known; the first history comes from the exact
+    path.
+    """
 
     def std(s):
         return math.sqrt((1 - s) ** 2 * 0.09 + s**2)
@@ -167,12 +184,19 @@ def test_multistep_order_of_convergence():
         sigmas = torch.sigmoid(-log_snr).tolist()
         history = [exact_x0(exact(s), s) for s in (sigmas[1], sigmas[0])]
         path = _dpm_solver_path(
-            variant, order, sigmas, lambda x, s: (x - exact_x0(x, s)) / s, exact(sigmas[2]), 2, history
+            variant,
+            order,
+            sigmas,
+            lambda x, s: (x - exact_x0(x, s)) / s,
+            exact(sigmas[2]),
+            2,
+            history,
         )
         return float((path[-1] - exact(sigmas[-1])).abs())
 
-    # The published third-order update (diffusers' too) weighs the second difference by half of what Taylor's series asks:
-    # a far smaller error than the second order's, but of the same order in the end.
+    # The published third-order update (diffusers' too) weighs the second difference by half of what
+    # Taylor's series asks: a far smaller error than the second order's, but of the same order in
+    # the end.
     expected = {(1, "midpoint"): 1, (2, "midpoint"): 2, (2, "heun"): 2, (3, "midpoint"): 2}
     errors = {form: error(*form, 1600) for form in expected}
     for form, order in expected.items():
@@ -187,8 +211,12 @@ def test_multistep_falls_to_what_the_path_allows():
     torch.testing.assert_close(last.table, edge_coefficients(0.5, 0.0, "ode", 0.0).table)
     assert last.num_history == 0
     assert multistep_coefficients((0.6, 0.5, 0.4), 3).num_history == 1
-    from_noise = multistep_coefficients((1.0, 0.9, 0.8), 2)  # lambda(1) is infinite: first order in effect
-    torch.testing.assert_close(from_noise.a * 1 + from_noise.history.sum() * 0, edge_coefficients(0.9, 0.8, "ode", 0).a)
+    from_noise = multistep_coefficients(
+        (1.0, 0.9, 0.8), 2
+    )  # lambda(1) is infinite: first order in effect
+    torch.testing.assert_close(
+        from_noise.a * 1 + from_noise.history.sum() * 0, edge_coefficients(0.9, 0.8, "ode", 0).a
+    )
 
 
 def test_stochastic_multistep_starts_from_dpm_sde():
@@ -221,7 +249,10 @@ def test_indexing():
         (lambda: shifted_sigmas(4, -1.0), "shift"),
         (lambda: flux_sigmas(4, 0), "image_seq_len"),
         (lambda: step_coefficients([1.0], "ode", 0.0), "sigmas: expected shape"),
-        (lambda: step_coefficients([1.0, 0.5, 0.7], "ode", 0.0), "sigma_next: expected values below"),
+        (
+            lambda: step_coefficients([1.0, 0.5, 0.7], "ode", 0.0),
+            "sigma_next: expected values below",
+        ),
         (lambda: step_coefficients([1.0, math.nan, 0.0], "ode", 0.0), "expected values in"),
         (lambda: step_coefficients([1.5, 0.5], "ode", 0.0), r"sigma: expected values in \(0, 1\]"),
         (lambda: step_coefficients([1.0, 0.0], "sde", 0.7), "kind: expected one of"),

@@ -1,1 +1,1 @@
-"""Drop-ins: other projects' names and signatures over flowkern's kernels, so that one import line changes."""
+"""Drop-ins: other projects' names and signatures, so that one import line changes."""

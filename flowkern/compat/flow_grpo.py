@@ -1,8 +1,9 @@
-"""yifan123/flow_grpo: `sde_step_with_logprob`, with that project's arguments, definitions and four returns.
+"""yifan123/flow_grpo: `sde_step_with_logprob`, its arguments, definitions and four returns.
 
-    from flowkern.compat.flow_grpo import sde_step_with_logprob   # instead of flow_grpo.diffusers_patch.sd3_sde_with_logprob
+    from flowkern.compat.flow_grpo import sde_step_with_logprob
 
-What differs: one fused kernel instead of some sixty small ones, no host synchronization with diffusers' own schedulers, and
+replaces the import from flow_grpo.diffusers_patch.sd3_sde_with_logprob. What differs: one fused
+kernel instead of some sixty small ones, no host synchronization with diffusers' own schedulers, and
 a finite log-probability (0) where the published formula divides by a standard deviation of 0.
 """
 
@@ -22,14 +23,15 @@ _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
 @dataclass(frozen=True)
 class _Grid:
-    """All edges of a scheduler's sigmas, and what the caller is given back as std_dev_t and sqrt(-dt), each (S,) float32."""
+    """All edges of a scheduler's sigmas; std_dev_t and sqrt(-dt) as returned, (S,) float32."""
 
     coefficients: Coefficients
     std_dev_t: Tensor
     sqrt_dt: Tensor
 
 
-_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # sigmas -> {(version, kind, noise level): _Grid}
+# sigmas -> {(version, kind, noise level, device): _Grid}
+_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def sde_step_with_logprob(
@@ -54,15 +56,19 @@ def sde_step_with_logprob(
         return_sqrt_dt: return sqrt(-dt) as a fifth value.
 
     Returns:
-        prev_sample (B, *D) float32; log_prob (B,), a mean over D; prev_sample_mean (B, *D) float32; std_dev_t (B or 1, 1, ...),
-        the diffusion coefficient (sde) or standard deviation (cps). log_prob and prev_sample_mean are differentiable in
-        model_output, prev_sample is not.
+        prev_sample (B, *D) float32; log_prob (B,), a mean over D; prev_sample_mean (B, *D) float32;
+        std_dev_t (B or 1, 1, ...), the diffusion coefficient (sde) or standard deviation (cps).
+        log_prob and prev_sample_mean are differentiable in model_output, prev_sample is not.
     """
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
     grid = _grid(self.sigmas, _KINDS[sde_type], float(noise_level), sample.device)
     index = _step_index(self, timestep, sample.device)
-    rows = grid.coefficients[index] if len(index) > 1 else Coefficients(grid.coefficients.table[index][0])
+    rows = (
+        grid.coefficients[index]
+        if len(index) > 1
+        else Coefficients(grid.coefficients.table[index][0])
+    )
     model_output, sample = model_output.float(), sample.float()
     differentiable = model_output.requires_grad and torch.is_grad_enabled()
     if prev_sample is None:
@@ -83,7 +89,7 @@ def sde_step_with_logprob(
 
 
 def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -> _Grid:
-    """The coefficients of a scheduler's sigmas, computed when they are first seen (or were edited in place)."""
+    """The coefficients of a scheduler's sigmas: computed when first seen, or edited in place."""
     known = _grids.setdefault(sigmas, {})
     key = (sigmas._version, kind, noise_level, device)
     if key not in known:
@@ -92,7 +98,9 @@ def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -
         sqrt_dt = torch.sqrt(-dt)
         std_dev_t = coefficients.std / sqrt_dt if kind == "flow_sde" else coefficients.std
         known[key] = _Grid(
-            coefficients.to(device, torch.float32), std_dev_t.to(device, torch.float32), sqrt_dt.to(device, torch.float32)
+            coefficients.to(device, torch.float32),
+            std_dev_t.to(device, torch.float32),
+            sqrt_dt.to(device, torch.float32),
         )
     return known[key]
 
@@ -100,8 +108,9 @@ def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -
 def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
     """(B,) or (1,) step indices on `device`.
 
-    Asking the scheduler costs one host synchronization per timestep on a GPU; for diffusers' own, whose timesteps are known
-    to be distinct, the same look-up is made on the device, with an assertion there that each timestep was found.
+    Asking the scheduler costs one host synchronization per timestep on a GPU; for diffusers' own,
+    whose timesteps are known to be distinct, the same look-up is made on the device, with an
+    assertion there that each timestep was found.
     """
     timestep = torch.as_tensor(timestep).reshape(-1)
     stock = type(scheduler).__module__.startswith("diffusers.")
@@ -113,7 +122,7 @@ def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Normals as diffusers draws them: on the generator's device, one sample each where there is a list of generators."""
+    """Normals as diffusers draws them: on the generator's device; a list has one per sample."""
     if isinstance(generator, list):
         return torch.cat([_randn_like(x[i : i + 1], one) for i, one in enumerate(generator)])
     device = x.device if generator is None else generator.device

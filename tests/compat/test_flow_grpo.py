@@ -18,7 +18,7 @@ def scheduler():
 
 
 def published(sigmas, index, velocity, x, noise_level, x_next, noise, sde_type):
-    """The equations of Flow-GRPO (and CPS) in float64: (x_next, log_prob, mean, the returned deviation, sqrt(-dt))."""
+    """The equations of Flow-GRPO and CPS in float64: the four returns, and sqrt(-dt)."""
     s, n = (sigmas.double()[i].reshape(-1, *[1] * (x.ndim - 1)) for i in (index, index + 1))
     v, x, dt = velocity.double(), x.double(), n - s
     if sde_type == "sde":
@@ -47,7 +47,14 @@ def test_sampling_and_replay_are_the_published_formula(scheduler, sde_type, dtyp
         timestep = scheduler.timesteps[index]
         generator = torch.Generator().manual_seed(5)
         ours = sde_step_with_logprob(
-            scheduler, velocity, timestep, x, 0.7, generator=generator, sde_type=sde_type, return_sqrt_dt=True
+            scheduler,
+            velocity,
+            timestep,
+            x,
+            0.7,
+            generator=generator,
+            sde_type=sde_type,
+            return_sqrt_dt=True,
         )
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
         theirs = published(scheduler.sigmas, index, velocity, x, 0.7, None, noise, sde_type)
@@ -57,7 +64,9 @@ def test_sampling_and_replay_are_the_published_formula(scheduler, sde_type, dtyp
 
         stored = ours[0]
         leaf = velocity.float().clone().requires_grad_()
-        replay = sde_step_with_logprob(scheduler, leaf, timestep, x, 0.7, prev_sample=stored, sde_type=sde_type)
+        replay = sde_step_with_logprob(
+            scheduler, leaf, timestep, x, 0.7, prev_sample=stored, sde_type=sde_type
+        )
         assert replay[0] is stored and torch.equal(replay[1], ours[1])  # the ratio is exactly 1
         torch.testing.assert_close(replay[2], ours[2], rtol=0, atol=0)
         (replay[1].sum() + replay[2].square().mean()).backward()
@@ -70,7 +79,9 @@ def test_sampling_and_replay_are_the_published_formula(scheduler, sde_type, dtyp
 def test_one_timestep_serves_the_batch_and_a_list_of_generators_is_per_sample(scheduler):
     x, velocity = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     generators = [torch.Generator().manual_seed(i) for i in (1, 2)]
-    both = sde_step_with_logprob(scheduler, velocity, scheduler.timesteps[3:4], x, generator=generators)
+    both = sde_step_with_logprob(
+        scheduler, velocity, scheduler.timesteps[3:4], x, generator=generators
+    )
     assert both[3].shape == (1, 1, 1, 1)
     for i in (0, 1):
         one = sde_step_with_logprob(

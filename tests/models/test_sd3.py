@@ -1,6 +1,7 @@
 """The SD3 adapter against the plain diffusers pipeline, on the demo model."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def euler(model: SD3, x_t: torch.Tensor, conditioning: Conditioning, steps: int)
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas
     with torch.no_grad():
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in pairwise(sigmas):
             velocity = model.velocity(x_t, sigma.expand(len(x_t)), conditioning)
             x_t = x_t + (sigma_next - sigma) * velocity
     return x_t

@@ -48,7 +48,9 @@ def test_same_bits_on_every_backend_and_instruction_set(seed, every_isa):
         expected = fk.philox_normal(shape, seed, ids, step, "match", backend="reference")
         for isa, use in every_isa:
             use(isa)
-            assert torch.equal(fk.philox_normal(shape, seed, ids, step, "match", backend="native"), expected)
+            assert torch.equal(
+                fk.philox_normal(shape, seed, ids, step, "match", backend="native"), expected
+            )
 
 
 def test_depends_on_the_key_alone(backend):
@@ -64,11 +66,15 @@ def test_depends_on_the_key_alone(backend):
 
 
 def test_no_collisions_across_streams_steps_ids_seeds_and_elements():
-    """100,000 first words of distinct keys: as many repeats as a random function has (a birthday count of about 1.2)."""
+    """100,000 first words of distinct keys: as many repeats as a random function has (a birthday
+    count of about 1.2).
+    """
     words = []
     for seed in (0, 1, 2**32, 2**63):
         for stream in (0, 1, 2):
-            step, id_low, id_high, block = torch.meshgrid(*[torch.arange(n) for n in (9, 10, 9, 11)], indexing="ij")
+            step, id_low, id_high, block = torch.meshgrid(
+                *[torch.arange(n) for n in (9, 10, 9, 11)], indexing="ij"
+            )
             counter = (block, stream << 28 | step, id_low, id_high)
             words.append(torch.stack([w.flatten() for w in philox_4x32_10(counter, seed)], dim=1))
     words = torch.cat(words)
@@ -81,7 +87,8 @@ def test_streams_and_neighbors_are_uncorrelated():
     runs = [
         fk.philox_normal((4, 250_000), seed, ids + shift, step, stream).flatten()
         for seed, shift, step, stream in [
-            (0, 0, 0, "step"), (1, 0, 0, "step"), (0, 4, 0, "step"), (0, 0, 1, "step"), (0, 0, 0, "init"), (0, 0, 0, "match"),
+            (0, 0, 0, "step"), (1, 0, 0, "step"), (0, 4, 0, "step"), (0, 0, 1, "step"),
+            (0, 0, 0, "init"), (0, 0, 0, "match"),
         ]
     ]  # fmt: skip
     pairs = [(runs[0], other) for other in runs[1:]]
@@ -91,7 +98,9 @@ def test_streams_and_neighbors_are_uncorrelated():
 
 
 def test_standard_normal():
-    """Moments, tails and the Kolmogorov-Smirnov distance at 10^7 draws, each within five standard errors."""
+    """Moments, tails and the Kolmogorov-Smirnov distance at 10^7 draws, each within five standard
+    errors.
+    """
     n = 10_000_000
     x = fk.philox_normal((10, n // 10), 2026, torch.arange(10), 1).flatten()
     z = x.double()
@@ -99,11 +108,15 @@ def test_standard_normal():
         assert abs(float((z**power).mean()) - moment) < 5 * math.sqrt(variance / n), power
     for threshold in (3.0, 4.0, 5.0):
         tail = math.erfc(threshold / math.sqrt(2))
-        assert abs(float((z.abs() > threshold).double().mean()) - tail) < 5 * math.sqrt(tail / n), threshold
+        assert abs(float((z.abs() > threshold).double().mean()) - tail) < 5 * math.sqrt(tail / n), (
+            threshold
+        )
     ordered = torch.special.ndtr(z.sort().values)
     grid = torch.arange(n, dtype=torch.float64) / n
     distance = torch.maximum((ordered - grid).max(), (grid + 1 / n - ordered).max())
-    assert float(distance) < 1.95 / math.sqrt(n)  # exceeded once in a thousand seeds; this seed is fixed
+    assert float(distance) < 1.95 / math.sqrt(
+        n
+    )  # exceeded once in a thousand seeds; this seed is fixed
 
 
 def test_errors():

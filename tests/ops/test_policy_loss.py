@@ -1,4 +1,6 @@
-"""The policy loss against its formulas, written out plainly and differentiated by autograd in float64."""
+"""The policy loss against its formulas, written out plainly and differentiated by autograd in
+float64.
+"""
 
 import math
 
@@ -34,7 +36,11 @@ def gaussian_log_prob(p, velocity):
     c = p["c_rows"]
     mean = c.a.reshape(shape) * p["x_t"] + c.b.reshape(shape) * velocity
     std = c.std.reshape(shape)
-    return (-((p["x_next"] - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+    return (
+        (-((p["x_next"] - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi))
+        .flatten(1)
+        .mean(1)
+    )
 
 
 def test_value_gradient_and_statistics_are_those_of_the_formula():
@@ -55,7 +61,11 @@ def test_value_gradient_and_statistics_are_those_of_the_formula():
     torch.testing.assert_close(out.ratio, r.detach())
     assert torch.equal(out.clipped_high, (a > 0) & (r > 1 + clip_high))
     assert torch.equal(out.clipped_low, (a < 0) & (r < 1 - clip_low))
-    assert out.clipped_high.any() and out.clipped_low.any() and not (out.clipped_high | out.clipped_low).all()
+    assert (
+        out.clipped_high.any()
+        and out.clipped_low.any()
+        and not (out.clipped_high | out.clipped_low).all()
+    )
     assert (gradient[out.clipped_high | out.clipped_low] == 0).all()
 
 
@@ -73,15 +83,21 @@ def test_on_policy_ratio_is_exactly_one_and_keeps_its_gradient():
 
 
 def test_difference_form_is_exact_where_float32_log_probs_are_not():
-    """A drift that moves the ratio by 1e-7: the difference of two float32 log-probabilities cannot resolve it."""
+    """A drift that moves the ratio by 1e-7: the difference of two float32 log-probabilities cannot
+    resolve it.
+    """
     p, _ = problem(batch=9, shape=(64, 64), dtype=torch.float32, drift=2e-6)
     p["velocity"] = p["velocity"].detach()
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in p.items()}
-    truth = gaussian_log_prob(wide, wide["velocity"]) - gaussian_log_prob(wide, wide["old_velocity"])
+    truth = gaussian_log_prob(wide, wide["velocity"]) - gaussian_log_prob(
+        wide, wide["old_velocity"]
+    )
     ours = fk.policy_loss(**p).log_ratio
     old_log_prob = fk.sde_log_prob(p["x_t"], p["old_velocity"], p["x_next"], p["c_rows"])
     recorded = fk.policy_loss(**p | {"old_velocity": None}, old_log_prob=old_log_prob).log_ratio
-    assert ((ours - truth) / truth).abs().max() < 0.03  # of the drift itself, which is 17 steps of the velocity's float32
+    assert (
+        (ours - truth) / truth
+    ).abs().max() < 0.03  # of the drift itself, which is 17 steps of the velocity's float32
     assert (recorded - truth).abs().max() < 1e-6 < 100 * truth.abs().max()
     assert (recorded - truth).abs().mean() > 10 * (ours - truth).abs().mean()
 
@@ -89,8 +105,13 @@ def test_difference_form_is_exact_where_float32_log_probs_are_not():
 @pytest.mark.parametrize("kind", ["cps", "dance_sde", "dpm_sde"])
 def test_other_samplers_share_the_formula(kind):
     p, _ = problem(kind=kind, drift=0.3)
-    log_prob = [fk.sde_log_prob(p["x_t"], v, p["x_next"], p["c_rows"]) for v in (p["velocity"], p["old_velocity"])]
-    torch.testing.assert_close(fk.policy_loss(**p).log_ratio, (log_prob[0] - log_prob[1]).detach(), rtol=1e-8, atol=1e-12)
+    log_prob = [
+        fk.sde_log_prob(p["x_t"], v, p["x_next"], p["c_rows"])
+        for v in (p["velocity"], p["old_velocity"])
+    ]
+    torch.testing.assert_close(
+        fk.policy_loss(**p).log_ratio, (log_prob[0] - log_prob[1]).detach(), rtol=1e-8, atol=1e-12
+    )
 
 
 def test_guard_is_the_noise_times_the_drift():
@@ -106,9 +127,14 @@ def test_kl_is_that_of_two_gaussians_and_is_never_step_weighted():
     coefficient = torch.linspace(0, 1, 6, dtype=torch.float64)
     weight = torch.full((6,), 3.0, dtype=torch.float64)
     plain = fk.policy_loss(**p, reduction="none", step_weight=weight)
-    out = fk.policy_loss(**p, velocity_ref=reference, kl_coef=coefficient, reduction="none", step_weight=weight)
+    out = fk.policy_loss(
+        **p, velocity_ref=reference, kl_coef=coefficient, reduction="none", step_weight=weight
+    )
     c = p["c_rows"]
-    means = [c.a.reshape(-1, 1, 1) * p["x_t"] + c.b.reshape(-1, 1, 1) * v for v in (p["velocity"], reference)]
+    means = [
+        c.a.reshape(-1, 1, 1) * p["x_t"] + c.b.reshape(-1, 1, 1) * v
+        for v in (p["velocity"], reference)
+    ]
     gaussians = [torch.distributions.Normal(m, c.std.reshape(-1, 1, 1)) for m in means]
     kl = torch.distributions.kl_divergence(*gaussians).flatten(1).mean(1)
     torch.testing.assert_close(out.kl, kl.detach())
@@ -125,8 +151,17 @@ def test_siblings_share_their_parents_velocity():
     p, _ = problem(batch=7)
     row = torch.tensor([0, 2, 2, 1, 0, 2, 0])
     velocity, x_t, old = (p[n].detach()[:3] for n in ("velocity", "x_t", "old_velocity"))
-    shared = p | {"velocity": velocity.clone().requires_grad_(), "x_t": x_t, "old_velocity": old, "row": row}
-    copies = p | {"velocity": velocity[row].requires_grad_(), "x_t": x_t[row], "old_velocity": old[row]}
+    shared = p | {
+        "velocity": velocity.clone().requires_grad_(),
+        "x_t": x_t,
+        "old_velocity": old,
+        "row": row,
+    }
+    copies = p | {
+        "velocity": velocity[row].requires_grad_(),
+        "x_t": x_t[row],
+        "old_velocity": old[row],
+    }
     out, repeated = fk.policy_loss(**shared), fk.policy_loss(**copies)
     assert all(torch.equal(x, y) for x, y in zip(out, repeated, strict=True))
     out.loss.backward()
@@ -160,7 +195,9 @@ def test_x_next_is_drawn_again_from_its_seed():
 def test_ties_keep_the_gradient():
     """With a clip range of 0 an on-policy sample sits on both bounds: nothing is clipped."""
     p, _ = problem(drift=0.0)
-    out = fk.policy_loss(**p | {"velocity": p["old_velocity"].clone().requires_grad_()}, clip_low=0.0, clip_high=0.0)
+    out = fk.policy_loss(
+        **p | {"velocity": p["old_velocity"].clone().requires_grad_()}, clip_low=0.0, clip_high=0.0
+    )
     assert not (out.clipped_low | out.clipped_high).any() and (out.ratio == 1).all()
 
 
@@ -171,14 +208,18 @@ def test_reductions_empty_batch_and_float32():
     empty = {k: v[:0] for k, v in p.items()}
     assert fk.policy_loss(**empty, reduction="sum").loss == 0
     single = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in p.items()}
-    torch.testing.assert_close(fk.policy_loss(**single).loss.double(), fk.policy_loss(**p).loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        fk.policy_loss(**single).loss.double(), fk.policy_loss(**p).loss, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_compiles_whole():
     p, _ = problem(dtype=torch.float32)
     run = lambda v, a: fk.policy_loss(**p | {"velocity": v, "advantage": a})  # noqa: E731
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for x, y in zip(run(p["velocity"], p["advantage"]), compiled(p["velocity"], p["advantage"]), strict=True):
+    for x, y in zip(
+        run(p["velocity"], p["advantage"]), compiled(p["velocity"], p["advantage"]), strict=True
+    ):
         torch.testing.assert_close(x, y)
 
 
@@ -186,14 +227,30 @@ def test_errors_name_the_argument():
     good, noise = problem(batch=4)
     old_log_prob = torch.zeros(4)
     cases = [
-        ({"x_next": noise[:, :2]}, ValueError, r"x_next: expected shape \(4, 3, 8\), got \(4, 2, 8\)"),
+        (
+            {"x_next": noise[:, :2]},
+            ValueError,
+            r"x_next: expected shape \(4, 3, 8\), got \(4, 2, 8\)",
+        ),
         ({"advantage": torch.ones(3)}, ValueError, r"advantage: expected shape \(4,\), got \(3,\)"),
         ({"advantage": torch.ones(4, 1)}, ValueError, "advantage: expected shape"),
-        ({"row": torch.tensor([0, 1, 2, 4])}, IndexError, r"row: expected values in \[0, 4\), got 0 to 4"),
+        (
+            {"row": torch.tensor([0, 1, 2, 4])},
+            IndexError,
+            r"row: expected values in \[0, 4\), got 0 to 4",
+        ),
         ({"row": torch.tensor([0.0] * 4)}, TypeError, "row: expected an integer tensor"),
         ({"old_velocity": noise[:2]}, ValueError, "old_velocity: expected shape"),
-        ({"old_log_prob": old_log_prob}, ValueError, "old_log_prob: given together with old_velocity"),
-        ({"old_velocity": None, "old_log_prob": old_log_prob, "ratio": "guard"}, ValueError, "old_log_prob: ratio='guard'"),
+        (
+            {"old_log_prob": old_log_prob},
+            ValueError,
+            "old_log_prob: given together with old_velocity",
+        ),
+        (
+            {"old_velocity": None, "old_log_prob": old_log_prob, "ratio": "guard"},
+            ValueError,
+            "old_log_prob: ratio='guard'",
+        ),
         ({"kl_coef": 0.1}, ValueError, "velocity_ref: needed for a KL"),
         ({"ratio": "ppo"}, ValueError, "ratio: expected"),
         ({"reduction": "max"}, ValueError, "reduction: expected"),

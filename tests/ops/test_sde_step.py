@@ -12,16 +12,23 @@ from flowkern.ops._common import native
 from flowkern.schedules import KINDS, multistep_coefficients, sd3_sigmas, step_coefficients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Images, packed tokens, video; one element; neither a multiple of the chunk, nor of four, nor of a vector.
+# Images, packed tokens, video; one element; neither a multiple of the chunk, nor of four, nor of a
+# vector.
 SHAPES = ((3, 4, 16, 16), (2, 65, 64), (2, 3, 5, 7, 11), (4, 1), (2, 16385))
 
 
-def problem(shape=(3, 4, 16, 16), kind="flow_sde", dtype=torch.float32, seed=0, uncond=False, history=0):
+def problem(
+    shape=(3, 4, 16, 16), kind="flow_sde", dtype=torch.float32, seed=0, uncond=False, history=0
+):
     """Arguments of a step as keywords, with one row per sample."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
     steps = torch.randint(0, 9, (shape[0],), generator=g)
-    arguments = {"x_t": draw(), "velocity": draw(), "c_rows": step_coefficients(sd3_sigmas(10), kind, 0.7)[steps]}
+    arguments = {
+        "x_t": draw(),
+        "velocity": draw(),
+        "c_rows": step_coefficients(sd3_sigmas(10), kind, 0.7)[steps],
+    }
     if uncond:
         arguments |= {"velocity_uncond": draw(), "guidance_scale": 4.5}
     if history:
@@ -40,7 +47,9 @@ def key(batch, seed=3):
 
 def noise_of(arguments, seed=3):
     k = key(len(arguments["x_t"]), seed)
-    return fk.philox_normal(arguments["x_t"].shape, k["seed"], k["sample_id"], k["step"], backend="reference")
+    return fk.philox_normal(
+        arguments["x_t"].shape, k["seed"], k["sample_id"], k["step"], backend="reference"
+    )
 
 
 # ---- against the truth ----
@@ -49,23 +58,31 @@ def noise_of(arguments, seed=3):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_close_to_float64(kind, dtype, backend, poisoned_empty):
-    """At most twice the error of the float32 reference, for every shape, with and without guidance and history."""
+    """At most twice the error of the float32 reference, for every shape, with and without guidance
+    and history.
+    """
     for shape, uncond, history in zip(SHAPES, (False, True) * 3, (0, 2, 1, 0, 3), strict=False):
         arguments = problem(shape, kind, dtype, uncond=uncond, history=history)
         out_dtype = torch.float32
-        x_next, log_prob = fk.sde_step(**arguments, **key(shape[0]), out_dtype=out_dtype, backend=backend)
+        x_next, log_prob = fk.sde_step(
+            **arguments, **key(shape[0]), out_dtype=out_dtype, backend=backend
+        )
         plain, plain_log_prob = fk.sde_step(
             **arguments, noise=noise_of(arguments), out_dtype=out_dtype, backend="reference"
         )
         true, _ = fk.sde_step(**double(arguments), noise=noise_of(arguments).double())
-        assert torch.equal(x_next, plain)  # with equal noise bits, every float32 backend rounds alike
+        assert torch.equal(
+            x_next, plain
+        )  # with equal noise bits, every float32 backend rounds alike
         assert (x_next - true).abs().max() <= 2e-6 * true.abs().max()
         if history:
             continue
         replayed = fk.sde_log_prob(
             **{k: v for k, v in double(arguments).items() if k != "history"}, x_next=x_next.double()
         )
-        assert (log_prob - replayed).abs().max() <= max(2 * float((plain_log_prob - replayed).abs().max()), 5e-7)
+        assert (log_prob - replayed).abs().max() <= max(
+            2 * float((plain_log_prob - replayed).abs().max()), 5e-7
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +94,9 @@ def test_gradient_close_to_float64_autograd(dtype, backend, poisoned_empty):
 
         def gradient(arguments, x_next, backend, weight=weight):
             velocity = arguments["velocity"].clone().requires_grad_()
-            log_prob = fk.sde_log_prob(**arguments | {"velocity": velocity}, x_next=x_next, backend=backend)
+            log_prob = fk.sde_log_prob(
+                **arguments | {"velocity": velocity}, x_next=x_next, backend=backend
+            )
             (log_prob * weight).sum().backward()
             return velocity.grad
 
@@ -87,18 +106,23 @@ def test_gradient_close_to_float64_autograd(dtype, backend, poisoned_empty):
         if uncond:
             u = arguments["velocity_uncond"].double()
             guided = u + 4.5 * (velocity - u)
-        a, b, k = (getattr(arguments["c_rows"], n).reshape(-1, *[1] * (len(shape) - 1)) for n in "abk")
+        a, b, k = (
+            getattr(arguments["c_rows"], n).reshape(-1, *[1] * (len(shape) - 1)) for n in "abk"
+        )
         mean = a * arguments["x_t"].double() + b * guided
         log_prob = (-k * (x_next.double() - mean) ** 2).flatten(1).mean(1)
         (log_prob * weight).sum().backward()
         true = velocity.grad
         assert got.dtype == dtype
         resolution = torch.finfo(dtype).eps
-        # At most the reference's error twice over, and for bfloat16 and float16 their own rounding; no bias beyond that.
+        # At most the reference's error twice over, and for bfloat16 and float16 their own rounding;
+        # no bias beyond that.
         allowed = 2 * (gradient(arguments, x_next, "reference").double() - true).abs().max()
         assert (got.double() - true).abs().max() <= max(allowed, resolution * true.abs().max())
         assert allowed <= max(20 * resolution, 2e-5) * true.abs().max()
-        cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), true.flatten(), dim=0)
+        cosine = torch.nn.functional.cosine_similarity(
+            got.double().flatten(), true.flatten(), dim=0
+        )
         bias = (got.double() - true).mean().abs() / true.abs().mean()
         slack = max(resolution, 1e-6)
         assert cosine > 1 - slack and bias < slack
@@ -109,7 +133,8 @@ def test_reference_passes_gradcheck():
     velocity = arguments.pop("velocity").requires_grad_()
     x_next = torch.randn(2, 3, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda v: fk.sde_log_prob(velocity=v, x_next=x_next, **arguments, backend="reference"), velocity
+        lambda v: fk.sde_log_prob(velocity=v, x_next=x_next, **arguments, backend="reference"),
+        velocity,
     )
 
 
@@ -127,7 +152,9 @@ def test_log_prob_is_a_density():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_replayed_ratio_is_exactly_one_for_any_split(dtype, backend):
-    """Same velocity, same backend: the replay is the draw bit for bit, in whatever batch and on however many threads."""
+    """Same velocity, same backend: the replay is the draw bit for bit, in whatever batch and on
+    however many threads.
+    """
     arguments = problem((6, 3, 37, 41), dtype=dtype, uncond=True)
     x_next, drawn = fk.sde_step(**arguments, **key(6), backend=backend)
     tensors = ("x_t", "velocity", "velocity_uncond")
@@ -137,8 +164,14 @@ def test_replayed_ratio_is_exactly_one_for_any_split(dtype, backend):
             torch.set_num_threads(1 if split[0] == 1 else threads)
             parts = []
             for index in torch.randperm(6).split(split):
-                part = arguments | {n: arguments[n][index] for n in tensors} | {"c_rows": arguments["c_rows"][index]}
-                parts.append((index, fk.sde_log_prob(**part, x_next=x_next[index], backend=backend)))
+                part = (
+                    arguments
+                    | {n: arguments[n][index] for n in tensors}
+                    | {"c_rows": arguments["c_rows"][index]}
+                )
+                parts.append(
+                    (index, fk.sde_log_prob(**part, x_next=x_next[index], backend=backend))
+                )
             replayed = torch.empty(6)
             for index, log_prob in parts:
                 replayed[index] = log_prob
@@ -146,11 +179,15 @@ def test_replayed_ratio_is_exactly_one_for_any_split(dtype, backend):
     finally:
         torch.set_num_threads(threads)
     velocity = arguments.pop("velocity").requires_grad_()
-    assert torch.equal(fk.sde_log_prob(velocity=velocity, x_next=x_next, **arguments, backend=backend), drawn)
+    assert torch.equal(
+        fk.sde_log_prob(velocity=velocity, x_next=x_next, **arguments, backend=backend), drawn
+    )
 
 
 def test_log_prob_is_that_of_the_stored_sample(backend):
-    """With a bfloat16 x_next the log-probability is of the rounded value: a replay from storage gives ratio 1."""
+    """With a bfloat16 x_next the log-probability is of the rounded value: a replay from storage
+    gives ratio 1.
+    """
     arguments = problem((4, 4, 16, 16))
     x_next, drawn = fk.sde_step(**arguments, **key(4), out_dtype=torch.bfloat16, backend=backend)
     exact, unrounded = fk.sde_step(**arguments, **key(4), backend=backend)
@@ -161,19 +198,30 @@ def test_log_prob_is_that_of_the_stored_sample(backend):
 
 def test_std_zero_is_euler_exactly(backend):
     """Bit for bit x_t + dt velocity, whatever the noise, NaN included; log_prob is 0."""
-    arguments = problem((3, 5, 7)) | {"c_rows": step_coefficients(sd3_sigmas(10), "ode", 0.0)[torch.tensor([0, 4, 9])]}
+    arguments = problem((3, 5, 7)) | {
+        "c_rows": step_coefficients(sd3_sigmas(10), "ode", 0.0)[torch.tensor([0, 4, 9])]
+    }
     dt = sd3_sigmas(10).diff()[[0, 4, 9]].float().reshape(3, 1, 1)
     euler = arguments["x_t"] + dt * arguments["velocity"]
     nan = torch.full((3, 5, 7), float("nan"))
     for noise in ({"noise": nan}, key(3)):
         x_next, log_prob = fk.sde_step(**arguments, **noise, backend=backend)
         assert torch.equal(x_next, euler) and torch.equal(log_prob, torch.zeros(3))
-    assert torch.equal(fk.ode_step(arguments["x_t"], arguments["velocity"], arguments["c_rows"], backend=backend), euler)
+    assert torch.equal(
+        fk.ode_step(arguments["x_t"], arguments["velocity"], arguments["c_rows"], backend=backend),
+        euler,
+    )
     # Rows with and without noise in one batch.
-    mixed = torch.stack([arguments["c_rows"].table[0], step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).table[4]])
+    mixed = torch.stack(
+        [arguments["c_rows"].table[0], step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).table[4]]
+    )
     nan[1] = 0.5
     x_next, _ = fk.sde_step(
-        arguments["x_t"][:2], arguments["velocity"][:2], fk.schedules.Coefficients(mixed), noise=nan[:2], backend=backend
+        arguments["x_t"][:2],
+        arguments["velocity"][:2],
+        fk.schedules.Coefficients(mixed),
+        noise=nan[:2],
+        backend=backend,
     )
     assert torch.equal(x_next[0], euler[0]) and torch.isfinite(x_next).all()
 
@@ -182,9 +230,13 @@ def test_noise_does_not_depend_on_the_batch(backend):
     arguments = problem((4, 3, 30))
     whole, _ = fk.sde_step(**arguments, **key(4), backend=backend)
     for i in range(4):
-        one = {n: arguments[n][i : i + 1] for n in ("x_t", "velocity")} | {"c_rows": arguments["c_rows"][i : i + 1]}
+        one = {n: arguments[n][i : i + 1] for n in ("x_t", "velocity")} | {
+            "c_rows": arguments["c_rows"][i : i + 1]
+        }
         k = key(4)
-        alone, _ = fk.sde_step(**one, **k | {"sample_id": k["sample_id"][i : i + 1]}, backend=backend)
+        alone, _ = fk.sde_step(
+            **one, **k | {"sample_id": k["sample_id"][i : i + 1]}, backend=backend
+        )
         assert torch.equal(alone, whole[i : i + 1])
 
 
@@ -194,7 +246,9 @@ def test_instruction_sets_agree_to_the_bit():
         pytest.skip(native.why_not())
     widest, results = kernels.isa(), []
     try:
-        for isa in ["baseline", "avx2", "avx512"][: ["baseline", "avx2", "avx512"].index(widest) + 1]:
+        for isa in ["baseline", "avx2", "avx512"][
+            : ["baseline", "avx2", "avx512"].index(widest) + 1
+        ]:
             kernels.use_isa(isa)
             for dtype in DTYPES:
                 arguments = problem((3, 1, 2057), dtype=dtype, uncond=True)
@@ -222,7 +276,11 @@ def test_any_shape_stride_dtype_and_scale(shape, batch, dtypes, scale, layout, k
     """Native and reference give the same x_next to the bit, and log-probabilities that agree."""
 
     def strided(dtype, seed):
-        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed)).mul(scale).to(dtype)
+        x = (
+            torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
+            .mul(scale)
+            .to(dtype)
+        )
         if layout == "transposed":
             return x.transpose(1, -1).contiguous().transpose(1, -1)
         if layout == "sliced":
@@ -231,7 +289,9 @@ def test_any_shape_stride_dtype_and_scale(shape, batch, dtypes, scale, layout, k
 
     x_t, velocity, noise = (strided(d, i) for i, d in enumerate(dtypes))
     rows = step_coefficients(sd3_sigmas(10), kind, 0.7)[torch.arange(batch) % 10]
-    results = [fk.sde_step(x_t, velocity, rows, noise=noise, backend=b) for b in ("native", "reference")]
+    results = [
+        fk.sde_step(x_t, velocity, rows, noise=noise, backend=b) for b in ("native", "reference")
+    ]
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-6, atol=2e-6)
     replayed = fk.sde_log_prob(x_t, velocity, results[0][0], rows, backend="native")
@@ -248,14 +308,25 @@ def test_ode_step_with_history(dtype):
         history = arguments.pop("history", [])
         m = multistep_coefficients((0.9, 0.8, 0.7, 0.6), order)
         x_t, velocity = arguments["x_t"].double(), arguments["velocity"].double()
-        expected = m.a * x_t + m.b * velocity + sum(w * h.double() for w, h in zip(m.history, history, strict=False))
-        x_next, x0 = fk.ode_step(arguments["x_t"], arguments["velocity"], m, history=history, return_x0=True)
+        expected = (
+            m.a * x_t
+            + m.b * velocity
+            + sum(w * h.double() for w, h in zip(m.history, history, strict=False))
+        )
+        x_next, x0 = fk.ode_step(
+            arguments["x_t"], arguments["velocity"], m, history=history, return_x0=True
+        )
         tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
         torch.testing.assert_close(x_next.double(), expected, **tolerance)
         torch.testing.assert_close(x0.double(), x_t - 0.7 * velocity, **tolerance)
         if dtype != torch.float64:
             reference = fk.ode_step(
-                arguments["x_t"], arguments["velocity"], m, history=history, return_x0=True, backend="reference"
+                arguments["x_t"],
+                arguments["velocity"],
+                m,
+                history=history,
+                return_x0=True,
+                backend="reference",
             )
             assert torch.equal(x_next, reference[0]) and torch.equal(x0, reference[1])
 
@@ -275,18 +346,31 @@ def test_out_is_written_in_place_and_may_be_the_input(backend):
 
 def test_named_backend_serves_or_refuses():
     arguments = problem((2, 8))
-    with pytest.raises(fk.BackendError, match="backend='native' cannot serve torch.float64.*reference"):
+    with pytest.raises(
+        fk.BackendError, match="backend='native' cannot serve torch.float64.*reference"
+    ):
         fk.sde_step(**double(arguments), noise=noise_of(arguments).double(), backend="native")
-    with pytest.raises(ValueError, match=r"backend: expected one of \['native', 'triton', 'reference'\].*got 'cuda'"):
+    with pytest.raises(
+        ValueError,
+        match=r"backend: expected one of \['native', 'triton', 'reference'\].*got 'cuda'",
+    ):
         fk.sde_step(**arguments, **key(2), backend="cuda")
     if fk.backends("cpu")["triton"] is not None:
         with pytest.raises(fk.BackendError, match="backend='triton' cannot serve"):
             fk.sde_step(**arguments, **key(2), backend="triton")
     with pytest.raises(fk.BackendError, match="cannot serve"):
         fk.policy_loss(
-            arguments["velocity"], arguments["x_t"], arguments["x_t"], arguments["c_rows"], torch.ones(2), backend="native"
+            arguments["velocity"],
+            arguments["x_t"],
+            arguments["x_t"],
+            arguments["c_rows"],
+            torch.ones(2),
+            backend="native",
         )
-    assert set(fk.backends()) == {"reference", "triton", "native"} and fk.backends()["reference"] is None
+    assert (
+        set(fk.backends()) == {"reference", "triton", "native"}
+        and fk.backends()["reference"] is None
+    )
 
 
 def test_without_native_kernels_the_reference_serves_and_the_reason_is_told(monkeypatch):
@@ -309,7 +393,10 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.flowkern.sde_draw, (*draw, *outputs, backend))
     replay = (x, v.clone().requires_grad_(), torch.randn_like(x), table, u, 4.5, backend)
     torch.library.opcheck(torch.ops.flowkern.sde_log_prob, replay)
-    torch.library.opcheck(torch.ops.flowkern.sde_log_prob_backward, (torch.ones(3), *[t.detach() if isinstance(t, torch.Tensor) else t for t in replay]))
+    torch.library.opcheck(
+        torch.ops.flowkern.sde_log_prob_backward,
+        (torch.ones(3), *[t.detach() if isinstance(t, torch.Tensor) else t for t in replay]),
+    )
 
 
 def test_compiles_whole_forward_and_backward(backend):
@@ -317,7 +404,9 @@ def test_compiles_whole_forward_and_backward(backend):
     rows = arguments["c_rows"].to(dtype=torch.float32)
 
     def train(x, v, ids):
-        x_next, drawn = fk.sde_step(x, v.detach(), rows, seed=5, sample_id=ids, step=2, backend=backend)
+        x_next, drawn = fk.sde_step(
+            x, v.detach(), rows, seed=5, sample_id=ids, step=2, backend=backend
+        )
         return x_next, drawn, fk.sde_log_prob(x, v * 1.0, x_next, rows, backend=backend)
 
     ids = torch.arange(3)
@@ -337,25 +426,61 @@ def test_compiles_whole_forward_and_backward(backend):
 def test_errors_name_the_argument():
     good = problem((2, 3, 4)) | key(2)
     cases = [
-        ({"velocity": torch.randn(2, 3, 5)}, ValueError, r"velocity: expected shape \(2, 3, 4\), got \(2, 3, 5\)"),
-        ({"velocity": torch.randn(1, 3, 4)}, ValueError, "velocity: expected shape"),  # no silent broadcast
-        ({"velocity": torch.ones(2, 3, 4, dtype=torch.int64)}, TypeError, "velocity: expected float32.*torch.int64"),
-        ({"velocity": torch.randn(2, 3, 4, device="meta")}, ValueError, "velocity: expected device cpu, got meta"),
+        (
+            {"velocity": torch.randn(2, 3, 5)},
+            ValueError,
+            r"velocity: expected shape \(2, 3, 4\), got \(2, 3, 5\)",
+        ),
+        (
+            {"velocity": torch.randn(1, 3, 4)},
+            ValueError,
+            "velocity: expected shape",
+        ),  # no silent broadcast
+        (
+            {"velocity": torch.ones(2, 3, 4, dtype=torch.int64)},
+            TypeError,
+            "velocity: expected float32.*torch.int64",
+        ),
+        (
+            {"velocity": torch.randn(2, 3, 4, device="meta")},
+            ValueError,
+            "velocity: expected device cpu, got meta",
+        ),
         ({"x_t": torch.randn(3)}, ValueError, r"x_t: expected shape \(B, \*D\)"),
         ({"x_t": [1.0]}, TypeError, "x_t: expected a tensor, got list"),
-        ({"c_rows": good["c_rows"].table}, TypeError, "c_rows: expected flowkern.schedules.Coefficients, got Tensor"),
-        ({"c_rows": good["c_rows"][torch.tensor([0, 0, 1])]}, ValueError, "c_rows: expected a single edge or 2 rows"),
+        (
+            {"c_rows": good["c_rows"].table},
+            TypeError,
+            "c_rows: expected flowkern.schedules.Coefficients, got Tensor",
+        ),
+        (
+            {"c_rows": good["c_rows"][torch.tensor([0, 0, 1])]},
+            ValueError,
+            "c_rows: expected a single edge or 2 rows",
+        ),
         ({"sample_id": None}, ValueError, "sample_id: got None; expected noise, or all of"),
-        ({"sample_id": torch.arange(3)}, ValueError, r"sample_id: expected shape \(2,\), got \(3,\)"),
+        (
+            {"sample_id": torch.arange(3)},
+            ValueError,
+            r"sample_id: expected shape \(2,\), got \(3,\)",
+        ),
         ({"step": -1}, ValueError, "step: expected 0 <= step"),
         ({"noise": torch.randn(2, 3, 4)}, ValueError, "noise: given together with"),
         ({"guidance_scale": 2.0}, ValueError, "velocity_uncond: needed for guidance_scale=2.0"),
         ({"velocity_uncond": torch.randn(2, 4)}, ValueError, "velocity_uncond: expected shape"),
         ({"history": [torch.randn(2, 3)]}, ValueError, r"history\[0\]: expected shape"),
         ({"history": [torch.randn(2, 3, 4)] * 4}, ValueError, "history: .* got 4"),
-        ({"c_rows": multistep_coefficients((0.9, 0.8, 0.7), 2)}, ValueError, "history: c_rows weigh 1 earlier"),
+        (
+            {"c_rows": multistep_coefficients((0.9, 0.8, 0.7), 2)},
+            ValueError,
+            "history: c_rows weigh 1 earlier",
+        ),
         ({"out": torch.empty(2, 3)}, ValueError, "out: expected shape"),
-        ({"out": torch.empty(4, 3, 2).transpose(0, 2)}, ValueError, "out: expected a contiguous tensor"),
+        (
+            {"out": torch.empty(4, 3, 2).transpose(0, 2)},
+            ValueError,
+            "out: expected a contiguous tensor",
+        ),
         ({"out_dtype": torch.int32}, TypeError, "out_dtype: expected"),
     ]
     for change, error, message in cases:

@@ -1,1 +1,1 @@
-"""What every op shares: choosing a backend, loading the native kernels, checking arguments, noise."""
+"""What every op shares: choosing a backend, native kernels, argument checks, noise."""

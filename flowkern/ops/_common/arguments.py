@@ -47,7 +47,10 @@ def check_per_sample(name: str, x: Tensor, batch: int, device: torch.device) -> 
 
 
 def check_index(name: str, index: Tensor, count: int, device: torch.device) -> Tensor:
-    """(B,) integers in [0, count), as int64. Values are read on the CPU; on CUDA only with FLOWKERN_DEBUG=1 (it synchronizes)."""
+    """(B,) integers in [0, count), as int64.
+
+    Values are looked at on the CPU; on CUDA only with FLOWKERN_DEBUG=1, as that synchronizes.
+    """
     if (
         not isinstance(index, Tensor)
         or index.is_floating_point()
@@ -83,7 +86,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def check_rows(
     name: str, rows: Coefficients, batch: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The table of `rows` in `dtype`: (batch, columns), or (columns,) for a single edge that serves all samples."""
+    """The table of `rows` in `dtype`: (batch, columns), or (columns,) for one edge for all."""
     if not isinstance(rows, Coefficients):
         raise TypeError(
             f"{name}: expected flowkern.schedules.Coefficients, got {type(rows).__name__}"
@@ -91,17 +94,19 @@ def check_rows(
     table = rows.table
     if table.ndim == 2 and table.shape[0] != batch:
         raise ValueError(
-            f"{name}: expected a single edge or {batch} rows, one per sample; got {table.shape[0]} rows"
+            f"{name}: expected a single edge or {batch} rows, one per sample; "
+            f"got {table.shape[0]} rows"
         )
     if table.device != device:
         raise ValueError(
-            f"{name}: expected device {device}, got {table.device}; move it once with c.to({str(device)!r})"
+            f"{name}: expected device {device}, got {table.device}; "
+            f"move it once with c.to({str(device)!r})"
         )
     return table if table.dtype == dtype else rows.to(device, dtype).table
 
 
 def per_sample_contiguous(x: Tensor) -> Tensor:
-    """`x` itself where the elements of each sample are contiguous (whatever lies between samples), else a copy."""
+    """`x` where each sample is contiguous (whatever lies between samples), else a copy."""
     if x.is_contiguous() or x.shape[0] == 0 or x[0].is_contiguous():
         return x
     return x.contiguous()
@@ -116,7 +121,7 @@ def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, veloci
 
 @dataclass(frozen=True)
 class Noise:
-    """Where the noise of a step comes from: `given`, or Philox with (seed, sample_id, step), or nowhere."""
+    """Where noise comes from: `given`, or Philox with (seed, sample_id, step), or nowhere."""
 
     given: Tensor | None = None
     seed: int = 0
@@ -132,7 +137,8 @@ def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:
         extra = [name for name, value in keyed.items() if value is not None]
         if extra:
             raise ValueError(
-                f"noise: given together with {extra}; expected noise, or seed with sample_id and step"
+                f"noise: given together with {extra}; "
+                "expected noise, or seed with sample_id and step"
             )
         check_latent("noise", noise, like)
         return Noise(given=noise)
@@ -146,7 +152,7 @@ def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:
 
 
 def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> Noise:
-    """A Philox key: seed (64 bits), sample_id (B,) int64 (a sequence is taken too), step an int or (B,) int64."""
+    """A Philox key: 64 bits of seed, sample_id (B,) integers, step an int or (B,) integers."""
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
     sample_id = _ids("sample_id", sample_id, batch, device)

@@ -1,4 +1,4 @@
-"""Choosing the implementation of an op: the best one that can serve, or exactly the one that was named."""
+"""Choosing the implementation of an op: the best that can serve, or exactly the one named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import native
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation of an op. `why_not(device, dtype)` is None where it can serve, else the reason it cannot."""
+    """One implementation of an op; `why_not(device, dtype)` is None where it can serve."""
 
     name: str  # "native" | "triton" | "reference"
     call: Callable
@@ -29,9 +29,10 @@ class BackendError(RuntimeError):
 def choose(
     impls: Sequence[Impl], device: torch.device, dtype: torch.dtype, backend: str | None
 ) -> Impl:
-    """The first of `impls` (best first) that can serve `dtype` on `device`, or the one named `backend`.
+    """The first of `impls` (best first) that can serve, or the one named `backend`.
 
-    `dtype` is float64 where any input is. Raises ValueError for an unknown name, BackendError with the reason otherwise.
+    `dtype` is float64 where any input is, else float32. Raises ValueError for an unknown name,
+    BackendError with the reason where the named one, or every one, cannot serve.
     """
     if backend is None:
         for impl in impls:
@@ -53,7 +54,7 @@ def choose(
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
-    """Which backends can serve float32 latents on `device`: None means usable, else the reason why not."""
+    """Which backends can serve latents on `device`: None means usable, else the reason."""
     device = torch.device(device)
     checks = {"reference": no_objection, "triton": triton_why_not, "native": native_why_not}
     return {name: check(device, torch.float32) for name, check in checks.items()}
@@ -109,7 +110,7 @@ def is_tracing(*tensors: torch.Tensor | None) -> bool:
 
 
 def lazily(module: str, name: str) -> Callable:
-    """A function of a module that is imported on its first call: importing flowkern does not import triton."""
+    """A function of a module imported on its first call: `import flowkern` leaves triton out."""
 
     def call(*args):
         return getattr(importlib.import_module(module), name)(*args)

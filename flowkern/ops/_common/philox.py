@@ -1,7 +1,7 @@
-"""Noise: Philox-4x32-10 and its transform to normals in plain torch, and the public verb over all backends.
+"""Noise: Philox-4x32-10 and its transform to normals in plain torch, and the public verb.
 
-The same IEEE float32 operations in the same order as csrc/common/philox.h and philox_triton.py, so the normals agree to the
-bit on every backend. Layout: docs/numerics.md.
+The same IEEE float32 operations in the same order as csrc/common/philox.h and philox_triton.py, so
+the normals agree to the bit on every backend. Layout: docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COSINE_POLYNOMIAL = (2.443844968e-05, -1.388736750e-03, 4.166664687e-02)
 
 
 def philox_4x32_10(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 (Salmon et al., SC 2011). counter: four int64 tensors holding 32-bit words; the four words out likewise."""
+    """Philox-4x32-10 (Salmon et al., SC 2011): four int64 tensors of 32-bit words -> four."""
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -96,7 +96,8 @@ def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.
     out = torch.empty(tuple(shape), device=device)
     native.cpu().fill_philox(
         shape[0], math.prod(shape[1:]), out.data_ptr(), key.seed & (2**64 - 1),
-        native.address(key.sample_id), native.address(key.step), key.step_value, stream, torch.get_num_threads(),
+        native.address(key.sample_id), native.address(key.step), key.step_value, stream,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -117,11 +118,22 @@ def philox_normal(
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normals that follow from (seed, stream, step, sample_id, element) alone: the noise the kernels draw.
+    """Standard normals that follow from (seed, stream, step, sample_id, element) alone.
 
-    shape: (B, *D). seed: 64 bits. sample_id: (B,) int64, global ids (iteration, prompt, root, branch), never an index in the
-    batch. step: int or (B,) int64, 0 <= step < 2**28. stream: "init" | "step" | "match". device: that of sample_id by default.
-    Returns (B, *D) float32, the same bits on every backend. Source: Philox-4x32-10 (Salmon et al., SC 2011), Box-Muller.
+    It is the noise that the kernels draw, the same bits on every backend.
+    Source: Philox-4x32-10 (Salmon et al., SC 2011) and Box-Muller; docs/numerics.md.
+
+    Args:
+        shape: (B, *D).
+        seed: 64 bits.
+        sample_id: (B,) integers: global ids (iteration, prompt, root, branch), never an index in
+            the batch.
+        step: int or (B,) integers, 0 <= step < 2**28.
+        stream: "init" | "step" | "match".
+        device: that of sample_id by default.
+
+    Returns:
+        (B, *D) float32.
     """
     if len(shape) < 2 or any(n < 0 for n in shape):
         raise ValueError(

@@ -1,14 +1,15 @@
 """Clipped importance-ratio loss of SDE steps, from the velocity on.
 
-    d         = b (velocity - old_velocity)                                      (= mean - mean_old)
-    log_ratio = k mean_D(d (2 (x_next - mean_old) - d))                          ratio="sde", no division by std
-              = mean_D((x_next - mean_old) d) / std                              ratio="guard" (GRPO-Guard, arXiv 2510.22319)
+    d         = b (velocity - old_velocity)                        (= mean - mean_old)
+    log_ratio = k mean_D(d (2 (x_next - mean_old) - d))            ratio="sde": no division by std
+              = mean_D((x_next - mean_old) d) / std                ratio="guard"
     kl        = mean_D((mean - mean_ref)^2) / (2 std^2)
-    loss      = step_weight max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef kl,     r = exp(log_ratio)
+    policy    = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = exp(log_ratio)
+    loss      = step_weight policy + kl_coef kl
 
-B = samples, R = velocity rows (R <= B: siblings share their parent's), D = latent elements of one sample.
-Source: Flow-GRPO (arXiv 2505.05470), eq. 5 and 8; the ratio in difference form, exact where log_prob - old_log_prob is
-quantized to float32 steps as large as the clip range.
+B = samples, R = velocity rows (R <= B: siblings share their parent's), D = elements of one latent.
+Source: Flow-GRPO (arXiv 2505.05470); guard: GRPO-Guard (arXiv 2510.22319). The ratio is formed from
+differences, because log_prob - old_log_prob has float32 steps as large as the clip range.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ from . import reference
 
 
 class PolicyLoss(NamedTuple):
-    """loss: () or, with reduction="none", (B,), differentiable in velocity. The rest (B,), detached; clipped_* are bool."""
+    """loss: (), or (B,) with reduction="none"; differentiable in velocity.
+
+    The rest is (B,) and detached; clipped_low and clipped_high are bool.
+    """
 
     loss: Tensor
     log_ratio: Tensor
@@ -88,17 +92,20 @@ def policy_loss(
         advantage: (B,), used as given.
         row: (B,) integers, the velocity row of each sample; None: B == R.
         old_velocity: (R, *D), already guided: the exact difference form.
-        old_log_prob: (B,), for recorded log-probabilities: the log-ratio then carries the float32 rounding of both (about
-            1e-7). Not with ratio="guard". With neither, the update is on policy: log_ratio is exactly 0, its gradient kept.
+        old_log_prob: (B,), for recorded log-probabilities: the log-ratio then carries the float32
+            rounding of both (about 1e-7). Not with ratio="guard". With neither, the update is on
+            policy: log_ratio is exactly 0, its gradient kept.
         noise, seed, sample_id, step: as in `sde_step`, only with x_next=None.
         velocity_uncond: (R, *D), with guidance_scale; it gets no gradient.
         velocity_ref: (R, *D), already guided, of the reference policy. kl_coef: float or (B,).
         step_weight: (B,), multiplies the policy term and never the KL.
-        clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and log1p(clip_high).
+        clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and
+            log1p(clip_high).
         ratio: "sde" | "guard". reduction: "mean" | "sum" | "none". backend: None or "reference".
 
     Raises:
-        ValueError, TypeError naming the argument; BackendError where the named backend cannot serve.
+        ValueError, TypeError naming the argument; BackendError where the named backend cannot
+        serve.
     """
     check_latent("velocity", velocity)
     check_latent("x_t", x_t, velocity)
@@ -130,8 +137,9 @@ def policy_loss(
     impl = choose(_IMPLS, device, dtype, backend)
     return PolicyLoss(
         *impl.call(
-            velocity, x_t, x_next, table, advantage, row, old_velocity, old_log_prob, source, velocity_uncond,
-            guidance_scale, velocity_ref, kl_coef, step_weight, clip_low, clip_high, ratio, reduction,
+            velocity, x_t, x_next, table, advantage, row, old_velocity, old_log_prob, source,
+            velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight,
+            clip_low, clip_high, ratio, reduction,
         )
     )  # fmt: skip
 
@@ -165,7 +173,8 @@ def _check_x_next(x_next, shape, velocity, x_t, old_velocity, noise, seed, sampl
         given = [name for name, value in extra.items() if value is not None]
         if given:
             raise ValueError(
-                f"{given[0]}: given together with x_next; expected x_next=None where it is to be drawn again"
+                f"{given[0]}: given together with x_next; "
+                "expected x_next=None where it is to be drawn again"
             )
         return None
     if old_velocity is None:

@@ -13,8 +13,9 @@ from flowkern.schedules import COLUMNS
 
 
 def policy_loss(
-    velocity, x_t, x_next, rows, advantage, row, old_velocity, old_log_prob, source: Noise | None, velocity_uncond,
-    guidance_scale, velocity_ref, kl_coef, step_weight, clip_low, clip_high, ratio, reduction,
+    velocity, x_t, x_next, rows, advantage, row, old_velocity, old_log_prob, source: Noise | None,
+    velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight,
+    clip_low, clip_high, ratio, reduction,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = rows.dtype
     a, b, std, k, c = (rows[..., COLUMNS.index(name)] for name in ("a", "b", "std", "k", "c"))

@@ -1,11 +1,13 @@
 """The step of every sampler of the family, with its log-probability.
 
-    mean     = a x_t + b velocity + sum_j h_j history_j,    velocity = uncond + guidance_scale (velocity - uncond)
-    x_next   = mean + std noise                             (rounded to the dtype it is stored in)
-    log_prob = mean_D(-k (x_next - mean)^2) + c             (of the x_next that is stored)
+    velocity = uncond + guidance_scale (velocity - uncond)
+    mean     = a x_t + b velocity + sum_j h_j history_j
+    x_next   = mean + std noise                     (rounded to the dtype it is stored in)
+    log_prob = mean_D(-k (x_next - mean)^2) + c     (of the x_next that is stored)
 
-B = samples, D = latent elements of one sample. Arithmetic in float32; float64 where any input is float64 (reference only).
-Source: Flow-GRPO (arXiv 2505.05470) and its relatives; the coefficients are rows of flowkern.schedules.
+B = samples, D = latent elements of one sample. Arithmetic in float32; in float64 where any input is
+float64 (reference only). The coefficients are rows of flowkern.schedules.
+Source: Flow-GRPO (arXiv 2505.05470) and its relatives; docs/ops/sde_step.md has the derivation.
 """
 
 from __future__ import annotations
@@ -167,23 +169,30 @@ def sde_step(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw x_next and its log-probability. Not differentiable: training replays with `sde_log_prob`.
+    """Draw x_next and its log-probability.
+
+    Not differentiable: training replays with `sde_log_prob`.
 
     Args:
         x_t, velocity: (B, *D), any strides; float32, bfloat16 or float16 (float64: the reference).
         c_rows: one edge for all samples, or B rows, of `flowkern.schedules`, on the device of x_t.
         noise: (B, *D) standard normals. Or else all of
-        seed, sample_id, step: Philox noise drawn in the kernel: 64 bits; (B,) int64 global ids; an int or (B,) int64.
-        velocity_uncond: (B, *D), with guidance_scale: the step uses uncond + guidance_scale (velocity - uncond).
-        history: earlier x0 predictions, most recent first, for the rows of a multistep solver: up to three of (B, *D).
-        out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), written instead of a new tensor.
+        seed, sample_id, step: Philox noise drawn in the kernel: 64 bits; (B,) int64 global ids; an
+            int or (B,) int64.
+        velocity_uncond: (B, *D), with guidance_scale: the step uses uncond + guidance_scale
+            (velocity - uncond).
+        history: earlier x0 predictions, most recent first, for the rows of a multistep solver: up
+            to three of (B, *D).
+        out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), written instead of a new
+            tensor.
         backend: "native" | "triton" | "reference"; None takes the best that can serve.
 
     Returns:
         x_next (B, *D); log_prob (B,) float32, of x_next as stored, per element (a mean over D).
 
     Raises:
-        ValueError, TypeError: an argument is off; the message names it. BackendError: the backend named cannot serve.
+        ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
+            named cannot serve.
     """
     _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
     source = check_noise(noise, seed, sample_id, step, x_t)
@@ -219,13 +228,14 @@ def ode_step(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The mean of the step: Euler, or a multistep solver with `history`; the same kernel without noise.
+    """The mean of the step, by the same kernel: Euler, or a multistep solver with `history`.
 
-    Args as `sde_step`; m_rows from `multistep_coefficients`, `edge_coefficients` or `step_coefficients`.
+    Args as `sde_step`; m_rows from `multistep_coefficients`, `edge_coefficients` or
+    `step_coefficients`.
 
     Returns:
-        x_next (B, *D); with return_x0 also x0 = x_t - sigma velocity (B, *D) in the dtype of x_next, from the same pass:
-        the next edge's history.
+        x_next (B, *D); with return_x0 also x0 = x_t - sigma velocity (B, *D) in the dtype of
+        x_next, from the same pass: the next edge's history.
     """
     _check_step(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
     x_next = _output(x_t, out_dtype, out)
@@ -257,10 +267,12 @@ def sde_log_prob(
     guidance_scale: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Log-probability of a stored x_next: (B,) float32, differentiable in `velocity` (velocity_uncond gets no gradient).
+    """Log-probability of a stored x_next: (B,) float32, differentiable in `velocity`.
 
-    With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for any split of the batch.
-    Args as `sde_step`; d log_prob / d velocity = 2 k b (x_next - mean) / D, recomputed from the inputs: nothing else is saved.
+    With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for
+    any split of the batch. Args as `sde_step`; velocity_uncond gets no gradient.
+    d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
+    is saved.
     """
     _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, ())
     check_latent("x_next", x_next, x_t)
@@ -271,7 +283,8 @@ def sde_log_prob(
         return _replay_op(
             x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale), backend
         )
-    # The dispatcher costs more than the kernel at image size; in eager mode without gradient nothing needs to see the op.
+    # The dispatcher costs more than the kernel at image size; in eager mode without gradient
+    # nothing needs to see the op.
     impl = choose(_REPLAY, x_t.device, dtype, backend)
     return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
 
@@ -287,8 +300,8 @@ def _check_step(
     needed = rows.num_history if isinstance(rows, Coefficients) else 0
     if not needed <= len(history) <= MAX_HISTORY:
         raise ValueError(
-            f"history: {rows_name} weigh {needed} earlier x0 predictions; expected {needed} to {MAX_HISTORY} tensors, "
-            f"got {len(history)}"
+            f"history: {rows_name} weigh {needed} earlier x0 predictions; "
+            f"expected {needed} to {MAX_HISTORY} tensors, got {len(history)}"
         )
 
 
@@ -328,7 +341,8 @@ def _draw(
         _draw_op(
             x_t.detach(), velocity.detach(), table,
             None if velocity_uncond is None else velocity_uncond.detach(), float(guidance_scale),
-            [h.detach() for h in history], source.given, source.seed, source.sample_id, source.step, source.step_value,
+            [h.detach() for h in history],
+            source.given, source.seed, source.sample_id, source.step, source.step_value,
             x_next, log_prob, x0, backend,
         )  # fmt: skip
         return

@@ -13,11 +13,14 @@ from flowkern.ops._common.native import address, latent
 
 
 def _common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows) -> tuple:
-    """The arguments that all kernels share; `rows` has stride 0 where one edge serves all samples."""
+    """The arguments that all kernels share; `rows` has stride 0 where one edge serves all
+    samples.
+    """
     batch = x_t.shape[0]
     row_stride = 0 if rows.ndim == 1 else rows.stride(0)
     return (
-        batch, x_t.numel() // batch, latent(x_t), latent(velocity), latent(x_next), latent(velocity_uncond),
+        batch, x_t.numel() // batch,
+        latent(x_t), latent(velocity), latent(x_next), latent(velocity_uncond),
         float(guidance_scale), rows.data_ptr(), row_stride, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -44,7 +47,8 @@ def draw(
     native.cpu().sde_draw(
         *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, _packed(rows)),
         latent(noise), latent(x0), tuple(map(latent, history)),
-        source.seed & (2**64 - 1), address(source.sample_id), address(source.step), source.step_value,
+        source.seed & (2**64 - 1),
+        address(source.sample_id), address(source.step), source.step_value,
         STREAMS["step"], address(log_prob),
     )  # fmt: skip
 

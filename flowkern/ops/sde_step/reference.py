@@ -38,7 +38,7 @@ def mean_and_x0(
 
 
 def log_prob_of(x_next: Tensor, mean: Tensor, rows: Tensor) -> Tensor:
-    """(B,), one sample at a time: torch's reductions depend on the shape, and a replay must not depend on the batch."""
+    """(B,), one sample at a time: torch's sums depend on the shape, a replay must not."""
     residual = x_next.to(rows.dtype) - mean
     k, c = rows[..., COLUMNS.index("k")], rows[..., COLUMNS.index("c")]
     if residual.shape[0] == 0 or residual[0].numel() == 0:
