@@ -1,0 +1,5 @@
+"""python -m flowkern."""
+
+from flowkern.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""The flowkern command. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        if options.traceback:
+            raise
+        print(f"flowkern: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flowkern: interrupted before anything was trained", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowkern", description="Reinforcement learning of flow-matching models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+    train = commands.add_parser(
+        "train",
+        parents=[common],
+        help="train from a configuration",
+        description="Train from a configuration. Ctrl-C finishes the iteration, saves a checkpoint "
+        "and exits; a second Ctrl-C exits at once.",
+        epilog="Several processes: torchrun --standalone --nproc_per_node N scripts/train.py "
+        "CONFIG.yaml, with ACCELERATE_USE_CPU=true where there is no GPU.",
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", help="see configs/")
+    train.add_argument(
+        "overrides",
+        metavar="key.path=value",
+        nargs="*",
+        help="e.g. train.learning_rate=1e-3, train.resume_from_checkpoint=latest",
+    )
+    train.set_defaults(command=_train)
+
+    sample = commands.add_parser(
+        "sample",
+        parents=[common],
+        help="draw images from a checkpoint",
+        description="Draw images from a checkpoint with the deterministic sampler.",
+    )
+    sample.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
+    sample.add_argument("--prompt", required=True)
+    sample.add_argument("--output", type=Path, required=True, metavar="PNG")
+    sample.add_argument("--num-images", type=int, default=1, help="a grid if more than 1")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    sample.add_argument("--num-inference-steps", type=int, help="default: as in validation")
+    sample.add_argument("--guidance-scale", type=float, help="default: as in validation")
+    sample.set_defaults(command=_sample)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from flowkern.train.config import load_config
+
+    config = load_config(options.config, options.overrides)  # wrong keys show before the imports
+    from flowkern.train.trainer import Trainer
+
+    return Trainer(config).run()
+
+
+def _sample(options: argparse.Namespace) -> int:
+    if options.num_images < 1:
+        raise ValueError(f"--num-images: got {options.num_images}, expected at least 1")
+    import torch
+
+    from flowkern.models import load_model
+    from flowkern.rollout.engine import sample_ids
+    from flowkern.train.checkpoint import checkpoints, find_checkpoint
+    from flowkern.train.config import load_config
+    from flowkern.train.lora import attach_lora
+    from flowkern.train.tracking import save_grid, save_image
+    from flowkern.train.validation import sample_images
+
+    found = [find_checkpoint(str(path)) for path in checkpoints(options.checkpoint)[-1:]]
+    directory = found[0] if found else find_checkpoint(str(options.checkpoint))
+    config = load_config(directory / "config.yaml")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(config.model.path, device=device)
+    attach_lora(model, directory)
+    steps, scale = options.num_inference_steps, options.guidance_scale
+    images = sample_images(
+        model,
+        [options.prompt] * options.num_images,
+        sample_ids(0, torch.zeros(1, dtype=torch.int64, device=device), options.num_images),
+        seed=options.seed,
+        num_inference_steps=config.validation.num_inference_steps if steps is None else steps,
+        guidance_scale=config.validation.guidance_scale if scale is None else scale,
+        max_batch=config.train.max_batch,
+        size=(config.model.height, config.model.width),
+    )
+    if options.num_images == 1:
+        save_image(options.output, images[0])
+    else:
+        save_grid(options.output, images, [""] * len(images), title=options.prompt)
+    print(options.output)
+    return 0

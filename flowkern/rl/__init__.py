@@ -1,0 +1,1 @@
+"""What is learned from samples: advantages, objectives, and one recipe per algorithm."""

@@ -1,0 +1,146 @@
+"""What a run leaves for people: lines of JSON, a progress bar, sample grids, reward curves."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import textwrap
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INK, ACCENT, SOFT = "#222222", "#1f5fa8", "#d9822b"
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """One JSON object, on disk when this returns from the process's side."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory allocated on a CUDA device; else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys, lists as text: what trackers take for hyperparameters."""
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            out[prefix + key] = value if plain else str(value)
+    return out
+
+
+def progress_bar(total: int, initial: int, is_main: bool):
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, disable=not is_main, desc="train", unit="step")
+
+
+def save_image(path: Path, image: Tensor) -> None:
+    """A PNG of one image (3, H, W) in [0, 1], pixel for pixel."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+
+def save_grid(
+    path: Path,
+    images: Tensor,
+    captions: Sequence[str],
+    scores: Sequence[float] = (),
+    title: str = "",
+) -> None:
+    """A PNG of images (B, 3, H, W) in [0, 1], with a caption and a score under each."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(images), 10 if len(images) > 24 else 5)
+    rows = -(-len(images) // columns)
+    texts = [textwrap.fill(caption, 26, max_lines=3, placeholder=" …") for caption in captions]
+    lines = max(text.count("\n") + 1 for text in texts) + bool(scores)
+    head = 0.5 if title else 0.1
+    height = 1.5 + 0.17 * lines + 0.12  # of a cell, in inches
+    size = (1.8 * columns, height * rows + head)
+    figure = Figure(figsize=size, dpi=110, facecolor="white")
+    grid = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+    for i, text in enumerate(texts):
+        row, column = divmod(i, columns)
+        left, top = 1.8 * column + 0.15, size[1] - head - height * row
+        box = (left / size[0], (top - 1.5) / size[1], 1.5 / size[0], 1.5 / size[1])
+        axes = figure.add_axes(box)
+        axes.imshow(grid[i].clip(0, 1), interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_color("#bbbbbb")
+        place = {"transform": figure.transFigure, "ha": "center", "va": "top"}
+        middle = (left + 0.75) / size[0]
+        figure.text(middle, (top - 1.55) / size[1], text, fontsize=8, color=INK, **place)
+        if scores:
+            below = (top - 1.55 - 0.17 * (text.count("\n") + 1)) / size[1]
+            score = f"{scores[i]:.2f}"
+            figure.text(middle, below, score, fontsize=9, color=ACCENT, weight="bold", **place)
+    if title:
+        figure.text(0.5, 1 - 0.12 / size[1], title, fontsize=11, color=INK, ha="center", va="top")
+    _save(figure, path)
+
+
+def save_curves(
+    path: Path, metrics: Sequence[dict], validation: Sequence[dict], optimized: Collection[str]
+) -> None:
+    """A PNG with one panel per reward: training rollouts as a line, held-out prompts as dots."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rollouts = [record for record in metrics if "reward/mean" in record]
+    names = [key for key in (rollouts or [{}])[0] if key.startswith("reward/")]
+    if len(optimized) == 1:
+        names = [name for name in names if name != "reward/mean"]  # it is that reward, weighted
+    if not names:
+        return
+    figure = Figure(figsize=(4.2 * len(names), 3.4), dpi=110, facecolor="white")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        steps = [record["step"] for record in rollouts]
+        values = [record[name] for record in rollouts]
+        axes.plot(steps, values, color=ACCENT, lw=1.6, label="training rollouts")
+        held_out = [(record["step"], record[name]) for record in validation if name in record]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o", color=SOFT, ms=5, label="held-out prompts")
+        if all(0 <= value <= 1 for value in values):
+            axes.set_ylim(0, 1.02)
+        reward = name.removeprefix("reward/")
+        role = "optimized" if reward in (*optimized, "mean") else "reported only"
+        axes.set_title(f"{reward.replace('_', ' ')} ({role})", fontsize=11, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("optimizer steps")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    """Through a second name, so that a reader never sees half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)

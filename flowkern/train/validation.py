@@ -1,0 +1,136 @@
+"""Held-out prompts: the same ones every time, from the same noise, without randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from flowkern.rewards import Reward
+from flowkern.rollout.engine import ITERATION_BITS, Roots, run, sample_ids
+from flowkern.rollout.plan import Chain
+from flowkern.schedules import sd3_sigmas, step_coefficients
+from flowkern.train import tracking
+from flowkern.train.config import Config
+from flowkern.train.prompts import read_prompts
+
+RESERVED_ITERATION = 2**ITERATION_BITS - 1  # never a training rollout's
+
+
+class Validation:
+    """The held-out prompts of a configuration, scored and drawn; rank r takes every world-th."""
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, model: Any, rewards: Mapping[str, Reward]
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.model, self.rewards = model, rewards
+        path, count = config.data.test_prompts, config.validation.num_prompts
+        self.rows = read_prompts(path)[:count] if path else []
+
+    def run(self, step: int) -> None:
+        """Append a line to validation.jsonl and write samples/step-N.png."""
+        if not self.rows:
+            return
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = [i for i in range(len(self.rows)) if i % world == rank]
+        images, scores = self._sample(mine) if mine else (None, {})
+        parts = [(i, images[j], {n: scores[n][j] for n in scores}) for j, i in enumerate(mine)]
+        if world > 1:
+            parts = gather_object(parts)
+        if self.accelerator.is_main_process:
+            self._write(step, sorted(parts, key=lambda part: part[0]))
+
+    def _sample(self, mine: list[int]) -> tuple[Tensor, dict[str, list[float]]]:
+        options, rows = self.config.validation, [self.rows[i] for i in mine]
+        device = self.accelerator.device
+        images = sample_images(
+            self.model,
+            [row["prompt"] for row in rows],
+            sample_ids(RESERVED_ITERATION, torch.tensor(mine, device=device), 1),
+            seed=self.config.seed,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            max_batch=self.config.train.max_batch,
+            size=(self.config.model.height, self.config.model.width),
+        )
+        scores = {n: v.tolist() for n, v in evaluate(self.rewards, images, rows).items()}
+        weights = self.config.reward.weights
+        mean = [sum(w * scores[n][i] for n, w in weights.items()) for i in range(len(rows))]
+        return images.cpu(), {"mean": mean, **scores}
+
+    def _write(self, step: int, parts: Sequence[tuple[int, Tensor, dict[str, float]]]) -> None:
+        directory = Path(self.config.output_dir)
+        means = {
+            f"reward/{name}": sum(scores[name] for _, _, scores in parts) / len(parts)
+            for name in parts[0][2]
+        }
+        tracking.append_line(directory / "validation.jsonl", {"step": step, **means})
+        shown = parts[: self.config.validation.num_images]
+        tracking.save_grid(
+            directory / "samples" / f"step-{step}.png",
+            torch.stack([image for _, image, _ in shown]),
+            [self.rows[i]["prompt"] for i, _, _ in shown],
+            [scores["mean"] for _, _, scores in shown],
+            f"held-out prompts after {step} optimizer steps, "
+            f"mean reward {means['reward/mean']:.2f} over {len(parts)}",
+        )
+
+
+def evaluate(
+    rewards: Mapping[str, Reward], images: Tensor, rows: Sequence[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Every reward of every image: name -> (B,) float32, on the device of the images.
+
+    Raises ValueError for a reward that does not return one number per image.
+    """
+    prompts, scores = [row["prompt"] for row in rows], {}
+    for name, reward in rewards.items():
+        with torch.no_grad():
+            value = torch.as_tensor(reward(images, prompts, rows), dtype=torch.float32)
+        if value.shape != (len(images),):
+            shape = tuple(value.shape)
+            raise ValueError(f"reward {name!r}: returned shape {shape}, expected ({len(images)},)")
+        scores[name] = value.to(images.device)
+    return scores
+
+
+@torch.no_grad()
+def sample_images(
+    model: Any,
+    prompts: Sequence[str],
+    sample_id: Tensor,
+    *,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    max_batch: int = 16,
+    size: tuple[int | None, int | None] = (None, None),
+) -> Tensor:
+    """One image per prompt, (B, 3, H, W) in [0, 1], along the ODE; sample_id (B,) picks noise."""
+    conditioning = model.encode([*prompts, ""])
+    sigmas = model_grid(model)(num_inference_steps)
+    rollout = run(
+        Chain(sigmas, step_coefficients(sigmas, "ode", 0.0)),
+        lambda x_t, sigma, prompt: model.velocity(x_t, sigma, conditioning[prompt]),
+        Roots(
+            seed=seed,
+            sample_id=sample_id,
+            prompt=torch.arange(len(prompts), device=sample_id.device),
+            shape=model.latent_shape(*size),
+        ),
+        max_batch,
+        guidance_scale=guidance_scale,
+        uncond=len(prompts),
+    )
+    return model.decode(rollout.latents)
+
+
+def model_grid(model: Any) -> Callable[[int], Tensor]:
+    """Number of steps -> sigmas (S + 1,): the grid of the model's own pipeline."""
+    return lambda num_steps: sd3_sigmas(num_steps, model.shift)

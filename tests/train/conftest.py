@@ -1,0 +1,61 @@
+"""A tiny run of the demo model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowkern.train.config import Config, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    f"model.path={ROOT / 'assets/digits-sd3'}",
+    f"data.train_prompts={ROOT / 'assets/digits-prompts/train.jsonl'}",
+    f"data.test_prompts={ROOT / 'assets/digits-prompts/test.jsonl'}",
+    "algorithm.group_size=4",
+    "algorithm.prompts_per_rollout=4",
+    "algorithm.num_inference_steps=3",
+    "train.steps=4",
+    "train.checkpointing_steps=2",
+    "train.max_batch=16",
+    "validation.num_prompts=6",
+    "validation.num_inference_steps=2",
+]
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Callable[..., Config]:
+    """tiny("key=value", ..., name="run"): a configuration whose output_dir is tmp_path/name."""
+
+    def make(*overrides: str, name: str = "run") -> Config:
+        directory = f"output_dir={tmp_path / name}"
+        return load_config(ROOT / "configs/digits/flow_grpo.yaml", [*TINY, directory, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def tiny_file(tmp_path, tiny) -> Callable[..., Path]:
+    """The same as a file, for commands."""
+    from flowkern.train.config import to_dict
+
+    def make(*overrides: str, name: str = "run") -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(to_dict(tiny(*overrides, name=name))))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def lines() -> Callable[[Path], list[dict]]:
+    """The records of a .jsonl file, without what a clock or the machine decides."""
+
+    def read(path: Path) -> list[dict]:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        loose = ("timing_s/", "throughput/", "memory/")
+        return [{k: v for k, v in r.items() if not k.startswith(loose)} for r in records]
+
+    return read

@@ -1,0 +1,92 @@
+"""The commands in processes of their own: signals, several ranks, sampling."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def start(*command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_ctrl_c_saves_the_step_it_interrupts_and_sample_draws_from_it(tiny, tiny_file, tmp_path):
+    path = tiny_file("train.steps=100000", "train.checkpointing_steps=100000")
+    process = start("-m", "flowkern", "train", str(path), "data.test_prompts=null")
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"stopped after step {last}" in message and "Traceback" not in message
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert saved.name == f"checkpoint-{last}"
+    assert torch.load(saved / "state.pt", weights_only=True)["step"] == last
+
+    from flowkern.cli import main
+
+    options = ["--prompt", "the digit 3", "--num-inference-steps", "2"]
+    for count, name in ((1, "one.png"), (3, "three.png")):
+        output = tmp_path / name
+        arguments = ["sample", str(tmp_path / "run"), *options, "--num-images", str(count)]
+        assert main([*arguments, "--output", str(output)]) == 0
+        assert output.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_second_ctrl_c_exits_at_once_and_a_launchers_sigterm_is_none(monkeypatch):
+    from flowkern.train.distributed import StopRequest
+
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert stop.status == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.status == 128 + signal.SIGINT and not exits
+        os.kill(os.getpid(), signal.SIGINT)
+        assert exits == [128 + signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_errors_are_one_line_and_exit_with_1(capsys):
+    from flowkern.cli import main
+
+    assert main(["train", "configs/digits/flow_grpo.yaml", "train.stepz=3"]) == 1
+    assert capsys.readouterr().err == (
+        "flowkern: train.stepz: unknown key; did you mean 'steps'?\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0 and "Ctrl-C" in capsys.readouterr().out
+
+
+def test_two_processes_train_as_one_does(tiny, tiny_file, tmp_path, lines):
+    from flowkern.train.trainer import Trainer
+
+    Trainer(tiny(name="one")).run()
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = start(*launcher, "scripts/train.py", str(tiny_file(name="two")))
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, message
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        one, two = lines(tmp_path / "one" / name), lines(tmp_path / "two" / name)
+        assert len(one) == len(two) and one
+        assert two[0] == pytest.approx(one[0], rel=1e-4, abs=1e-6)
+        for a, b in zip(one, two, strict=True):  # AdamW blows rounding of small gradients up
+            assert b == pytest.approx(a, rel=2e-3, abs=1e-6)
+    assert (tmp_path / "two/checkpoint-4/random-1.pt").is_file()

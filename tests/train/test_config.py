@@ -1,0 +1,72 @@
+"""Configuration files: what is refused, and how it is said."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowkern.train import config as module
+from flowkern.train.config import ConfigError, from_dict, load_config, to_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "configs/digits/flow_grpo.yaml"
+
+
+def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
+    overrides = ["seed=3", "train.learning_rate=1e-4", "train.report_to=null", "lora.rank=8"]
+    overrides += ["reward.weights={digits_judge: 2}", "reward.report=[]", "algorithm.clip_range=1"]
+    overrides += ["train.mixed_precision=no", "train.overwrite_output_dir=true"]
+    config = load_config(DIGITS, overrides)
+    assert (config.seed, config.train.learning_rate, config.train.report_to) == (3, 1e-4, None)
+    assert config.lora.rank == 8 and config.algorithm.clip_range == 1.0
+    assert config.train.mixed_precision == "no" and config.train.overwrite_output_dir
+    assert config.reward.weights == {"digits_judge": 2.0} and config.reward.report == []
+    assert config.algorithm.noise_level == 0.7, "not in the file: the recipe's"
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.learnin_rate=1", "train.learnin_rate: unknown key; did you mean 'learning_rate'?"),
+        ("algorithm.groupsize=1", "algorithm.groupsize: unknown key; did you mean 'group_size'?"),
+        ("zzz=1", "zzz: unknown key; known are output_dir, seed"),
+        ("train.steps=1.5", "train.steps: got 1.5, expected an integer"),
+        ("train.steps=true", "train.steps: got True, expected an integer"),
+        ("train.steps=0", "train.steps: got 0, expected a positive number"),
+        ("train.learning_rate=fast", "train.learning_rate: got 'fast', expected a finite number"),
+        ("train.learning_rate=.nan", "train.learning_rate: got nan, expected a finite number"),
+        ("train.mixed_precision=fp8", "got 'fp8', expected one of no, fp16, bf16"),
+        ("algorithm.global_std=1", "algorithm.global_std: got 1, expected a bool"),
+        ("algorithm.name=ppo", "algorithm.name: got 'ppo', expected one of .*flow_grpo"),
+        ("algorithm=7", "algorithm.name: missing in 7"),
+        ("model.path.x=1", "model.path: is a value, and has no 'x'"),
+        ("lora.target_modules=[1]", r"lora.target_modules\[0\]: got 1, expected a string"),
+        ("reward.report=judge", "reward.report: got 'judge', expected a list"),
+        ("reward.weights={}", "reward.weights: got none"),
+        ("algorithm.updates_per_rollout=4", "train.steps: got .* expected a multiple of .* 4"),
+        ("train.steps", "override: got 'train.steps', expected key.path=value"),
+    ],
+)
+def test_errors_name_the_key(override, message):
+    steps = ["train.steps=6"] if "updates" in override else []
+    with pytest.raises(ConfigError, match=message):
+        load_config(DIGITS, [*steps, override])
+
+
+def test_a_missing_key_is_named():
+    tree = to_dict(load_config(DIGITS))
+    del tree["train"]["steps"]
+    with pytest.raises(ConfigError, match=r"train\.steps: missing, and has no default"):
+        from_dict(tree)
+
+
+def test_every_field_says_what_it_is():
+    for path in [Path(module.__file__), *(ROOT / "flowkern/rl/algorithms").glob("[!_]*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+                    if isinstance(item, ast.AnnAssign):
+                        said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                        assert said, f"{path.name}: {node.name}.{ast.unparse(item.target)}"
