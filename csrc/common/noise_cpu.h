@@ -32,6 +32,17 @@ FK_INLINE Word64 multiply_low_halves(Word64 a, Word64 b) {
 #endif
 }
 
+// The high halves of the lanes, moved to their low halves. A shuffle: shifts share the multiplier's port.
+FK_INLINE Word64 high_halves(Word64 a) {
+#if defined(__AVX512F__)
+  return (Word64)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+  return (Word64)_mm256_shuffle_epi32((__m256i)a, 0xF5);
+#else
+  return a >> 32;
+#endif
+}
+
 constexpr int kInFlight = 4;                             // vectors advanced together, to hide the multiplier's latency
 constexpr int kBlocksAtOnce = kInFlight * kLanes;        // Philox counters per call
 constexpr int kNormalsAtOnce = 4 * kBlocksAtOnce;        // normals per call: 128, 64 or 32
@@ -50,9 +61,9 @@ FK_INLINE void normals_at_once(float* out, uint32_t first_block, uint32_t word, 
     for (int j = 0; j < kInFlight; ++j) {
       const Word64 p0 = multiply_low_halves(c0[j], Word64{} + 0xD2511F53u);
       const Word64 p1 = multiply_low_halves(c2[j], Word64{} + 0xCD9E8D57u);
-      c0[j] = (p1 >> 32) ^ c1[j] ^ key0;  // high halves carry rubbish that no product reads
+      c0[j] = high_halves(p1) ^ c1[j] ^ key0;  // high halves carry rubbish that no product reads
       c1[j] = p1;
-      c2[j] = (p0 >> 32) ^ c3[j] ^ key1;
+      c2[j] = high_halves(p0) ^ c3[j] ^ key1;
       c3[j] = p0;
     }
     key0 += 0x9E3779B9u;

@@ -62,13 +62,13 @@ struct Normal2 {
 FK_INLINE Normal2 box_muller(uint32_t radius_bits, uint32_t angle_bits) {
   const float u = float(int32_t(radius_bits >> 1)) * 4.656612873077393e-10f + 2.328306436538696e-10f;  // 2^-31, 2^-32
   const float radius = sqrtf(-2.0f * log_unit(u));
-  const uint32_t quadrant = (angle_bits + 0x20000000u) >> 30;
+  const uint32_t turned = angle_bits + 0x20000000u;  // by an eighth: the top two bits are the nearest quarter turn
   const float y = float(int32_t(angle_bits << 2)) * 3.657295198e-10f;  // 2 pi / 2^34: within pi / 4
   const float y2 = y * y;
   const float sine = ((-1.951528210e-04f * y2 + 8.332160752e-03f) * y2 + -1.666665461e-01f) * y2 * y + y;
   const float cosine = ((2.443844968e-05f * y2 + -1.388736750e-03f) * y2 + 4.166664687e-02f) * y2 * y2 - 0.5f * y2 + 1.0f;
-  const bool swap = quadrant & 1;
-  const uint32_t c = float_to_bits(swap ? sine : cosine) ^ (((quadrant + 1) & 2) << 30);
-  const uint32_t s = float_to_bits(swap ? cosine : sine) ^ ((quadrant & 2) << 30);
+  const bool swap = turned & 0x40000000u;
+  const uint32_t c = float_to_bits(swap ? sine : cosine) ^ ((turned + 0x40000000u) & 0x80000000u);
+  const uint32_t s = float_to_bits(swap ? cosine : sine) ^ (turned & 0x80000000u);
   return {radius * bits_to_float(c), radius * bits_to_float(s)};
 }

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;
 constexpr int64_t kSegment = 16 * kChunk;
+constexpr int64_t kAhead = 3 * kChunk;  // how far to prefetch
 constexpr int kSumLanes = 32;
 
 FK_INLINE StepRow row_of(const StepArguments& arguments, int64_t sample) {
@@ -23,10 +24,10 @@ FK_INLINE StepRow row_of(const StepArguments& arguments, int64_t sample) {
 }
 
 struct Buffers {
-  alignas(64) float x[kChunk], velocity[kChunk], other[kChunk], noise[kChunk], next[kChunk];
+  alignas(64) float x[kChunk], velocity[kChunk], other[kChunk], mean[kChunk], noise[kChunk], next[kChunk];
 };
 
-// Asks for what the next chunk will read, a little at a time while this one is computed: the hardware's own prefetcher stops
+// Asks for what a later chunk will read, a little at a time while this one is computed: the hardware's own prefetcher stops
 // at every page and idles while noise is made (docs/log.md has the measurement).
 struct Prefetch {
   const StepArguments& s;
@@ -34,7 +35,7 @@ struct Prefetch {
   __attribute__((always_inline)) void operator()(int64_t i, int64_t count) const {
     for (const Latent* latent : {&s.x_t, &s.velocity, &s.velocity_uncond, &s.noise, &s.x_next}) {
       if (!latent->data) continue;
-      const char* ahead = latent->at(sample, first + kChunk + i);
+      const char* ahead = latent->at(sample, first + kAhead + i);
       for (int64_t byte = 0; byte < count * bytes_of(latent->dtype); byte += 64) __builtin_prefetch(ahead + byte);
     }
   }
@@ -59,17 +60,21 @@ FK_INLINE Chunk load_chunk(const StepArguments& s, StepRow row, int64_t sample, 
   return {x, velocity, row};
 }
 
-// mean = a x_t + b velocity + sum_j h_j history_j, in this order.
-FK_INLINE void mean_with_history(const StepArguments& s, const Chunk& chunk, int64_t sample, int64_t first, int64_t count,
-                                 float* mean, float* buffer) {
+// The same chunk with the history in it: x becomes the whole mean, weighted by 1, and the velocity is weighted by 0.
+FK_INLINE Chunk add_history(const StepArguments& s, const Chunk& chunk, int64_t sample, int64_t first, int64_t count, Buffers& buffers) {
+  float* mean = buffers.mean;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) mean[i] = step_mean(chunk.row, chunk.x[i], chunk.velocity[i]);
   for (int j = 0; j < s.num_history; ++j) {
-    const float* earlier = widen(s.history[j].at(sample, first), s.history[j].dtype, count, buffer);
+    const float* earlier = widen(s.history[j].at(sample, first), s.history[j].dtype, count, buffers.other);
     const float weight = chunk.row.h[j];
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) mean[i] += weight * earlier[i];
   }
+  Chunk whole{mean, mean, chunk.row};
+  whole.row.a = 1;
+  whole.row.b = 0;
+  return whole;
 }
 
 // Sums residual(i)^2 over i in [0, count), element i in lane i % kSumLanes.
@@ -117,43 +122,40 @@ void for_chunks(int64_t batch, int64_t size, int threads, const StepArguments* f
 }  // namespace
 
 void sde_draw(const StepArguments& s) {
+  alignas(64) static const float zeros[kChunk] = {};
   for_chunks(s.batch, s.size, s.threads, s.log_prob ? &s : nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     Buffers buffers;
-    const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
-    const StepRow& row = chunk.row;
+    const Prefetch prefetch{s, sample, first};
+    Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
     if (s.x0.data) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(row, chunk.x[i], chunk.velocity[i]);
+      for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(chunk.row, chunk.x[i], chunk.velocity[i]);
       narrow(buffers.other, s.x0.at(sample, first), s.x0.dtype, count);
     }
-    float* mean = buffers.next;
-    mean_with_history(s, chunk, sample, first, count, mean, buffers.other);
-    const float* noise = nullptr;  // std == 0 draws none: exactly the deterministic step
-    if (row.std != 0 && s.noise.data) noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
-    if (row.std != 0 && s.sample_id) {
+    if (s.num_history) chunk = add_history(s, chunk, sample, first, count, buffers);
+    const float* noise = zeros;  // std == 0 neither reads nor makes any
+    if (chunk.row.std != 0 && s.noise.data) noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
+    if (chunk.row.std != 0 && s.sample_id) {
       const uint32_t word = counter_word(s.stream, s.step ? s.step[sample] : s.step_value);
-      fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, Prefetch{s, sample, first});
+      fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, prefetch);
       noise = buffers.noise;
     }
-    if (!noise) {
-      narrow(mean, s.x_next.at(sample, first), s.x_next.dtype, count);
-      if (s.x_next.dtype == DType::float32 || !s.log_prob) return 0.0;
-      const float* stored = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.other);
-      return sum_of_squares(count, [&](int64_t i) { return stored[i] - mean[i]; }, kNoPrefetch);
-    }
+    const auto mean = [&](int64_t i) { return step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); };
+    char* stored = s.x_next.at(sample, first);
     if (s.x_next.dtype == DType::float32) {
-      float* out = reinterpret_cast<float*>(s.x_next.at(sample, first));
-      return sum_of_squares(count, [&](int64_t i) {
-        out[i] = step_draw(row, mean[i], noise[i]);
-        return out[i] - mean[i];
-      }, kNoPrefetch);
+      float* out = reinterpret_cast<float*>(stored);
+      const auto draw = [&](int64_t i) {
+        const float m = mean(i);
+        return (out[i] = step_draw(chunk.row, m, noise[i])) - m;
+      };
+      return noise == buffers.noise ? sum_of_squares(count, draw, kNoPrefetch) : sum_of_squares(count, draw, prefetch);
     }
     // The log-probability is that of the sample as it is stored, after rounding.
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) buffers.noise[i] = step_draw(row, mean[i], noise[i]);
-    narrow(buffers.noise, s.x_next.at(sample, first), s.x_next.dtype, count);
-    const float* stored = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.other);
-    return sum_of_squares(count, [&](int64_t i) { return stored[i] - mean[i]; }, kNoPrefetch);
+    for (int64_t i = 0; i < count; ++i) buffers.next[i] = step_draw(chunk.row, mean(i), noise[i]);
+    narrow(buffers.next, stored, s.x_next.dtype, count);
+    const float* rounded = widen(stored, s.x_next.dtype, count, buffers.next);
+    return sum_of_squares(count, [&](int64_t i) { return rounded[i] - mean(i); }, kNoPrefetch);
   });
 }
 
