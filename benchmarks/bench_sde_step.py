@@ -110,21 +110,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [*result, _replay(Inputs(VIDEO, torch.float32, device))]
 
 
-def _case(name, i: Inputs, contenders, check, streams, bandwidth="copy") -> Case:
+def _case(name, i: Inputs, contenders, check, streams, reads=()) -> Case:
     size = "image" if i.x.numel() == math.prod(IMAGE) else "video"
     dtype = str(i.x.dtype).removeprefix("torch.")
     moved = streams * i.x.numel() * i.x.element_size()
-    return Case(
-        "sde_step",
-        f"{name}, {size}",
-        tuple(i.x.shape),
-        dtype,
-        contenders,
-        check,
-        2e-5,
-        moved,
-        bandwidth,
+    case = Case(
+        "sde_step", f"{name}, {size}", tuple(i.x.shape), dtype, contenders, check, 2e-5, moved
     )
+    case.bandwidth, case.reads = "read" if reads else "copy", reads
+    return case
 
 
 def _draw(i: Inputs) -> Case:
@@ -167,7 +161,7 @@ def _replay(i: Inputs) -> Case:
             Contender("eager", lambda: (plain_replay(*arguments),)),
             Contender("torch.compile", compiled(lambda *t: (plain_replay(*t),), *arguments)),
         ]
-    return _case("replay", i, contenders, i.check_replay, 3, "read")
+    return _case("replay", i, contenders, i.check_replay, 3, (i.x, i.v, i.x_next))
 
 
 def _replay_gradient(i: Inputs) -> Case:

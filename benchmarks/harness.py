@@ -10,13 +10,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+YARDSTICK = "torch.sum of the same data"
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Case:
     check: Callable[..., float] | None = None  # outputs of a contender -> its error
     allowed: float = 0.0  # the largest error that passes
     bytes_moved: int = 0  # what the best possible implementation reads and writes
-    bandwidth: str = "copy"  # which measured bandwidth bytes_moved compares with: "copy" | "read"
+    bandwidth: str = "copy"  # which bandwidth bytes_moved compares with: "copy" | "read"
+    reads: Sequence[torch.Tensor] = ()  # summed in turn with the contenders: the read bandwidth
     rounds: int | None = None
     rows: list[dict] = field(default_factory=list)
 
@@ -109,7 +111,14 @@ def run_case(
             else:
                 runs[contender.name] = contender.run
         rows.append(row)
+    if case.reads:
+        runs[YARDSTICK] = lambda: [x.sum() for x in case.reads]
     timed = interleaved(runs, Clock(device), seconds, case.rounds) if runs else {}
+    if case.reads:
+        row = {"op": case.op, "case": case.name, "backend": YARDSTICK, "shape": list(case.shape)}
+        rows.append(row | {"dtype": case.dtype, "note": "a yardstick, not a rival"})
+        moved = sum(x.numel() * x.element_size() for x in case.reads)
+        bandwidths = bandwidths | {"read": moved / timed[YARDSTICK]["ms_p50"] / 1e6}
     for row in rows:
         row |= timed.get(row["backend"], {})
         if case.bytes_moved and "ms_p50" in row:
@@ -119,7 +128,8 @@ def run_case(
         (r["ms_p50"] for r in rows if r["backend"].startswith("flowkern") and "ms_p50" in r), None
     )
     for row in rows:
-        if ours and "ms_p50" in row and not row["backend"].startswith("flowkern"):
+        is_rival = row["backend"] != YARDSTICK and not row["backend"].startswith("flowkern")
+        if ours and "ms_p50" in row and is_rival:
             row["flowkern_is_faster_by"] = row["ms_p50"] / ours
     return rows
 

@@ -36,17 +36,22 @@ class PlainTrainingStep:
         groups = rewards.reshape(-1, self.recipe.group_size)
         advantages = (groups - groups.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
         advantages = advantages.clamp(-5, 5).flatten().split(self.batch_size)
-        for sample, advantage in zip(samples, advantages, strict=True):
-            for j in range(len(self.timesteps) - 1):  # the last step is not trained
-                loss = self._loss(sample, advantage, j)
-                (loss / (len(samples) * (len(self.timesteps) - 1))).backward()
-        self.gradient = [p.grad.clone() for p in self.trainer.parameters]
-        torch.nn.utils.clip_grad_norm_(
-            self.trainer.parameters, self.trainer.config.train.max_grad_norm
-        )
+        self.gradient, share = None, len(samples) // self.recipe.updates_per_rollout
+        for first in range(0, len(samples), share):
+            self._update(list(zip(samples, advantages, strict=True))[first : first + share])
+        return rewards.mean().item()
+
+    def _update(self, batches):
+        """One optimizer step over whole batches, timestep by timestep."""
+        count = len(batches) * (len(self.timesteps) - 1)  # the last step is not trained
+        for sample, advantage in batches:
+            for j in range(len(self.timesteps) - 1):
+                (self._loss(sample, advantage, j) / count).backward()
+        parameters = self.trainer.parameters
+        self.gradient = self.gradient or [p.grad.clone() for p in parameters]
+        torch.nn.utils.clip_grad_norm_(parameters, self.trainer.config.train.max_grad_norm)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
-        return rewards.mean().item()
 
     @torch.no_grad()
     def _sample(self, rows, first):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
+    # Importing transformers otherwise warns of image processors that no pipeline here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return options.command(options)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:

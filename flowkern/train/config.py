@@ -82,9 +82,11 @@ class TrainConfig:
     max_batch: int = 16
     """Rows of one network call at most, in sampling and in training, on each process."""
     learning_rate: float = 3e-4
-    """Of AdamW; constant after the warm-up."""
+    """Of AdamW, at its highest."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """The learning rate over train.steps, as diffusers' scripts name it."""
     lr_warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly."""
+    """Optimizer steps over which it rises linearly first; not with "constant"."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from flowkern.models import load_model
@@ -68,6 +69,12 @@ class Trainer:
             betas=(options.adam_beta1, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
+        )
+        self.lr_scheduler = get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.steps,
         )
         # `trained` is `network` as gradients need it: wrapped for several processes.
         self.trained, self.optimizer = self.accelerator.prepare(self.network, optimizer)
@@ -185,10 +192,8 @@ class Trainer:
                     f"step {step}: the {name} is {value}; stopped before the weights moved, the "
                     "last checkpoint stands; a lower train.learning_rate may help"
                 )
-        warm = min(1.0, step / options.lr_warmup_steps) if options.lr_warmup_steps else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * warm
         self.optimizer.step()
+        self.lr_scheduler.step()
         self.optimizer.zero_grad()
         self.global_step = step
         return {"step": step, **metrics, "grad_norm": grad_norm}
@@ -303,7 +308,8 @@ class Trainer:
             text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
             (partial / "config.yaml").write_text(text)
             scaler = self.accelerator.scaler
-            state = {"step": self.global_step, "optimizer": self.optimizer.state_dict()}
+            parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+            state = {"step": self.global_step} | {n: p.state_dict() for n, p in parts.items()}
             torch.save(
                 state | ({"scaler": scaler.state_dict()} if scaler else {}), partial / "state.pt"
             )
@@ -318,6 +324,7 @@ class Trainer:
         lora.restore_lora(self.network, directory)
         state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if (path := directory / f"random-{self.rank}.pt").is_file():  # none for ranks that are new

@@ -154,6 +154,27 @@ def _backward(ctx, grad: Tensor):
 _replay_op.register_autograd(_backward, setup_context=_save_inputs)
 
 
+class _EagerReplay(torch.autograd.Function):
+    """The op without the dispatcher, which costs as much as its kernels at image size."""
+
+    @staticmethod
+    def forward(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale, backend):
+        dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+        impl = choose(_REPLAY, x_t.device, dtype, backend)
+        return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+
+    setup_context = staticmethod(_save_inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x_t, velocity, x_next, rows, velocity_uncond = ctx.saved_tensors
+        dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+        impl = choose(_REPLAY_BACKWARD, x_t.device, dtype, ctx.backend)
+        inputs = (x_t, velocity, x_next, rows, velocity_uncond, ctx.guidance_scale)
+        return None, impl.call(grad.contiguous(), *inputs), None, None, None, None, None
+
+
 def sde_step(
     x_t: Tensor,
     velocity: Tensor,
@@ -278,15 +299,12 @@ def sde_log_prob(
     check_latent("x_next", x_next, x_t)
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     rows = check_rows("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
-    wants_grad = velocity.requires_grad and torch.is_grad_enabled()
-    if wants_grad or is_tracing(x_t, velocity, x_next, velocity_uncond):
-        return _replay_op(
-            x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale), backend
-        )
-    # The dispatcher costs more than the kernel at image size; in eager mode without gradient
-    # nothing needs to see the op.
-    impl = choose(_REPLAY, x_t.device, dtype, backend)
-    return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+    inputs = (x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale))
+    if is_tracing(x_t, velocity, x_next, velocity_uncond):
+        return _replay_op(*inputs, backend)
+    if velocity.requires_grad and torch.is_grad_enabled():
+        return _EagerReplay.apply(*inputs, backend)
+    return choose(_REPLAY, x_t.device, dtype, backend).call(*inputs)
 
 
 def _check_step(
