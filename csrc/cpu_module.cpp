@@ -118,7 +118,6 @@ void fill_philox(int64_t batch, int64_t size, uintptr_t out, uint64_t seed, uint
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "flowkern's CPU kernels; call them through flowkern.ops.";
-  m.attr("row_floats") = kRowFloats;
   m.def("isa", [] { return std::string(kernels.isa); }, "The instruction set in use: baseline, avx2 or avx512.");
   m.def("use_isa", &use_isa, "Use a narrower instruction set; tests compare them.");
   m.def("sde_draw", &sde_draw);

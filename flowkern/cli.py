@@ -16,10 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return options.command(options)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.traceback:
             raise
-        print(f"flowkern: {error}", file=sys.stderr)
+        hint = "; pip install 'flowkern[train]'" if isinstance(error, ImportError) else ""
+        print(f"flowkern: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("flowkern: interrupted before anything was trained", file=sys.stderr)
@@ -60,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
     sample.add_argument("--prompt", required=True)
-    sample.add_argument("--output", type=Path, required=True, metavar="PNG")
+    sample.add_argument(
+        "--output", type=Path, default="sample.png", metavar="PNG", help="default: %(default)s"
+    )
     sample.add_argument("--num-images", type=int, default=1, help="a grid if more than 1")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     sample.add_argument("--num-inference-steps", type=int, help="default: as in validation")
@@ -83,10 +86,10 @@ def _sample(options: argparse.Namespace) -> int:
         raise ValueError(f"--num-images: got {options.num_images}, expected at least 1")
     import torch
 
-    from flowkern.models import load_model
     from flowkern.rollout.engine import sample_ids
     from flowkern.train.checkpoint import checkpoints, find_checkpoint
     from flowkern.train.config import load_config
+    from flowkern.train.loading import load_pipeline
     from flowkern.train.lora import attach_lora
     from flowkern.train.tracking import save_grid, save_image
     from flowkern.train.validation import sample_images
@@ -95,7 +98,7 @@ def _sample(options: argparse.Namespace) -> int:
     directory = found[0] if found else find_checkpoint(str(options.checkpoint))
     config = load_config(directory / "config.yaml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(config.model.path, device=device)
+    model = load_pipeline(config, device)
     attach_lora(model, directory)
     steps, scale = options.num_inference_steps, options.guidance_scale
     images = sample_images(

@@ -42,9 +42,9 @@ class Coefficients:
                 f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
                 f"got {tuple(table.shape)}"
             )
-        self.table = table
+        self.table = table.contiguous()  # kernels read rows by address
         self.num_history = num_history  # earlier x0 predictions the rows weigh; ops check it
-        self._converted: dict[tuple[torch.device, torch.dtype], Coefficients] = {}
+        self._converted: dict[tuple, Coefficients] = {}
 
     a = property(lambda self: self.table[..., 0])
     b = property(lambda self: self.table[..., 1])
@@ -71,7 +71,9 @@ class Coefficients:
         ):  # plain tensors accept it too, but their error does not name the grid
             if not -len(self) <= index < len(self):
                 raise IndexError(f"step {index} is out of range for {len(self)} edges")
-        elif isinstance(index, Tensor) and index.device.type == "cpu" and index.is_floating_point():
+        elif isinstance(index, Tensor) and (
+            index.is_floating_point() or index.dtype == torch.uint8
+        ):
             raise TypeError(f"index: expected integers, got {index.dtype}")
         return Coefficients(self.table[index], self.num_history)
 
@@ -81,10 +83,16 @@ class Coefficients:
         dtype = dtype or self.table.dtype
         if self.table.device == device and self.table.dtype == dtype:
             return self
-        key = (device, dtype)
+        if torch.compiler.is_compiling():
+            return Coefficients(self.table.to(device, dtype), self.num_history)
+        # By version too: a table edited in place is converted again.
+        key = (device, dtype, None if self.table.is_inference() else self.table._version)
         if key not in self._converted:
             self._converted[key] = Coefficients(self.table.to(device, dtype), self.num_history)
         return self._converted[key]
+
+    def __reduce__(self):
+        return Coefficients, (self.table, self.num_history)
 
     def __repr__(self) -> str:
         rows = "single edge" if self.table.ndim == 1 else f"{len(self)} rows"
@@ -105,7 +113,7 @@ def sd3_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
 
 
 def flux_sigmas(num_steps: int, image_seq_len: int) -> Tensor:
-    """The FLUX and Qwen-Image grid for `image_seq_len` packed image tokens: (num_steps + 1,)."""
+    """The FLUX grid for `image_seq_len` packed image tokens, shifted by them: (num_steps + 1,)."""
     _check_steps(num_steps)
     if image_seq_len <= 0:
         raise ValueError(
@@ -172,8 +180,8 @@ def edge_coefficients(
         )
     if not (math.isfinite(noise_level) and noise_level >= 0):
         raise ValueError(f"noise_level: expected a finite number >= 0, got {noise_level}")
-    if kind == "cps" and noise_level > 1:
-        raise ValueError(f"noise_level: cps takes an angle in [0, 1], got {noise_level}")
+    if kind == "cps" and noise_level > 2:
+        raise ValueError(f"noise_level: cps takes an angle in [0, 2], got {noise_level}")
 
     dt = n - s
     if kind == "ode":
@@ -189,7 +197,7 @@ def edge_coefficients(
         std = g * torch.sqrt(-dt)
     elif kind == "cps":
         std = n * math.sin(noise_level * math.pi / 2)
-        keep = n * math.cos(noise_level * math.pi / 2)  # sqrt(sigma_next^2 - std^2)
+        keep = n * abs(math.cos(noise_level * math.pi / 2))  # sqrt(sigma_next^2 - std^2)
         a = (1 - n) + keep
         b = -(1 - n) * s + keep * (1 - s)
     else:

@@ -1,7 +1,7 @@
 """Measure a digits pipeline and the digit rewards: what the base model can do, and the ceilings.
 
 Prints JSON: the rewards on held-out real digits and on the VAE's copies of them, then the shares of
-samples seen as the prompted digit, by split of the prompts and by sampler. B samples.
+samples seen as the prompted digit, by split of the prompts and by sampler.
 """
 
 import argparse
@@ -13,24 +13,11 @@ import torch
 from flowkern.models import load_model
 from flowkern.models.sd3 import SD3
 from flowkern.rewards import digits as rewards
-from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
+from flowkern.rollout import sample_ids
+from flowkern.train.validation import sample_images
 
 SAMPLERS = ((10, "ode", 0.0), (40, "ode", 0.0), (10, "flow_sde", 0.7))  # steps, kind, noise level
 SAMPLES = 720  # a share near one half is then known to 2 %
-
-
-@torch.no_grad()
-def sample(model: SD3, prompts: list[str], sigmas, coefficients: Coefficients, seed: int):
-    """Images (B, 3, H, W) in [0, 1] for B prompts along a grid of sigmas, guidance off."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(prompts), *model.latent_shape())
-    conditioning = model.encode(prompts)
-    x_t = torch.randn(shape, generator=generator)
-    for i, sigma in enumerate(sigmas[:-1].float()):
-        a, b, std = (float(row[i]) for row in (coefficients.a, coefficients.b, coefficients.std))
-        velocity = model.velocity(x_t, sigma.expand(len(prompts)), conditioning)
-        x_t = a * x_t + b * velocity + std * torch.randn(shape, generator=generator)
-    return model.decode(x_t)
 
 
 def measure_model(model: SD3, assets: Path, seed: int) -> dict:
@@ -45,9 +32,16 @@ def measure_model(model: SD3, assets: Path, seed: int) -> dict:
         prompts = [row["prompt"] for row in rows]
         asked = torch.tensor([row["digit"] for row in rows])
         for steps, kind, noise_level in SAMPLERS:
-            sigmas = sd3_sigmas(steps, model.shift)
-            coefficients = step_coefficients(sigmas, kind, noise_level)
-            images = sample(model, prompts, sigmas, coefficients, seed)
+            images = sample_images(
+                model,
+                prompts,
+                sample_ids(0, torch.arange(len(rows)), 1),
+                seed=seed,
+                num_inference_steps=steps,
+                kind=kind,
+                noise_level=noise_level,
+                max_batch=len(rows),
+            )
             seen = classifier.logits(images).argmax(-1)
             table[f"{split} prompts, {kind}, {steps} steps"] = {
                 "samples": len(rows),

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ops": {"schedules"},
     "rollout": {"schedules", "ops"},
     "rl": {"schedules", "ops", "rollout"},
-    "models": set(),
+    "models": {"schedules"},
     "rewards": set(),
     "compat": {"schedules", "ops"},
     "train": {"schedules", "ops", "rollout", "rl", "models", "rewards"},

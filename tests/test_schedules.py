@@ -258,7 +258,7 @@ def test_indexing():
         (lambda: step_coefficients([1.0, 0.0], "sde", 0.7), "kind: expected one of"),
         (lambda: step_coefficients([1.0, 0.5], "flow_sde", -0.1), "noise_level"),
         (lambda: step_coefficients([1.0, 0.5], "flow_sde", math.inf), "noise_level"),
-        (lambda: step_coefficients([1.0, 0.5], "cps", 1.5), "noise_level: cps"),
+        (lambda: step_coefficients([1.0, 0.5], "cps", 2.5), "noise_level: cps"),
         (lambda: edge_coefficients(1.0, 0.5, "flow_sde", 0.7, sigma_max=1.0), "sigma_max"),
         (lambda: multistep_coefficients((0.5,), 2), "path_sigmas"),
         (lambda: multistep_coefficients((0.5, 0.6), 2), "path_sigmas: expected falling"),

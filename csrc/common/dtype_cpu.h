@@ -24,17 +24,22 @@ FK_INLINE uint16_t to_bfloat16(float value) {
 
 FK_INLINE float from_bfloat16(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
 
+// float16 in integer arithmetic: compilers differ in what they know of the type. Vectors go through F16C where there is one.
 FK_INLINE float from_float16(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return float(half);
+  const uint32_t magnitude = bits & 0x7FFFu;
+  uint32_t wide = (magnitude << 13) + (112u << 23);                    // the exponent's bias: 127 - 15
+  if (magnitude >= 0x7C00u) wide = 0x7F800000u | (magnitude << 13);    // infinity, NaN
+  if (magnitude < 0x0400u) wide = float_to_bits(float(magnitude) * 5.9604644775390625e-8f);  // subnormal: steps of 2^-24
+  return bits_to_float(wide | uint32_t(bits & 0x8000u) << 16);
 }
 
 FK_INLINE uint16_t to_float16(float value) {
-  const _Float16 half = _Float16(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
+  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7FFFFFFFu;
+  uint32_t half = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
+  if (magnitude < 0x38800000u) half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u;  // subnormal: 0.5 has steps of 2^-24
+  if (magnitude >= 0x477FF000u) half = 0x7C00u;                                                      // 65,520 and more: infinity
+  if (magnitude > 0x7F800000u) half = 0x7E00u;                                                       // NaN
+  return uint16_t(half | (bits >> 16 & 0x8000u));
 }
 
 // The float32 values of count elements: the data itself where it is float32, else a copy in buffer.

@@ -11,7 +11,7 @@
 struct StepRow {
   float a, b, std, k, c, h[3], sigma;
 };
-constexpr int kRowFloats = 9;
+static_assert(sizeof(StepRow) == 9 * sizeof(float), "rows are read by address");
 
 FK_INLINE float guided_velocity(float velocity, float uncond, float guidance_scale) {
   return uncond + guidance_scale * (velocity - uncond);

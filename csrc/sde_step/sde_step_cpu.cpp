@@ -42,7 +42,7 @@ struct Prefetch {
 };
 constexpr auto kNoPrefetch = [](int64_t, int64_t) {};
 
-// What a chunk reads, as float32, with guidance applied and the history folded into x (then weighted by 1).
+// What a chunk reads, as float32, with guidance applied.
 struct Chunk {
   const float *x, *velocity;
   StepRow row;
@@ -60,8 +60,9 @@ FK_INLINE Chunk load_chunk(const StepArguments& s, StepRow row, int64_t sample, 
   return {x, velocity, row};
 }
 
-// The same chunk with the history in it: x becomes the whole mean, weighted by 1, and the velocity is weighted by 0.
-FK_INLINE Chunk add_history(const StepArguments& s, const Chunk& chunk, int64_t sample, int64_t first, int64_t count, Buffers& buffers) {
+// The mean with its history, in the order of the formula.
+FK_INLINE const float* mean_with_history(const StepArguments& s, const Chunk& chunk, int64_t sample, int64_t first, int64_t count,
+                                         Buffers& buffers) {
   float* mean = buffers.mean;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) mean[i] = step_mean(chunk.row, chunk.x[i], chunk.velocity[i]);
@@ -71,10 +72,7 @@ FK_INLINE Chunk add_history(const StepArguments& s, const Chunk& chunk, int64_t 
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) mean[i] += weight * earlier[i];
   }
-  Chunk whole{mean, mean, chunk.row};
-  whole.row.a = 1;
-  whole.row.b = 0;
-  return whole;
+  return mean;
 }
 
 // Sums residual(i)^2 over i in [0, count), element i in lane i % kSumLanes.
@@ -119,43 +117,51 @@ void for_chunks(int64_t batch, int64_t size, int threads, const StepArguments* f
   }
 }
 
+// Writes value(i) to x_next and returns the sum of squares of what is stored, after rounding, minus mean(i).
+template <class Value, class Mean, class Ahead>
+FK_INLINE double store(const StepArguments& s, int64_t sample, int64_t first, int64_t count, Buffers& buffers, Value value, Mean mean,
+                       Ahead ahead) {
+  char* stored = s.x_next.at(sample, first);
+  if (s.x_next.dtype == DType::float32) {
+    float* out = reinterpret_cast<float*>(stored);
+    return sum_of_squares(count, [&](int64_t i) { return (out[i] = value(i)) - mean(i); }, ahead);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) buffers.next[i] = value(i);
+  narrow(buffers.next, stored, s.x_next.dtype, count);
+  const float* rounded = widen(stored, s.x_next.dtype, count, buffers.next);
+  return sum_of_squares(count, [&](int64_t i) { return rounded[i] - mean(i); }, kNoPrefetch);
+}
+
 }  // namespace
 
 void sde_draw(const StepArguments& s) {
-  alignas(64) static const float zeros[kChunk] = {};
   for_chunks(s.batch, s.size, s.threads, s.log_prob ? &s : nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     Buffers buffers;
     const Prefetch prefetch{s, sample, first};
-    Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
+    const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
+    const StepRow& row = chunk.row;
     if (s.x0.data) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(chunk.row, chunk.x[i], chunk.velocity[i]);
+      for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(row, chunk.x[i], chunk.velocity[i]);
       narrow(buffers.other, s.x0.at(sample, first), s.x0.dtype, count);
     }
-    if (s.num_history) chunk = add_history(s, chunk, sample, first, count, buffers);
-    const float* noise = zeros;  // std == 0 neither reads nor makes any
-    if (chunk.row.std != 0 && s.noise.data) noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
-    if (chunk.row.std != 0 && s.sample_id) {
+    const auto draw = [&](auto mean) {
+      if (row.std == 0 || !(s.noise.data || s.sample_id))  // neither reads nor makes noise
+        return store(s, sample, first, count, buffers, mean, mean, prefetch);
+      if (s.noise.data) {
+        const float* noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
+        const auto value = [&](int64_t i) { return step_draw(row, mean(i), noise[i]); };
+        return store(s, sample, first, count, buffers, value, mean, prefetch);
+      }
       const uint32_t word = counter_word(s.stream, s.step ? s.step[sample] : s.step_value);
       fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, prefetch);
-      noise = buffers.noise;
-    }
-    const auto mean = [&](int64_t i) { return step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); };
-    char* stored = s.x_next.at(sample, first);
-    if (s.x_next.dtype == DType::float32) {
-      float* out = reinterpret_cast<float*>(stored);
-      const auto draw = [&](int64_t i) {
-        const float m = mean(i);
-        return (out[i] = step_draw(chunk.row, m, noise[i])) - m;
-      };
-      return noise == buffers.noise ? sum_of_squares(count, draw, kNoPrefetch) : sum_of_squares(count, draw, prefetch);
-    }
-    // The log-probability is that of the sample as it is stored, after rounding.
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) buffers.next[i] = step_draw(chunk.row, mean(i), noise[i]);
-    narrow(buffers.next, stored, s.x_next.dtype, count);
-    const float* rounded = widen(stored, s.x_next.dtype, count, buffers.next);
-    return sum_of_squares(count, [&](int64_t i) { return rounded[i] - mean(i); }, kNoPrefetch);
+      const auto value = [&](int64_t i) { return step_draw(row, mean(i), buffers.noise[i]); };
+      return store(s, sample, first, count, buffers, value, mean, kNoPrefetch);
+    };
+    if (!s.num_history) return draw([&](int64_t i) { return step_mean(row, chunk.x[i], chunk.velocity[i]); });
+    const float* mean = mean_with_history(s, chunk, sample, first, count, buffers);
+    return draw([&](int64_t i) { return mean[i]; });
   });
 }
 

@@ -2,9 +2,10 @@
 
     from flowkern.compat.flow_grpo import sde_step_with_logprob
 
-replaces the import from flow_grpo.diffusers_patch.sd3_sde_with_logprob. What differs: one fused
-kernel instead of some sixty small ones, no host synchronization with diffusers' own schedulers, and
-a finite log-probability (0) where the published formula divides by a standard deviation of 0.
+replaces the import from flow_grpo.diffusers_patch.sd3_sde_with_logprob. What differs: two kernels
+(the step with its log-probability, and the mean) instead of some sixty small operations, no host
+synchronization with diffusers' own schedulers, and a finite log-probability (0) where the published
+formula divides by a standard deviation of 0.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def sde_step_with_logprob(
 def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -> _Grid:
     """The coefficients of a scheduler's sigmas: computed when first seen, or edited in place."""
     known = _grids.setdefault(sigmas, {})
-    key = (sigmas._version, kind, noise_level, device)
+    version = None if sigmas.is_inference() else sigmas._version
+    key = (version, kind, noise_level, device)
     if key not in known:
         coefficients = step_coefficients(sigmas, kind, noise_level)
         dt = sigmas.double().cpu().diff()
@@ -123,6 +125,8 @@ def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
 
 def _randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Normals as diffusers draws them: on the generator's device; a list has one per sample."""
+    if isinstance(generator, list) and len(generator) == 1:
+        generator = generator[0]
     if isinstance(generator, list):
         return torch.cat([_randn_like(x[i : i + 1], one) for i, one in enumerate(generator)])
     device = x.device if generator is None else generator.device

@@ -1,7 +1,7 @@
 """Models: one adapter per family over a diffusers pipeline directory. Protocol and lookup here.
 
-An adapter is what a sampler and a trainer need of a pipeline: encode prompts, predict a velocity,
-decode latents. B samples, L text tokens, D latent elements per sample.
+An adapter is what a sampler and a trainer need of a pipeline: encode prompts, lay out noise levels,
+predict a velocity, decode latents. B samples, L text tokens, D latent elements per sample.
 """
 
 import json
@@ -33,9 +33,6 @@ class Conditioning:
         """The rows of an index tensor (int64 or bool), a slice or a list."""
         return Conditioning(self.tokens[index], self.pooled[index])
 
-    def to(self, device: torch.device | str) -> "Conditioning":
-        return Conditioning(self.tokens.to(device), self.pooled.to(device))
-
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """The rows of all parts, in order; their L must agree."""
@@ -49,13 +46,14 @@ class Model(Protocol):
 
     network: nn.Module
     rows: int
-    shift: float
 
     def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None
     ) -> tuple[int, ...]: ...
+
+    def sigmas(self, num_steps: int) -> Tensor: ...
 
     def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 

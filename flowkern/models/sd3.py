@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 behind four verbs: encode, latent_shape, velocity, decode.
+"""Stable Diffusion 3 and 3.5: encode, latent_shape, sigmas, velocity, decode.
 
 Everything is read from the pipeline directory: text encoders (with or without T5), latent channels,
 resolution, the VAE's scaling. B samples, L text tokens, (C, h, w) a latent, D = C * h * w.
@@ -13,12 +13,23 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flowkern.models import Conditioning, pipeline_class
+from flowkern.schedules import sd3_sigmas
 
 __all__ = ["SD3"]
 
 ENCODE_ROWS = 32  # prompts per text encoder call
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
 CACHED_PROMPTS = 1024  # 2.7 MB each with T5-XXL in bf16
+SCHEDULER = {  # of the grids that sd3_sigmas gives
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+}
 
 
 class SD3:
@@ -125,6 +136,21 @@ class SD3:
             if pixels <= 0 or pixels % unit:
                 raise ValueError(f"{name}: got {pixels}, expected a positive multiple of {unit}")
         return config.in_channels, size["height"] // scale, size["width"] // scale
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The grid of the pipeline's own scheduler, (S + 1,) float64 from 1 to 0, S = num_steps.
+
+        Raises ValueError for a scheduler whose grid is another than SD3's.
+        """
+        scheduler = self.pipeline.scheduler
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        for name, expected in SCHEDULER.items():
+            value = config.get(name, expected)
+            if value != expected:
+                raise ValueError(
+                    f"path: the pipeline's scheduler has {name}={value!r}, expected {expected!r}"
+                )
+        return sd3_sigmas(num_steps, self.shift)
 
     def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """d x / d sigma at x_t (B, C, h, w), noise levels sigma (B,) in [0, 1]; shaped like x_t.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowkern.ops._common.philox import philox_normal
-from flowkern.ops.sde_step import ode_step, sde_step
+from flowkern.ops.sde_step import ode_step, reference, sde_step
 from flowkern.rollout.plan import Chain
 from flowkern.schedules import Coefficients
 
@@ -190,8 +190,6 @@ def _call(velocity, x, sigma, prompt, guide):
 
 
 def guided(velocity: Tensor, velocity_uncond: Tensor | None = None, guidance_scale: float = 1.0):
-    """uncond + scale (velocity - uncond), in the precision and order of the step kernel."""
-    if velocity_uncond is None:
-        return velocity
-    uncond = velocity_uncond.to(torch.promote_types(velocity.dtype, torch.float32))
-    return uncond + guidance_scale * (velocity - uncond)
+    """The velocity with guidance, in the precision of the step kernel."""
+    dtype = torch.promote_types(velocity.dtype, torch.float32)
+    return reference.guided(velocity, velocity_uncond, guidance_scale, dtype)

@@ -25,6 +25,8 @@ class Chain:
     """(S,) rows, one per edge, on the host."""
     trained: Sequence[int] = ()
     """The edges whose draw is trained, rising."""
+    has_kl: bool = False
+    """Is a KL to the reference taken at the trained edges?"""
     is_noisy: tuple[bool, ...] = field(init=False)
     """Per edge: does it draw noise? Known here, so that nobody asks the device."""
 
@@ -38,9 +40,13 @@ class Chain:
         if list(trained) != sorted(set(trained)) or any(not 0 <= e < steps for e in trained):
             raise ValueError(f"trained: got {trained}, expected rising edges from 0 to {steps - 1}")
         is_noisy = tuple((self.coefficients.std > 0).tolist())
+        has_ratio = (self.coefficients.k > 0).tolist()
+        silent = [edge for edge in trained if not has_ratio[edge]]
+        if silent:
+            raise ValueError(f"trained: got edges {silent} with k = 0, whose ratio is always 1")
         silent = [edge for edge in trained if not is_noisy[edge]]
-        if silent:  # neither a ratio nor a KL exists there
-            raise ValueError(f"trained: got edges {silent} with std = 0, which draw nothing")
+        if silent and self.has_kl:
+            raise ValueError(f"trained: got edges {silent} with std = 0, which have no KL")
         object.__setattr__(self, "trained", trained)
         object.__setattr__(self, "is_noisy", is_noisy)
 

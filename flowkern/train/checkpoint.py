@@ -54,7 +54,7 @@ def begin(directory: Path) -> None:
 
 
 def commit(directory: Path, limit: int | None) -> Path:
-    """Make a filled directory a checkpoint, and remove the oldest beyond `limit`."""
+    """Make a filled directory a checkpoint, and remove the oldest others beyond `limit`."""
     for path in [*directory.iterdir(), directory]:
         _sync(path)  # its bytes before its name
     final = directory.with_suffix("")
@@ -62,8 +62,16 @@ def commit(directory: Path, limit: int | None) -> Path:
     os.replace(directory, final)
     _sync(final.parent)
     for old in checkpoints(final.parent)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        if old != final:
+            shutil.rmtree(old)
     return final
+
+
+def discard_later(output_dir: str | Path, step: int) -> None:
+    """Remove the checkpoints beyond `step`: a run that resumes there abandons them."""
+    for path in checkpoints(output_dir):
+        if int(_NAME.fullmatch(path.name)[1]) > step:
+            shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:
@@ -115,11 +123,16 @@ def truncate_lines(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def prepare_output_dir(output_dir: str | Path, is_resuming: bool, overwrite: bool) -> None:
-    """Make the run directory. Raises FileExistsError where it holds another run."""
+def prepare_output_dir(output_dir: str | Path, resumed: Path | None, overwrite: bool) -> None:
+    """Make the run directory; resumed: the checkpoint that the run continues, if any.
+
+    Raises FileExistsError where it holds another run.
+    """
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    if is_resuming or not ((directory / "metrics.jsonl").exists() or checkpoints(directory)):
+    if resumed is not None and resumed.resolve().parent == directory.resolve():
+        return
+    if not ((directory / "metrics.jsonl").exists() or checkpoints(directory)):
         return
     if not overwrite:
         raise FileExistsError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from flowkern.rl.algorithms import recipe
+from flowkern.rl.algorithms import recipe, require
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 ATTENTION += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -38,6 +38,10 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    def __post_init__(self) -> None:
+        require(self, "above 0", "height", "width")
+        require(self, "at least 0", "max_sequence_length")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -56,10 +60,10 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise ConfigError("reward.weights: got none, expected at least one reward")
+            raise ValueError("weights: got none, expected at least one reward")
         twice = sorted(set(self.weights) & set(self.report))
         if twice:
-            raise ConfigError(f"reward.report: {twice[0]!r} is in reward.weights already")
+            raise ValueError(f"report: {twice[0]!r} is in reward.weights already")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,9 @@ class LoraConfig:
     """Linear layers that are adapted, by the end of their name."""
 
     def __post_init__(self) -> None:
-        _positive("lora", self, "rank", "alpha")
+        require(self, "above 0", "rank", "alpha")
+        if not self.target_modules:
+            raise ValueError("target_modules: got none, expected at least one name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +117,15 @@ class TrainConfig:
     """A tracker of accelerate beside metrics.jsonl: "tensorboard", "wandb", ..."""
 
     def __post_init__(self) -> None:
-        _positive("train", self, "steps", "max_batch", "learning_rate", "adam_epsilon")
-        _positive("train", self, "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit")
+        require(self, "above 0", "steps", "max_batch", "learning_rate", "adam_epsilon")
+        require(self, "above 0", "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit")
+        require(self, "at least 0", "adam_weight_decay", "lr_warmup_steps")
+        require(self, "from 0 to below 1", "adam_beta1", "adam_beta2")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"lr_warmup_steps: got {self.lr_warmup_steps}, which train.lr_scheduler=constant "
+                "ignores; expected train.lr_scheduler=constant_with_warmup"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +142,8 @@ class ValidationConfig:
     """Classifier-free guidance; 1 is none."""
 
     def __post_init__(self) -> None:
-        _positive("validation", self, "steps", "num_prompts", "num_images", "num_inference_steps")
+        require(self, "above 0", "steps", "num_prompts", "num_images", "num_inference_steps")
+        require(self, "at least 0", "guidance_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,18 +169,17 @@ class Config:
 
     def __post_init__(self) -> None:
         recipe, updates = self.algorithm, self.algorithm.updates_per_rollout
-        _positive("algorithm", recipe, "group_size", "prompts_per_rollout", "updates_per_rollout")
         for key, value in (
             ("train.steps", self.train.steps),
             ("algorithm.prompts_per_rollout", recipe.prompts_per_rollout),
         ):
             if value % updates:
-                raise ConfigError(
+                raise ValueError(
                     f"{key}: got {value}, expected a multiple of algorithm.updates_per_rollout, "
                     f"{updates}"
                 )
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed: got {self.seed}, expected 0 to 2**63 - 1")
+            raise ValueError(f"seed: got {self.seed}, expected 0 to 2**63 - 1")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -187,7 +200,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not (key and equals):
             raise ConfigError(f"override: got {override!r}, expected key.path=value")
-        _set(tree, key, yaml.safe_load(text))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: got {text!r}, not YAML: {error}") from None
+        _set(tree, key, value)
     return from_dict(tree)
 
 
@@ -225,7 +242,10 @@ def _build(kind: type, tree: Any, path: str) -> Any:
         required = item.default is item.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ConfigError(f"{path}{name}: missing, and has no default")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"{path}{error}") from None
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
@@ -283,10 +303,3 @@ def _algorithm(tree: Any) -> Any:
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-
-
-def _positive(section: str, owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{section}.{name}: got {value}, expected a positive number")

@@ -110,7 +110,8 @@ def save_curves(
     from matplotlib.ticker import MaxNLocator
 
     rollouts = [record for record in metrics if "reward/mean" in record]
-    names = [key for key in (rollouts or [{}])[0] if key.startswith("reward/")]
+    keys = dict.fromkeys(key for record in rollouts for key in record)  # resumed, it may have more
+    names = [key for key in keys if key.startswith("reward/")]
     if len(optimized) == 1:
         names = [name for name in names if name != "reward/mean"]  # it is that reward, weighted
     if not names:
@@ -118,13 +119,12 @@ def save_curves(
     figure = Figure(figsize=(4.2 * len(names), 3.4), dpi=110, facecolor="white")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        steps = [record["step"] for record in rollouts]
-        values = [record[name] for record in rollouts]
-        axes.plot(steps, values, color=ACCENT, lw=1.6, label="training rollouts")
+        drawn = [(record["step"], record[name]) for record in rollouts if name in record]
+        axes.plot(*zip(*drawn, strict=True), color=ACCENT, lw=1.6, label="training rollouts")
         held_out = [(record["step"], record[name]) for record in validation if name in record]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color=SOFT, ms=5, label="held-out prompts")
-        if all(0 <= value <= 1 for value in values):
+        if all(0 <= value <= 1 for _, value in drawn):
             axes.set_ylim(0, 1.02)
         reward = name.removeprefix("reward/")
         role = "optimized" if reward in (*optimized, "mean") else "reported only"

@@ -17,7 +17,6 @@ import yaml
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from flowkern.models import load_model
 from flowkern.ops.policy_loss import PolicyLoss
 from flowkern.rewards import load_reward
 from flowkern.rl.advantage import zero_std_ratio
@@ -25,10 +24,10 @@ from flowkern.rollout.engine import Rollout, Roots, run, sample_ids
 from flowkern.train import checkpoint, distributed, lora, tracking
 from flowkern.train.config import Config, to_dict
 from flowkern.train.distributed import Laps, StopRequest
+from flowkern.train.loading import load_pipeline
 from flowkern.train.prompts import draw_prompts, read_prompts
-from flowkern.train.validation import Validation, evaluate, model_grid
+from flowkern.train.validation import Validation, evaluate
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl")
 Row = dict[str, Any]
 """A prompt with its metadata."""
@@ -52,13 +51,8 @@ class Trainer:
     def _load(self) -> None:
         config, options = self.config, self.config.train
         torch.manual_seed(config.seed)
-        limits = {"max_sequence_length": config.model.max_sequence_length}
-        self.model: Any = load_model(
-            config.model.path,
-            dtype=DTYPES[options.mixed_precision],
-            device=self.device,
-            **{name: value for name, value in limits.items() if value is not None},
-        )
+        self.model: Any = load_pipeline(config, self.device)
+        self.recipe.plan(self.model.sigmas)  # refused before anything is written
         if config.model.gradient_checkpointing:
             self.model.network.enable_gradient_checkpointing()
         self.network = lora.add_lora(self.model, config.lora)
@@ -128,7 +122,7 @@ class Trainer:
             shape=model.latent_shape(self.config.model.height, self.config.model.width),
         )
         rollout = run(
-            recipe.plan(model_grid(model)),
+            recipe.plan(model.sigmas),
             self.act,
             roots,
             self.config.train.max_batch,
@@ -286,7 +280,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             overwrite = options.overwrite_output_dir
-            checkpoint.prepare_output_dir(self.output_dir, found is not None, overwrite)
+            checkpoint.prepare_output_dir(self.output_dir, found, overwrite)
             text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
             (self.output_dir / "config.yaml").write_text(text)
         self.accelerator.wait_for_everyone()
@@ -320,7 +314,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def resume(self, directory: Path) -> None:
-        """Continue as if never stopped: metrics of later steps are dropped."""
+        """Continue as if never stopped: metrics and checkpoints of later steps are dropped."""
         lora.restore_lora(self.network, directory)
         state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -333,6 +327,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "validation.jsonl"):
                 checkpoint.truncate_lines(self.output_dir / name, self.global_step)
+            checkpoint.discard_later(self.output_dir, self.global_step)
         self.say(f"resumed from {directory}")
 
     def validate(self) -> None:

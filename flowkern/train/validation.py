@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from flowkern.rewards import Reward
 from flowkern.rollout.engine import ITERATION_BITS, Roots, run, sample_ids
 from flowkern.rollout.plan import Chain
-from flowkern.schedules import sd3_sigmas, step_coefficients
+from flowkern.schedules import step_coefficients
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.prompts import read_prompts
@@ -108,15 +108,20 @@ def sample_images(
     *,
     seed: int,
     num_inference_steps: int,
+    kind: str = "ode",
+    noise_level: float = 0.0,
     guidance_scale: float = 1.0,
     max_batch: int = 16,
     size: tuple[int | None, int | None] = (None, None),
 ) -> Tensor:
-    """One image per prompt, (B, 3, H, W) in [0, 1], along the ODE; sample_id (B,) picks noise."""
+    """One image per prompt, (B, 3, H, W) in [0, 1]; sample_id (B,) picks the noise.
+
+    kind, noise_level: of the sampler, as in `schedules`; by default the deterministic one.
+    """
     conditioning = model.encode([*prompts, ""])
-    sigmas = model_grid(model)(num_inference_steps)
+    sigmas = model.sigmas(num_inference_steps)
     rollout = run(
-        Chain(sigmas, step_coefficients(sigmas, "ode", 0.0)),
+        Chain(sigmas, step_coefficients(sigmas, kind, noise_level)),
         lambda x_t, sigma, prompt: model.velocity(x_t, sigma, conditioning[prompt]),
         Roots(
             seed=seed,
@@ -129,8 +134,3 @@ def sample_images(
         uncond=len(prompts),
     )
     return model.decode(rollout.latents)
-
-
-def model_grid(model: Any) -> Callable[[int], Tensor]:
-    """Number of steps -> sigmas (S + 1,): the grid of the model's own pipeline."""
-    return lambda num_steps: sd3_sigmas(num_steps, model.shift)

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from flowkern.models import Conditioning, load_model
 from flowkern.models.sd3 import SD3
 from flowkern.rewards.digits import DigitsClassifier
@@ -45,6 +49,29 @@ def test_euler_through_the_adapter_is_the_plain_pipeline(model):
     assert decoded.shape == (3, 3, 32, 32) and decoded.dtype == torch.float32
     assert decoded.min() >= 0 and decoded.max() <= 1
     torch.testing.assert_close(decoded, images, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [3.0, 1.0])
+def test_the_grid_is_the_pipelines_own(model, shift):
+    config = model.pipeline.scheduler.config
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+    model.pipeline.scheduler = scheduler
+    for steps in (1, 2, 10, 40):
+        scheduler.set_timesteps(steps)
+        actual = model.sigmas(steps)
+        assert actual.dtype == torch.float64
+        torch.testing.assert_close(actual.float(), scheduler.sigmas, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("use_dynamic_shifting", True), ("shift_terminal", 0.02), ("num_train_timesteps", 500)],
+)
+def test_a_scheduler_with_another_grid_is_refused(model, name, value):
+    scheduler = model.pipeline.scheduler
+    model.pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{name: value})
+    with pytest.raises(ValueError, match=f"path: .* scheduler has {name}={value}, expected"):
+        model.sigmas(10)
 
 
 def test_base_model_is_right_about_every_second_time(model):

@@ -16,7 +16,9 @@ from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas,
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
 WHY_NOT = fk.backends(DEVICE)["triton"]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = pytest.mark.gpu
+if WHY_NOT is not None:
+    pytest.skip(WHY_NOT, allow_module_level=True)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("safetensors")
 from flowkern.rewards import REWARDS, load_reward
 from flowkern.rewards.digits import real_digits
 

@@ -94,6 +94,7 @@ def test_the_released_defaults():
     paper = recipe("flow_grpo")()
     chain = paper.plan(sd3_sigmas)
     assert len(chain) == 10 and chain.trained == tuple(range(9))
+    assert chain.has_kl and not recipe("flow_grpo")(kl_coef=0).plan(sd3_sigmas).has_kl
     assert (paper.group_size, paper.clip_range, paper.guidance_scale) == (24, 1e-4, 4.5)
     assert paper.group_size * recipe("flow_grpo")(guidance_scale=1).released_rows()[0] == 240
     assert paper.released_rows() == (20, 36), "guidance doubles, the reference doubles training"

@@ -109,8 +109,14 @@ def test_sample_ids_never_collide():
 
 
 def test_a_plan_that_cannot_be_trained_is_refused():
-    with pytest.raises(ValueError, match=r"trained: got edges \[3\] with std = 0"):
+    with pytest.raises(ValueError, match=r"trained: got edges \[3\] with k = 0"):
         make_chain(trained=(2, 3))
+    sigmas = sd3_sigmas(4)
+    edges = step_coefficients(sigmas, "cps", 0.7)
+    assert edges.std[-1] == 0 < edges.k[-1]
+    assert Chain(sigmas, edges, range(4)).trained == (0, 1, 2, 3), "CPS keeps k = 1 at std = 0"
+    with pytest.raises(ValueError, match=r"trained: got edges \[3\] with std = 0, .* no KL"):
+        Chain(sigmas, edges, range(4), has_kl=True)
     with pytest.raises(ValueError, match=r"trained: got .* expected rising edges from 0 to 5"):
         make_chain(trained=(2, 6))
     with pytest.raises(ValueError, match=r"sigmas: got shape \(6,\), expected \(7,\)"):

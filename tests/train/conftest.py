@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from flowkern.train.config import Config, load_config
 
@@ -17,6 +16,7 @@ TINY = [
     "algorithm.group_size=4",
     "algorithm.prompts_per_rollout=4",
     "algorithm.num_inference_steps=3",
+    "algorithm.updates_per_rollout=1",
     "train.steps=4",
     "train.checkpointing_steps=2",
     "train.max_batch=16",
@@ -39,6 +39,8 @@ def tiny(tmp_path) -> Callable[..., Config]:
 @pytest.fixture
 def tiny_file(tmp_path, tiny) -> Callable[..., Path]:
     """The same as a file, for commands."""
+    import yaml
+
     from flowkern.train.config import to_dict
 
     def make(*overrides: str, name: str = "run") -> Path:

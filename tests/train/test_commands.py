@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
@@ -63,9 +68,51 @@ def test_the_second_ctrl_c_exits_at_once_and_a_launchers_sigterm_is_none(monkeyp
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_errors_are_one_line_and_exit_with_1(capsys):
+def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, capsys):
+    from accelerate.state import AcceleratorState
+
+    from flowkern.cli import main
+    from flowkern.models.sd3 import SD3
+    from flowkern.train.trainer import Trainer
+
+    seen, load = [], SD3.from_pretrained
+
+    def loaded(path, **options):
+        seen.append({**options, "device": str(options["device"])})
+        return load(path, **options)
+
+    monkeypatch.setattr(SD3, "from_pretrained", loaded)
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one precision per process
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    trainer = Trainer(tiny("train.mixed_precision=bf16", "model.max_sequence_length=5"))
+    trainer.begin()
+    trainer.save()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sample", "run", "--prompt", "the digit 3", "--num-inference-steps", "2"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "sample.png\n" and (tmp_path / "sample.png").is_file()
+    assert seen[0] == seen[1] and seen[1]["dtype"] == torch.bfloat16
+    assert seen[1]["max_sequence_length"] == 5
+
+
+def test_errors_are_one_line_and_exit_with_1(capsys, monkeypatch):
     from flowkern.cli import main
 
+    for override, message in (
+        (["configs/digits"], "Is a directory"),
+        (["configs/digits/flow_grpo.yaml", "train.steps=["], "train.steps: got '[', not YAML"),
+    ):
+        assert main(["train", *override]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("flowkern: ") and error.count("\n") == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yaml", None)
+        assert main(["train", "configs/digits/flow_grpo.yaml"]) == 1
+        error = capsys.readouterr().err
+        assert error.endswith("pip install 'flowkern[train]'\n") and error.count("\n") == 1
+        with pytest.raises(ImportError):
+            main(["train", "configs/digits/flow_grpo.yaml", "--traceback"])
     assert main(["train", "configs/digits/flow_grpo.yaml", "train.stepz=3"]) == 1
     assert capsys.readouterr().err == (
         "flowkern: train.stepz: unknown key; did you mean 'steps'?\n"

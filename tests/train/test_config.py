@@ -4,6 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("yaml")
 import yaml
 
 from flowkern.train import config as module
@@ -15,11 +17,11 @@ DIGITS = ROOT / "configs/digits/flow_grpo.yaml"
 
 def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
     overrides = ["seed=3", "train.learning_rate=1e-4", "train.report_to=null", "lora.rank=8"]
-    overrides += ["reward.weights={digits_judge: 2}", "reward.report=[]", "algorithm.clip_range=1"]
+    overrides += ["reward.weights={digits_judge: 2}", "reward.report=[]", "algorithm.clip_range=.5"]
     overrides += ["train.mixed_precision=no", "train.overwrite_output_dir=true"]
     config = load_config(DIGITS, overrides)
     assert (config.seed, config.train.learning_rate, config.train.report_to) == (3, 1e-4, None)
-    assert config.lora.rank == 8 and config.algorithm.clip_range == 1.0
+    assert config.lora.rank == 8 and config.algorithm.clip_range == 0.5
     assert config.train.mixed_precision == "no" and config.train.overwrite_output_dir
     assert config.reward.weights == {"digits_judge": 2.0} and config.reward.report == []
     assert config.algorithm.noise_level == 0.7, "not in the file: the recipe's"
@@ -34,7 +36,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("zzz=1", "zzz: unknown key; known are output_dir, seed"),
         ("train.steps=1.5", "train.steps: got 1.5, expected an integer"),
         ("train.steps=true", "train.steps: got True, expected an integer"),
-        ("train.steps=0", "train.steps: got 0, expected a positive number"),
+        ("train.steps=0", "train.steps: got 0, expected a number above 0"),
         ("train.learning_rate=fast", "train.learning_rate: got 'fast', expected a finite number"),
         ("train.learning_rate=.nan", "train.learning_rate: got nan, expected a finite number"),
         ("train.mixed_precision=fp8", "got 'fp8', expected one of no, fp16, bf16"),
@@ -46,6 +48,19 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("reward.report=judge", "reward.report: got 'judge', expected a list"),
         ("reward.weights={}", "reward.weights: got none"),
         ("algorithm.updates_per_rollout=4", "train.steps: got .* expected a multiple of .* 4"),
+        ("algorithm.clip_range=1", r"algorithm\.clip_range: got 1\.0, .* from 0 to below 1"),
+        ("algorithm.noise_level=-1", "algorithm.noise_level: got -1.0, expected a number above 0"),
+        ("algorithm.kl_coef=-1", "algorithm.kl_coef: got -1.0, expected a number at least 0"),
+        ("algorithm.num_inference_steps=1", "algorithm.num_inference_steps: got 1, .* at least 2"),
+        ("algorithm.guidance_scale=-1", "algorithm.guidance_scale: got -1.0"),
+        ("algorithm.group_size=1", "algorithm.group_size: got 1, expected a number at least 2"),
+        ("validation.guidance_scale=-1", "validation.guidance_scale: got -1.0"),
+        ("lora.target_modules=[]", "lora.target_modules: got none"),
+        ("model.height=0", "model.height: got 0, expected a number above 0"),
+        ("train.adam_beta1=2", "train.adam_beta1: got 2.0, expected a number from 0 to below 1"),
+        ("train.lr_warmup_steps=-3", "train.lr_warmup_steps: got -3"),
+        ("train.lr_warmup_steps=3", "train.lr_warmup_steps: .*lr_scheduler=constant_with_warmup"),
+        ("train.steps=[", r"train\.steps: got '\[', not YAML"),
         ("train.steps", "override: got 'train.steps', expected key.path=value"),
     ],
 )
@@ -60,6 +75,15 @@ def test_a_missing_key_is_named():
     del tree["train"]["steps"]
     with pytest.raises(ConfigError, match=r"train\.steps: missing, and has no default"):
         from_dict(tree)
+
+
+def test_every_config_has_the_agreed_keys():
+    paths = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert DIGITS in paths
+    for path in paths:
+        tree = yaml.safe_load(path.read_text())
+        assert {"output_dir", "seed"} <= set(tree), path
+        assert tree["train"]["steps"] and tree["model"]["path"] and tree["algorithm"]["name"], path
 
 
 def test_every_field_says_what_it_is():

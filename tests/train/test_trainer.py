@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+from flowkern.train import checkpoint, tracking
 from flowkern.train.trainer import Trainer
 
 EVERY_STEP = {
@@ -78,16 +84,18 @@ def test_max_batch_changes_nothing_but_rounding(tiny):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny, lines):
-    straight, resumed = tiny(name="straight"), tiny(name="resumed")
+    linear = "train.lr_scheduler=linear"
+    straight, resumed = tiny(linear, name="straight"), tiny(linear, name="resumed")
     Trainer(straight).run()
-    Trainer(tiny(name="resumed")).run()
+    Trainer(resumed).run()
     directory = Path(resumed.output_dir)
     # As a kill in the middle of saving checkpoint-4 leaves it.
     (directory / "checkpoint-4").rename(directory / "checkpoint-4.partial")
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
     torch.manual_seed(123)
-    assert Trainer(tiny("train.resume_from_checkpoint=latest", name="resumed")).run() == 0
+    latest = "train.resume_from_checkpoint=latest"
+    assert Trainer(tiny(linear, latest, name="resumed")).run() == 0
     for name in ("metrics.jsonl", "validation.jsonl"):
         expected = lines(Path(straight.output_dir) / name)
         assert lines(directory / name) == expected and len(expected) >= 2
@@ -96,9 +104,41 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny, lines):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     states = [torch.load(path / "state.pt", weights_only=True) for path in (one, two)]
     assert states[0]["step"] == states[1]["step"] == 4
+    assert states[0]["lr_scheduler"] == states[1]["lr_scheduler"]
     for key, moments in states[0]["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, states[1]["optimizer"]["state"][key][name])
+
+
+def test_a_run_resumed_earlier_drops_the_branch_it_leaves(tiny, tmp_path):
+    Trainer(tiny()).run()
+    directory = tmp_path / "run"
+    back = f"train.resume_from_checkpoint={directory / 'checkpoint-2'}"
+    with pytest.raises(FileExistsError, match=r"output_dir: .*other.* holds a run already"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/metrics.jsonl").write_text('{"step": 9}\n')
+        Trainer(tiny(back, name="other")).run()
+    assert (tmp_path / "other/metrics.jsonl").read_text() == '{"step": 9}\n'
+    trainer = Trainer(tiny(back, "train.steps=3"))
+    trainer.begin()
+    assert checkpoint.checkpoints(directory) == [directory / "checkpoint-2"]
+    assert Trainer(tiny(back, name="new")).run() == 0, "another run's, where there is none"
+
+
+def test_what_was_just_committed_is_never_deleted(tmp_path):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.begin(checkpoint.partial_path(tmp_path, 3))
+    final = checkpoint.commit(checkpoint.partial_path(tmp_path, 3), limit=1)
+    assert final == tmp_path / "checkpoint-3" and final.is_dir()
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_curves_of_a_run_resumed_with_other_rewards(tmp_path):
+    records = [{"step": 1, "reward/mean": 0.1, "reward/a": 0.1}, {"step": 2, "kl": 0.0}]
+    records.append({"step": 3, "reward/mean": 0.2, "reward/b": 7.0})
+    tracking.save_curves(tmp_path / "curve.png", records, [{"step": 0, "reward/a": 0.3}], ["a"])
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_checkpoint_loads_in_diffusers_and_in_peft(tiny):

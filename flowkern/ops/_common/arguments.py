@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from flowkern.schedules import Coefficients
+
+from .dispatch import is_tracing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_STEP = 2**28
@@ -51,21 +55,21 @@ def check_index(name: str, index: Tensor, count: int, device: torch.device) -> T
 
     Values are looked at on the CPU; on CUDA only with FLOWKERN_DEBUG=1, as that synchronizes.
     """
-    if (
-        not isinstance(index, Tensor)
-        or index.is_floating_point()
-        or index.dtype == torch.bool
-        or index.ndim != 1
-    ):
+    is_index = isinstance(index, Tensor) and not index.is_floating_point() and index.ndim == 1
+    if not is_index or index.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor of shape (B,), got {_describe(index)}")
     if index.device != device:
         raise ValueError(f"{name}: expected device {device}, got {index.device}")
-    readable = device.type == "cpu" or os.environ.get("FLOWKERN_DEBUG") == "1"
-    if readable and not torch.compiler.is_compiling() and index.numel():
+    _check_range(name, index, count)
+    return index.long()
+
+
+def _check_range(name: str, index: Tensor, count: int) -> None:
+    is_readable = index.device.type == "cpu" or os.environ.get("FLOWKERN_DEBUG") == "1"
+    if is_readable and index.numel() and not is_tracing(index):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= count:
             raise IndexError(f"{name}: expected values in [0, {count}), got {low} to {high}")
-    return index.long()
 
 
 def _describe(value) -> str:
@@ -113,10 +117,40 @@ def per_sample_contiguous(x: Tensor) -> Tensor:
 
 
 def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, velocity: Tensor) -> None:
+    if not (isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale)):
+        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
     if velocity_uncond is not None:
         check_latent("velocity_uncond", velocity_uncond, velocity)
     elif guidance_scale != 1.0:
         raise ValueError(f"velocity_uncond: needed for guidance_scale={guidance_scale}, got None")
+
+
+def check_out(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
+    """`out` is written while inputs are read: it is one of them, element for element, or apart."""
+    if not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("out: expected a tensor that requires no gradient")
+    if is_tracing(out):
+        return  # traced tensors have no addresses
+    begin, end = _extent(out)
+    for x in inputs:
+        if x is None or x.numel() == 0:
+            continue
+        if (x.data_ptr(), x.stride(), x.dtype) == (begin, out.stride(), out.dtype):
+            continue
+        first, last = _extent(x)
+        if first < end and begin < last:
+            raise ValueError(
+                f"out: overlaps an input of strides {x.stride()}; expected memory of its own, or "
+                "exactly an input's"
+            )
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first to past the last element."""
+    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + span * x.element_size()
 
 
 @dataclass(frozen=True)
@@ -153,32 +187,32 @@ def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:
 
 def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> Noise:
     """A Philox key: 64 bits of seed, sample_id (B,) integers, step an int or (B,) integers."""
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed: expected an integer, got {seed!r}") from None
+    if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+    seed = seed - 2**64 if seed >= 2**63 else seed  # the same bits as an int64, for op schemas
     sample_id = _ids("sample_id", sample_id, batch, device)
     if isinstance(step, int):
         if not 0 <= step < MAX_STEP:
             raise ValueError(f"step: expected 0 <= step < 2**28, got {step}")
-        return Noise(None, _signed(seed), sample_id, None, step)
-    return Noise(None, _signed(seed), sample_id, _ids("step", step, batch, device))
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as an int64, which is what an op's schema carries."""
-    return seed - 2**64 if seed >= 2**63 else seed
+        return Noise(None, seed, sample_id, None, step)
+    step = _ids("step", step, batch, device)
+    _check_range("step", step, MAX_STEP)
+    return Noise(None, seed, sample_id, step)
 
 
 def _ids(name: str, value, batch: int, device: torch.device) -> Tensor:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        value = torch.tensor(value, dtype=torch.int64, device=device)
+        value = torch.tensor(value, device=device) if value else torch.zeros(0, dtype=torch.int64)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor of shape ({batch},), got {value!r}")
-    if value.dtype != torch.int64:
-        if value.is_floating_point() or value.dtype == torch.bool:
-            raise TypeError(f"{name}: expected int64, got {value.dtype}")
-        value = value.long()
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected int64, got {value.dtype}")
     if value.shape != (batch,):
         raise ValueError(f"{name}: expected shape ({batch},), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    return value if value.is_contiguous() else value.contiguous()
+    return value.long().contiguous()

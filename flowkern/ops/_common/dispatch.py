@@ -79,13 +79,9 @@ def triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed"
     if interpreting():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets on the CPU"
-    if device.type != "cuda":
-        return (
-            "no CUDA device"
-            if not torch.cuda.is_available()
-            else f"needs a CUDA tensor, got {device.type}"
-        )
-    return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if device.type == "cuda" else f"needs a CUDA tensor, got {device.type}"
 
 
 def interpreting() -> bool:

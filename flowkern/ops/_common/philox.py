@@ -14,7 +14,15 @@ from torch import Tensor
 
 from . import native
 from .arguments import STREAMS, Noise, check_key
-from .dispatch import Impl, choose, lazily, native_why_not, no_objection, triton_why_not
+from .dispatch import (
+    Impl,
+    choose,
+    is_tracing,
+    lazily,
+    native_why_not,
+    no_objection,
+    triton_why_not,
+)
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -109,6 +117,26 @@ _IMPLS = (
 )
 
 
+@torch.library.custom_op("flowkern::philox_normal", mutates_args=())
+def _normal_op(
+    shape: Sequence[int],
+    seed: int,
+    sample_id: Tensor,
+    step: Tensor | None,
+    step_value: int,
+    stream: int,
+    backend: str | None,
+) -> Tensor:
+    key = Noise(None, seed, sample_id, step, step_value)
+    impl = choose(_IMPLS, sample_id.device, torch.float32, backend)
+    return impl.call(shape, key, stream, sample_id.device)
+
+
+@_normal_op.register_fake
+def _(shape, seed, sample_id, *_) -> Tensor:
+    return sample_id.new_empty(shape, dtype=torch.float32)
+
+
 def philox_normal(
     shape: Sequence[int],
     seed: int,
@@ -135,16 +163,19 @@ def philox_normal(
     Returns:
         (B, *D) float32.
     """
-    if len(shape) < 2 or any(n < 0 for n in shape):
-        raise ValueError(
-            f"shape: expected (B, *D) with at least two dimensions, got {tuple(shape)}"
-        )
+    if not isinstance(shape, Sequence) or len(shape) < 2 or any(n < 0 for n in shape):
+        raise ValueError(f"shape: expected (B, *D) with at least two dimensions, got {shape!r}")
     if stream not in STREAMS:
         raise ValueError(f"stream: expected one of {tuple(STREAMS)}, got {stream!r}")
     if device is None:
         device = sample_id.device if isinstance(sample_id, Tensor) else "cpu"
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     key = check_key(seed, sample_id, step, shape[0], device)
-    return choose(_IMPLS, device, torch.float32, backend).call(shape, key, STREAMS[stream], device)
+    number = STREAMS[stream]
+    if is_tracing(key.sample_id, key.step):
+        return _normal_op(
+            list(shape), key.seed, key.sample_id, key.step, key.step_value, number, backend
+        )
+    return choose(_IMPLS, device, torch.float32, backend).call(shape, key, number, device)

@@ -14,6 +14,7 @@ differences, because log_prob - old_log_prob has float32 steps as large as the c
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -115,13 +116,15 @@ def policy_loss(
     check_guidance(velocity_uncond, guidance_scale, velocity)
     _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_prob)
     rows, device = velocity.shape[0], velocity.device
-    batch = rows if row is None else len(row)
     if row is not None:
         row = check_index("row", row, rows, device)
+    batch = rows if row is None else len(row)
     shape = (batch, *velocity.shape[1:])
     per_sample = {"advantage": advantage, "old_log_prob": old_log_prob, "step_weight": step_weight}
     if isinstance(kl_coef, Tensor):
         per_sample["kl_coef"] = kl_coef
+    elif not (isinstance(kl_coef, int | float) and 0 <= kl_coef < math.inf):
+        raise ValueError(f"kl_coef: expected a finite number >= 0 or (B,), got {kl_coef!r}")
     for name, value in per_sample.items():
         if value is not None:
             check_per_sample(name, value, batch, device)

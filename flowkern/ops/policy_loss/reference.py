@@ -24,14 +24,18 @@ def policy_loss(
         """(R, *D) velocity rows -> (B, *D), in the dtype of the arithmetic."""
         return x.to(dtype) if row is None else x.to(dtype)[row]
 
+    def constant(x: Tensor) -> Tensor:
+        """The same without gradient: only the velocity has one, whatever the caller passes."""
+        return samples(x.detach())
+
     def wide(scalar: Tensor) -> Tensor:
         return scalar.reshape(-1, *[1] * (velocity.ndim - 1))
 
     v = samples(velocity)
     if velocity_uncond is not None:
-        uncond = samples(velocity_uncond.detach())
+        uncond = constant(velocity_uncond)
         v = uncond + guidance_scale * (v - uncond)
-    x, v_old = samples(x_t), v.detach() if old_velocity is None else samples(old_velocity)
+    x, v_old = constant(x_t), v.detach() if old_velocity is None else constant(old_velocity)
     mean_old = wide(a) * x + wide(b) * v_old
     if x_next is None:
         noise = source.given
@@ -39,11 +43,11 @@ def policy_loss(
             noise = reference_normal(mean_old.shape, source, STREAMS["step"], x.device)
         x_next = torch.where(wide(std) > 0, mean_old + wide(std) * noise.to(dtype), mean_old)
     difference = wide(b) * (v - v_old)
-    residual = x_next.to(dtype) - mean_old
+    residual = x_next.detach().to(dtype) - mean_old
 
     if old_log_prob is not None:
         new_log_prob = c - k * _mean((residual - difference).square())
-        log_ratio = new_log_prob - old_log_prob.to(dtype)
+        log_ratio = new_log_prob - old_log_prob.detach().to(dtype)
     elif ratio == "sde":
         log_ratio = k * _mean(difference * (2 * residual - difference))
     else:
@@ -52,7 +56,7 @@ def policy_loss(
             std > 0, _mean(residual * difference) / noisy, torch.zeros_like(std)
         )
 
-    advantage = advantage.to(dtype)
+    advantage = advantage.detach().to(dtype)
     high, low = math.log1p(clip_high), math.log1p(-clip_low)
     clipped_high, clipped_low = (
         (advantage > 0) & (log_ratio > high),
@@ -67,13 +71,18 @@ def policy_loss(
 
     kl = torch.zeros_like(log_ratio.detach())
     if velocity_ref is not None:
-        kl = (b / std).square() / 2 * _mean((v - samples(velocity_ref.detach())).square())
+        # Rows with std == 0 have no density: their log-probability is 0, and so is their KL.
+        scale = torch.where(std > 0, b / torch.where(std > 0, std, 1), 0)
+        kl = scale.square() / 2 * _mean((v - constant(velocity_ref)).square())
         loss = loss + kl_coef * kl
-    loss = {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](loss)
+    if reduction == "mean":
+        loss = loss.sum() / max(1, len(loss))
+    elif reduction == "sum":
+        loss = loss.sum()
     log_ratio = log_ratio.detach()
     return loss, log_ratio, log_ratio.exp(), kl.detach(), clipped_low, clipped_high
 
 
 def _mean(x: Tensor) -> Tensor:
-    """(B, *D) -> (B,)."""
-    return x.flatten(1).mean(1)
+    """(B, *D) -> (B,); 0 where D is 0."""
+    return x.flatten(1).mean(1) if x.numel() else x.flatten(1).sum(1)

@@ -23,6 +23,7 @@ from flowkern.ops._common.arguments import (
     check_guidance,
     check_latent,
     check_noise,
+    check_out,
     check_rows,
     compute_dtype,
 )
@@ -217,7 +218,8 @@ def sde_step(
     """
     _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
     source = check_noise(noise, seed, sample_id, step, x_t)
-    x_next = _output(x_t, out_dtype, out)
+    inputs = (x_t, velocity, velocity_uncond, noise, *history)
+    x_next = _output(x_t, out_dtype, out, inputs)
     dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, *history)
     log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
     _draw(
@@ -251,6 +253,8 @@ def ode_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The mean of the step, by the same kernel: Euler, or a multistep solver with `history`.
 
+    Not differentiable.
+
     Args as `sde_step`; m_rows from `multistep_coefficients`, `edge_coefficients` or
     `step_coefficients`.
 
@@ -259,7 +263,7 @@ def ode_step(
         x_next, from the same pass: the next edge's history.
     """
     _check_step(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
-    x_next = _output(x_t, out_dtype, out)
+    x_next = _output(x_t, out_dtype, out, (x_t, velocity, velocity_uncond, *history))
     x0 = torch.empty_like(x_next) if return_x0 else None
     dtype = compute_dtype(x_t, velocity, velocity_uncond, x_next, *history)
     _draw(
@@ -295,6 +299,8 @@ def sde_log_prob(
     d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
     is saved.
     """
+    if isinstance(c_rows, Coefficients) and c_rows.num_history:
+        raise ValueError("c_rows: a replay takes one-step rows, got rows with history weights")
     _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, ())
     check_latent("x_next", x_next, x_t)
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
@@ -323,7 +329,9 @@ def _check_step(
         )
 
 
-def _output(x_t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+def _output(
+    x_t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None, inputs: Sequence[Tensor | None]
+) -> Tensor:
     if out is None:
         if out_dtype is not None and out_dtype not in FLOATS:
             raise TypeError(
@@ -333,46 +341,24 @@ def _output(x_t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> T
     check_latent("out", out, x_t)
     if out_dtype is not None and out_dtype != out.dtype:
         raise TypeError(f"out: expected out_dtype {out_dtype}, got {out.dtype}")
-    if not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    check_out(out, inputs)
     return out
 
 
 def _draw(
-    x_t,
-    velocity,
-    rows,
-    velocity_uncond,
-    guidance_scale,
-    history,
-    source: Noise,
-    x_next,
-    log_prob,
-    x0,
-    dtype,
-    backend,
-) -> None:
-    table = check_rows(
-        "c_rows" if log_prob is not None else "m_rows", rows, x_t.shape[0], x_t.device, dtype
-    )
-    if is_tracing(x_t, velocity, velocity_uncond, source.given, x_next):
-        _draw_op(
-            x_t.detach(), velocity.detach(), table,
-            None if velocity_uncond is None else velocity_uncond.detach(), float(guidance_scale),
-            [h.detach() for h in history],
-            source.given, source.seed, source.sample_id, source.step, source.step_value,
-            x_next, log_prob, x0, backend,
-        )  # fmt: skip
+    x_t, velocity, rows, velocity_uncond, guidance_scale, history, source: Noise,
+    x_next, log_prob, x0, dtype, backend,
+) -> None:  # fmt: skip
+    name = "c_rows" if log_prob is not None else "m_rows"
+    table = check_rows(name, rows, x_t.shape[0], x_t.device, dtype)
+    inputs = (x_t.detach(), velocity.detach(), table, velocity_uncond, float(guidance_scale))
+    if is_tracing(x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next):
+        key = (source.given, source.seed, source.sample_id, source.step, source.step_value)
+        if velocity_uncond is not None:
+            inputs = (*inputs[:3], velocity_uncond.detach(), inputs[4])
+        history = [earlier.detach() for earlier in history]
+        _draw_op(*inputs, history, *key, x_next, log_prob, x0, backend)
         return
-    choose(_DRAW, x_t.device, dtype, backend).call(
-        x_t.detach(),
-        velocity.detach(),
-        table,
-        velocity_uncond,
-        guidance_scale,
-        history,
-        source,
-        x_next,
-        log_prob,
-        x0,
-    )
+    impl = choose(_DRAW, x_t.device, dtype, backend)
+    impl.call(*inputs, history, source, x_next, log_prob, x0)
+    torch.autograd.graph.increment_version(x_next)  # a graph that saved `out` must notice

@@ -41,11 +41,13 @@ def draw(
         if log_prob is not None:
             log_prob.copy_(rows[..., 4])
         return
+    # Bound to names until the kernel returns: it sees addresses only.
     x_t, velocity, velocity_uncond, noise, *history = map(
         _contiguous, (x_t, velocity, velocity_uncond, source.given, *history)
     )
+    rows = rows.contiguous()
     native.cpu().sde_draw(
-        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, _packed(rows)),
+        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),
         latent(noise), latent(x0), tuple(map(latent, history)),
         source.seed & (2**64 - 1),
         address(source.sample_id), address(source.step), source.step_value,
@@ -60,8 +62,9 @@ def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tens
     x_t, velocity, x_next, velocity_uncond = map(
         _contiguous, (x_t, velocity, x_next, velocity_uncond)
     )
+    rows = rows.contiguous()
     native.cpu().sde_replay(
-        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, _packed(rows)),
+        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),
         log_prob.data_ptr(),
     )
     return log_prob
@@ -74,9 +77,10 @@ def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance
     x_t, velocity, x_next, velocity_uncond = map(
         _contiguous, (x_t, velocity, x_next, velocity_uncond)
     )
+    rows = rows.contiguous()
     grad = grad.contiguous()
     native.cpu().sde_replay_backward(
-        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, _packed(rows)),
+        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),
         grad.data_ptr(), latent(grad_velocity),
     )  # fmt: skip
     return grad_velocity
@@ -84,8 +88,3 @@ def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else per_sample_contiguous(x)
-
-
-def _packed(rows: Tensor) -> Tensor:
-    """Rows whose columns lie next to each other."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()

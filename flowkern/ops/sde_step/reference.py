@@ -11,6 +11,8 @@ from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.philox import reference_normal
 from flowkern.schedules import COLUMNS, MAX_HISTORY
 
+CHUNK = 1024
+
 
 def column(rows: Tensor, name: str, like: Tensor) -> Tensor:
     """A coefficient, shaped to broadcast over `like` (B, *D)."""
@@ -38,13 +40,19 @@ def mean_and_x0(
 
 
 def log_prob_of(x_next: Tensor, mean: Tensor, rows: Tensor) -> Tensor:
-    """(B,), one sample at a time: torch's sums depend on the shape, a replay must not."""
-    residual = x_next.to(rows.dtype) - mean
+    """(B,) from fixed chunks, one sample at a time.
+
+    torch's sums depend on the shape and, over enough elements, on the threads; a replay must not.
+    """
+    residual = (x_next.to(rows.dtype) - mean).flatten(1)
     k, c = rows[..., COLUMNS.index("k")], rows[..., COLUMNS.index("c")]
-    if residual.shape[0] == 0 or residual[0].numel() == 0:
-        return (c - k * 0).expand(residual.shape[0]).clone()
-    squares = torch.stack([r.square().mean() for r in residual.flatten(1).unbind()])
-    return c - k * squares
+    batch, size = residual.shape
+    if residual.numel() == 0:
+        return (c - k * 0).expand(batch).clone()
+    chunks = torch.nn.functional.pad(residual, (0, -size % CHUNK)).reshape(batch, -1, CHUNK)
+    partial = chunks.square().sum(2).double()
+    squares = torch.stack([sample.sum() for sample in partial.unbind()]) / size
+    return c - k * squares.to(rows.dtype)
 
 
 def draw(

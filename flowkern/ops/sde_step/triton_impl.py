@@ -217,8 +217,8 @@ def _latent(x: Tensor | None) -> tuple[Tensor, int] | None:
 
 
 def _rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows whose columns lie next to each other; stride 0 where one edge serves all samples."""
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    """Rows and their stride: 0 where one edge serves all samples."""
+    rows = rows.contiguous()
     return rows, 0 if rows.ndim == 1 else rows.stride(0)
 
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from flowkern.rl.objectives import RatioClip
 from flowkern.rollout.plan import Chain
 
-__all__ = ["Recipe", "names", "recipe"]
+__all__ = ["Recipe", "names", "recipe", "require"]
+
+RANGES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda value: value > 0,
+    "at least 0": lambda value: value >= 0,
+    "at least 2": lambda value: value >= 2,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
+}
 
 
 class Recipe(Protocol):
@@ -58,3 +65,14 @@ def recipe(name: str) -> type[Recipe]:
     if name not in names():
         raise ValueError(f"algorithm.name: got {name!r}, expected one of {', '.join(names())}")
     return import_module(f"{__name__}.{name}").Recipe
+
+
+def require(owner: Any, expected: str, *names: str) -> None:
+    """Raise ValueError naming the first field of `owner` outside of RANGES[expected]; None is in.
+
+    For the __post_init__ of recipes and of the configuration.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not RANGES[expected](value):
+            raise ValueError(f"{name}: got {value}, expected a number {expected}")

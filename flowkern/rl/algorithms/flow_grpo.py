@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowkern.rl.advantage import group_advantage
+from flowkern.rl.algorithms import require
 from flowkern.rl.objectives import RatioClip
 from flowkern.rollout.plan import Chain
 from flowkern.schedules import step_coefficients
@@ -42,10 +43,18 @@ class Recipe:
     global_std: bool = True
     """Divide by the population std of all rewards of the rollout, not the group's own."""
 
+    def __post_init__(self) -> None:
+        require(self, "at least 2", "num_inference_steps", "group_size")
+        require(self, "above 0", "noise_level", "guidance_scale", "prompts_per_rollout")
+        require(self, "above 0", "updates_per_rollout", "adv_clip_max")
+        require(self, "from 0 to below 1", "clip_range")
+        require(self, "at least 0", "kl_coef")
+
     def plan(self, grid: Callable[[int], Tensor]) -> Chain:
         sigmas = grid(self.num_inference_steps)
         edges = step_coefficients(sigmas, "flow_sde", self.noise_level)
-        return Chain(sigmas, edges, trained=range(len(edges) - 1))  # the last draws next to nothing
+        trained = range(len(edges) - 1)  # the last draws next to nothing
+        return Chain(sigmas, edges, trained, has_kl=self.kl_coef > 0)
 
     def credit(self, reward: Tensor, group: Tensor) -> Tensor:
         return group_advantage(

@@ -1,0 +1,201 @@
+"""What callers do by mistake or to the limit: no crash, and no wrong answer without a word."""
+
+import pickle
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flowkern as fk
+from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
+
+C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)
+X, V, NOISE = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0)).unbind()
+KEY = {"seed": 1, "sample_id": torch.arange(2), "step": 0}
+
+
+def bits(x):
+    return x.view(torch.int32)
+
+
+# ---- memory ----
+
+
+def test_rows_in_any_layout():
+    """A transposed table: the kernel must not read a copy that is gone."""
+    table = torch.empty(9, 2).t().copy_(C.table[:2])
+    expected = fk.sde_step(X, V, C[torch.tensor([0, 1])], **KEY)
+    for _ in range(20):
+        got = fk.sde_step(X, V, Coefficients(table), **KEY)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    rows = torch.empty(9, 2).t().copy_(C.table[:2])
+    op = torch.ops.flowkern.sde_log_prob(X, V, expected[0], rows, None, 1.0, "native")
+    assert torch.equal(op, expected[1])
+
+
+def test_out_that_overlaps_an_input_is_refused():
+    memory = torch.randn(130)
+    x_t = memory[:128].view(2, 64)
+    with pytest.raises(ValueError, match="out: overlaps an input"):
+        fk.sde_step(x_t, V, C[0], **KEY, out=memory[2:].view(2, 64))
+    shared = torch.randn(2, 64)
+    with pytest.raises(ValueError, match="out: overlaps an input"):
+        fk.ode_step(shared[:1].expand(2, 64), V, C[0], out=shared)
+    with pytest.raises(ValueError, match="out: expected a tensor that requires no gradient"):
+        fk.ode_step(X, V, C[0], out=torch.empty(2, 64, requires_grad=True))
+    trajectory = torch.randn(3, 2, 64)  # neighbors in one buffer are apart
+    expected = fk.ode_step(trajectory[0].clone(), V, C[0])
+    assert torch.equal(fk.ode_step(trajectory[0], V, C[0], out=trajectory[1]), expected)
+
+
+def test_a_graph_notices_that_its_input_was_overwritten(backend):
+    velocity, out = V.clone().requires_grad_(), torch.empty_like(X)
+    fk.sde_step(X, V, C[0], **KEY, out=out, backend=backend)
+    log_prob = fk.sde_log_prob(X, velocity, out, C[0], backend=backend)
+    fk.sde_step(X, V, C[0], **KEY | {"seed": 2}, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
+
+
+# ---- tracing, copies ----
+
+
+def test_fake_tensors_and_compilation():
+    with FakeTensorMode():
+        assert fk.philox_normal((2, 8), 0, torch.arange(2), 0).shape == (2, 8)
+        x = torch.empty(2, 8)
+        x_next, log_prob = fk.sde_step(x, x, Coefficients(torch.zeros(9)), noise=x)
+        assert x_next.shape == (2, 8) and log_prob.shape == (2,)
+    draw = lambda ids, step: fk.philox_normal((2, 8), 5, ids, step, "match")  # noqa: E731
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for step in (3, torch.tensor([1, 2])):
+        assert torch.equal(compiled(torch.arange(2), step), draw(torch.arange(2), step))
+    torch.library.opcheck(
+        torch.ops.flowkern.philox_normal, ([2, 8], 5, torch.arange(2), None, 3, 1, None)
+    )
+
+
+def test_coefficients_can_be_pickled_and_edited():
+    c = C[torch.tensor([3, 4])]
+    first = fk.sde_step(X, V, c, noise=NOISE)[0]
+    again = pickle.loads(pickle.dumps(c))
+    assert torch.equal(fk.sde_step(X, V, again, noise=NOISE)[0], first)
+    c.table[:, 2] = 0  # after a use: the float32 copy must follow
+    assert torch.equal(fk.sde_step(X, V, c, noise=NOISE)[0], fk.ode_step(X, V, c))
+    with torch.inference_mode():
+        fk.sde_step(X, V, step_coefficients(sd3_sigmas(4), "cps", 1.2)[0], noise=NOISE)
+
+
+# ---- values ----
+
+
+def test_any_number_of_threads_gives_the_same_log_prob(backend):
+    """Large enough that torch would split its sums among threads."""
+    x, v, n = (torch.randn(3, 150_003) for _ in range(3))
+    rows, threads = C[torch.tensor([0, 4, 8])], torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fk.sde_log_prob(x, v, n, rows, backend=backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    truth = fk.sde_log_prob(x.double(), v.double(), n.double(), rows)
+    assert ((results[0] - truth) / truth).abs().max() < 5e-7
+
+
+def test_infinities_and_signed_zeros_agree_to_the_bit():
+    m = multistep_coefficients((0.9, 0.8, 0.7), 2)
+    x = X.clone()
+    x[0, 0], x[1, 1] = float("inf"), -0.0
+    velocity = V.clone()
+    velocity[1, 1] = 0.0
+    for rows, history in (
+        (m, [NOISE]),
+        (C[9], []),
+        (step_coefficients(sd3_sigmas(4), "ode", 0)[1], []),
+    ):
+        native, plain = (
+            fk.ode_step(x, velocity, rows, history=history, backend=b)
+            for b in ("native", "reference")
+        )
+        assert torch.equal(bits(native), bits(plain))
+
+
+def test_every_half_and_its_roundings():
+    """All float16 and bfloat16 values in, and float32 values of every magnitude out, as torch converts."""
+    identity = Coefficients(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0, 0]))
+    everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = everything.view(dtype)
+        values = values[torch.isfinite(values)].reshape(2, -1)
+        out = fk.ode_step(
+            values, torch.zeros_like(values), identity, out_dtype=torch.float32, backend="native"
+        )
+        assert torch.equal(out, values.float())
+        g = torch.Generator().manual_seed(0)
+        floats = (
+            torch.randint(-(2**31), 2**31 - 1, (2, 500_003), generator=g).int().view(torch.float32)
+        )
+        floats[0, :7] = torch.tensor(
+            [65519.9, 65520.0, 6e-8, 2.98e-8, 2.99e-8, -6.1e-5, float("inf")]
+        )
+        zeros = torch.zeros_like(floats)
+        rounded = fk.ode_step(floats, zeros, identity, out_dtype=dtype, backend="native")
+        expected = floats.to(dtype)
+        assert torch.equal(rounded.isnan(), expected.isnan())
+        assert torch.equal(rounded[~rounded.isnan()], expected[~expected.isnan()])
+
+
+def test_ids_and_steps_are_checked_by_value():
+    with pytest.raises(TypeError, match="sample_id: expected int64, got torch.float32"):
+        fk.philox_normal((2, 4), 0, [0.2, 0.9], 0)
+    for step in (-1, 2**28):
+        with pytest.raises(IndexError, match="step: expected values in"):
+            fk.philox_normal((2, 4), 0, [0, 1], torch.tensor([0, step]))
+    with pytest.raises(TypeError, match="index: expected integers"):
+        C[torch.tensor([1, 0], dtype=torch.uint8)]
+    with pytest.raises(ValueError, match="guidance_scale: expected a finite number"):
+        fk.sde_step(X, V, C[0], **KEY, velocity_uncond=V, guidance_scale=float("nan"))
+    with pytest.raises(ValueError, match="guidance_scale: expected a finite number"):
+        fk.sde_step(X, V, C[0], **KEY, velocity_uncond=V, guidance_scale=torch.ones(64))
+    with pytest.raises(ValueError, match="c_rows: a replay takes one-step rows"):
+        fk.sde_log_prob(X, V, NOISE, multistep_coefficients((0.9, 0.8, 0.7), 2))
+
+
+# ---- the policy loss ----
+
+
+def test_only_the_velocity_of_a_policy_loss_has_a_gradient():
+    leaves = {
+        n: t.clone().requires_grad_() for n, t in {"velocity": V, "x_t": X, "x_next": NOISE}.items()
+    }
+    advantage = torch.tensor([1.0, -1.0], requires_grad=True)
+    expected = None
+    for old in (V, leaves["velocity"]):  # not detached: the training must not stand still
+        leaves["velocity"].grad = None
+        fk.policy_loss(**leaves, c_rows=C[3], advantage=advantage, old_velocity=old).loss.backward()
+        gradient = leaves["velocity"].grad.clone()
+        expected = gradient if expected is None else expected
+        assert torch.equal(gradient, expected) and (gradient != 0).any()
+    assert leaves["x_t"].grad is None and leaves["x_next"].grad is None and advantage.grad is None
+
+
+def test_policy_loss_of_edges_without_noise_and_of_nothing():
+    last = step_coefficients(sd3_sigmas(10), "cps", 0.8)[9]
+    a = torch.ones(2)
+    out = fk.policy_loss(
+        V.clone().requires_grad_(), X, NOISE, last, a, old_velocity=V, velocity_ref=X
+    )
+    assert torch.isfinite(out.loss) and (out.kl == 0).all()
+    empty = fk.policy_loss(
+        V[:0].requires_grad_(), X[:0], NOISE[:0], C[3], a[:0], old_velocity=V[:0]
+    )
+    assert empty.loss == 0 and empty.loss.requires_grad
+    flat = torch.empty(2, 0)
+    assert fk.policy_loss(flat, flat, flat, C[3], a, old_velocity=flat).loss == -1
+    with pytest.raises(ValueError, match="kl_coef: expected a finite number"):
+        fk.policy_loss(V, X, NOISE, C[3], a, velocity_ref=X, kl_coef=float("nan"))
+    with pytest.raises(TypeError, match="row: expected an integer tensor"):
+        fk.policy_loss(V, X, NOISE, C[3], a, row=1)
