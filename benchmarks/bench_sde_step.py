@@ -80,10 +80,13 @@ class Inputs:
         return plain_replay(*wide)
 
     def check_draw(self, x_next, log_prob):
-        """The error of the log-probability; and whether the noise has a normal's variance."""
+        """The error of the log-probability; infinite where the noise is not standard normal."""
         noise = (x_next.double() - self.a * self.x.double() - self.b * self.v.double()) / self.std
-        spread = abs(float(noise.square().mean()) - 1) * math.sqrt(noise.numel() / 2)
-        return max(float((log_prob - self.truth(x_next)).abs().max()), 1e-5 * (spread > 5))
+        n = noise.numel()
+        in_errors = (noise.mean() * n**0.5, (noise.var() - 1) * (n / 2) ** 0.5)  # standard errors
+        if not all(abs(float(e)) < 5 for e in in_errors):
+            return math.inf
+        return float((log_prob - self.truth(x_next)).abs().max())
 
     def check_replay(self, log_prob):
         return float((log_prob - self.truth(self.x_next)).abs().max())

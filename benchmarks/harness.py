@@ -1,4 +1,4 @@
-"""How everything here is timed: the only file that knows clocks, bytes and machines.
+"""How everything here is timed, and what it was timed on.
 
 A case is gated on correctness, then its contenders are called in turn, round after round, so that
 whatever else the machine does falls on all of them alike. Buffers are allocated before. Reported:

@@ -36,7 +36,10 @@ def main() -> int:
     for section, modules in SECTIONS.items():
         _print_section(section)
         for module in modules:
-            for case in importlib.import_module(module).cases(device, options.quick):
+            found = importlib.import_module(module).cases(device, options.quick)
+            if not found:
+                print(f"skipped: {module} needs the trainer's libraries (pip install '.[train]')")
+            for case in found:
                 measured = run_case(case, device, seconds, bandwidths)
                 _print_case(case, measured)
                 rows += measured

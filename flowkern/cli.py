@@ -19,8 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.traceback:
             raise
-        hint = "; pip install 'flowkern[train]'" if isinstance(error, ImportError) else ""
-        print(f"flowkern: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if isinstance(error, ImportError):
+            message += "; training and sampling need: pip install 'flowkern[train]'"
+        print(f"flowkern: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("flowkern: interrupted before anything was trained", file=sys.stderr)

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flowkern import schedules
 from flowkern.schedules import (
@@ -17,6 +15,9 @@ from flowkern.schedules import (
     shifted_sigmas,
     step_coefficients,
 )
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
 
 # (sigma, sigma_next, a, b, std) to six digits, computed from the authors' released samplers.
 PUBLISHED = [
@@ -48,19 +49,20 @@ def test_published_values_to_all_printed_digits(sigmas, kind, noise_level, i, ex
 
 
 def test_sd3_grid_is_diffusers():
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    diffusers = pytest.importorskip("diffusers")
 
     for steps in (1, 2, 10, 28, 40):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(steps)
         torch.testing.assert_close(scheduler.sigmas.double(), sd3_sigmas(steps), atol=1e-7, rtol=0)
 
 
 def test_flux_grid_is_diffusers():
     import numpy as np
-    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    diffusers = pytest.importorskip("diffusers")
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 6, 6), mu=0.63)
     torch.testing.assert_close(scheduler.sigmas.double(), flux_sigmas(6, 1024), atol=1e-7, rtol=0)
 
@@ -92,7 +94,7 @@ edges = st.tuples(st.floats(1e-3, 1.0), st.one_of(st.just(0.0), st.floats(1e-3, 
 )
 
 
-@given(edges, st.sampled_from(KINDS), st.floats(0.01, 1.0))
+@hypothesis.given(edges, st.sampled_from(KINDS), st.floats(0.01, 1.0))
 def test_every_sampler_keeps_the_marginals(edge, kind, noise_level):
     """For a point mass at 0 (x_t = sigma e, velocity = e) the variance after the step is
     sigma_next^2: exactly for ode, cps and dpm_sde; for the Euler-Maruyama SDEs up to the dt^2 term
@@ -138,14 +140,14 @@ def _dpm_solver_path(variant, order, sigmas, velocity, x, start=0, history=()):
     ("order", "variant"), [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")]
 )
 def test_multistep_agrees_with_diffusers(order, variant):
-    from diffusers import DPMSolverMultistepScheduler
+    diffusers = pytest.importorskip("diffusers")
 
     sigmas = sd3_sigmas(12).tolist()
 
     def velocity(x, s):
         return torch.sin(3 * x) + s
 
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True,
         solver_order=order, solver_type=variant, lower_order_final=False, final_sigmas_type="zero",
     )  # fmt: skip

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowkern.compat.flow_grpo import sde_step_with_logprob
+
+diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture
 def scheduler():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
     return scheduler
 

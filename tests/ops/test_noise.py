@@ -1,5 +1,6 @@
 """The noise: known answers, the same bits everywhere, no collisions, and a standard normal law."""
 
+import itertools
 import math
 
 import pytest
@@ -65,21 +66,33 @@ def test_depends_on_the_key_alone(backend):
     assert torch.equal(shorter, alone[:, :7])
 
 
-def test_no_collisions_across_streams_steps_ids_seeds_and_elements():
-    """100,000 first words of distinct keys: as many repeats as a random function has (a birthday
-    count of about 1.2).
-    """
-    words = []
-    for seed in (0, 1, 2**32, 2**63):
-        for stream in (0, 1, 2):
-            step, id_low, id_high, block = torch.meshgrid(
-                *[torch.arange(n) for n in (9, 10, 9, 11)], indexing="ij"
-            )
-            counter = (block, stream << 28 | step, id_low, id_high)
-            words.append(torch.stack([w.flatten() for w in philox_4x32_10(counter, seed)], dim=1))
-    words = torch.cat(words)
-    assert len(torch.unique(words, dim=0)) == len(words) == 106_920
-    assert len(words) - len(torch.unique(words[:, 0])) <= 12
+def test_no_collisions_across_streams_steps_ids_seeds_and_elements(backend):
+    """Keys that differ in one field only, at the edges of the fields: no block of four repeats."""
+    steps, ids = (0, 1, 2, 2**27, 2**28 - 1), (0, 1, 4, 2**31, 2**32, 2**32 + 1, 2**62, -1)
+    seeds, streams = (0, 1, 2**32, 2**63, -1), ("init", "step", "match")
+    keys = list(itertools.product(seeds, streams, steps))
+    draws = [fk.philox_normal((len(ids), 64), *_key(k, ids), k[1], backend=backend) for k in keys]
+    blocks = torch.cat(draws).reshape(-1, 4)
+    assert len(blocks) == len(keys) * len(ids) * 16 == 9_600
+    assert len(torch.unique(blocks, dim=0)) == len(blocks)
+
+
+def _key(key, ids):
+    seed, _, step = key
+    return seed, torch.tensor(ids), step
+
+
+def test_normals_are_those_of_the_exact_transform():
+    """Box-Muller of the same u and angle in float64: within a few last places."""
+    block, zero = torch.arange(250_000), torch.zeros(250_000, dtype=torch.int64)
+    w = philox_4x32_10((block, zero + (1 << 28 | 7), zero + 5, zero), 99)
+    u = (w[0] >> 1).float() * 2.0**-31 + 2.0**-32
+    radius = torch.sqrt(-2 * torch.log(u.double()))
+    angle = 2 * math.pi * (w[1].double() / 2**32)
+    exact = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)])
+    got = fk.philox_normal((1, 1_000_000), 99, torch.tensor([5]), 7).reshape(-1, 4).T[:2]
+    # Relative to the radius: near the axes the error is that of the angle, not of the value.
+    assert ((got - exact).abs() / radius.clamp(min=1e-9)).max() < 4e-7
 
 
 def test_streams_and_neighbors_are_uncorrelated():

@@ -4,17 +4,18 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import flowkern as fk
 from flowkern.ops._common import native
 from flowkern.schedules import KINDS, multistep_coefficients, sd3_sigmas, step_coefficients
 
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Images, packed tokens, video; one element; neither a multiple of the chunk, nor of four, nor of a
 # vector.
-SHAPES = ((3, 4, 16, 16), (2, 65, 64), (2, 3, 5, 7, 11), (4, 1), (2, 16385))
+SHAPES = ((3, 4, 16, 16), (2, 65, 64), (2, 40_001), (2, 3, 5, 7, 11), (4, 1), (2, 16_385))
 
 
 def problem(
@@ -61,7 +62,7 @@ def test_close_to_float64(kind, dtype, backend, poisoned_empty):
     """At most twice the error of the float32 reference, for every shape, with and without guidance
     and history.
     """
-    for shape, uncond, history in zip(SHAPES, (False, True) * 3, (0, 2, 1, 0, 3), strict=False):
+    for shape, uncond, history in zip(SHAPES, (False, True) * 3, (0, 2, 0, 1, 0, 3), strict=True):
         arguments = problem(shape, kind, dtype, uncond=uncond, history=history)
         out_dtype = torch.float32
         x_next, log_prob = fk.sde_step(
@@ -87,7 +88,7 @@ def test_close_to_float64(kind, dtype, backend, poisoned_empty):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_close_to_float64_autograd(dtype, backend, poisoned_empty):
-    for shape, uncond in zip(SHAPES, (False, True) * 3, strict=False):
+    for shape, uncond in zip(SHAPES, (False, True) * 3, strict=True):
         arguments = problem(shape, dtype=dtype, uncond=uncond)
         x_next, _ = fk.sde_step(**arguments, **key(shape[0]), out_dtype=torch.float32)
         weight = torch.linspace(-1, 2, shape[0])
@@ -263,7 +264,7 @@ def test_instruction_sets_agree_to_the_bit():
             assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True)), isa
 
 
-@given(
+@hypothesis.given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     batch=st.integers(0, 5),
     dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
@@ -271,9 +272,11 @@ def test_instruction_sets_agree_to_the_bit():
     layout=st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]),
     kind=st.sampled_from(KINDS),
 )
-@settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60, deadline=None)
 def test_any_shape_stride_dtype_and_scale(shape, batch, dtypes, scale, layout, kind):
     """Native and reference give the same x_next to the bit, and log-probabilities that agree."""
+    if fk.backends()["native"] is not None:
+        pytest.skip(fk.backends()["native"])
 
     def strided(dtype, seed):
         x = (

@@ -111,18 +111,22 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny, lines):
 
 
 def test_a_run_resumed_earlier_drops_the_branch_it_leaves(tiny, tmp_path):
-    Trainer(tiny()).run()
-    directory = tmp_path / "run"
-    back = f"train.resume_from_checkpoint={directory / 'checkpoint-2'}"
-    with pytest.raises(FileExistsError, match=r"output_dir: .*other.* holds a run already"):
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other/metrics.jsonl").write_text('{"step": 9}\n')
-        Trainer(tiny(back, name="other")).run()
-    assert (tmp_path / "other/metrics.jsonl").read_text() == '{"step": 9}\n'
-    trainer = Trainer(tiny(back, "train.steps=3"))
+    directory, trainer = tmp_path / "run", Trainer(tiny())
     trainer.begin()
+    for trainer.global_step in (2, 4):
+        trainer.save()
+    back = f"train.resume_from_checkpoint={directory / 'checkpoint-2'}"
+    other = tmp_path / "other/metrics.jsonl"
+    other.parent.mkdir()
+    other.write_text('{"step": 9}\n')
+    with pytest.raises(FileExistsError, match=r"output_dir: .*other.* holds a run already"):
+        Trainer(tiny(back, name="other")).begin()
+    assert other.read_text() == '{"step": 9}\n'
+    elsewhere = Trainer(tiny(back, name="new"))  # another run's, where there is none yet
+    elsewhere.begin()
+    assert elsewhere.global_step == 2 and len(checkpoint.checkpoints(directory)) == 2
+    Trainer(tiny(back)).begin()
     assert checkpoint.checkpoints(directory) == [directory / "checkpoint-2"]
-    assert Trainer(tiny(back, name="new")).run() == 0, "another run's, where there is none"
 
 
 def test_what_was_just_committed_is_never_deleted(tmp_path):
