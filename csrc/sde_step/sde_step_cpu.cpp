@@ -124,13 +124,13 @@ FK_INLINE double store(const StepArguments& s, int64_t sample, int64_t first, in
   char* stored = s.x_next.at(sample, first);
   if (s.x_next.dtype == DType::float32) {
     float* out = reinterpret_cast<float*>(stored);
-    return sum_of_squares(count, [&](int64_t i) { return (out[i] = value(i)) - mean(i); }, ahead);
+    return sum_of_squares(count, [=](int64_t i) { return (out[i] = value(i)) - mean(i); }, ahead);
   }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) buffers.next[i] = value(i);
   narrow(buffers.next, stored, s.x_next.dtype, count);
   const float* rounded = widen(stored, s.x_next.dtype, count, buffers.next);
-  return sum_of_squares(count, [&](int64_t i) { return rounded[i] - mean(i); }, kNoPrefetch);
+  return sum_of_squares(count, [=](int64_t i) { return rounded[i] - mean(i); }, kNoPrefetch);
 }
 
 }  // namespace
@@ -146,22 +146,24 @@ void sde_draw(const StepArguments& s) {
       for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(row, chunk.x[i], chunk.velocity[i]);
       narrow(buffers.other, s.x0.at(sample, first), s.x0.dtype, count);
     }
-    const auto draw = [&](auto mean) {
+    // By value: through a reference the compiler must assume that writing x_next changes the coefficients.
+    const auto draw = [&, row](auto mean) __attribute__((always_inline)) {
       if (row.std == 0 || !(s.noise.data || s.sample_id))  // neither reads nor makes noise
         return store(s, sample, first, count, buffers, mean, mean, prefetch);
+      const float* noise = buffers.noise;
       if (s.noise.data) {
-        const float* noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
-        const auto value = [&](int64_t i) { return step_draw(row, mean(i), noise[i]); };
-        return store(s, sample, first, count, buffers, value, mean, prefetch);
+        noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
+      } else {
+        const uint32_t word = counter_word(s.stream, s.step ? s.step[sample] : s.step_value);
+        fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, prefetch);
       }
-      const uint32_t word = counter_word(s.stream, s.step ? s.step[sample] : s.step_value);
-      fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, prefetch);
-      const auto value = [&](int64_t i) { return step_draw(row, mean(i), buffers.noise[i]); };
-      return store(s, sample, first, count, buffers, value, mean, kNoPrefetch);
+      const auto value = [row, mean, noise](int64_t i) { return step_draw(row, mean(i), noise[i]); };
+      return s.noise.data ? store(s, sample, first, count, buffers, value, mean, prefetch)
+                          : store(s, sample, first, count, buffers, value, mean, kNoPrefetch);
     };
-    if (!s.num_history) return draw([&](int64_t i) { return step_mean(row, chunk.x[i], chunk.velocity[i]); });
+    if (!s.num_history) return draw([chunk](int64_t i) { return step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); });
     const float* mean = mean_with_history(s, chunk, sample, first, count, buffers);
-    return draw([&](int64_t i) { return mean[i]; });
+    return draw([mean](int64_t i) { return mean[i]; });
   });
 }
 

@@ -137,10 +137,9 @@ def check_out(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
     for x in inputs:
         if x is None or x.numel() == 0:
             continue
-        if (x.data_ptr(), x.stride(), x.dtype) == (begin, out.stride(), out.dtype):
-            continue
         first, last = _extent(x)
-        if first < end and begin < last:
+        is_out = (first, x.stride(), x.dtype) == (begin, out.stride(), out.dtype)
+        if first < end and begin < last and not is_out:
             raise ValueError(
                 f"out: overlaps an input of strides {x.stride()}; expected memory of its own, or "
                 "exactly an input's"
@@ -149,8 +148,11 @@ def check_out(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
 
 def _extent(x: Tensor) -> tuple[int, int]:
     """The addresses from the first to past the last element."""
+    begin = x.data_ptr()
+    if x.is_contiguous():
+        return begin, begin + x.nbytes
     span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return x.data_ptr(), x.data_ptr() + span * x.element_size()
+    return begin, begin + span * x.element_size()
 
 
 @dataclass(frozen=True)
