@@ -31,31 +31,27 @@ def plot(result: dict, path: Path) -> None:
             position += 1
         labels.append((position - len(rivals) / 2 - 0.5, title))
         position += 0.9
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * position), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.23 * position), layout="constrained")
     seen = set()
     for y, row in bars:
         name, factor = row["backend"], row["flowkern_is_faster_by"]
-        axes.barh(
-            y,
-            factor,
-            color=COLORS.get(name, "#888888"),
-            label=None if name in seen else f"than {name}",
-        )
-        axes.text(factor * 1.04, y, f"{factor:.1f}×", va="center", fontsize=8)
+        label = None if name in seen else f"than {name}"
+        axes.barh(y, factor - 1, left=1, color=COLORS.get(name, "#888888"), label=label)
+        beside = {"ha": "left", "x": factor * 1.05} if factor >= 1 else {"ha": "left", "x": 1.05}
+        axes.text(y=y, s=f"{factor:.1f}×", va="center", fontsize=8, **beside)
         seen.add(name)
+    factors = [row["flowkern_is_faster_by"] for _, row in bars]
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(
-        min(0.7, *[0.8 * r["flowkern_is_faster_by"] for _, r in bars]),
-        2.2 * max(r["flowkern_is_faster_by"] for _, r in bars),
-    )
+    axes.set_xlim(0.8 * min(1, *factors), 1.5 * max(factors))
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_yticks([y for y, _ in labels], [title for _, title in labels], fontsize=9)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("flowkern is faster by (median, log scale)")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     axes.set_title(
@@ -70,9 +66,10 @@ def cases(result: dict) -> dict[str, list[dict]]:
     grouped: dict[str, list[dict]] = {}
     for row in result["rows"]:
         dtype = "" if row["dtype"] == "float32" else f" ({row['dtype']})"
-        prefix = {"training_step": "training step: ", "policy_loss": "policy loss, "}.get(
-            row["op"], ""
-        )
+        prefix = {
+            "training_step": "training step: ",
+            "policy_loss": "policy loss, no kernel yet: ",
+        }.get(row["op"], "")
         grouped.setdefault(f"{prefix}{row['case']}{dtype}", []).append(row)
     return grouped
 
