@@ -79,11 +79,7 @@ void sde_draw(int64_t batch, int64_t size, py::object x_t, py::object velocity, 
   s.x0 = latent(x0);
   s.num_history = int(history.size());
   for (int j = 0; j < s.num_history; ++j) s.history[j] = latent(history[j]);
-  s.seed = seed;
-  s.sample_id = pointer<const int64_t>(sample_id);
-  s.step = pointer<const int64_t>(step);
-  s.step_value = step_value;
-  s.stream = stream;
+  s.key = {seed, pointer<const int64_t>(sample_id), pointer<const int64_t>(step), step_value, stream};
   s.log_prob = pointer<float>(log_prob);
   py::gil_scoped_release release;
   kernels.draw(s);
@@ -108,8 +104,8 @@ void sde_replay_backward(int64_t batch, int64_t size, py::object x_t, py::object
 
 void fill_philox(int64_t batch, int64_t size, uintptr_t out, uint64_t seed, uintptr_t sample_id, uintptr_t step, int64_t step_value,
                  uint32_t stream, int threads) {
-  NormalArguments n{batch, size, pointer<float>(out), seed, pointer<const int64_t>(sample_id), pointer<const int64_t>(step),
-                    step_value, stream, threads};
+  const NoiseKey key{seed, pointer<const int64_t>(sample_id), pointer<const int64_t>(step), step_value, stream};
+  const NormalArguments n{batch, size, pointer<float>(out), key, threads};
   py::gil_scoped_release release;
   kernels.fill_philox(n);
 }

@@ -84,13 +84,15 @@ FK_INLINE void normals_at_once(float* out, uint32_t first_block, uint32_t word, 
   }
 }
 
-// Normals of elements first .. first + count - 1 (first a multiple of 4); out has room for count rounded up to kNormalsAtOnce.
+// Normals of elements first .. first + count - 1 of a sample (first a multiple of 4); out has room for count rounded up to kNormalsAtOnce.
 // ahead(i, n) is called before normals i .. i + n - 1 are made: the place to ask for memory that is needed afterwards.
 template <class Ahead>
-FK_INLINE void fill_normals(float* out, int64_t first, int64_t count, uint32_t word, uint64_t sample_id, uint64_t seed, Ahead ahead) {
+FK_INLINE void fill_normals(float* out, int64_t first, int64_t count, const NoiseKey& key, int64_t sample, Ahead ahead) {
+  const uint32_t word = counter_word(key, sample);
+  const uint64_t sample_id = uint64_t(key.sample_id[sample]);
   for (int64_t i = 0; i < count; i += kNormalsAtOnce) {
     ahead(i, kNormalsAtOnce);
-    normals_at_once(out + i, uint32_t((first + i) / 4), word, sample_id, seed);
+    normals_at_once(out + i, uint32_t((first + i) / 4), word, sample_id, key.seed);
   }
 }
 

@@ -10,6 +10,21 @@
 
 #include "platform.h"
 
+// Which noise a sample gets.
+struct NoiseKey {
+  uint64_t seed;
+  const int64_t* sample_id;  // (batch,), nullptr: no noise of our own
+  const int64_t* step;       // (batch,), nullptr: step_value for all
+  int64_t step_value;
+  uint32_t stream;
+};
+
+// The second counter word: the stream in the top four bits, the step below (docs/numerics.md).
+FK_INLINE uint32_t counter_word(const NoiseKey& key, int64_t sample) {
+  const int64_t step = key.step ? key.step[sample] : key.step_value;
+  return (key.stream << 28) | (uint32_t(step) & 0x0FFFFFFFu);
+}
+
 struct Philox4 {
   uint32_t x, y, z, w;
 };

@@ -1,21 +1,12 @@
 // The step on a CPU: draw, replay, its gradient. Compiled once per instruction set (FK_ISA names the instance).
-//
-// A sample is cut into segments (the unit of threading) and chunks (what fits in L1). Sums run over fixed lanes, chunks and
-// segments, so a sample's log-probability depends on its elements alone: not on the batch, the threads or the vector width.
 #include "sde_step_cpu.h"
 
-#include <algorithm>
 #include <vector>
 
 #include "../common/noise_cpu.h"
 
 namespace FK_ISA {
 namespace {
-
-constexpr int64_t kChunk = 1024;
-constexpr int64_t kSegment = 16 * kChunk;
-constexpr int64_t kAhead = 3 * kChunk;  // how far to prefetch
-constexpr int kSumLanes = 32;
 
 FK_INLINE StepRow row_of(const StepArguments& arguments, int64_t sample) {
   StepRow row;
@@ -27,20 +18,14 @@ struct Buffers {
   alignas(64) float x[kChunk], velocity[kChunk], other[kChunk], mean[kChunk], noise[kChunk], next[kChunk];
 };
 
-// Asks for what a later chunk will read, a little at a time while this one is computed: the hardware's own prefetcher stops
-// at every page and idles while noise is made (docs/log.md has the measurement).
 struct Prefetch {
   const StepArguments& s;
   int64_t sample, first;
   __attribute__((always_inline)) void operator()(int64_t i, int64_t count) const {
-    for (const Latent* latent : {&s.x_t, &s.velocity, &s.velocity_uncond, &s.noise, &s.x_next}) {
-      if (!latent->data) continue;
-      const char* ahead = latent->at(sample, first + kAhead + i);
-      for (int64_t byte = 0; byte < count * bytes_of(latent->dtype); byte += 64) __builtin_prefetch(ahead + byte);
-    }
+    for (const Latent* latent : {&s.x_t, &s.velocity, &s.velocity_uncond, &s.noise, &s.x_next})
+      prefetch_ahead(*latent, sample, first + i, count);
   }
 };
-constexpr auto kNoPrefetch = [](int64_t, int64_t) {};
 
 // What a chunk reads, as float32, with guidance applied.
 struct Chunk {
@@ -75,40 +60,16 @@ FK_INLINE const float* mean_with_history(const StepArguments& s, const Chunk& ch
   return mean;
 }
 
-// Sums residual(i)^2 over i in [0, count), element i in lane i % kSumLanes.
-template <class Residual, class Ahead>
-FK_INLINE double sum_of_squares(int64_t count, Residual residual, Ahead ahead) {
-  float lanes[kSumLanes] = {};
-  int64_t i = 0;
-  for (; i + kSumLanes <= count; i += kSumLanes) {
-    ahead(i, kSumLanes);
-#pragma omp simd
-    for (int l = 0; l < kSumLanes; ++l) {
-      const float r = residual(i + l);
-      lanes[l] += r * r;
-    }
-  }
-  for (int l = 0; i + l < count; ++l) {
-    const float r = residual(i + l);
-    lanes[l] += r * r;
-  }
-  double sum = 0;
-  for (int l = 0; l < kSumLanes; ++l) sum += lanes[l];
-  return sum;
-}
-
 // Runs body(sample, first, count) -> sum over all chunks, segments in parallel, and finishes each sample's log-probability.
 template <class Body>
 void for_chunks(int64_t batch, int64_t size, int threads, const StepArguments* finish, Body body) {
-  const int64_t segments = (size + kSegment - 1) / kSegment, tasks = batch * segments;
-  std::vector<double> partial(finish ? tasks : 0);
-#pragma omp parallel for schedule(static) num_threads(int(std::min<int64_t>(threads, tasks))) if (tasks > 1 && threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t sample = task / segments, begin = task % segments * kSegment, end = std::min(size, begin + kSegment);
+  const int64_t segments = segments_of(size);
+  std::vector<double> partial(finish ? batch * segments : 0);
+  for_segments(batch, size, threads, [&](int64_t sample, int64_t segment, int64_t begin, int64_t end) {
     double sum = 0;
     for (int64_t first = begin; first < end; first += kChunk) sum += body(sample, first, std::min(kChunk, end - first));
-    if (finish) partial[task] = sum;
-  }
+    if (finish) partial[sample * segments + segment] = sum;
+  });
   if (!finish) return;
   for (int64_t sample = 0; sample < batch; ++sample) {
     double sum = 0;
@@ -148,14 +109,13 @@ void sde_draw(const StepArguments& s) {
     }
     // By value: through a reference the compiler must assume that writing x_next changes the coefficients.
     const auto draw = [&, row](auto mean) __attribute__((always_inline)) {
-      if (row.std == 0 || !(s.noise.data || s.sample_id))  // neither reads nor makes noise
+      if (row.std == 0 || !(s.noise.data || s.key.sample_id))  // neither reads nor makes noise
         return store(s, sample, first, count, buffers, mean, mean, prefetch);
       const float* noise = buffers.noise;
       if (s.noise.data) {
         noise = widen(s.noise.at(sample, first), s.noise.dtype, count, buffers.noise);
       } else {
-        const uint32_t word = counter_word(s.stream, s.step ? s.step[sample] : s.step_value);
-        fill_normals(buffers.noise, first, count, word, uint64_t(s.sample_id[sample]), s.seed, prefetch);
+        fill_normals(buffers.noise, first, count, s.key, sample, prefetch);
       }
       const auto value = [row, mean, noise](int64_t i) { return step_draw(row, mean(i), noise[i]); };
       return s.noise.data ? store(s, sample, first, count, buffers, value, mean, prefetch)
@@ -197,8 +157,7 @@ void sde_replay_backward(const StepArguments& s) {
 void fill_philox(const NormalArguments& n) {
   for_chunks(n.batch, n.size, n.threads, nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     alignas(64) float buffer[kChunk];
-    const uint32_t word = counter_word(n.stream, n.step ? n.step[sample] : n.step_value);
-    fill_normals(buffer, first, count, word, uint64_t(n.sample_id[sample]), n.seed, kNoPrefetch);
+    fill_normals(buffer, first, count, n.key, sample, kNoPrefetch);
     std::memcpy(n.out + sample * n.size + first, buffer, count * 4);
     return 0.0;
   });

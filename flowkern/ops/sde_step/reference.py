@@ -9,24 +9,10 @@ from torch import Tensor
 
 from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.philox import reference_normal
+from flowkern.ops._common.rows import column, guided
 from flowkern.schedules import COLUMNS, MAX_HISTORY
 
 CHUNK = 1024
-
-
-def column(rows: Tensor, name: str, like: Tensor) -> Tensor:
-    """A coefficient, shaped to broadcast over `like` (B, *D)."""
-    return rows[..., COLUMNS.index(name)].reshape(-1, *[1] * (like.ndim - 1))
-
-
-def guided(
-    velocity: Tensor, velocity_uncond: Tensor | None, guidance_scale: float, dtype: torch.dtype
-) -> Tensor:
-    velocity = velocity.to(dtype)
-    if velocity_uncond is None:
-        return velocity
-    uncond = velocity_uncond.to(dtype)
-    return uncond + guidance_scale * (velocity - uncond)
 
 
 def mean_and_x0(

@@ -7,60 +7,30 @@ which programs ran or the kernel that asked.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.ops._common.arguments import STREAMS, Noise, per_sample_contiguous
-from flowkern.ops._common.dispatch import interpreting
+from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.philox_triton import counter_word, key_halves, normals, program_place
+from flowkern.ops._common.rows_triton import (
+    arrivals_of,
+    guided,
+    launch,
+    load,
+    packed_latent,
+    packed_rows,
+    step_mean,
+    store,
+    tile,
+    tree_sum,
+)
 
-# What the kernels take:
-# a latent: (pointer, elements from sample to sample), each sample contiguous; None where absent
-# row:      a sample's nine coefficients, in the order of schedules.COLUMNS
-# result:   (log_prob (B,), sums (B, chunks), arrivals (B,) that are 0 before and after), or None
-
-
-@triton.jit
-def _load(latent, sample, first, count, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    pointer = latent[0] + sample * latent[1] + first
-    return tl.load(pointer + lane, mask=lane < count, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(latent, sample, first, count, value, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    pointer = latent[0] + sample * latent[1] + first
-    tl.store(pointer + lane, value.to(latent[0].dtype.element_ty), mask=lane < count)
-
-
-@triton.jit
-def _guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK: tl.constexpr):
-    v = _load(velocity, sample, first, count, BLOCK)
-    if uncond is not None:
-        u = _load(uncond, sample, first, count, BLOCK)
-        v = u + guidance_scale * (v - u)
-    return v
-
-
-@triton.jit
-def _mean(row, x, v):
-    return tl.load(row) * x + tl.load(row + 1) * v
-
-
-@triton.jit
-def _tree_sum(x):
-    """The sum by neighboring pairs: the same bits whatever layout a kernel's compiler gives x."""
-    for _ in tl.static_range(20):
-        if x.shape[0] > 1:
-            x = tl.sum(x.reshape(x.shape[0] // 2, 2), axis=1)
-    return tl.sum(x, axis=0)
+# Latents and rows as in rows_triton.
+# result: (log_prob (B,), sums (B, chunks), arrivals (B,) that are 0 before and after), or None
 
 
 @triton.jit
@@ -69,7 +39,7 @@ def _log_prob(result, row, residual, sample, chunk, chunks, size, BLOCK: tl.cons
     log_prob_ptr, sums_ptr, arrivals_ptr = result
     sums_ptr += sample * chunks
     residual = tl.where(tl.arange(0, BLOCK) < size - chunk * BLOCK, residual, 0.0)
-    tl.store(sums_ptr + chunk, _tree_sum(residual * residual))
+    tl.store(sums_ptr + chunk, tree_sum(residual * residual))
     if tl.atomic_add(arrivals_ptr + sample, 1, sem="acq_rel") == chunks - 1:
         lane = tl.arange(0, 1024)
         total = tl.zeros((1024,), tl.float64)
@@ -79,7 +49,7 @@ def _log_prob(result, row, residual, sample, chunk, chunks, size, BLOCK: tl.cons
             total += sums.to(tl.float64)
             begin += 1024
         k, c = tl.load(row + 3).to(tl.float64), tl.load(row + 4).to(tl.float64)
-        tl.store(log_prob_ptr + sample, (c - k * (_tree_sum(total) / size)).to(tl.float32))
+        tl.store(log_prob_ptr + sample, (c - k * (tree_sum(total) / size)).to(tl.float32))
         tl.store(arrivals_ptr + sample, 0)
 
 
@@ -96,14 +66,14 @@ def _sde_draw_kernel(
     row = rows_ptr + sample * row_stride
     std = tl.load(row + 2)
 
-    x = _load(x_t, sample, first, count, BLOCK)
-    v = _guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK)
-    mean = _mean(row, x, v)
+    x = load(x_t, sample, first, count, BLOCK)
+    v = guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK)
+    mean = step_mean(row, x, v)
     for j in tl.static_range(len(history)):
-        mean += tl.load(row + 5 + j) * _load(history[j], sample, first, count, BLOCK)
+        mean += tl.load(row + 5 + j) * load(history[j], sample, first, count, BLOCK)
     value = mean
     if noise is not None:  # std == 0 never reads it
-        e = _load(noise, sample, first, tl.where(std != 0, count, 0), BLOCK)
+        e = load(noise, sample, first, tl.where(std != 0, count, 0), BLOCK)
         value = tl.where(std != 0, mean + std * e, mean)
     if sample_id_ptr is not None:
         step = step_value if step_ptr is None else tl.load(step_ptr + sample)
@@ -112,9 +82,9 @@ def _sde_draw_kernel(
         value = tl.where(std != 0, mean + std * e, mean)
 
     stored = value.to(x_next[0].dtype.element_ty)
-    _store(x_next, sample, first, count, stored, BLOCK)
+    store(x_next, sample, first, count, stored, BLOCK)
     if x0 is not None:
-        _store(x0, sample, first, count, x - tl.load(row + 8) * v, BLOCK)
+        store(x0, sample, first, count, x - tl.load(row + 8) * v, BLOCK)
     if result is not None:  # of the sample as it is stored, after rounding
         residual = stored.to(tl.float32) - mean
         _log_prob(result, row, residual, sample, chunk, chunks, size, BLOCK)
@@ -130,9 +100,9 @@ def _sde_replay_kernel(
     first = chunk * BLOCK
     count = size - first
     row = rows_ptr + sample * row_stride
-    x = _load(x_t, sample, first, count, BLOCK)
-    v = _guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK)
-    residual = _load(x_next, sample, first, count, BLOCK) - _mean(row, x, v)
+    x = load(x_t, sample, first, count, BLOCK)
+    v = guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK)
+    residual = load(x_next, sample, first, count, BLOCK) - step_mean(row, x, v)
     _log_prob(result, row, residual, sample, chunk, chunks, size, BLOCK)
 
 
@@ -146,14 +116,14 @@ def _sde_replay_backward_kernel(
     first = chunk * BLOCK
     count = size - first
     row = rows_ptr + sample * row_stride
-    x = _load(x_t, sample, first, count, BLOCK)
-    v = _guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK)
-    residual = _load(x_next, sample, first, count, BLOCK) - _mean(row, x, v)
+    x = load(x_t, sample, first, count, BLOCK)
+    v = guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK)
+    residual = load(x_next, sample, first, count, BLOCK) - step_mean(row, x, v)
     scale = tl.load(grad_ptr + sample) * 2.0 * tl.load(row + 3) * tl.load(row + 1)
     if uncond is not None:
         scale *= guidance_scale
     slope = tl.div_rn(scale, size * 1.0) * residual
-    _store(grad_velocity, sample, first, count, slope, BLOCK)
+    store(grad_velocity, sample, first, count, slope, BLOCK)
 
 
 def draw(
@@ -173,11 +143,12 @@ def draw(
             log_prob.copy_(rows[..., 4])
         return
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
-    out = _result(x_t, log_prob), _latent(x_next), _latent(x0)
+    out = _result(x_t, log_prob), packed_latent(x_next), packed_latent(x0)
     key = source.sample_id, source.step, source.step_value, *key_halves(source.seed)
-    _launch(
+    launch(
         _sde_draw_kernel, x_t,
-        *out, *inputs, tuple(map(_latent, history)), *_rows(rows), _latent(source.given), *key,
+        *out, *inputs, tuple(map(packed_latent, history)), *packed_rows(rows),
+        packed_latent(source.given), *key,
         STREAM=STREAMS["step"],
     )  # fmt: skip
 
@@ -188,7 +159,7 @@ def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tens
         return log_prob.copy_(rows[..., 4])
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
     out = _result(x_t, log_prob)
-    _launch(_sde_replay_kernel, x_t, out, _latent(x_next), *inputs, *_rows(rows))
+    launch(_sde_replay_kernel, x_t, out, packed_latent(x_next), *inputs, *packed_rows(rows))
     return log_prob
 
 
@@ -197,49 +168,21 @@ def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance
     if x_t.numel() == 0:
         return grad_velocity
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
-    out = _latent(grad_velocity)
-    _launch(
+    out = packed_latent(grad_velocity)
+    launch(
         _sde_replay_backward_kernel, x_t,
-        out, grad.contiguous(), _latent(x_next), *inputs, *_rows(rows),
+        out, grad.contiguous(), packed_latent(x_next), *inputs, *packed_rows(rows),
     )  # fmt: skip
     return grad_velocity
 
 
 def _inputs(x_t, velocity, velocity_uncond, guidance_scale) -> tuple:
-    return _latent(x_t), _latent(velocity), _latent(velocity_uncond), float(guidance_scale)
-
-
-def _latent(x: Tensor | None) -> tuple[Tensor, int] | None:
-    if x is None:
-        return None
-    x = per_sample_contiguous(x)
-    return x, x.stride(0)
-
-
-def _rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows and their stride: 0 where one edge serves all samples."""
-    rows = rows.contiguous()
-    return rows, 0 if rows.ndim == 1 else rows.stride(0)
-
-
-def tile(size: int) -> tuple[int, int]:
-    """(elements, warps) of a program.
-
-    By the size of a sample alone: the tile orders the sum, and a replay in any batch repeats it.
-    Eight elements per thread are one 128-bit load of bf16, two of float32.
-    """
-    if interpreting():  # there a program costs the same at any length
-        return 2**16, 1
-    return (1024, 4) if size <= 2**18 else (2048, 8)
-
-
-def _launch(kernel, x_t: Tensor, *arguments, **constants) -> None:
-    size = x_t.numel() // x_t.shape[0]
-    block, warps = tile(size)
-    with torch.cuda.device_of(x_t):
-        kernel[(x_t.shape[0] * triton.cdiv(size, block),)](
-            *arguments, size, BLOCK=block, num_warps=warps, enable_fp_fusion=False, **constants
-        )
+    return (
+        packed_latent(x_t),
+        packed_latent(velocity),
+        packed_latent(velocity_uncond),
+        float(guidance_scale),
+    )
 
 
 def _result(x_t: Tensor, log_prob: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -249,28 +192,4 @@ def _result(x_t: Tensor, log_prob: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     chunks = triton.cdiv(x_t.numel() // batch, tile(x_t.numel() // batch)[0])
     with torch.cuda.device_of(x_t):
         sums = torch.empty(batch * chunks, dtype=torch.float32, device=x_t.device)
-        return log_prob, sums, _arrivals(batch, x_t.device)
-
-
-def _arrivals(batch: int, device: torch.device) -> Tensor:
-    """At least (batch,) int32 zeros; kernels leave them zero, so that nothing clears them first."""
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(batch, dtype=torch.int32, device=device)  # a graph clears its own
-    capacity = max(2**14, triton.next_power_of_2(batch))
-    return _kept_zeros(torch.cuda.current_stream(device), capacity)
-
-
-@functools.cache
-def _kept_zeros(stream: torch.cuda.Stream, capacity: int) -> Tensor:
-    """One set per stream, on which kernels do not overlap.
-
-    Allocated on a thread of its own: when torch.compile warms up a CUDA graph, whatever this thread
-    allocates comes from a pool in which nothing may outlive the graph.
-    """
-
-    def allocate() -> Tensor:
-        with torch.cuda.stream(stream):
-            return torch.zeros(capacity, dtype=torch.int32, device=stream.device)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(allocate).result()
+        return log_prob, sums, arrivals_of(batch, x_t.device)

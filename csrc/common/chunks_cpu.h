@@ -1,0 +1,70 @@
+// How a CPU kernel walks latents: samples are cut into segments (the unit of threading) and chunks (what fits in L1).
+//
+// Sums run over fixed lanes, chunks and segments, so a sample's sum depends on its elements alone: not on the batch, the threads
+// or the vector width.
+#pragma once
+
+#include <algorithm>
+
+#include "dtype_cpu.h"
+
+// (batch, size): elements of a sample are contiguous, samples lie `stride` elements apart.
+struct Latent {
+  char* data = nullptr;  // nullptr: absent
+  int64_t stride = 0;
+  DType dtype = DType::float32;
+  char* at(int64_t sample, int64_t element) const { return data + (sample * stride + element) * bytes_of(dtype); }
+};
+
+namespace FK_ISA {
+
+constexpr int64_t kChunk = 1024;
+constexpr int64_t kSegment = 16 * kChunk;
+constexpr int64_t kAhead = 3 * kChunk;  // how far to prefetch
+constexpr int kSumLanes = 32;
+
+FK_INLINE int64_t segments_of(int64_t size) { return (size + kSegment - 1) / kSegment; }
+
+// Runs body(sample, segment, begin, end) over all segments of all samples, in parallel.
+template <class Body>
+void for_segments(int64_t batch, int64_t size, int threads, Body body) {
+  const int64_t segments = segments_of(size), tasks = batch * segments;
+#pragma omp parallel for schedule(static) num_threads(int(std::min<int64_t>(threads, tasks))) if (tasks > 1 && threads > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t sample = task / segments, segment = task % segments;
+    body(sample, segment, segment * kSegment, std::min(size, (segment + 1) * kSegment));
+  }
+}
+
+// Asks for what a chunk further on will read, a little at a time while this one is computed: the hardware's own prefetcher stops
+// at every page and idles while noise is made (docs/log.md has the measurement).
+FK_INLINE void prefetch_ahead(const Latent& latent, int64_t sample, int64_t element, int64_t count) {
+  if (!latent.data) return;
+  const char* ahead = latent.at(sample, element + kAhead);
+  for (int64_t byte = 0; byte < count * bytes_of(latent.dtype); byte += 64) __builtin_prefetch(ahead + byte);
+}
+constexpr auto kNoPrefetch = [](int64_t, int64_t) {};
+
+// Sums residual(i)^2 over i in [0, count), element i in lane i % kSumLanes; ahead(i, n) is called before elements i .. i + n - 1.
+template <class Residual, class Ahead>
+FK_INLINE double sum_of_squares(int64_t count, Residual residual, Ahead ahead) {
+  float lanes[kSumLanes] = {};
+  int64_t i = 0;
+  for (; i + kSumLanes <= count; i += kSumLanes) {
+    ahead(i, kSumLanes);
+#pragma omp simd
+    for (int l = 0; l < kSumLanes; ++l) {
+      const float r = residual(i + l);
+      lanes[l] += r * r;
+    }
+  }
+  for (int l = 0; i + l < count; ++l) {
+    const float r = residual(i + l);
+    lanes[l] += r * r;
+  }
+  double sum = 0;
+  for (int l = 0; l < kSumLanes; ++l) sum += lanes[l];
+  return sum;
+}
+
+}  // namespace FK_ISA
