@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -9,7 +10,7 @@ from harness import Case, Contender
 from rivals import compiled
 
 import flowkern as fk
-from flowkern.schedules import sd3_sigmas, step_coefficients
+from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
 
 IMAGE = (8, 65_536)  # eight latents of a 512-pixel image
 VIDEO = (4, 2_096_640)  # four latents of a video
@@ -110,6 +111,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             _draw(Inputs(VIDEO, torch.float32, device)),
             _replay(Inputs(VIDEO, torch.bfloat16, device)),
         ]
+    result += [_third_order(device), _normals(device)]
     return [*result, _replay(Inputs(VIDEO, torch.float32, device))]
 
 
@@ -193,3 +195,88 @@ def _replay_gradient(i: Inputs) -> Case:
 def _compiled_gradient(with_gradient, arguments):
     run = compiled(plain_replay, *arguments)
     return lambda: with_gradient(run)
+
+
+# ---- the third-order solver step ----
+
+
+def plain_third_order(x, v, m1, m2, sigma, sigma_next, r0, r1, h):
+    """DPM-Solver++ (arXiv 2211.01095) as one writes it down: from differences of x0 predictions."""
+    decay, alpha = math.exp(-h), 1 - sigma_next
+    m0 = x - sigma * v
+    first, second = (m0 - m1) / r0, (m1 - m2) / r1
+    slope = first + r0 / (r0 + r1) * (first - second)
+    curvature = (first - second) / (r0 + r1)
+    x_next = sigma_next / sigma * x - alpha * (decay - 1) * m0
+    x_next = x_next + alpha * ((decay - 1) / h + 1) * slope
+    return x_next - alpha * ((decay - 1 + h) / h**2 - 0.5) * curvature, m0
+
+
+class DiffusersThirdOrder:
+    """One step of diffusers' scheduler, in the state that it has after three others."""
+
+    def __init__(self, sigmas, x, v, history):
+        from diffusers import DPMSolverMultistepScheduler
+
+        self.scheduler = DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3,
+            lower_order_final=False, final_sigmas_type="zero",
+        )  # fmt: skip
+        self.scheduler.set_timesteps(len(sigmas) - 1)
+        self.scheduler.sigmas = torch.tensor(sigmas)
+        self.scheduler.timesteps = self.scheduler.sigmas[:-1] * 1000
+        self.x, self.v, self.history = x, v, history
+
+    def __call__(self):
+        s = self.scheduler
+        s.model_outputs, s.lower_order_nums, s._step_index = [None, *self.history[::-1]], 3, 3
+        return s.step(self.v, s.timesteps[3], self.x).prev_sample, s.model_outputs[-1]
+
+
+def _third_order(device) -> Case:
+    g = torch.Generator().manual_seed(0)
+    x, v, m1, m2 = (torch.randn(IMAGE, generator=g).to(device) for _ in range(4))
+    sigmas = sd3_sigmas(10).tolist()[1:]
+    rows = multistep_coefficients(sigmas[1:5], 3).to(device, torch.float32)
+    log_snr = [math.log((1 - s) / s) for s in sigmas[1:5]]
+    h1, h0, h = (b - a for a, b in itertools.pairwise(log_snr))
+    scalars = (sigmas[3], sigmas[4], h0 / h, h1 / h, h)
+    truth, _ = plain_third_order(*(t.double() for t in (x, v, m1, m2)), *scalars)
+    out = torch.empty_like(x)
+
+    def ours():
+        return fk.ode_step(x, v, rows, history=(m1, m2), return_x0=True, out=out)
+
+    arguments = (x, v, m1, m2, *scalars)
+    contenders = [
+        Contender("flowkern", ours),
+        Contender("eager", lambda: plain_third_order(*arguments)),
+        Contender("torch.compile", compiled(plain_third_order, *arguments)),
+    ]
+    try:
+        contenders.append(Contender("diffusers", DiffusersThirdOrder(sigmas, x, v, (m1, m2))))
+    except ImportError:
+        pass  # a kernel machine may have torch alone
+    check = lambda x_next, x0: float((x_next - truth).abs().max())  # noqa: E731
+    case = Case("sde_step", "ode, third order", IMAGE, "float32", contenders, check, 1e-4)
+    case.bytes_moved = 6 * x.numel() * 4  # x, velocity, two of history; x_next, x0
+    return case
+
+
+# ---- the noise by itself ----
+
+
+def _normals(device) -> Case:
+    ids, out = torch.arange(IMAGE[0], device=device), torch.empty(IMAGE, device=device)
+
+    def check(normals):
+        n = normals.numel()
+        moments = (normals.mean() * n**0.5, (normals.var() - 1) * (n / 2) ** 0.5)
+        return max(abs(float(m)) for m in moments)  # in standard errors
+
+    contenders = [
+        Contender("flowkern", lambda: (fk.philox_normal(IMAGE, 1, ids, 3),)),
+        Contender("torch.randn", lambda: (torch.randn(IMAGE, device=device),)),
+        Contender("torch.randn, buffer reused", lambda: (out.normal_(),)),
+    ]
+    return Case("noise", "normals", IMAGE, "float32", contenders, check, 5.0, out.numel() * 4)

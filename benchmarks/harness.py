@@ -1,13 +1,14 @@
 """How everything here is timed, and what it was timed on.
 
-A case is gated on correctness, then its contenders are called in turn, round after round, so that
-whatever else the machine does falls on all of them alike. Buffers are allocated before. Reported:
-the 20th, 50th and 80th percentile.
+A case is gated on correctness, then its contenders are called in turns, round after round, each in
+another order, so that whatever else the machine does falls on all of them alike. Buffers are
+allocated before. Reported: the 20th, 50th and 80th percentile.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -72,17 +73,21 @@ class Clock:
 def interleaved(
     runs: dict[str, Callable], clock: Clock, seconds: float, rounds: int | None = None
 ) -> dict[str, dict]:
-    """p20, p50 and p80 of each, called in turn for `seconds` in all, or for `rounds`."""
+    """p20, p50 and p80 of each, called in turns for `seconds` in all, or for `rounds`.
+
+    Every round has another order: what a contender finds in the caches is not always the same
+    one's leavings.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     if rounds is None:  # a case with few rounds is too long to be run for nothing
         for run in runs.values():
             for _ in range(3):
                 run()
     end = time.perf_counter() + seconds
-    count = 0
+    order, count = random.Random(0), 0
     while (count < rounds) if rounds is not None else (count < 5 or time.perf_counter() < end):
-        for name, run in runs.items():
-            times[name].append(clock(run))
+        for name in order.sample([*runs], len(runs)):
+            times[name].append(clock(runs[name]))
         count += 1
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     result = {}

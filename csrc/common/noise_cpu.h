@@ -43,31 +43,47 @@ FK_INLINE Word64 high_halves(Word64 a) {
 #endif
 }
 
+FK_INLINE Word64 lane_number() {
+  Word64 number{};
+  for (int lane = 0; lane < kLanes; ++lane) number[lane] = lane;
+  return number;
+}
+
 constexpr int kInFlight = 4;                             // vectors advanced together, to hide the multiplier's latency
 constexpr int kBlocksAtOnce = kInFlight * kLanes;        // Philox counters per call
 constexpr int kNormalsAtOnce = 4 * kBlocksAtOnce;        // normals per call: 128, 64 or 32
 
+// The keys of the ten rounds, each across a vector: made once for many counters.
+struct RoundKeys {
+  Word64 first[10], second[10];
+  explicit RoundKeys(uint64_t seed) {
+    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+      first[round] = Word64{} + key0;
+      second[round] = Word64{} + key1;
+    }
+  }
+};
+
 // Normals of elements 4 first_block .. 4 first_block + kNormalsAtOnce - 1.
-FK_INLINE void normals_at_once(float* out, uint32_t first_block, uint32_t word, uint64_t sample_id, uint64_t seed) {
+FK_INLINE void normals_at_once(float* out, uint32_t first_block, uint32_t word, uint64_t sample_id, const RoundKeys& keys) {
   Word64 c0[kInFlight], c1[kInFlight], c2[kInFlight], c3[kInFlight];
   for (int j = 0; j < kInFlight; ++j) {
-    for (int lane = 0; lane < kLanes; ++lane) c0[j][lane] = uint32_t(first_block + j * kLanes + lane);
+    c0[j] = lane_number() + (first_block + j * kLanes);
     c1[j] = Word64{} + word;
     c2[j] = Word64{} + uint32_t(sample_id);
     c3[j] = Word64{} + (sample_id >> 32);
   }
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     for (int j = 0; j < kInFlight; ++j) {
       const Word64 p0 = multiply_low_halves(c0[j], Word64{} + 0xD2511F53u);
       const Word64 p1 = multiply_low_halves(c2[j], Word64{} + 0xCD9E8D57u);
-      c0[j] = high_halves(p1) ^ c1[j] ^ key0;  // high halves carry rubbish that no product reads
+      c0[j] = high_halves(p1) ^ c1[j] ^ keys.first[round];  // high halves carry rubbish that no product reads
       c1[j] = p1;
-      c2[j] = high_halves(p0) ^ c3[j] ^ key1;
+      c2[j] = high_halves(p0) ^ c3[j] ^ keys.second[round];
       c3[j] = p0;
     }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
   alignas(64) uint32_t radius_bits[2 * kBlocksAtOnce], angle_bits[2 * kBlocksAtOnce];
   for (int j = 0; j < kInFlight; ++j) {
@@ -90,9 +106,10 @@ template <class Ahead>
 FK_INLINE void fill_normals(float* out, int64_t first, int64_t count, const NoiseKey& key, int64_t sample, Ahead ahead) {
   const uint32_t word = counter_word(key, sample);
   const uint64_t sample_id = uint64_t(key.sample_id[sample]);
+  const RoundKeys keys(key.seed);
   for (int64_t i = 0; i < count; i += kNormalsAtOnce) {
     ahead(i, kNormalsAtOnce);
-    normals_at_once(out + i, uint32_t((first + i) / 4), word, sample_id, key.seed);
+    normals_at_once(out + i, uint32_t((first + i) / 4), word, sample_id, keys);
   }
 }
 

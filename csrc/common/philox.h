@@ -1,7 +1,7 @@
 // The noise of flowkern: Philox-4x32-10 (Salmon et al., SC 2011) and its transform to normals, shared by CPU and CUDA.
 //
 // key = seed; counter = (element / 4, stream << 28 | step, sample_id low, sample_id high). One counter gives the normals of
-// four neighboring elements: two Box-Muller pairs. Every operation below is an IEEE float32 operation without contraction,
+// four neighboring elements: two Box-Muller pairs. Every operation below is an IEEE float32 operation, fused where it says so,
 // written in the same order in every backend, so the normals agree to the bit (docs/numerics.md).
 #pragma once
 
@@ -52,21 +52,18 @@ FK_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// ln(u) for u in [2^-32, 1]: u = 2^exponent (1 + t) with 1 + t in [sqrt(1/2), sqrt(2)).
-FK_INLINE float log_unit(float u) {
-  const uint32_t bits = float_to_bits(u) - 0x3F3504F3u;  // bits of sqrt(1/2)
+// ln(n 2^-31) for n in [1/2, 2^31]: n = 2^(31 + exponent) (1 + t) with 1 + t in [sqrt(1/2), sqrt(2)).
+FK_INLINE float log_unit(float n) {
+  const uint32_t bits = float_to_bits(n) - 0x4EB504F3u;  // bits of 2^31 sqrt(1/2)
   const float exponent = float(int32_t(bits) >> 23);
   const float t = bits_to_float((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-  float p = 8.700359947e-02f;
-  p = p * t + -1.426747632e-01f;
-  p = p * t + 1.491478702e-01f;
-  p = p * t + -1.657758601e-01f;
-  p = p * t + 1.996306229e-01f;
-  p = p * t + -2.500133702e-01f;
-  p = p * t + 3.333391077e-01f;
-  const float t2 = t * t;
-  const float log1p = (p * t - 0.5f) * t2 + t;
-  return exponent * 0.693147180559945f + log1p;
+  float p = fmaf(-1.063610911e-01f, t, 1.637329757e-01f);
+  p = fmaf(p, t, -1.711735427e-01f);
+  p = fmaf(p, t, 1.987408698e-01f);
+  p = fmaf(p, t, -2.498183101e-01f);
+  p = fmaf(p, t, 3.333608806e-01f);
+  p = fmaf(fmaf(p, t, -0.5f), t * t, t);
+  return fmaf(exponent, 0.693147180559945f, p);
 }
 
 struct Normal2 {
@@ -75,13 +72,12 @@ struct Normal2 {
 
 // Box-Muller: the radius from 31 bits, the angle from 32, reduced to a quarter turn in integers.
 FK_INLINE Normal2 box_muller(uint32_t radius_bits, uint32_t angle_bits) {
-  const float u = float(int32_t(radius_bits >> 1)) * 4.656612873077393e-10f + 2.328306436538696e-10f;  // 2^-31, 2^-32
-  const float radius = sqrtf(-2.0f * log_unit(u));
+  const float radius = sqrtf(-2.0f * log_unit(float(int32_t(radius_bits >> 1)) + 0.5f));
   const uint32_t turned = angle_bits + 0x20000000u;  // by an eighth: the top two bits are the nearest quarter turn
   const float y = float(int32_t(angle_bits << 2)) * 3.657295198e-10f;  // 2 pi / 2^34: within pi / 4
   const float y2 = y * y;
-  const float sine = ((-1.951528210e-04f * y2 + 8.332160752e-03f) * y2 + -1.666665461e-01f) * y2 * y + y;
-  const float cosine = ((2.443844968e-05f * y2 + -1.388736750e-03f) * y2 + 4.166664687e-02f) * y2 * y2 - 0.5f * y2 + 1.0f;
+  const float sine = fmaf(fmaf(fmaf(-1.949563593e-04f, y2, 8.331978694e-03f), y2, -1.666665077e-01f), y2 * y, y);
+  const float cosine = fmaf(fmaf(fmaf(-1.365244971e-03f, y2, 4.166127741e-02f), y2, -0.5f), y2, 1.0f);
   const bool swap = turned & 0x40000000u;
   const uint32_t c = float_to_bits(swap ? sine : cosine) ^ ((turned + 0x40000000u) & 0x80000000u);
   const uint32_t s = float_to_bits(swap ? cosine : sine) ^ (turned & 0x80000000u);

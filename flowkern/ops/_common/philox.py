@@ -28,11 +28,11 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOG_POLYNOMIAL = (
-    8.700359947e-02, -1.426747632e-01, 1.491478702e-01, -1.657758601e-01,
-    1.996306229e-01, -2.500133702e-01, 3.333391077e-01,
+    -1.063610911e-01, 1.637329757e-01, -1.711735427e-01, 1.987408698e-01, -2.498183101e-01,
+    3.333608806e-01, -0.5,
 )  # fmt: skip
-SINE_POLYNOMIAL = (-1.951528210e-04, 8.332160752e-03, -1.666665461e-01)
-COSINE_POLYNOMIAL = (2.443844968e-05, -1.388736750e-03, 4.166664687e-02)
+SINE_POLYNOMIAL = (-1.949563593e-04, 8.331978694e-03, -1.666665077e-01)
+COSINE_POLYNOMIAL = (-1.365244971e-03, 4.166127741e-02, -0.5, 1.0)
 
 
 def philox_4x32_10(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,34 +54,50 @@ def philox_4x32_10(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor
 
 def box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
     """Two float32 normals from two 32-bit words (int64 tensors)."""
-    u = (radius_bits >> 1).float() * 2.0**-31 + 2.0**-32
     # torch's float32 sqrt is not always correctly rounded (MKL); through float64 it is.
-    radius = torch.sqrt((-2.0 * _log_unit(u)).double()).float()
+    radius = torch.sqrt((-2.0 * _log_unit((radius_bits >> 1).float() + 0.5)).double()).float()
     quadrant = (angle_bits + 0x20000000 & _MASK) >> 30
     shifted = angle_bits << 2 & _MASK
     y = (shifted - (shifted >> 31 << 32)).float() * 3.657295198e-10  # 2 pi / 2^34: within pi / 4
     y2 = y * y
-    sine = _polynomial(SINE_POLYNOMIAL, y2) * y2 * y + y
-    cosine = _polynomial(COSINE_POLYNOMIAL, y2) * y2 * y2 - 0.5 * y2 + 1.0
+    sine = fused(_polynomial(SINE_POLYNOMIAL, y2), y2 * y, y)
+    cosine = _polynomial(COSINE_POLYNOMIAL, y2)
     swap = quadrant & 1 == 1
     c = torch.where(swap, sine, cosine) * (1 - (quadrant + 1 & 2)).float()
     s = torch.where(swap, cosine, sine) * (1 - (quadrant & 2)).float()
     return radius * c, radius * s
 
 
-def _log_unit(u: Tensor) -> Tensor:
-    bits = u.view(torch.int32) - 0x3F3504F3
+def _log_unit(n: Tensor) -> Tensor:
+    """ln(n 2^-31) for n in [1/2, 2^31]: n = 2^(31 + exponent) (1 + t), 1 + t about 1."""
+    bits = n.view(torch.int32) - 0x4EB504F3  # bits of 2^31 sqrt(1/2)
     exponent = (bits >> 23).float()
     t = ((bits & 0x007FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
-    t2 = t * t
-    return exponent * 0.693147181 + ((_polynomial(LOG_POLYNOMIAL, t) * t - 0.5) * t2 + t)
+    return fused(exponent, 0.693147180559945, fused(_polynomial(LOG_POLYNOMIAL, t), t * t, t))
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
     p = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        p = p * x + coefficient
+        p = fused(p, x, coefficient)
     return p
+
+
+def fused(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """a b + c of float32 values, rounded once, as a fused multiply-add does.
+
+    In float64 the product is exact; the sum is rounded to odd there (its last bit is set where
+    anything was cut off), so that rounding it to float32 is rounding the exact value.
+    """
+    c = torch.as_tensor(c, dtype=torch.float32, device=a.device).double()
+    product = a.double() * torch.as_tensor(b, dtype=torch.float32, device=a.device).double()
+    total = product + c
+    part = total - product
+    cut = (product - (total - part)) + (c - part)  # what the sum left out, exactly
+    bits = total.view(torch.int64)
+    toward = torch.where((cut > 0) == (total > 0), 1, -1)  # on the side of what was cut
+    odd = torch.where((cut != 0) & (bits & 1 == 0), bits + toward, bits)
+    return odd.view(torch.float64).float()
 
 
 def reference_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:

@@ -16,34 +16,35 @@ from torch import Tensor
 
 from .arguments import Noise
 from .dispatch import interpreting
+from .rows_triton import load, packed_latent
 
 
 @triton.jit
-def log_unit(u):
-    """ln(u) for u in [2^-32, 1]: u = 2^exponent (1 + t) with 1 + t in [sqrt(1/2), sqrt(2))."""
-    bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3  # bits of sqrt(1/2)
+def log_unit(n):
+    """ln(n 2^-31) for n in [1/2, 2^31]: n = 2^(31 + exponent) (1 + t), 1 + t about 1."""
+    bits = n.to(tl.int32, bitcast=True) - 0x4EB504F3  # bits of 2^31 sqrt(1/2)
     exponent = (bits >> 23).to(tl.float32)
     t = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    p = 8.700359947e-02 * t + -1.426747632e-01
-    p = p * t + 1.491478702e-01
-    p = p * t + -1.657758601e-01
-    p = p * t + 1.996306229e-01
-    p = p * t + -2.500133702e-01
-    p = p * t + 3.333391077e-01
-    return exponent * 0.693147180559945 + ((p * t - 0.5) * (t * t) + t)
+    p = tl.fma(t, -1.063610911e-01, 1.637329757e-01)
+    p = tl.fma(p, t, -1.711735427e-01)
+    p = tl.fma(p, t, 1.987408698e-01)
+    p = tl.fma(p, t, -2.498183101e-01)
+    p = tl.fma(p, t, 3.333608806e-01)
+    p = tl.fma(tl.fma(p, t, -0.5), t * t, t)
+    return tl.fma(exponent, 0.693147180559945, p)
 
 
 @triton.jit
 def box_muller(radius_bits, angle_bits):
     """Two normals from two uint32 words: 31 bits of radius, 32 of angle, cut to a quarter turn."""
-    u = (radius_bits >> 1).to(tl.float32) * 4.656612873077393e-10 + 2.328306436538696e-10
-    radius = tl.sqrt_rn(-2.0 * log_unit(u))
+    radius = tl.sqrt_rn(-2.0 * log_unit((radius_bits >> 1).to(tl.float32) + 0.5))
     quadrant = ((angle_bits >> 29) + 1) >> 1
     y = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198e-10  # 2 pi / 2^34
     y2 = y * y
-    sine = ((-1.951528210e-04 * y2 + 8.332160752e-03) * y2 + -1.666665461e-01) * y2 * y + y
-    cosine = (2.443844968e-05 * y2 + -1.388736750e-03) * y2 + 4.166664687e-02
-    cosine = cosine * y2 * y2 - 0.5 * y2 + 1.0
+    sine = tl.fma(y2, -1.949563593e-04, 8.331978694e-03)
+    sine = tl.fma(tl.fma(sine, y2, -1.666665077e-01), y2 * y, y)
+    cosine = tl.fma(y2, -1.365244971e-03, 4.166127741e-02)
+    cosine = tl.fma(tl.fma(cosine, y2, -0.5), y2, 1.0)
     swap = (quadrant & 1) == 1
     # Signs as bits: a product with -1 costs more, and Triton's unary minus turns -0 into +0.
     c = tl.where(swap, sine, cosine).to(tl.uint32, bitcast=True) ^ (((quadrant + 1) & 2) << 30)
@@ -78,6 +79,19 @@ def counter_word(step, STREAM: tl.constexpr):
 
 
 @triton.jit
+def noise_of(source, sample, first, count, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """The noise of a chunk: read where it is given, else drawn. `source` as of packed_noise."""
+    given, sample_id_ptr, step_ptr, step_value, key_low, key_high = source
+    if given is not None:
+        noise = load(given, sample, first, count, BLOCK)
+    else:
+        step = step_value if step_ptr is None else tl.load(step_ptr + sample)
+        word, sample_id = counter_word(step, STREAM), tl.load(sample_id_ptr + sample)
+        noise = normals(first, word, sample_id, key_low, key_high, BLOCK)
+    return noise
+
+
+@triton.jit
 def program_place(size, BLOCK: tl.constexpr):
     """(sample, chunk, chunks per sample) in a grid of batch x chunks, flat: neither has a limit."""
     chunks = tl.cdiv(size, BLOCK)
@@ -103,6 +117,15 @@ def _fill_kernel(
 def key_halves(seed: int) -> tuple[int, int]:
     """The 64 bits of a seed as two int32, so that one kernel serves every seed."""
     return tuple((seed >> shift & 0xFFFFFFFF ^ 2**31) - 2**31 for shift in (0, 32))
+
+
+def packed_noise(source: Noise) -> tuple:
+    """(given, sample_id, step, step_value, key_low, key_high) of `noise_of`.
+
+    Kernels take them one by one and do not specialize the integers.
+    """
+    key = source.sample_id, source.step, source.step_value
+    return packed_latent(source.given), *key, *key_halves(source.seed)
 
 
 def triton_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
