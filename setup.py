@@ -1,73 +1,162 @@
 """Builds the native kernels.
 
 FLOWKERN_BUILD = auto (build what the machine can; the default) | cpu | cuda | none.
+auto builds CUDA kernels where there are nvcc and a device; cuda builds them, and the CPU's, in any
+case. FLOWKERN_CUDA_ARCHS = "90" or "80,90": compute capabilities, instead of all supported.
 No torch is needed to build: the kernels take raw pointers, so one build serves every torch.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
+# make sanitize: what leaves an array, or is undefined, ends the process.
+SANITIZE = (
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1", "-w"]
+    if os.environ.get("FLOWKERN_SANITIZE") == "1"
+    else []
+)
 COMMON = [
     "-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra",
     # Rounding is part of the contract: no contraction, no fast-math. The rest lets loops vectorize.
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-semantic-interposition",
+    *SANITIZE,
 ]  # fmt: skip
 X86_INSTANCES = {
     "baseline": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-KERNELS = ["csrc/sde_step/sde_step_cpu.cpp"]
+KERNELS = [
+    "csrc/sde_step/sde_step_cpu.cpp",
+    "csrc/policy_loss/policy_loss_cpu.cpp",
+    "csrc/matching_loss/matching_loss_cpu.cpp",
+]
+
+CUDA_KERNELS = [
+    "csrc/sde_step/sde_step_cuda.cu",
+    "csrc/policy_loss/policy_loss_cuda.cu",
+    "csrc/matching_loss/matching_loss_cuda.cu",
+]
+# No contraction here either; division and square root are IEEE by default.
+CUDA_COMMON = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = ("80", "90", "100", "120")  # and PTX of the last, for what comes after
 
 
 def wanted() -> str:
     choice = os.environ.get("FLOWKERN_BUILD", "auto")
     if choice not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"FLOWKERN_BUILD: expected auto, cpu, cuda or none, got {choice!r}")
-    if choice == "cuda":
-        sys.exit(
-            "FLOWKERN_BUILD=cuda: this version has no native CUDA kernels; "
-            "on CUDA devices the Triton ones serve. Use auto."
-        )
     return choice
 
 
+def nvcc() -> str | None:
+    """The compiler, on the PATH or where toolkits are installed."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.path.join(home, "bin") for home in homes if home]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def cuda_runtime(compiler: str) -> str:
+    """The static runtime of nvcc's toolkit: the module then imports without a driver."""
+    report = subprocess.run(
+        [compiler, "-dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
+    top = next((line[7:].strip() for line in report.splitlines() if line[:7] == "#$ TOP="), "")
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        library = Path(top or Path(compiler).resolve().parents[1], folder, "libcudart_static.a")
+        if library.exists():
+            return str(library)
+    raise RuntimeError(f"{compiler}: no libcudart_static.a in its toolkit ({top or 'unknown'})")
+
+
+def cuda_archs() -> list[str]:
+    """nvcc's flags for the architectures wanted: machine code for each, PTX of the last."""
+    archs = os.environ.get("FLOWKERN_CUDA_ARCHS", ",".join(CUDA_ARCHS))
+    names = archs.replace(";", ",").replace(" ", ",").replace(".", "").split(",")
+    names = [name for name in names if name]
+    if not names or not all(name.rstrip("abcdef").isdigit() for name in names):
+        sys.exit(f'FLOWKERN_CUDA_ARCHS: expected compute capabilities like "80,90", got {archs!r}')
+    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
 class BuildKernels(build_ext):
-    """Compiles every kernel source once per instruction set and links all into one module."""
+    """Compiles the kernels, for the CPU once per instruction set, and links each into a module."""
 
     def build_extension(self, ext: Extension) -> None:
+        is_cuda = ext.name == "flowkern._cuda"
         try:
-            instances = (
-                X86_INSTANCES if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-            )
-            ext.extra_compile_args = [
-                *COMMON,
-                *(["-DFK_X86_INSTANCES"] if len(instances) > 1 else []),
-            ]
-            for isa, flags in instances.items():
-                ext.extra_objects += self.compiler.compile(
-                    KERNELS,
-                    output_dir=os.path.join(self.build_temp, isa),
-                    macros=[("FK_ISA", isa)],
-                    extra_postargs=[*COMMON, *flags],
-                    depends=ext.depends,
-                )
+            (self._compile_cuda if is_cuda else self._compile_cpu)(ext)
             super().build_extension(ext)
         except Exception as error:
             if wanted() != "auto":
                 raise
+            kind, others = ("CUDA", "CPU, Triton") if is_cuda else ("CPU", "Triton")
+            compiler, name = ("nvcc", "cuda") if is_cuda else ("a C++ compiler", "cpu")
             print(
-                f"flowkern: the native CPU kernels were not built ({error}).\n"
-                "flowkern: the package works without them, on the reference and Triton backends; "
-                "with a C++ compiler, install again to build them "
-                "(FLOWKERN_BUILD=cpu shows the full error).",
+                f"flowkern: the native {kind} kernels were not built ({error}).\n"
+                f"flowkern: the package works without them, on its {others} and reference "
+                f"backends; with {compiler}, install again to build them "
+                f"(FLOWKERN_BUILD={name} shows the full error).",
                 file=sys.stderr,
             )
+
+    def _compile_cpu(self, ext: Extension) -> None:
+        instances = X86_INSTANCES if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+        ext.extra_compile_args = [
+            *COMMON,
+            *(["-DFK_X86_INSTANCES"] if len(instances) > 1 else []),
+        ]
+
+        def compile(isa: str) -> list[str]:
+            return self.compiler.compile(
+                KERNELS,
+                output_dir=os.path.join(self.build_temp, isa),
+                macros=[("FK_ISA", isa)],
+                extra_postargs=[*COMMON, *instances[isa]],
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor() as pool:
+            for objects in pool.map(compile, instances):
+                ext.extra_objects += objects
+
+    def _compile_cuda(self, ext: Extension) -> None:
+        compiler = nvcc()
+        if compiler is None:
+            raise RuntimeError("nvcc was not found on the PATH or in CUDA_HOME")
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile(source: str) -> str:
+            target = str(folder / Path(source).with_suffix(".o").name)
+            flags = [*CUDA_COMMON, *cuda_archs(), "--threads", "2"]
+            done = subprocess.run(
+                [compiler, *flags, "-c", source, "-o", target], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"nvcc failed on {source}:\n{done.stdout}{done.stderr}")
+            return target
+
+        with ThreadPoolExecutor(len(CUDA_KERNELS)) as pool:
+            ext.extra_objects += pool.map(compile, CUDA_KERNELS)
+        ext.extra_objects.append(cuda_runtime(compiler))
+
+
+def wants_cuda() -> bool:
+    if wanted() == "auto":
+        device = os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")
+        return bool(nvcc() and device)
+    return wanted() == "cuda"
 
 
 def extensions() -> list[Extension]:
@@ -76,29 +165,32 @@ def extensions() -> list[Extension]:
     try:
         import pybind11
     except ImportError:
-        if wanted() == "cpu":
-            sys.exit("FLOWKERN_BUILD=cpu: needs pybind11; pip install pybind11")
-        print(
-            "flowkern: pybind11 is missing; the native CPU kernels are not built", file=sys.stderr
-        )
+        if wanted() != "auto":
+            sys.exit(f"FLOWKERN_BUILD={wanted()}: needs pybind11; pip install pybind11")
+        print("flowkern: pybind11 is missing; the native kernels are not built", file=sys.stderr)
         return []
-    headers = [
-        os.path.join(root, f)
-        for root, _, files in os.walk("csrc")
-        for f in files
-        if f.endswith(".h")
-    ]
-    return [
-        Extension(
-            "flowkern._cpu",
-            ["csrc/cpu_module.cpp"],
-            include_dirs=[pybind11.get_include()],
-            depends=[*headers, *KERNELS],
-            extra_link_args=["-fopenmp"],
-            language="c++",
-            optional=wanted() == "auto",
-        )
-    ]
+    sources = [str(path) for path in Path("csrc").rglob("*") if path.is_file()]
+    shared = {
+        "include_dirs": [pybind11.get_include()],
+        "language": "c++",
+        "optional": wanted() == "auto",
+    }
+    cpu = Extension(
+        "flowkern._cpu",
+        ["csrc/cpu_module.cpp"],
+        depends=[path for path in sources if "cuda" not in path],
+        extra_link_args=["-fopenmp", *SANITIZE],
+        **shared,
+    )
+    cuda = Extension(
+        "flowkern._cuda",
+        ["csrc/cuda_module.cpp"],
+        depends=[path for path in sources if "cpu" not in path],
+        extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        extra_link_args=["-ldl", "-lrt", "-lpthread"],
+        **shared,
+    )
+    return [cpu, cuda] if wants_cuda() else [cpu]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from harness import Case, Contender
 from rivals import compiled
@@ -10,82 +12,98 @@ import flowkern as fk
 from flowkern.schedules import sd3_sigmas, step_coefficients
 
 IMAGE = (8, 65_536)
+VIDEO = (4, 2_096_640)
+CLIP = {"clip_low": 0.99, "clip_high": 1.0}  # nothing is clipped: every row has a gradient
 
 
-def plain_loss(v, x, x_next, old_log_prob, advantage, a, b, k, c, clip):
-    """The published loss: the ratio from recorded log-probabilities."""
+# ---- the rivals: the published loss, the ratio from recorded log-probabilities ----
+
+
+def plain_loss(v, x, x_next, old_log_prob, advantage, a, b, k, c):
     log_prob = (-k * (x_next - (a * x + b * v)) ** 2 + c).mean(1)
     ratio = torch.exp(log_prob - old_log_prob)
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+    low, high = 1 - CLIP["clip_low"], 1 + CLIP["clip_high"]
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high)).mean()
+
+
+def plain_loss_with_kl(v, x, x_next, old_log_prob, advantage, a, b, k, c, row, v_ref, std, coef):
+    """Siblings as the published loops have them: their parent's row, repeated."""
+    v, x, v_ref = v[row], x[row], v_ref[row]
+    mean, mean_ref = a * x + b * v, a * x + b * v_ref
+    log_prob = (-k * (x_next - mean) ** 2 + c).mean(1)
+    ratio = torch.exp(log_prob - old_log_prob)
+    low, high = 1 - CLIP["clip_low"], 1 + CLIP["clip_high"]
+    policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high)).mean()
+    return policy + coef * ((mean - mean_ref) ** 2 / (2 * std**2)).mean()
+
+
+# ---- the cases ----
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
+    result = [
+        _case(device, "off policy, image", IMAGE),
+        _case(device, "on policy, image", IMAGE, is_on_policy=True),
+    ]
+    if not quick:
+        result += [
+            _case(device, "off policy, image", IMAGE, dtype=torch.bfloat16),
+            _case(device, "4 rows of 6 siblings, KL", (4, 65_536), siblings=6),
+        ]
+        if device.type == "cuda":
+            result.append(_case(device, "off policy, video", VIDEO))
+    return result
+
+
+def _case(device, name, shape, dtype=torch.float32, is_on_policy=False, siblings=1) -> Case:
     g = torch.Generator().manual_seed(0)
-    x, old, drift = (torch.randn(IMAGE, generator=g).to(device) for _ in range(3))
-    v = (old + 1e-3 * drift).requires_grad_()
-    rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[torch.arange(8)].to(
-        device, torch.float32
-    )
-    key = {"seed": 1, "sample_id": torch.arange(8, device=device), "step": 3}
-    x_next, old_log_prob = fk.sde_step(x, old, rows, **key)
-    advantage, clip = (
-        torch.linspace(-1, 1, 8, device=device),
-        1.0,
-    )  # nothing is clipped: every row has a gradient
+    rows, batch = shape[0], shape[0] * siblings
+    x, old, drift, ref = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(4))
+    v = (old if is_on_policy else (old + 1e-3 * drift).to(dtype)).clone().requires_grad_()
+    row = torch.arange(rows, device=device).repeat_interleave(siblings)
+    table = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[(row % 9).cpu()]
+    table = table.to(device, torch.float32)
+    key = {"seed": 1, "sample_id": torch.arange(batch, device=device), "step": 3}
+    x_next, old_log_prob = fk.sde_step(x[row], old[row], table, **key)
+    advantage = torch.linspace(-1, 1, batch, device=device)
+
+    kernel = {"old_velocity": None if is_on_policy else old} | CLIP
+    columns = [getattr(table, n).reshape(-1, 1).contiguous() for n in ("a", "b", "k", "c")]
+    arguments, plain = (v, x, x_next, old_log_prob, advantage, *columns), plain_loss
+    if siblings > 1:
+        kernel |= {"row": row, "velocity_ref": ref, "kl_coef": 0.04}
+        std = table.std.reshape(-1, 1).contiguous()
+        arguments, plain = (*arguments, row, ref, std, 0.04), plain_loss_with_kl
 
     wide = v.detach().double().requires_grad_()
-    truth = fk.policy_loss(
-        wide,
-        x.double(),
-        x_next.double(),
-        rows,
-        advantage.double(),
-        old_velocity=old.double(),
-        clip_low=0.99,
-        clip_high=clip,
-    ).loss
-    truth.backward()
+    doubles = {n: t.double() if n in WIDE and t is not None else t for n, t in kernel.items()}
+    inputs = (x.double(), x_next.double(), table, advantage.double())
+    fk.policy_loss(wide, *inputs, **doubles).loss.backward()
 
     def with_gradient(loss):
         v.grad = None
         loss().backward()
         return (v.grad,)
 
-    columns = [getattr(rows, n).reshape(-1, 1).contiguous() for n in ("a", "b", "k", "c")]
-    arguments = (v, x, x_next, old_log_prob, advantage, *columns, clip)
-    run = compiled(plain_loss, *arguments)
-
-    def ours():
-        return fk.policy_loss(
-            v, x, x_next, rows, advantage, old_velocity=old, clip_low=0.99, clip_high=clip
-        ).loss
-
-    contenders = [
-        Contender(
-            "flowkern (reference)",
-            lambda: with_gradient(ours),
-            "exact difference form; no kernel yet",
-        ),
-        Contender(
-            "eager",
-            lambda: with_gradient(lambda: plain_loss(*arguments)),
-            "ratio from log-probabilities",
-        ),
-        Contender("torch.compile", lambda: with_gradient(run), "ratio from log-probabilities"),
-    ]
+    ours = lambda: fk.policy_loss(v, x, x_next, table, advantage, **kernel).loss  # noqa: E731
+    contenders = [Contender("flowkern", lambda: with_gradient(ours), "exact difference form")]
+    if dtype == torch.float32:
+        note = "ratio from log-probabilities"
+        run = compiled(plain, *arguments)
+        contenders += [
+            Contender("eager", lambda: with_gradient(lambda: plain(*arguments)), note),
+            Contender("torch.compile", lambda: with_gradient(run), note),
+        ]
     check = lambda grad: float((grad - wide.grad).abs().max() / wide.grad.abs().max())  # noqa: E731
-    moved = (
-        9 * x.numel() * 4
-    )  # forward: velocity, old, x_t, x_next; backward: the same and the gradient
-    return [
-        Case(
-            "policy_loss",
-            "forward + backward, image",
-            IMAGE,
-            "float32",
-            contenders,
-            check,
-            1e-3,
-            moved,
-        )
-    ]
+    name = f"forward + backward, {name}"
+    case = Case("policy_loss", name, shape, str(dtype).removeprefix("torch."), contenders, check)
+    case.allowed = 1e-3 if dtype == torch.float32 else 1e-2
+    # Each pass reads what it uses, the backward writes one gradient.
+    once = rows * (2 if is_on_policy else 3) + batch + (rows if siblings > 1 else 0)
+    forward = 0 if is_on_policy else once
+    backward = rows * (2 + (siblings > 1)) + batch + rows
+    case.bytes_moved = (forward + backward) * math.prod(shape[1:]) * x.element_size()
+    return case
+
+
+WIDE = ("old_velocity", "velocity_ref")

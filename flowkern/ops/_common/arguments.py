@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,26 @@ def check_latent(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
 
 
+def check_latents(named: Mapping[str, Tensor]) -> torch.dtype:
+    """Latents of the first one's shape and device; returns the dtype of the arithmetic.
+
+    That is float64 where any of them is, else float32. In one frame, as every call of an op comes
+    through here; `check_latent` says what is wrong.
+    """
+    first, dtype = None, torch.float32
+    for name, x in named.items():
+        if first is None:
+            check_latent(name, x)
+            first, shape, device = x, x.shape, x.device
+        elif not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            check_latent(name, x)
+        elif x.shape != shape or x.device != device:
+            check_latent(name, x, first)
+        if x.dtype is torch.float64:
+            dtype = torch.float64
+    return dtype
+
+
 def check_per_sample(name: str, x: Tensor, batch: int, device: torch.device) -> None:
     """A floating-point (B,) tensor on `device`."""
     if not isinstance(x, Tensor):
@@ -64,9 +84,22 @@ def check_index(name: str, index: Tensor, count: int, device: torch.device) -> T
     return index.long()
 
 
+def check_fraction(name: str, x: Tensor) -> None:
+    """Values in [0, 1], looked at where `check_index` looks."""
+    if _is_readable(x):
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{name}: expected values in [0, 1], got {low} to {high}")
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether its values can be looked at, at no cost of a synchronization."""
+    on_host = x.device.type == "cpu" or os.environ.get("FLOWKERN_DEBUG") == "1"
+    return on_host and x.numel() > 0 and not is_tracing(x)
+
+
 def _check_range(name: str, index: Tensor, count: int) -> None:
-    is_readable = index.device.type == "cpu" or os.environ.get("FLOWKERN_DEBUG") == "1"
-    if is_readable and index.numel() and not is_tracing(index):
+    if _is_readable(index):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= count:
             raise IndexError(f"{name}: expected values in [0, {count}), got {low} to {high}")
@@ -80,11 +113,10 @@ def _describe(value) -> str:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any input is float64 (the reference only), else float32."""
-    return (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in tensors)
-        else torch.float32
-    )
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def check_rows(
@@ -125,7 +157,7 @@ def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, veloci
         raise ValueError(f"velocity_uncond: needed for guidance_scale={guidance_scale}, got None")
 
 
-def check_out(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
+def check_out(out: Tensor, inputs: Iterable[Tensor]) -> None:
     """`out` is written while inputs are read: it is one of them, element for element, or apart."""
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
@@ -133,30 +165,22 @@ def check_out(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
         raise ValueError("out: expected a tensor that requires no gradient")
     if is_tracing(out):
         return  # traced tensors have no addresses
-    begin, end = _extent(out)
+    begin = out.data_ptr()
+    end = begin + out.nbytes
     for x in inputs:
-        if x is None or x.numel() == 0:
-            continue
-        first, last = _extent(x)
-        is_out = (first, x.stride(), x.dtype) == (begin, out.stride(), out.dtype)
-        if first < end and begin < last and not is_out:
+        first, span = x.data_ptr(), x.nbytes
+        if not x.is_contiguous():
+            steps = zip(x.shape, x.stride(), strict=True)
+            span = (sum((n - 1) * stride for n, stride in steps) + 1) * x.element_size()
+        is_apart = first >= end or first + span <= begin or x.numel() == 0
+        if not is_apart and (first, x.stride(), x.dtype) != (begin, out.stride(), out.dtype):
             raise ValueError(
                 f"out: overlaps an input of strides {x.stride()}; expected memory of its own, or "
                 "exactly an input's"
             )
 
 
-def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses from the first to past the last element."""
-    begin = x.data_ptr()
-    if x.is_contiguous():
-        return begin, begin + x.nbytes
-    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return begin, begin + span * x.element_size()
-
-
-@dataclass(frozen=True)
-class Noise:
+class Noise(NamedTuple):
     """Where noise comes from: `given`, or Philox with (seed, sample_id, step), or nowhere."""
 
     given: Tensor | None = None
@@ -168,23 +192,22 @@ class Noise:
 
 def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:
     """Either `noise`, or all of `seed`, `sample_id` and `step`."""
-    keyed = {"seed": seed, "sample_id": sample_id, "step": step}
-    if noise is not None:
-        extra = [name for name, value in keyed.items() if value is not None]
-        if extra:
+    if noise is None:
+        if seed is None or sample_id is None or step is None:
+            name = "seed" if seed is None else "sample_id" if sample_id is None else "step"
             raise ValueError(
-                f"noise: given together with {extra}; "
-                "expected noise, or seed with sample_id and step"
+                f"{name}: got None; expected noise, or all of seed, sample_id and step "
+                "(a sample's noise follows from them alone, so ids and steps must not repeat)"
             )
-        check_latent("noise", noise, like)
-        return Noise(given=noise)
-    missing = [name for name, value in keyed.items() if value is None]
-    if missing:
+        return check_key(seed, sample_id, step, like.shape[0], like.device)
+    keyed = {"seed": seed, "sample_id": sample_id, "step": step}
+    extra = [name for name, value in keyed.items() if value is not None]
+    if extra:
         raise ValueError(
-            f"{missing[0]}: got None; expected noise, or all of seed, sample_id and step "
-            "(a sample's noise follows from them alone, so ids and steps must not repeat)"
+            f"noise: given together with {extra}; expected noise, or seed with sample_id and step"
         )
-    return check_key(seed, sample_id, step, like.shape[0], like.device)
+    check_latent("noise", noise, like)
+    return Noise(given=noise)
 
 
 def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> Noise:
@@ -217,4 +240,6 @@ def _ids(name: str, value, batch: int, device: torch.device) -> Tensor:
         raise ValueError(f"{name}: expected shape ({batch},), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    if value.dtype == torch.int64 and value.is_contiguous():
+        return value
     return value.long().contiguous()

@@ -29,13 +29,13 @@ class BackendError(RuntimeError):
 def choose(
     impls: Sequence[Impl], device: torch.device, dtype: torch.dtype, backend: str | None
 ) -> Impl:
-    """The first of `impls` (best first) that can serve, or the one named `backend`.
+    """The best of `impls` that can serve (on the CPU the first), or the one named `backend`.
 
     `dtype` is float64 where any input is, else float32. Raises ValueError for an unknown name,
     BackendError with the reason where the named one, or every one, cannot serve.
     """
     if backend is None:
-        for impl in impls:
+        for impl in best_first(impls, device):
             if impl.why_not(device, dtype) is None and not (
                 impl.name == "triton" and interpreting()
             ):
@@ -53,6 +53,17 @@ def choose(
     raise ValueError(f"backend: expected one of {[i.name for i in impls]} or None, got {backend!r}")
 
 
+# On CUDA devices. Where the native kernels are measured to be faster, they belong first: this is
+# the place for that rule, by the op and the size of its samples if need be.
+_CUDA_ORDER = ("triton", "native", "reference")
+
+
+def best_first(impls: Sequence[Impl], device: torch.device) -> Sequence[Impl]:
+    if device.type != "cuda":
+        return impls
+    return [impl for name in _CUDA_ORDER for impl in impls if impl.name == name]
+
+
 def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Which backends can serve latents on `device`: None means usable, else the reason."""
     device = torch.device(device)
@@ -65,11 +76,11 @@ def no_objection(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"the native kernels are for the CPU, got {device.type}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the native kernels are for the CPU and for CUDA devices, got {device.type}"
     if dtype == torch.float64:
         return "it computes in float32; float64 is served by the reference"
-    return native.why_not()
+    return native.why_not() if device.type == "cpu" else native.cuda_why_not(device)
 
 
 def triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -102,7 +113,24 @@ def is_tracing(*tensors: torch.Tensor | None) -> bool:
     """Whether a compiler or a dispatch mode must see the op itself, rather than what it calls."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+    for t in tensors:  # a loop: this is asked at every call, and a generator costs as much again
+        if t is not None and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return True
+    return False
+
+
+def by_device(cpu: Callable, cuda: Callable) -> Callable:
+    """A backend's function for the device of its first tensor, or of the device it is given."""
+
+    def call(*args):
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                return (cuda if value.is_cuda else cpu)(*args)
+            if isinstance(value, torch.device):
+                return (cuda if value.type == "cuda" else cpu)(*args)
+        raise TypeError("by_device: expected a tensor or a device among the arguments")
+
+    return call
 
 
 def lazily(module: str, name: str) -> Callable:

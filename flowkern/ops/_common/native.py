@@ -1,4 +1,4 @@
-"""The native CPU kernels: loaded on first use, so that the package imports without them."""
+"""The native kernels: loaded on first use, so that the package imports without them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,40 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _cpu, None
 
 
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    try:
+        from flowkern import _cuda
+    except ImportError as error:
+        return None, (
+            f"the native CUDA kernels are not built ({error}); install with nvcc present, "
+            "FLOWKERN_BUILD=cuda shows why a build fails"
+        )
+    return _cuda, None
+
+
 def why_not() -> str | None:
     return _load()[1]
 
 
 def cpu() -> ModuleType:
     return _load()[0]
+
+
+@functools.cache
+def cuda_why_not(device: torch.device) -> str | None:
+    """Looks once per device: the kernels are loaded onto it, outside of any graph capture."""
+    module, reason = _load_cuda()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return module.why_not(index) or None
+
+
+def cuda() -> ModuleType:
+    return _load_cuda()[0]
 
 
 def latent(x: Tensor | None) -> tuple[int, int, int] | None:

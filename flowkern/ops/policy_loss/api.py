@@ -15,12 +15,14 @@ differences, because log_prob - old_log_prob has float32 steps as large as the c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkern.ops._common.arguments import (
+    Noise,
     check_guidance,
     check_index,
     check_latent,
@@ -29,10 +31,19 @@ from flowkern.ops._common.arguments import (
     check_rows,
     compute_dtype,
 )
-from flowkern.ops._common.dispatch import Impl, choose, no_objection
+from flowkern.ops._common.dispatch import (
+    Impl,
+    by_device,
+    choose,
+    is_tracing,
+    lazily,
+    native_why_not,
+    no_objection,
+    triton_why_not,
+)
 from flowkern.schedules import Coefficients
 
-from . import reference
+from . import native_impl, reference
 
 
 class PolicyLoss(NamedTuple):
@@ -49,15 +60,115 @@ class PolicyLoss(NamedTuple):
     clipped_high: Tensor
 
 
-def _not_yet(device: torch.device, dtype: torch.dtype) -> str:
-    return "policy_loss has no kernel of this backend; the reference serves every device"
+_CUDA = "flowkern.ops.policy_loss.cuda_impl"
+_TRITON = "flowkern.ops.policy_loss.triton_impl"
+
+
+def _native(name: str) -> Callable:
+    return by_device(getattr(native_impl, name), lazily(_CUDA, name))
 
 
 _IMPLS = (
-    Impl("reference", reference.policy_loss, no_objection),
-    Impl("native", None, _not_yet),
-    Impl("triton", None, _not_yet),
+    Impl("native", _native("forward"), native_why_not),
+    Impl("triton", lazily(_TRITON, "forward"), triton_why_not),
+    Impl("reference", reference.policy_loss, no_objection),  # its gradient is autograd's
 )
+_BACKWARD = {"native": _native("backward"), "triton": lazily(_TRITON, "backward")}
+_FORWARD = {impl.name: impl.call for impl in _IMPLS}
+
+
+def _forward(
+    velocity: Tensor, x_t: Tensor, x_next: Tensor | None, rows: Tensor, row: Tensor | None,
+    old_velocity: Tensor | None, noise: Tensor | None, sample_id: Tensor | None,
+    step: Tensor | None, velocity_uncond: Tensor | None, velocity_ref: Tensor | None,
+    advantage: Tensor, old_log_prob: Tensor | None, step_weight: Tensor | None,
+    kl_coef: Tensor | None, seed: int, step_value: int, guidance_scale: float, guard: bool,
+    kl_value: float, clip_low: float, clip_high: float, reduction: str, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of PolicyLoss, and the slopes (B, 2) that the backward pass multiplies."""
+    source = _source(x_next, noise, seed, sample_id, step, step_value)
+    return _FORWARD[kernel](
+        velocity, x_t, x_next, rows, advantage, row, old_velocity, old_log_prob, source,
+        velocity_uncond, guidance_scale, velocity_ref, kl_coef, kl_value, step_weight,
+        clip_low, clip_high, guard, reduction,
+    )  # fmt: skip
+
+
+def _backward(
+    grad: Tensor, slopes: Tensor, velocity: Tensor, x_t: Tensor, x_next: Tensor | None,
+    rows: Tensor, row: Tensor | None, old_velocity: Tensor | None, noise: Tensor | None,
+    sample_id: Tensor | None, step: Tensor | None, velocity_uncond: Tensor | None,
+    velocity_ref: Tensor | None, seed: int, step_value: int, guidance_scale: float, guard: bool,
+    kernel: str,
+) -> Tensor:  # fmt: skip
+    source = _source(x_next, noise, seed, sample_id, step, step_value)
+    return _BACKWARD[kernel](
+        grad, slopes, velocity, x_t, x_next, rows, row, old_velocity, source,
+        velocity_uncond, guidance_scale, velocity_ref, guard,
+    )  # fmt: skip
+
+
+def _source(x_next, noise, seed, sample_id, step, step_value) -> Noise | None:
+    return Noise(noise, seed, sample_id, step, step_value) if x_next is None else None
+
+
+_forward_op = torch.library.custom_op("flowkern::policy_loss", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("flowkern::policy_loss_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(velocity, *inputs):
+    advantage, reduction = inputs[10], inputs[-2]
+    of_samples = lambda *s: advantage.new_empty(advantage.shape + s)  # noqa: E731
+    loss = of_samples() if reduction == "none" else advantage.new_empty(())
+    clipped = [torch.empty_like(advantage, dtype=torch.bool) for _ in range(2)]
+    return loss, of_samples(), of_samples(), of_samples(), *clipped, of_samples(2)
+
+
+@_backward_op.register_fake
+def _(grad, slopes, velocity, *_) -> Tensor:
+    return velocity.new_empty(velocity.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    """Keeps what the backward reads, all of it inputs but two slopes per sample: no old velocity
+    for the gradient of a given x_next's sde ratio, no reference that pulls at nothing.
+    """
+    velocity, x_t, x_next, rows, row, old, noise, sample_id, step, uncond, ref, *rest = inputs
+    kl_coef, seed, step_value, guidance_scale, guard, kl_value, *_, kernel = rest[3:]
+    *statistics, slopes = output[1:]
+    ctx.save_for_backward(
+        slopes, velocity, x_t, x_next, rows, row, old if guard or x_next is None else None,
+        noise, sample_id, step, uncond, None if kl_coef is None and kl_value == 0 else ref,
+    )  # fmt: skip
+    ctx.settings = (seed, step_value, guidance_scale, guard, kernel)
+    ctx.mark_non_differentiable(*statistics, slopes)
+    ctx.set_materialize_grads(False)  # no zeros in place of the gradients that these do not have
+
+
+_forward_op.register_autograd(
+    lambda ctx, grad, *_: (_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 23),
+    setup_context=_save,
+)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The op without the dispatcher, which costs more than the kernel on small latents.
+
+    What has no gradient comes as one tuple: each argument of a Function costs, and so does a
+    setup_context of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, velocity: Tensor, others: tuple):
+        output = _forward(velocity, *others)
+        _save(ctx, (velocity, *others), output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None
 
 
 def policy_loss(
@@ -102,7 +213,8 @@ def policy_loss(
         step_weight: (B,), multiplies the policy term and never the KL.
         clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and
             log1p(clip_high).
-        ratio: "sde" | "guard". reduction: "mean" | "sum" | "none". backend: None or "reference".
+        ratio: "sde" | "guard". reduction: "mean" | "sum" | "none".
+        backend: "native" | "triton" | "reference"; None takes the best that can serve.
 
     Raises:
         ValueError, TypeError naming the argument; BackendError where the named backend cannot
@@ -120,31 +232,61 @@ def policy_loss(
         row = check_index("row", row, rows, device)
     batch = rows if row is None else len(row)
     shape = (batch, *velocity.shape[1:])
-    per_sample = {"advantage": advantage, "old_log_prob": old_log_prob, "step_weight": step_weight}
-    if isinstance(kl_coef, Tensor):
-        per_sample["kl_coef"] = kl_coef
-    elif not (isinstance(kl_coef, int | float) and 0 <= kl_coef < math.inf):
-        raise ValueError(f"kl_coef: expected a finite number >= 0 or (B,), got {kl_coef!r}")
-    for name, value in per_sample.items():
+    kl_value = 0.0
+    if not isinstance(kl_coef, Tensor):
+        if not (isinstance(kl_coef, int | float) and 0 <= kl_coef < math.inf):
+            raise ValueError(f"kl_coef: expected a finite number >= 0 or (B,), got {kl_coef!r}")
+        kl_value, kl_coef = float(kl_coef), None
+    if velocity_ref is None and (kl_coef is not None or kl_value != 0):
+        raise ValueError("velocity_ref: needed for a KL (kl_coef is not 0), got None")
+    check_per_sample("advantage", advantage, batch, device)
+    optional = {"old_log_prob": old_log_prob, "step_weight": step_weight, "kl_coef": kl_coef}
+    for name, value in optional.items():
         if value is not None:
             check_per_sample(name, value, batch, device)
-    if velocity_ref is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
-        raise ValueError("velocity_ref: needed for a KL (kl_coef is not 0), got None")
     source = _check_x_next(x_next, shape, velocity, x_t, old_velocity, noise, seed, sample_id, step)
-    dtype = compute_dtype(velocity, x_t, x_next, old_velocity, velocity_ref, velocity_uncond)
+    dtype = compute_dtype(velocity, x_t, x_next, old_velocity, velocity_ref, velocity_uncond, noise)
     table = check_rows("c_rows", c_rows, batch, device, dtype)
     if c_rows.num_history:
         raise ValueError(
             "c_rows: rows with history weights are deterministic solver steps and are not trained"
         )
-    impl = choose(_IMPLS, device, dtype, backend)
-    return PolicyLoss(
-        *impl.call(
+    advantage, old_log_prob, step_weight, kl_coef = (
+        None if value is None else value.detach().to(dtype).contiguous()
+        for value in (advantage, old_log_prob, step_weight, kl_coef)
+    )
+    kernel = _best(device, dtype, backend)
+    if kernel == "reference":
+        inputs = (
             velocity, x_t, x_next, table, advantage, row, old_velocity, old_log_prob, source,
-            velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight,
-            clip_low, clip_high, ratio, reduction,
-        )
+            velocity_uncond, guidance_scale, velocity_ref, kl_coef, kl_value, step_weight,
+            clip_low, clip_high, ratio == "guard", reduction,
+        )  # fmt: skip
+        return PolicyLoss(*reference.policy_loss(*inputs))
+    source = source or Noise()
+    others = (
+        x_t, x_next, table, row, old_velocity, source.given, source.sample_id,
+        source.step, velocity_uncond, velocity_ref, advantage, old_log_prob, step_weight, kl_coef,
+        source.seed, source.step_value, float(guidance_scale), ratio == "guard", kl_value,
+        float(clip_low), float(clip_high), reduction, kernel,
     )  # fmt: skip
+    if is_tracing(velocity, x_t, x_next, old_velocity):
+        others = [x.detach() if isinstance(x, Tensor) else x for x in others]
+        output = _forward_op(velocity, *others)
+    elif velocity.requires_grad and torch.is_grad_enabled():
+        output = _EagerLoss.apply(velocity, others)
+    else:
+        output = _forward(velocity, *others)
+    return PolicyLoss(*output[:-1])
+
+
+def _best(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    """The name of the implementation; compilers take it as it is."""
+    return choose(_IMPLS, device, dtype, backend).name
+
+
+# What torch.compiler.assume_constant_result sets; calling that imports the compiler, and triton.
+_best._dynamo_marked_constant = True
 
 
 def _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_prob) -> None:
@@ -169,7 +311,7 @@ def _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_
 
 def _check_x_next(x_next, shape, velocity, x_t, old_velocity, noise, seed, sample_id, step):
     """The noise from which x_next is drawn again, or None where x_next is given."""
-    like = velocity.new_empty(1).expand(shape)
+    like = velocity if shape == velocity.shape else velocity.new_empty(1).expand(shape)
     if x_next is not None:
         check_latent("x_next", x_next, like)
         extra = {"noise": noise, "seed": seed, "sample_id": sample_id, "step": step}

@@ -14,8 +14,8 @@ from flowkern.schedules import COLUMNS
 
 def policy_loss(
     velocity, x_t, x_next, rows, advantage, row, old_velocity, old_log_prob, source: Noise | None,
-    velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight,
-    clip_low, clip_high, ratio, reduction,
+    velocity_uncond, guidance_scale, velocity_ref, kl_coef, kl_value, step_weight,
+    clip_low, clip_high, guard, reduction,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = rows.dtype
     a, b, std, k, c = (rows[..., COLUMNS.index(name)] for name in ("a", "b", "std", "k", "c"))
@@ -47,8 +47,8 @@ def policy_loss(
 
     if old_log_prob is not None:
         new_log_prob = c - k * _mean((residual - difference).square())
-        log_ratio = new_log_prob - old_log_prob.detach().to(dtype)
-    elif ratio == "sde":
+        log_ratio = new_log_prob - old_log_prob
+    elif not guard:
         log_ratio = k * _mean(difference * (2 * residual - difference))
     else:
         noisy = torch.where(std > 0, std, torch.ones_like(std))
@@ -56,7 +56,6 @@ def policy_loss(
             std > 0, _mean(residual * difference) / noisy, torch.zeros_like(std)
         )
 
-    advantage = advantage.detach().to(dtype)
     high, low = math.log1p(clip_high), math.log1p(-clip_low)
     clipped_high, clipped_low = (
         (advantage > 0) & (log_ratio > high),
@@ -67,14 +66,14 @@ def policy_loss(
     )
     loss = -advantage * (1 + torch.expm1(clipped))
     if step_weight is not None:
-        loss = step_weight.to(dtype) * loss
+        loss = step_weight * loss
 
     kl = torch.zeros_like(log_ratio.detach())
     if velocity_ref is not None:
         # Rows with std == 0 have no density: their log-probability is 0, and so is their KL.
         scale = torch.where(std > 0, b / torch.where(std > 0, std, 1), 0)
         kl = scale.square() / 2 * _mean((v - constant(velocity_ref)).square())
-        loss = loss + kl_coef * kl
+        loss = loss + (kl_value if kl_coef is None else kl_coef) * kl
     if reduction == "mean":
         loss = loss.sum() / max(1, len(loss))
     elif reduction == "sum":

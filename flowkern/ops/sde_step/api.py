@@ -21,7 +21,7 @@ from flowkern.ops._common.arguments import (
     FLOATS,
     Noise,
     check_guidance,
-    check_latent,
+    check_latents,
     check_noise,
     check_out,
     check_rows,
@@ -156,24 +156,24 @@ _replay_op.register_autograd(_backward, setup_context=_save_inputs)
 
 
 class _EagerReplay(torch.autograd.Function):
-    """The op without the dispatcher, which costs as much as its kernels at image size."""
+    """The op without the dispatcher, which costs as much as its kernels at image size.
+
+    What has no gradient comes as one tuple, and without a setup_context: both cost at every call.
+    """
 
     @staticmethod
-    def forward(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale, backend):
-        dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
-        impl = choose(_REPLAY, x_t.device, dtype, backend)
-        return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
-
-    setup_context = staticmethod(_save_inputs)
+    def forward(ctx, velocity: Tensor, x_t: Tensor, others: tuple, dtype: torch.dtype) -> Tensor:
+        inputs = (x_t, velocity, *others)
+        _save_inputs(ctx, inputs, None)
+        ctx.dtype = dtype
+        return choose(_REPLAY, x_t.device, dtype, ctx.backend).call(*inputs[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x_t, velocity, x_next, rows, velocity_uncond = ctx.saved_tensors
-        dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
-        impl = choose(_REPLAY_BACKWARD, x_t.device, dtype, ctx.backend)
-        inputs = (x_t, velocity, x_next, rows, velocity_uncond, ctx.guidance_scale)
-        return None, impl.call(grad.contiguous(), *inputs), None, None, None, None, None
+        x_t, *tensors = ctx.saved_tensors
+        impl = choose(_REPLAY_BACKWARD, x_t.device, ctx.dtype, ctx.backend)
+        return impl.call(grad.contiguous(), x_t, *tensors, ctx.guidance_scale), None, None, None
 
 
 def sde_step(
@@ -216,11 +216,11 @@ def sde_step(
         ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
             named cannot serve.
     """
-    _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
+    latents = _latents(x_t, velocity, velocity_uncond, history, noise)
+    dtype = _check_output(latents, out_dtype, out)
+    _check_step(velocity, c_rows, velocity_uncond, guidance_scale, history)
     source = check_noise(noise, seed, sample_id, step, x_t)
-    inputs = (x_t, velocity, velocity_uncond, noise, *history)
-    x_next = _output(x_t, out_dtype, out, inputs)
-    dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, *history)
+    x_next = _empty(x_t, out_dtype) if out is None else out
     log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
     _draw(
         x_t,
@@ -262,10 +262,11 @@ def ode_step(
         x_next (B, *D); with return_x0 also x0 = x_t - sigma velocity (B, *D) in the dtype of
         x_next, from the same pass: the next edge's history.
     """
-    _check_step(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
-    x_next = _output(x_t, out_dtype, out, (x_t, velocity, velocity_uncond, *history))
+    latents = _latents(x_t, velocity, velocity_uncond, history)
+    dtype = _check_output(latents, out_dtype, out)
+    _check_step(velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
+    x_next = _empty(x_t, out_dtype) if out is None else out
     x0 = torch.empty_like(x_next) if return_x0 else None
-    dtype = compute_dtype(x_t, velocity, velocity_uncond, x_next, *history)
     _draw(
         x_t,
         velocity,
@@ -301,48 +302,57 @@ def sde_log_prob(
     """
     if isinstance(c_rows, Coefficients) and c_rows.num_history:
         raise ValueError("c_rows: a replay takes one-step rows, got rows with history weights")
-    _check_step(x_t, velocity, c_rows, velocity_uncond, guidance_scale, ())
-    check_latent("x_next", x_next, x_t)
-    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
+    dtype = check_latents(_latents(x_t, velocity, velocity_uncond) | {"x_next": x_next})
+    _check_step(velocity, c_rows, velocity_uncond, guidance_scale, ())
     rows = check_rows("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
     inputs = (x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale))
     if is_tracing(x_t, velocity, x_next, velocity_uncond):
         return _replay_op(*inputs, backend)
     if velocity.requires_grad and torch.is_grad_enabled():
-        return _EagerReplay.apply(*inputs, backend)
+        return _EagerReplay.apply(velocity, x_t, (*inputs[2:], backend), dtype)
     return choose(_REPLAY, x_t.device, dtype, backend).call(*inputs)
 
 
-def _check_step(
-    x_t, velocity, rows, velocity_uncond, guidance_scale, history, rows_name="c_rows"
-) -> None:
-    check_latent("x_t", x_t)
-    check_latent("velocity", velocity, x_t)
-    check_guidance(velocity_uncond, guidance_scale, velocity)
+def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:
+    """What has the shape of a latent, by the name an error calls it."""
+    latents = {"x_t": x_t, "velocity": velocity}
+    if velocity_uncond is not None:
+        latents["velocity_uncond"] = velocity_uncond
+    if noise is not None:
+        latents["noise"] = noise
     for j, earlier in enumerate(history):
-        check_latent(f"history[{j}]", earlier, x_t)
+        latents[f"history[{j}]"] = earlier
+    return latents
+
+
+def _check_step(velocity, rows, velocity_uncond, guidance_scale, history, name="c_rows") -> None:
+    check_guidance(velocity_uncond, guidance_scale, velocity)
     needed = rows.num_history if isinstance(rows, Coefficients) else 0
     if not needed <= len(history) <= MAX_HISTORY:
         raise ValueError(
-            f"history: {rows_name} weigh {needed} earlier x0 predictions; "
+            f"history: {name} weigh {needed} earlier x0 predictions; "
             f"expected {needed} to {MAX_HISTORY} tensors, got {len(history)}"
         )
 
 
-def _output(
-    x_t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None, inputs: Sequence[Tensor | None]
-) -> Tensor:
-    if out is None:
-        if out_dtype is not None and out_dtype not in FLOATS:
-            raise TypeError(
-                f"out_dtype: expected float32, bfloat16, float16 or float64, got {out_dtype}"
-            )
-        return torch.empty(x_t.shape, dtype=out_dtype or x_t.dtype, device=x_t.device)
-    check_latent("out", out, x_t)
-    if out_dtype is not None and out_dtype != out.dtype:
-        raise TypeError(f"out: expected out_dtype {out_dtype}, got {out.dtype}")
-    check_out(out, inputs)
-    return out
+def _check_output(
+    latents: dict[str, Tensor], out_dtype: torch.dtype | None, out: Tensor | None
+) -> torch.dtype:
+    """Checks the latents and what is to be written; returns the dtype of the arithmetic."""
+    dtype = check_latents(latents if out is None else latents | {"out": out})
+    if out is not None:
+        if out_dtype is not None and out_dtype != out.dtype:
+            raise TypeError(f"out: expected out_dtype {out_dtype}, got {out.dtype}")
+        check_out(out, latents.values())
+    elif out_dtype is not None and out_dtype not in FLOATS:
+        raise TypeError(
+            f"out_dtype: expected float32, bfloat16, float16 or float64, got {out_dtype}"
+        )
+    return torch.float64 if out_dtype == torch.float64 else dtype
+
+
+def _empty(x_t: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    return torch.empty(x_t.shape, dtype=out_dtype or x_t.dtype, device=x_t.device)
 
 
 def _draw(
@@ -351,14 +361,14 @@ def _draw(
 ) -> None:  # fmt: skip
     name = "c_rows" if log_prob is not None else "m_rows"
     table = check_rows(name, rows, x_t.shape[0], x_t.device, dtype)
-    inputs = (x_t.detach(), velocity.detach(), table, velocity_uncond, float(guidance_scale))
+    scale = float(guidance_scale)
     if is_tracing(x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next):
-        key = (source.given, source.seed, source.sample_id, source.step, source.step_value)
+        x_t, velocity, *history = (t.detach() for t in (x_t, velocity, *history))
         if velocity_uncond is not None:
-            inputs = (*inputs[:3], velocity_uncond.detach(), inputs[4])
-        history = [earlier.detach() for earlier in history]
-        _draw_op(*inputs, history, *key, x_next, log_prob, x0, backend)
+            velocity_uncond = velocity_uncond.detach()
+        inputs = (x_t, velocity, table, velocity_uncond, scale, history)
+        _draw_op(*inputs, *source, x_next, log_prob, x0, backend)
         return
-    impl = choose(_DRAW, x_t.device, dtype, backend)
-    impl.call(*inputs, history, source, x_next, log_prob, x0)
+    inputs = (x_t, velocity, table, velocity_uncond, scale, history)
+    choose(_DRAW, x_t.device, dtype, backend).call(*inputs, source, x_next, log_prob, x0)
     torch.autograd.graph.increment_version(x_next)  # a graph that saved `out` must notice

@@ -42,9 +42,9 @@ def draw(
             log_prob.copy_(rows[..., 4])
         return
     # Bound to names until the kernel returns: it sees addresses only.
-    x_t, velocity, velocity_uncond, noise, *history = map(
-        _contiguous, (x_t, velocity, velocity_uncond, source.given, *history)
-    )
+    x_t, velocity = per_sample_contiguous(x_t), per_sample_contiguous(velocity)
+    velocity_uncond, noise = _contiguous(velocity_uncond), _contiguous(source.given)
+    history = [per_sample_contiguous(earlier) for earlier in history]
     rows = rows.contiguous()
     native.cpu().sde_draw(
         *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),

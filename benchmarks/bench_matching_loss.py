@@ -1,0 +1,128 @@
+"""The matching losses, forward and backward, against their formulas in plain PyTorch, eager and
+compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+from harness import Case, Contender
+from rivals import compiled
+
+import flowkern as fk
+
+IMAGE = (8, 65_536)
+VIDEO = (4, 2_096_640)
+CLIP = {"clip_low": 0.9, "clip_high": 9.0}  # nothing is clipped: every row has a gradient
+COEFS = {"ref_coef": 1e-3, "ema_coef": 1.0}
+WIDE = ("x0", "advantage", "noise", "old_velocity", "velocity_ref", "velocity_ema")
+
+
+# ---- the rivals: the formulas as a reader of the papers writes them, in float32 ----
+
+
+def log_likelihood(v, x0, noise, t):
+    squares = ((v - (noise - x0)) ** 2).mean(1)
+    return -t / 0.25 * ((squares + 1e-10) ** 0.25 - 1e-10**0.25)
+
+
+def plain_awm(v, x0, noise, t, advantage, old, ref, ema):
+    with torch.no_grad():
+        old_log_likelihood = log_likelihood(old, x0, noise, t)
+    return plain_recorded_awm(v, x0, noise, t, advantage, old_log_likelihood, ref, ema)
+
+
+def plain_recorded_awm(v, x0, noise, t, advantage, old_log_likelihood, ref, ema):
+    """With the old log-likelihood from an earlier call: less to read than we have."""
+    ratio = torch.exp(log_likelihood(v, x0, noise, t) - old_log_likelihood)
+    clamped = ratio.clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
+    policy = torch.maximum(-advantage * ratio, -advantage * clamped).mean()
+    ref, ema = ((v - ref) ** 2).mean(), ((v - ema) ** 2).mean()
+    return policy + COEFS["ref_coef"] * ref + COEFS["ema_coef"] * ema
+
+
+def plain_nft(v, x0, noise, t, advantage, old):
+    """In the space of x0, self-normalized, as published with b = 1."""
+    wide = t[:, None]
+    x_t = (1 - wide) * x0 + wide * noise
+    r = (0.5 + advantage / 2).clamp(0, 1)
+
+    def normalized(velocity):
+        error = x_t - wide * velocity - x0
+        with torch.no_grad():
+            weight = error.abs().mean(1).clamp(min=1e-5)
+        return (error**2).mean(1) / weight
+
+    return 5 * (r * normalized(v) + (1 - r) * normalized(2 * old - v)).mean()
+
+
+# ---- the cases ----
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    result = [_case(device, "awm", IMAGE), _case(device, "nft", IMAGE)]
+    if not quick:
+        result += [_case(device, o, IMAGE, torch.bfloat16) for o in ("awm", "nft")]
+        if device.type == "cuda":
+            result += [_case(device, o, VIDEO) for o in ("awm", "nft")]
+    return result
+
+
+def _case(device, objective: str, shape, dtype=torch.float32) -> Case:
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(shape, generator=g).to(device, dtype)  # noqa: E731
+    key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
+    old, x0 = draw(), draw()
+    noise = fk.philox_normal(shape, **key, stream="match").to(dtype)
+    v = (old + 1e-2 * draw()).requires_grad_()
+    sigma = torch.linspace(0.1, 0.9, shape[0], device=device)
+    advantage = torch.linspace(-1, 0.9, shape[0], device=device)
+    kernel = {"objective": objective, "old_velocity": old} | CLIP
+    plain, rest = plain_nft, (old,)
+    if objective == "awm":
+        ref, ema = draw(), draw()
+        kernel |= {"velocity_ref": ref, "velocity_ema": ema} | COEFS
+        plain, rest = plain_awm, (old, ref, ema)
+
+    wide = v.detach().double().requires_grad_()
+    doubles = kernel | {"x0": x0, "advantage": advantage, "noise": noise}
+    doubles = {n: x.double() if n in WIDE else x for n, x in doubles.items()}
+    fk.matching_loss(wide, sigma=sigma, **doubles).loss.backward()
+
+    def with_gradient(loss):
+        v.grad = None
+        loss().backward()
+        return (v.grad,)
+
+    def ours(**source):
+        loss = lambda: fk.matching_loss(v, x0, sigma, advantage, **source, **kernel).loss  # noqa: E731
+        return lambda: with_gradient(loss)
+
+    contenders = [Contender("flowkern", ours(noise=noise), "noise given")]
+    if dtype == torch.float32:  # elsewhere the noise given is a rounded one
+        contenders.append(Contender("flowkern, noise drawn again", ours(**key), "from its seed"))
+        inputs = (v, x0, noise, sigma, advantage)
+        run = compiled(plain, *inputs, *rest)
+        contenders += [
+            Contender("eager", lambda: with_gradient(lambda: plain(*inputs, *rest))),
+            Contender("torch.compile", lambda: with_gradient(run)),
+        ]
+        if objective == "awm":
+            recorded = (log_likelihood(old, x0, noise, sigma), ref, ema)
+            loss = lambda: plain_recorded_awm(*inputs, *recorded)  # noqa: E731
+            note = "the old log-likelihood recorded"
+            contenders.append(Contender("eager, recorded", lambda: with_gradient(loss), note))
+    check = lambda grad: float((grad - wide.grad).abs().max() / wide.grad.abs().max())  # noqa: E731
+    # awm: velocity, x0, noise, old, ref, ema; then the same without old, and the gradient.
+    # nft: velocity, x0, noise, old; the same again, and the gradient.
+    streams = 12 if objective == "awm" else 9
+    size = "image" if shape == IMAGE else "video"
+    return Case(
+        "matching_loss",
+        f"{objective}, forward + backward, {size}",
+        shape,
+        str(dtype).removeprefix("torch."),
+        contenders,
+        check,
+        1e-5 if dtype == torch.float32 else 1e-2,
+        streams * v.numel() * v.element_size(),
+    )

@@ -1,0 +1,134 @@
+// The matching losses, shared by CPU and CUDA: what is summed over the elements of a sample, and the loss and the slopes that
+// follow from the sums. docs/ops/matching_loss.md has the derivation.
+//
+//     u = noise - x0,  residual = velocity - u,  M = mean_D(residual^2),  t = sigma
+//     awm:  log p = -M | -t M | -(t / p) ((M + 1e-10)^p - (1e-10)^p), p = 1/4
+//           loss = clipped -advantage exp(log p - log p_old)
+//     nft:  loss = 5 t^2 (r mean(residual^2) / w+ + (1 - r) mean(minus^2) / w-),  minus = 2 old - velocity - u
+#pragma once
+
+#include <cmath>
+
+#include "../common/platform.h"
+
+enum MatchingWeighting : int { kUniform = 0, kT = 1, kGhuber = 2 };
+
+struct MatchingRule {
+  int64_t size;  // elements of a sample
+  bool nft, has_old;
+  int weighting;  // awm only
+  double ref_coef, ema_coef, clip_low, clip_high;
+  double share;  // of a sample in the loss: 1 / batch for a mean, else 1
+};
+
+// ---- an element ----
+
+FK_INLINE float target_velocity(float noise, float x0) { return noise - x0; }
+
+FK_INLINE float noised(float sigma, float x0, float noise) { return (1.0f - sigma) * x0 + sigma * noise; }
+
+// The velocity as far on the other side of the old one.
+FK_INLINE float reflected(float velocity, float old) { return 2.0f * old - velocity; }
+
+FK_INLINE float squared_difference(float a, float b) { return (a - b) * (a - b); }
+
+// residual^2 - old_residual^2 without forming the difference of two numbers that may be almost equal.
+FK_INLINE float matching_drift(float velocity, float old, float u) { return (velocity - old) * ((velocity - u) + (old - u)); }
+
+// ---- a sample ----
+
+// Sums over the elements of a sample; those that a loss does not use stay 0.
+struct MatchingSums {
+  double squares;      // (velocity - u)^2
+  double old_squares;  // awm with old: (old - u)^2;  nft with old: (reflected - u)^2
+  double drift;        // awm with old: matching_drift
+  double sizes;        // nft: |velocity - u|
+  double old_sizes;    // nft with old: |reflected - u|
+  double ref, ema;     // squared_difference of the velocity and its anchor
+};
+
+struct MatchingResult {
+  double loss;
+  float log_ratio, ratio, matching, ref, ema;
+  bool clipped_low, clipped_high;
+  float slopes[4];  // of velocity - u, reflected - u, velocity - ref, velocity - ema in the gradient
+};
+
+constexpr double kGhuberEps = 1e-10;
+
+FK_INLINE double fourth_root(double x) { return sqrt(sqrt(x)); }
+
+// log p - log p_old. With fourth roots a - b = (a^4 - b^4) / ((a^2 + b^2) (a + b)): the difference is divided, never formed.
+FK_INLINE double awm_log_ratio(int weighting, double t, double m, double m_old, double drift) {
+  if (weighting == kUniform) return -drift;
+  if (weighting == kT) return -t * drift;
+  m += kGhuberEps;
+  m_old += kGhuberEps;
+  return -4.0 * t * drift / ((sqrt(m) + sqrt(m_old)) * (fourth_root(m) + fourth_root(m_old)));
+}
+
+// d log p / d M.
+FK_INLINE double awm_slope(int weighting, double t, double m) {
+  if (weighting == kUniform) return -1.0;
+  if (weighting == kT) return -t;
+  const double root = fourth_root(m + kGhuberEps);
+  return -t / (root * root * root);
+}
+
+// max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)); a tie keeps the gradient. On policy log_ratio is exactly 0, but NaN where
+// M is not finite.
+FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
+                        MatchingResult& result) {
+  const double log_ratio =
+      rule.has_old ? awm_log_ratio(rule.weighting, t, mean.squares, mean.old_squares, mean.drift) : 0.0 * mean.squares;
+  const double low = log1p(-rule.clip_low), high = log1p(rule.clip_high);
+  result.clipped_high = advantage > 0 && log_ratio > high;
+  result.clipped_low = advantage < 0 && log_ratio < low;
+  const double clamped = result.clipped_high ? high : result.clipped_low ? low : log_ratio;
+  const double policy = -advantage * (1.0 + expm1(clamped));
+  result.log_ratio = float(log_ratio);
+  result.ratio = float(exp(log_ratio));
+  result.matching = float(mean.squares);
+  result.loss = policy;
+  if (!(result.clipped_high || result.clipped_low))
+    result.slopes[0] = float(policy * awm_slope(rule.weighting, t, mean.squares) * 2.0 * rule.share / double(rule.size));
+}
+
+// Residuals are normalized by their own mean size, which has no gradient.
+FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
+                        MatchingResult& result) {
+  double r = 0.5 + 0.5 * advantage;
+  r = r < 0.0 ? 0.0 : r > 1.0 ? 1.0 : r;  // NaN stays
+  const double minus_squares = rule.has_old ? mean.old_squares : mean.squares;
+  double plus = t * mean.sizes, minus = t * (rule.has_old ? mean.old_sizes : mean.sizes);
+  plus = plus < 1e-5 ? 1e-5 : plus;
+  minus = minus < 1e-5 ? 1e-5 : minus;
+  const double plus_weight = r * t * t / plus, minus_weight = (1.0 - r) * t * t / minus;
+  const double matching = plus_weight * mean.squares + minus_weight * minus_squares;
+  const double scale = 5.0 * 2.0 * rule.share / double(rule.size);
+  result.ratio = 1.0f;
+  result.matching = float(matching);
+  result.loss = 5.0 * matching;
+  // Without an old velocity both residuals are one, and their slopes become one.
+  result.slopes[0] = float(scale * (rule.has_old ? plus_weight : plus_weight - minus_weight));
+  result.slopes[1] = rule.has_old ? float(-scale * minus_weight) : 0.0f;
+}
+
+// The loss of a sample and its slopes, from its sums. size 0: all means are 0.
+FK_INLINE MatchingResult matching_result(MatchingRule rule, float sigma, float advantage, const MatchingSums& sums) {
+  if (rule.size == 0) rule.size = 1;
+  const double d = double(rule.size);
+  const MatchingSums mean{sums.squares / d, sums.old_squares / d, sums.drift / d, sums.sizes / d,
+                          sums.old_sizes / d, sums.ref / d, sums.ema / d};
+  MatchingResult result{};
+  if (rule.nft)
+    nft_loss(rule, sigma, advantage, mean, result);
+  else
+    awm_loss(rule, sigma, advantage, mean, result);
+  result.ref = float(mean.ref);
+  result.ema = float(mean.ema);
+  result.loss += rule.ref_coef * mean.ref + rule.ema_coef * mean.ema;
+  result.slopes[2] = float(rule.ref_coef * 2.0 * rule.share / d);
+  result.slopes[3] = float(rule.ema_coef * 2.0 * rule.share / d);
+  return result;
+}

@@ -1,0 +1,92 @@
+// The clipped policy loss, shared by CPU and CUDA: what an element adds, and what a sample's sums become.
+//
+//     e = x_next - mean_old,  d = b (velocity - old_velocity)
+//     log_ratio = k mean_D(d (2 e - d))                        sde
+//               = mean_D(e d) / std                            guard
+//               = c - k mean_D((x_next - mean)^2) - old        recorded: old is a log-probability
+//     kl        = (b / std)^2 / 2 mean_D((velocity - velocity_ref)^2)
+//     loss      = step_weight max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) + kl_coef kl,   r = exp(log_ratio)
+//
+// x_next drawn again is step_draw of mean_old, or mean_old where std == 0. docs/ops/policy_loss.md has the derivation.
+#pragma once
+
+#include <cmath>
+
+#include "../common/gaussian_step.h"
+
+// How the log-ratio is formed. On policy it is 0 without a sum; its gradient is that of `sde`, or of `guard` if asked for.
+enum class Ratio : int { on_policy = 0, sde = 1, guard = 2, recorded = 3 };
+
+// One element's share of the sum that log_ratio is made of.
+template <Ratio kind>
+FK_INLINE float ratio_term(const StepRow& row, float x_t, float velocity, float old_velocity, float x_next) {
+  if (kind == Ratio::recorded) {
+    const float residual = x_next - step_mean(row, x_t, velocity);
+    return residual * residual;
+  }
+  const float e = x_next - step_mean(row, x_t, old_velocity);
+  const float d = row.b * (velocity - old_velocity);
+  return kind == Ratio::guard ? e * d : d * (2.0f * e - d);
+}
+
+FK_INLINE float kl_term(float velocity, float velocity_ref) {
+  const float difference = velocity - velocity_ref;
+  return difference * difference;
+}
+
+// What slopes[0] multiplies in the gradient: e - d = x_next - mean(velocity), or e for a guarded ratio, from the old velocity.
+FK_INLINE float ratio_residual(const StepRow& row, float x_t, float velocity, float x_next) {
+  return x_next - step_mean(row, x_t, velocity);
+}
+
+// What all samples of a call share.
+struct PolicySettings {
+  Ratio ratio;
+  bool guard;               // the gradient is that of a guarded ratio, on policy too
+  float log_low, log_high;  // log1p(-clip_low), log1p(clip_high)
+  double slope_scale;       // share of a sample in the loss * guidance_scale / D
+  int64_t size;             // D
+};
+
+// share: of a sample in the loss, 1/B for a mean, else 1. guidance_scale is 1 without guidance.
+FK_INLINE PolicySettings policy_settings(Ratio ratio, bool guard, double clip_low, double clip_high, double share,
+                                         double guidance_scale, int64_t size) {
+  const double slope_scale = share * guidance_scale / double(size > 0 ? size : 1);
+  return {ratio, guard, float(log1p(-clip_low)), float(log1p(clip_high)), slope_scale, size};
+}
+
+struct PolicySample {
+  float loss, log_ratio, ratio, kl;
+  bool clipped_low, clipped_high;
+  float slopes[2];  // gradient = grad (slopes[0] residual + slopes[1] (velocity - velocity_ref))
+};
+
+// A sample's loss and slopes from its sums over D: ratio_sum of ratio_term, kl_sum of kl_term.
+FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum,
+                                     float advantage, float old_log_prob, float step_weight, float kl_coef) {
+  const double size = s.size > 0 ? double(s.size) : 1.0, mean = ratio_sum / size;
+  const bool noisy = row.std > 0;
+  PolicySample out;
+  out.log_ratio = 0.0f;
+  if (s.ratio == Ratio::sde) out.log_ratio = float(row.k * mean);
+  if (s.ratio == Ratio::guard && noisy) out.log_ratio = float(mean / row.std);
+  // Rounded to float32 first, as the recorded one was: with the same velocity the difference is exactly 0.
+  if (s.ratio == Ratio::recorded) out.log_ratio = float(double(row.c) - double(row.k) * mean) - old_log_prob;
+  out.ratio = float(exp(double(out.log_ratio)));
+
+  out.clipped_high = advantage > 0 && out.log_ratio > s.log_high;
+  out.clipped_low = advantage < 0 && out.log_ratio < s.log_low;
+  const bool clipped = out.clipped_high || out.clipped_low;
+  const double clamped = out.clipped_high ? s.log_high : out.clipped_low ? s.log_low : out.log_ratio;
+  const double policy = -double(advantage) * (1.0 + expm1(clamped)) * step_weight;
+  // d policy / d log_ratio is policy itself; a tie keeps it.
+  const double residual_factor = s.guard ? (noisy ? row.b / double(row.std) : 0.0) : 2.0 * double(row.k) * row.b;
+  out.slopes[0] = clipped ? 0.0f : float(policy * residual_factor * s.slope_scale);
+
+  const double b_over_std = noisy ? row.b / double(row.std) : 0.0;  // std == 0: no density, no KL
+  const double kl = b_over_std * b_over_std / 2 * (kl_sum / size);
+  out.kl = float(kl);
+  out.loss = float(policy + kl_coef * kl);
+  out.slopes[1] = float(kl_coef * b_over_std * b_over_std * s.slope_scale);
+  return out;
+}
