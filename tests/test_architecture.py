@@ -68,7 +68,7 @@ def test_imports_run_downhill(path):
         parts = name.split(".")
         if parts[0] == "flowkern" and here not in ("__init__", "__main__") and len(parts) > 1:
             other = parts[1]
-            assert other in MAY_IMPORT[here] | {here, "_cpu", "__version__"}, (
+            assert other in MAY_IMPORT[here] | {here, "_cpu", "_cuda", "__version__"}, (
                 f"{here} imports {name}"
             )
             if here == "ops" and other == "ops" and len(parts) > 2:
@@ -135,7 +135,7 @@ def test_no_room_for_leftovers():
         for p in (ROOT / folder).rglob("*.*")
     ]
     for path in tracked:
-        if path.suffix in (".py", ".cpp", ".h", ".cu"):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
             text = path.read_text()
             assert path.name not in ("utils.py", "helpers.py"), path
             assert len(text.splitlines()) <= 400 or "tests" in path.parts, (

@@ -7,6 +7,7 @@ import torch
 
 import flowkern as fk
 from flowkern.ops._common import native
+from flowkern.ops._common.dispatch import choose
 from flowkern.schedules import KINDS, multistep_coefficients, sd3_sigmas, step_coefficients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -327,8 +328,10 @@ def test_named_backend_serves_or_refuses():
     )
 
 
-def test_without_native_kernels_the_reference_serves_and_the_reason_is_told(monkeypatch):
+def test_without_native_kernels_the_reference_serves_and_the_reason_is_told(monkeypatch, request):
     monkeypatch.setattr(native, "_load", lambda: (None, "the native kernels are not built"))
+    choose.cache_clear()
+    request.addfinalizer(choose.cache_clear)
     arguments = problem((2, 8))
     x_next, _ = fk.sde_step(**arguments, **key(2))
     assert torch.equal(x_next, fk.sde_step(**arguments, **key(2), backend="reference")[0])

@@ -13,7 +13,7 @@ import torch
 from . import native
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Impl:
     """One implementation of an op; `why_not(device, dtype)` is None where it can serve."""
 
@@ -26,6 +26,7 @@ class BackendError(RuntimeError):
     """The backend asked for cannot serve these arguments."""
 
 
+@functools.cache  # asked at every call; nothing that the answer rests on changes in a process
 def choose(
     impls: Sequence[Impl], device: torch.device, dtype: torch.dtype, backend: str | None
 ) -> Impl:
@@ -120,15 +121,10 @@ def is_tracing(*tensors: torch.Tensor | None) -> bool:
 
 
 def by_device(cpu: Callable, cuda: Callable) -> Callable:
-    """A backend's function for the device of its first tensor, or of the device it is given."""
+    """A backend's function for the device of its first argument, a tensor."""
 
-    def call(*args):
-        for value in args:
-            if isinstance(value, torch.Tensor):
-                return (cuda if value.is_cuda else cpu)(*args)
-            if isinstance(value, torch.device):
-                return (cuda if value.type == "cuda" else cpu)(*args)
-        raise TypeError("by_device: expected a tensor or a device among the arguments")
+    def call(first, *args):
+        return (cuda if first.is_cuda else cpu)(first, *args)
 
     return call
 

@@ -126,8 +126,14 @@ def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.
     return out
 
 
+def _native_on(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
+    call = _cuda_normal if device.type == "cuda" else _native_normal
+    return call(shape, key, stream, device)
+
+
+_cuda_normal = lazily("flowkern.ops._common.philox_cuda", "cuda_normal")
 _IMPLS = (
-    Impl("native", _native_normal, native_why_not),
+    Impl("native", _native_on, native_why_not),
     Impl("triton", lazily("flowkern.ops._common.philox_triton", "triton_normal"), triton_why_not),
     Impl("reference", reference_normal, no_objection),
 )

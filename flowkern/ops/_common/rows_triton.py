@@ -1,5 +1,5 @@
 """What the Triton kernels of all ops share: chunks of samples, the mean of a step, sums in a fixed
-order, launches.
+order, launches. What the losses share on top of it is in loss_triton.
 
 What kernels take:
 a latent: (pointer, elements from sample to sample), each sample contiguous; None where absent
@@ -9,6 +9,7 @@ row:      a sample's nine coefficients, in the order of schedules.COLUMNS
 from __future__ import annotations
 
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -57,6 +58,19 @@ def tree_sum(x):
     return tl.sum(x, axis=0)
 
 
+@triton.jit
+def ordered_total(sums_ptr, count):
+    """The sum of `count` floats in float64 and in a fixed order."""
+    lane = tl.arange(0, 1024)
+    total = tl.zeros((1024,), tl.float64)
+    begin = 0
+    while begin < count:
+        sums = tl.load(sums_ptr + begin + lane, mask=lane < count - begin, other=0.0)
+        total += sums.to(tl.float64)
+        begin += 1024
+    return tree_sum(total)
+
+
 def packed_latent(x: Tensor | None) -> tuple[Tensor, int] | None:
     if x is None:
         return None
@@ -81,12 +95,18 @@ def tile(size: int) -> tuple[int, int]:
     return (1024, 4) if size <= 2**18 else (2048, 8)
 
 
-def launch(kernel, latent: Tensor, *arguments, **constants) -> None:
-    """One program for each chunk of each sample of `latent`."""
-    size = latent.numel() // latent.shape[0]
+def chunks_of(latent: Tensor) -> int:
+    """Chunks of a sample of `latent`; one where it has no elements."""
+    size = math.prod(latent.shape[1:])
+    return max(1, triton.cdiv(size, tile(size)[0]))
+
+
+def launch(kernel, latent: Tensor, *arguments, programs: int | None = None, **constants) -> None:
+    """One program for each chunk of each sample of `latent`, or `programs` of them."""
+    size = math.prod(latent.shape[1:])
     block, warps = tile(size)
     with torch.cuda.device_of(latent):
-        kernel[(latent.shape[0] * triton.cdiv(size, block),)](
+        kernel[(programs or latent.shape[0] * chunks_of(latent),)](
             *arguments, size, BLOCK=block, num_warps=warps, enable_fp_fusion=False, **constants
         )
 

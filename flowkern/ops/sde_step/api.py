@@ -12,7 +12,7 @@ Source: Flow-GRPO (arXiv 2505.05470) and its relatives; docs/ops/sde_step.md has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from flowkern.ops._common.arguments import (
 )
 from flowkern.ops._common.dispatch import (
     Impl,
+    by_device,
     choose,
     is_tracing,
     lazily,
@@ -40,19 +41,26 @@ from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
 
+_CUDA = "flowkern.ops.sde_step.cuda_impl"
 _TRITON = "flowkern.ops.sde_step.triton_impl"
+
+
+def _native(name: str) -> Callable:
+    return by_device(getattr(native_impl, name), lazily(_CUDA, name))
+
+
 _DRAW = (
-    Impl("native", native_impl.draw, native_why_not),
+    Impl("native", _native("draw"), native_why_not),
     Impl("triton", lazily(_TRITON, "draw"), triton_why_not),
     Impl("reference", reference.draw, no_objection),
 )
 _REPLAY = (
-    Impl("native", native_impl.replay, native_why_not),
+    Impl("native", _native("replay"), native_why_not),
     Impl("triton", lazily(_TRITON, "replay"), triton_why_not),
     Impl("reference", reference.replay, no_objection),
 )
 _REPLAY_BACKWARD = (
-    Impl("native", native_impl.replay_backward, native_why_not),
+    Impl("native", _native("replay_backward"), native_why_not),
     Impl("triton", lazily(_TRITON, "replay_backward"), triton_why_not),
     Impl("reference", reference.replay_backward, no_objection),
 )

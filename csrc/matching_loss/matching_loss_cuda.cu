@@ -1,0 +1,238 @@
+// The matching losses on CUDA: sums and slopes, the gradient, the noising of x0; one launch each. A block takes one tile of one velocity
+// row (of one sample, to noise it), a thread eight elements.
+#include "matching_loss_cuda.h"
+
+#include "../common/latent_cuda.cuh"
+#include "../common/siblings_cuda.cuh"
+
+namespace {
+
+// What a launch adds to the arguments.
+struct MatchingLaunch {
+  MatchingArguments m;
+  Walk walk;
+  bool vectors;        // whether latents allow 128-bit accesses
+  float* sample_loss;  // (batch,)
+};
+
+// What a sample has of its own.
+struct SampleGroups {
+  Group x0, noise;
+};
+
+FK_DEVICE SampleGroups load_sample(const Latent& x0, const Latent& noise, const Place& at, bool is_whole) {
+  return {load_group(x0, at, is_whole), load_group(noise, at, is_whole)};
+}
+
+// kDrawn: from the key, else as given.
+template <bool kDrawn>
+FK_DEVICE Floats noise_of(const Latent& noise, const NoiseKey& key, const SampleGroups& groups, const Place& at) {
+  if constexpr (kDrawn) return normals(key, at.sample, at.first);
+  else return widen(groups.noise, noise.dtype);
+}
+
+template <bool kDrawn>
+FK_DEVICE Floats target_of(const MatchingArguments& m, const SampleGroups& groups, const Place& at) {
+  Floats target = noise_of<kDrawn>(m.noise, m.key, groups, at);
+  const Floats x0 = widen(groups.x0, m.x0.dtype);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) target.v[i] = target_velocity(target.v[i], x0.v[i]);
+  return target;
+}
+
+// squares; old_squares; awm: drift, nft: sizes; old_sizes; ref; ema. Those that the loss needs:
+FK_DEVICE unsigned used_sums(const MatchingArguments& m) {
+  unsigned used = 1u | (m.ref.data ? 16u : 0u) | (m.ema.data ? 32u : 0u);
+  if (m.rule.has_old) used |= 2u | (m.rule.nft ? 8u : 4u);
+  return used | (m.rule.nft ? 4u : 0u);
+}
+
+FK_DEVICE void add_terms(const MatchingRule& rule, float v, float old, float u, float (&sums)[kMatchingSums]) {
+  sums[0] += squared_difference(v, u);
+  if (rule.nft) {
+    sums[2] += fabsf(v - u);
+    if (!rule.has_old) return;
+    const float minus = reflected(v, old);
+    sums[1] += squared_difference(minus, u);
+    sums[3] += fabsf(minus - u);
+  } else if (rule.has_old) {
+    sums[1] += squared_difference(old, u);
+    sums[2] += matching_drift(v, old, u);
+  }
+}
+
+FK_DEVICE float distance(const Floats& velocity, const Latent& latent, const Group& group, int count) {
+  if (!latent.data) return 0.0f;
+  const Floats anchor = widen(group, latent.dtype);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (i < count) sum += squared_difference(velocity.v[i], anchor.v[i]);
+  return sum;
+}
+
+// The whole warp: a sample's loss, statistics and slopes; the last sample of all also writes the loss of the batch.
+FK_DEVICE void finish_sample(const MatchingLaunch& launch, int64_t sample, const double (&totals)[kMatchingSums]) {
+  const MatchingArguments& m = launch.m;
+  if (lane_index() == 0) {
+    MatchingSums sums = {};
+    sums.squares = totals[0];
+    sums.old_squares = totals[1];
+    (m.rule.nft ? sums.sizes : sums.drift) = totals[2];
+    sums.old_sizes = totals[3];
+    sums.ref = totals[4];
+    sums.ema = totals[5];
+    const MatchingResult out = matching_result(m.rule, m.sigma[sample], m.advantage[sample], sums);
+    m.log_ratio[sample] = out.log_ratio;
+    m.ratio[sample] = out.ratio;
+    m.matching[sample] = out.matching;
+    m.ref_mean[sample] = out.ref;
+    m.ema_mean[sample] = out.ema;
+    m.clipped_low[sample] = out.clipped_low;
+    m.clipped_high[sample] = out.clipped_high;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) m.slopes[4 * sample + k] = out.slopes[k];
+    launch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : float(out.loss);
+  }
+  if (m.is_reduced) reduce_loss(m.scratch, launch.sample_loss, m.batch, m.rule.share, m.loss);
+}
+
+// kDrawn: noise is made, not given. The registers that takes would cost the other half its threads.
+template <bool kDrawn>
+__global__ void __launch_bounds__(256) matching_forward_kernel(const __grid_constant__ MatchingLaunch launch) {
+  const MatchingArguments& m = launch.m;
+  const RowTile tile = row_tile_of_block(launch.walk);
+  const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
+  const bool is_whole = launch.vectors && at.count == kGroup;
+  const auto place_of = [&](int64_t sample) { return Place{sample, at.first, at.count}; };
+  const auto fetch = [&](int64_t sample) { return load_sample(m.x0, m.noise, place_of(sample), is_whole); };
+  const Group velocity = load_group(m.velocity, at, is_whole), old_velocity = load_group(m.old_velocity, at, is_whole);
+  const Group ref = load_group(m.ref, at, is_whole), ema = load_group(m.ema, at, is_whole);
+  const SampleGroups only = launch.walk.row ? SampleGroups{} : fetch(tile.row);
+  const float to_ref = distance(widen(velocity, m.velocity.dtype), m.ref, ref, at.count);
+  const float to_ema = distance(widen(velocity, m.velocity.dtype), m.ema, ema, at.count);
+  const auto term = [&](int64_t sample, const SampleGroups& groups, float (&sums)[kMatchingSums]) {
+    const Floats target = target_of<kDrawn>(m, groups, place_of(sample));
+    const Floats v = widen(velocity, m.velocity.dtype), old = widen(old_velocity, m.old_velocity.dtype);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i)
+      if (i < at.count) add_terms(m.rule, v.v[i], old.v[i], target.v[i], sums);
+    sums[4] = to_ref;
+    sums[5] = to_ema;
+  };
+  const auto finish = [&](int64_t sample, const double (&totals)[kMatchingSums]) { finish_sample(launch, sample, totals); };
+  sum_siblings<kMatchingSums>(launch.walk, tile, m.scratch, used_sums(m), only, fetch, term, finish);
+}
+
+// A slope of 0 stays 0 whatever comes in, and what only it needs is not read.
+FK_DEVICE float weight(const MatchingArguments& m, int64_t sample, int which, bool is_there) {
+  const float slope = is_there ? m.slopes[4 * sample + which] : 0.0f;
+  return slope == 0 ? 0.0f : m.grad[sample * m.grad_stride] * slope;
+}
+
+// The whole warp: adds up what lanes have, in order.
+FK_DEVICE void add_in_order(float& sum, float value) {
+  for (unsigned left = __ballot_sync(kAllLanes, value != 0); left; left &= left - 1) sum += __shfl_sync(kAllLanes, value, __ffs(left) - 1);
+}
+
+template <bool kDrawn>
+__global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_constant__ MatchingLaunch launch) {
+  const MatchingArguments& m = launch.m;
+  const RowTile tile = row_tile_of_block(launch.walk);
+  const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
+  const bool is_whole = launch.vectors && at.count == kGroup;
+  Group velocity = {}, old_velocity = {};
+  Floats gradient = {};
+  bool has_velocity = false, has_old = false;
+  float ref_weight = 0, ema_weight = 0;
+  const auto need_velocity = [&] {
+    if (!has_velocity) velocity = load_group(m.velocity, at, is_whole);
+    has_velocity = true;
+  };
+  for_bases(launch.walk, tile.row, [&](int64_t base) {
+    const int64_t mine = base + lane_index();
+    const bool member = is_member(launch.walk, tile.row, mine);
+    const float plus = weight(m, mine, 0, member), minus = weight(m, mine, 1, member && m.old_velocity.data);
+    add_in_order(ref_weight, weight(m, mine, 2, member && m.ref.data));
+    add_in_order(ema_weight, weight(m, mine, 3, member && m.ema.data));
+    for (unsigned left = __ballot_sync(kAllLanes, plus != 0 || minus != 0); left; left &= left - 1) {
+      const int lane = __ffs(left) - 1;
+      const float to_target = __shfl_sync(kAllLanes, plus, lane), from_reflected = __shfl_sync(kAllLanes, minus, lane);
+      need_velocity();
+      if (from_reflected != 0 && !has_old) {
+        old_velocity = load_group(m.old_velocity, at, is_whole);
+        has_old = true;
+      }
+      const Place there = {base + lane, at.first, at.count};
+      const SampleGroups groups = load_sample(m.x0, m.noise, there, is_whole);
+      const Floats u = target_of<kDrawn>(m, groups, there), v = widen(velocity, m.velocity.dtype);
+      const Floats old = widen(old_velocity, m.old_velocity.dtype);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        gradient.v[i] += to_target * (v.v[i] - u.v[i]);
+        if (from_reflected != 0) gradient.v[i] += from_reflected * (reflected(v.v[i], old.v[i]) - u.v[i]);
+      }
+    }
+  });
+  const auto pull = [&](const Latent& latent, float scale) {
+    if (scale == 0) return;
+    need_velocity();
+    const Floats anchor = widen(load_group(latent, at, is_whole), latent.dtype), v = widen(velocity, m.velocity.dtype);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) gradient.v[i] += scale * (v.v[i] - anchor.v[i]);
+  };
+  pull(m.ref, ref_weight);
+  pull(m.ema, ema_weight);
+  store_group(m.grad_velocity, at, is_whole, gradient);
+}
+
+template <bool kDrawn>
+__global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ NoisingArguments n) {
+  const int64_t sample = blockIdx.x / unsigned(n.tiles), tile = blockIdx.x % unsigned(n.tiles);
+  const Place at = place_of_thread(sample, tile, n.size);
+  if (at.count == 0) return;
+  const bool is_whole = n.vectors && at.count == kGroup;
+  const SampleGroups groups = load_sample(n.x0, n.noise, at, is_whole);
+  const Floats noise = noise_of<kDrawn>(n.noise, n.key, groups, at), x0 = widen(groups.x0, n.x0.dtype);
+  const float sigma = n.sigma[sample];
+  Floats out;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) out.v[i] = noised(sigma, x0.v[i], noise.v[i]);
+  store_group(n.out, at, is_whole, out);
+}
+
+MatchingLaunch prepared(const MatchingArguments& m) {
+  MatchingLaunch launched = {m, walk_of(m.row, m.rows, m.batch, tiles_of(m.rule.size)), true, nullptr};
+  for (const Latent* latent : {&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.grad_velocity})
+    launched.vectors = launched.vectors && takes_vectors(*latent, m.rows);
+  launched.vectors = launched.vectors && takes_vectors(m.x0, m.batch) && takes_vectors(m.noise, m.batch);
+  return launched;
+}
+
+}  // namespace
+
+void matching_forward(const MatchingArguments& m, const Queue& queue) {
+  MatchingLaunch launched = prepared(m);
+  launched.sample_loss = m.is_reduced ? m.scratch.partial + m.batch * launched.walk.tiles * kMatchingSums : m.loss;
+  const auto kernel = m.noise.data ? matching_forward_kernel<false> : matching_forward_kernel<true>;
+  launch("matching_forward", kernel, launched, m.rows * launched.walk.slices * launched.walk.tiles, threads_of(m.rule.size), queue);
+}
+
+void matching_backward(const MatchingArguments& m, const Queue& queue) {
+  MatchingLaunch launched = prepared(m);
+  launched.walk.slices = 1;
+  const auto kernel = m.noise.data ? matching_backward_kernel<false> : matching_backward_kernel<true>;
+  launch("matching_backward", kernel, launched, m.rows * launched.walk.tiles, threads_of(m.rule.size), queue);
+}
+
+void add_noise(NoisingArguments n, const Queue& queue) {
+  n.tiles = int(tiles_of(n.size));
+  n.vectors = takes_vectors(n.x0, n.batch) && takes_vectors(n.noise, n.batch) && takes_vectors(n.out, n.batch);
+  launch("add_noise", n.noise.data ? add_noise_kernel<false> : add_noise_kernel<true>, n, n.batch * n.tiles, threads_of(n.size), queue);
+}
+
+std::string matching_why_not(int device) {
+  return load_kernels(device, {code(matching_forward_kernel<false>), code(matching_forward_kernel<true>),
+                               code(matching_backward_kernel<false>), code(matching_backward_kernel<true>),
+                               code(add_noise_kernel<false>), code(add_noise_kernel<true>)});
+}

@@ -1,0 +1,229 @@
+// The policy loss on CUDA, forward and backward; one launch each. A block takes one tile of one velocity row, a thread eight elements.
+#include "policy_loss_cuda.h"
+
+#include "../common/latent_cuda.cuh"
+#include "../common/siblings_cuda.cuh"
+
+namespace {
+
+// What a launch adds to the arguments.
+struct PolicyLaunch {
+  PolicyArguments p;
+  Walk walk;
+  bool vectors;        // whether latents allow 128-bit accesses
+  float* sample_loss;  // (batch,)
+};
+
+FK_DEVICE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
+  return *reinterpret_cast<const StepRow*>(p.edges + sample * p.edge_stride);
+}
+
+FK_DEVICE Place of_sample(const Place& at, int64_t sample) { return {sample, at.first, at.count}; }
+
+// What the samples of a row share, as it lies in memory, the velocity guided; what is not given is 0.
+struct RowGroups {
+  Group x, velocity, old;  // with guidance the velocity is float32
+};
+struct Chunk {
+  Floats x, velocity, old;
+};
+
+template <bool kWhole>
+FK_DEVICE RowGroups load_row(const PolicyArguments& p, const Place& at) {
+  RowGroups row = {load_if_given<kWhole>(p.x_t, at), load_if_given<kWhole>(p.velocity, at), load_if_given<kWhole>(p.old_velocity, at)};
+  if (p.velocity_uncond.data) {
+    const Floats uncond = widen(load<kWhole>(p.velocity_uncond, at), p.velocity_uncond.dtype);
+    Floats velocity = widen(row.velocity, p.velocity.dtype);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) velocity.v[i] = guided_velocity(velocity.v[i], uncond.v[i], p.guidance_scale);
+    row.velocity = narrow(velocity, DType::float32);
+  }
+  return row;
+}
+
+FK_DEVICE Floats velocity_of(const PolicyArguments& p, const RowGroups& row) {
+  return widen(row.velocity, p.velocity_uncond.data ? DType::float32 : p.velocity.dtype);
+}
+
+FK_DEVICE Chunk chunk_of(const PolicyArguments& p, const RowGroups& row) {
+  return {widen(row.x, p.x_t.dtype), velocity_of(p, row), widen(row.old, p.old_velocity.dtype)};
+}
+
+// What a sample has of its own, to be loaded ahead; what it is drawn again from (kDrawn) is not: its registers are needed to draw.
+template <bool kDrawn>
+FK_DEVICE Group load_sample(const PolicyArguments& p, const Place& at, bool is_whole) {
+  return kDrawn ? Group{} : load_group(p.x_next, at, is_whole);
+}
+
+// x_next: as given, or drawn again around the old velocity's mean.
+template <bool kDrawn>
+FK_DEVICE Floats next_of(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk, const Group& group, const Place& at,
+                         bool is_whole) {
+  if constexpr (!kDrawn) {
+    return widen(group, p.x_next.dtype);
+  } else {
+    Floats next;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) next.v[i] = step_mean(edge, chunk.x.v[i], chunk.old.v[i]);
+    if (!(edge.std > 0)) return next;
+    const Floats noise = p.noise.data ? widen(load_group(p.noise, at, is_whole), p.noise.dtype) : normals(p.key, at.sample, at.first);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) next.v[i] = step_draw(edge, next.v[i], noise.v[i]);
+    return next;
+  }
+}
+
+template <Ratio kind>
+FK_DEVICE float ratio_sum(const StepRow& edge, const Chunk& chunk, const Floats& next, int count) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (i < count) sum += ratio_term<kind>(edge, chunk.x.v[i], chunk.velocity.v[i], chunk.old.v[i], next.v[i]);
+  return sum;
+}
+
+FK_DEVICE float ratio_sum(Ratio kind, const StepRow& edge, const Chunk& chunk, const Floats& next, int count) {
+  if (kind == Ratio::sde) return ratio_sum<Ratio::sde>(edge, chunk, next, count);
+  if (kind == Ratio::guard) return ratio_sum<Ratio::guard>(edge, chunk, next, count);
+  return ratio_sum<Ratio::recorded>(edge, chunk, next, count);
+}
+
+// The whole warp: a sample's loss, statistics and slopes; the last sample of all also writes the loss of the batch.
+FK_DEVICE void finish_sample(const PolicyLaunch& launch, int64_t sample, const double (&sums)[kPolicySums]) {
+  const PolicyArguments& p = launch.p;
+  if (lane_index() == 0) {
+    const PolicySample out = policy_sample(p.settings, edge_of(p, sample), sums[0], sums[1], p.advantage[sample],
+                                           p.old_log_prob ? p.old_log_prob[sample] : 0.0f, p.step_weight ? p.step_weight[sample] : 1.0f,
+                                           p.kl_coef ? p.kl_coef[sample] : p.kl_value);
+    p.log_ratio[sample] = out.log_ratio;
+    p.ratio[sample] = out.ratio;
+    p.kl[sample] = out.kl;
+    p.clipped_low[sample] = out.clipped_low;
+    p.clipped_high[sample] = out.clipped_high;
+    p.slopes[2 * sample] = out.slopes[0];
+    p.slopes[2 * sample + 1] = out.slopes[1];
+    launch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : out.loss;
+  }
+  if (p.is_reduced) reduce_loss(p.scratch, launch.sample_loss, p.batch, p.share, p.loss);
+}
+
+FK_DEVICE float kl_sum(const Floats& velocity, const Floats& ref, int count) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (i < count) sum += kl_term(velocity.v[i], ref.v[i]);
+  return sum;
+}
+
+// kDrawn: x_next is drawn again. The registers that takes would cost the usual loss half its threads.
+template <bool kDrawn>
+__global__ void __launch_bounds__(256) policy_forward_kernel(const __grid_constant__ PolicyLaunch launch) {
+  const PolicyArguments& p = launch.p;
+  const RowTile tile = row_tile_of_block(launch.walk);
+  const Place at = place_of_thread(tile.row, tile.tile, p.size);
+  const bool is_whole = launch.vectors && at.count == kGroup;
+  const auto fetch = [&](int64_t sample) { return load_sample<kDrawn>(p, of_sample(at, sample), is_whole); };
+  const RowGroups row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
+  const Group ref = load_group(p.velocity_ref, at, is_whole);
+  const Group only = launch.walk.row ? Group{} : fetch(tile.row);
+  const float kl = p.velocity_ref.data ? kl_sum(velocity_of(p, row), widen(ref, p.velocity_ref.dtype), at.count) : 0.0f;
+  const auto term = [&](int64_t sample, const Group& group, float (&sums)[kPolicySums]) {
+    sums[1] = kl;
+    if (p.settings.ratio == Ratio::on_policy) return;
+    const StepRow edge = edge_of(p, sample);
+    const Chunk chunk = chunk_of(p, row);
+    const Floats next = next_of<kDrawn>(p, edge, chunk, group, of_sample(at, sample), is_whole);
+    sums[0] = ratio_sum(p.settings.ratio, edge, chunk, next, at.count);
+  };
+  const auto finish = [&](int64_t sample, const double (&sums)[kPolicySums]) { finish_sample(launch, sample, sums); };
+  const unsigned used = (p.settings.ratio == Ratio::on_policy ? 0u : 1u) | (p.velocity_ref.data ? 2u : 0u);
+  sum_siblings<kPolicySums>(launch.walk, tile, p.scratch, used, only, fetch, term, finish);
+}
+
+// A slope of 0 is a clipped sample: 0 whatever comes in.
+FK_DEVICE float weight(const PolicyArguments& p, int64_t sample, int which) {
+  const float slope = p.slopes[2 * sample + which];
+  return slope == 0 ? 0.0f : p.grad[sample * p.grad_stride] * slope;
+}
+
+// Nothing is read until a slope asks for it.
+template <bool kDrawn>
+__global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_constant__ PolicyLaunch launch) {
+  const PolicyArguments& p = launch.p;
+  const RowTile tile = row_tile_of_block(launch.walk);
+  const Place at = place_of_thread(tile.row, tile.tile, p.size);
+  const bool is_whole = launch.vectors && at.count == kGroup;
+  RowGroups row = {};
+  Floats gradient = {};
+  bool is_loaded = false;
+  float kl_weight = 0;
+  for_bases(launch.walk, tile.row, [&](int64_t base) {
+    const int64_t mine = base + lane_index();
+    const bool member = is_member(launch.walk, tile.row, mine);
+    const float slope = member ? weight(p, mine, 0) : 0.0f;
+    const float kl_slope = member && p.velocity_ref.data ? weight(p, mine, 1) : 0.0f;
+    for (unsigned left = __ballot_sync(kAllLanes, kl_slope != 0); left; left &= left - 1)
+      kl_weight += __shfl_sync(kAllLanes, kl_slope, __ffs(left) - 1);
+    for (unsigned left = __ballot_sync(kAllLanes, slope != 0); left; left &= left - 1) {
+      const int lane = __ffs(left) - 1;
+      const float scale = __shfl_sync(kAllLanes, slope, lane);
+      if (!is_loaded) row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
+      is_loaded = true;
+      const Place there = of_sample(at, base + lane);
+      const Group group = load_sample<kDrawn>(p, there, is_whole);
+      const StepRow edge = edge_of(p, there.sample);
+      const Chunk chunk = chunk_of(p, row);
+      const Floats next = next_of<kDrawn>(p, edge, chunk, group, there, is_whole);
+      const bool is_old = p.settings.guard && p.old_velocity.data;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        gradient.v[i] += scale * ratio_residual(edge, chunk.x.v[i], is_old ? chunk.old.v[i] : chunk.velocity.v[i], next.v[i]);
+    }
+  });
+  if (kl_weight != 0) {
+    if (!is_loaded) row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
+    const Floats ref = widen(load_group(p.velocity_ref, at, is_whole), p.velocity_ref.dtype), velocity = velocity_of(p, row);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) gradient.v[i] += kl_weight * (velocity.v[i] - ref.v[i]);
+  }
+  store_group(p.grad_velocity, at, is_whole, gradient);
+}
+
+bool all_take_vectors(const PolicyArguments& p) {
+  for (const Latent* latent : {&p.velocity, &p.x_t, &p.old_velocity, &p.velocity_uncond, &p.velocity_ref, &p.grad_velocity})
+    if (!takes_vectors(*latent, p.rows)) return false;
+  return takes_vectors(p.x_next, p.batch) && takes_vectors(p.noise, p.batch);
+}
+
+}  // namespace
+
+void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
+  PolicyLaunch launched = {arguments, {}, false, nullptr};
+  PolicyArguments& p = launched.p;
+  if (p.settings.ratio == Ratio::on_policy) p.x_t = p.x_next = {};  // then the log-ratio needs no data, and maybe nothing does
+  if (p.settings.ratio == Ratio::on_policy && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
+  const int64_t size = p.velocity.data ? p.size : 0;
+  launched.vectors = all_take_vectors(p);
+  launched.walk = walk_of(p.row, p.rows, p.batch, tiles_of(size));
+  launched.sample_loss = p.is_reduced ? p.scratch.partial + p.batch * tiles_of(p.size) * kPolicySums : p.loss;
+  if (size == 0) p.size = 0;
+  const auto kernel = p.settings.ratio == Ratio::on_policy || p.x_next.data ? policy_forward_kernel<false> : policy_forward_kernel<true>;
+  launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles, threads_of(size), queue);
+}
+
+void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
+  PolicyLaunch launched = {arguments, {}, false, nullptr};
+  PolicyArguments& p = launched.p;
+  if (!p.settings.guard && p.x_next.data) p.old_velocity = {};  // needed neither to draw nor for the residual
+  if (p.settings.guard && p.old_velocity.data && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
+  launched.vectors = all_take_vectors(p);
+  launched.walk = walk_of(p.row, p.rows, p.batch, tiles_of(p.size));
+  launched.walk.slices = 1;
+  const auto kernel = p.x_next.data ? policy_backward_kernel<false> : policy_backward_kernel<true>;
+  launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles, threads_of(p.size), queue);
+}
+
+std::string policy_why_not(int device) {
+  return load_kernels(device, {code(policy_forward_kernel<false>), code(policy_forward_kernel<true>),
+                               code(policy_backward_kernel<false>), code(policy_backward_kernel<true>)});
+}

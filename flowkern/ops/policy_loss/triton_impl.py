@@ -1,0 +1,309 @@
+"""The policy loss in Triton: one launch per direction.
+
+A program takes one chunk of one velocity row, with every sample of that row. The last program of a
+sample adds its sums, the last of all makes the statistics and the loss (loss_triton).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowkern.ops._common.arguments import STREAMS, Noise
+from flowkern.ops._common.loss_triton import (
+    advantage_of,
+    arrive,
+    arrive_all,
+    chunk_sum,
+    clipped_policy,
+    finish,
+    log_clip,
+    loss_outputs,
+    loss_scratch,
+    mean_of,
+    next_sample,
+    packed_row,
+    put_down,
+    reduced,
+    row_place,
+    samples_from,
+    share_of,
+)
+from flowkern.ops._common.philox_triton import noise_of, packed_noise
+from flowkern.ops._common.rows_triton import (
+    chunks_of,
+    guided,
+    launch,
+    load,
+    packed_latent,
+    packed_rows,
+    step_mean,
+    store,
+)
+
+# Latents and rows as in rows_triton, source as in philox_triton, the rest as in loss_triton.
+# out:     what loss_outputs makes
+# held:    the chunk of the row: velocity (guided), x_t, old_velocity, velocity_ref
+# scalars: advantage, old_log_prob, step_weight, kl_coef: (B,) float32, or None
+# bounds:  of the log-ratio
+
+_INTEGERS = ["step_value", "key_low", "key_high", "batch", "chunks"]
+
+
+@triton.jit
+def _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK: tl.constexpr):
+    """x_next of a sample, stored or drawn again."""
+    if x_next is not None:
+        value = load(x_next, sample, first, count, BLOCK)
+    else:
+        noise = noise_of(source, sample, first, tl.where(std != 0, count, 0), STREAM, BLOCK)
+        value = tl.where(std != 0, mean_old + std * noise, mean_old)
+    return value
+
+
+@triton.jit
+def _serve(
+    scratch, x_next, source, held, step, sample, place,
+    RECORDED: tl.constexpr, GUARD: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums one sample over the chunk."""
+    v, x, v_old, v_ref = held
+    first = place[2] * BLOCK
+    count = place[4] - first
+    sums = ()
+    if x is not None:
+        mean_old = step_mean(step, x, v_old)
+        std = tl.load(step + 2)
+        e = _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK) - mean_old
+        d = tl.load(step + 1) * (v - v_old)
+        if RECORDED:
+            q = e * e
+        elif GUARD:
+            q = e * d
+        else:
+            q = d * (2.0 * e - d)
+        sums += (chunk_sum(q, count, BLOCK),)
+    if v_ref is not None:
+        drift = v - v_ref
+        sums += (chunk_sum(drift * drift, count, BLOCK),)
+    put_down(scratch, sums, sample, place)
+
+
+@triton.jit
+def _statistics(
+    out, scratch, scalars, bounds, kl_value, guidance_scale, row_ptr, rows_ptr, row_stride, place,
+    OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr, REDUCTION: tl.constexpr,
+):  # fmt: skip
+    """What the means of all samples say, in float64."""
+    loss_ptr, log_ratio_ptr, ratio_ptr, kl_ptr, low_ptr, high_ptr, slopes_ptr = out
+    advantage_ptr, old_log_prob_ptr, step_weight_ptr, kl_coef_ptr = scalars
+    inner = guidance_scale * share_of(place, REDUCTION)
+    total = tl.zeros((128,), tl.float64)
+    begin = 0
+    while begin < place[1]:
+        sample = samples_from(begin, place)
+        step = rows_ptr + sample * row_stride
+        b, std = tl.load(step + 1).to(tl.float64), tl.load(step + 2).to(tl.float64)
+        k, c = tl.load(step + 3).to(tl.float64), tl.load(step + 4)
+        inverse_std = tl.where(std != 0, 1.0 / tl.where(std != 0, std, 1.0), 0.0)
+        log_ratio = tl.zeros((128,), tl.float32)
+        if OFF_POLICY:
+            q = mean_of(scratch, 0, sample, place)
+            if old_log_prob_ptr is not None:  # rounded as the old one was
+                log_ratio = (c - k * q).to(tl.float32) - tl.load(old_log_prob_ptr + sample)
+            else:
+                log_ratio = (q * (inverse_std if GUARD else k)).to(tl.float32)
+        advantage = advantage_of(advantage_ptr, row_ptr, sample, place)
+        loss, slope, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
+        slope *= b * (inverse_std if GUARD else 2.0 * k)
+        if step_weight_ptr is not None:
+            weight = tl.load(step_weight_ptr + sample)
+            loss, slope = loss * weight, slope * weight
+        kl = tl.zeros((128,), tl.float64)
+        kl_slope = kl
+        if KL:
+            coef = kl_value if kl_coef_ptr is None else tl.load(kl_coef_ptr + sample)
+            scale = b * inverse_std * b * inverse_std
+            kl = scale / 2 * mean_of(scratch, OFF_POLICY, sample, place)
+            loss += coef * kl
+            kl_slope = coef * scale
+        tl.store(slopes_ptr + sample * 2, slope * inner)
+        tl.store(slopes_ptr + sample * 2 + 1, kl_slope * inner)
+        tl.store(log_ratio_ptr + sample, log_ratio)
+        tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
+        tl.store(kl_ptr + sample, kl)
+        tl.store(low_ptr + sample, clipped_low)
+        tl.store(high_ptr + sample, clipped_high)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + sample, loss)
+        total = reduced(total, loss, begin, place)
+        begin += 128
+    finish(loss_ptr, scratch, total, place, REDUCTION)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _forward_kernel(
+    out, scratch, scalars, bounds, kl_value,  # out, in: one per sample
+    row_ptr, rows_ptr, row_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
+    noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
+    GUARD: tl.constexpr, REDUCTION: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, place = row_place(batch, chunks, size)
+    first = place[2] * BLOCK
+    count = size - first
+    v, x, v_old, v_ref = None, None, None, None
+    if old is not None or scalars[1] is not None:
+        v = guided(velocity, uncond, guidance_scale, row, first, count, BLOCK)
+        x = load(x_t, row, first, count, BLOCK)
+        v_old = v if old is None else load(old, row, first, count, BLOCK)
+    if ref is not None:
+        v = guided(velocity, uncond, guidance_scale, row, first, count, BLOCK) if v is None else v
+        v_ref = load(ref, row, first, count, BLOCK)
+    held = v, x, v_old, v_ref
+    source = noise, sample_id_ptr, step_ptr, step_value, key_low, key_high
+    RECORDED: tl.constexpr = scalars[1] is not None
+    OFF_POLICY: tl.constexpr = x is not None
+    KL: tl.constexpr = v_ref is not None
+    if row_ptr is None:
+        step = rows_ptr + row * row_stride
+        _serve(scratch, x_next, source, held, step, row, place, RECORDED, GUARD, STREAM, BLOCK)
+        is_last = arrive(scratch, OFF_POLICY + KL, row, place)
+    else:
+        sample = next_sample(row_ptr, None, 0, row, -1, place)
+        while sample < batch:
+            step = rows_ptr + sample * row_stride
+            _serve(
+                scratch, x_next, source, held, step, sample, place, RECORDED, GUARD, STREAM, BLOCK
+            )
+            sample = next_sample(row_ptr, None, 0, row, sample, place)
+        is_last = arrive_all(scratch, OFF_POLICY + KL, row_ptr, row, place)
+    if is_last:
+        _statistics(
+            out, scratch, scalars, bounds, kl_value, guidance_scale, row_ptr, rows_ptr, row_stride,
+            place, OFF_POLICY, KL, GUARD, REDUCTION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _backward_kernel(
+    grad_velocity,  # out
+    grad_ptr, grad_stride, slopes_ptr, row_ptr, rows_ptr, row_stride,
+    x_next, x_t, velocity, uncond, guidance_scale, old, ref,
+    noise, sample_id_ptr, step_ptr, step_value, key_low, key_high,
+    batch, chunks, size,
+    GUARD: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, place = row_place(batch, chunks, size)
+    first = place[2] * BLOCK
+    count = size - first
+    source = noise, sample_id_ptr, step_ptr, step_value, key_low, key_high
+    total = tl.zeros((BLOCK,), tl.float32)
+    sample = next_sample(row_ptr, slopes_ptr, 2, row, -1, place)
+    if sample < batch:
+        v = guided(velocity, uncond, guidance_scale, row, first, count, BLOCK)
+        x = load(x_t, row, first, count, BLOCK)
+        v_old = v if old is None else load(old, row, first, count, BLOCK)
+        if ref is not None:
+            drift = v - load(ref, row, first, count, BLOCK)
+        while sample < batch:
+            step = rows_ptr + sample * row_stride
+            grad = tl.load(grad_ptr + sample * grad_stride)
+            slope = tl.load(slopes_ptr + sample * 2)
+            read = tl.where(slope != 0, count, 0)
+            mean_old = step_mean(step, x, v_old)
+            std = tl.load(step + 2)
+            residual = _next(x_next, source, mean_old, std, sample, first, read, STREAM, BLOCK)
+            residual -= mean_old if GUARD else step_mean(step, x, v)
+            gradient = slope * residual
+            if ref is not None:
+                gradient += tl.load(slopes_ptr + sample * 2 + 1) * drift
+            total += grad * gradient
+            if row_ptr is None:
+                sample = batch.to(tl.int64)
+            else:
+                sample = next_sample(row_ptr, slopes_ptr, 2, row, sample, place)
+    store(grad_velocity, row, first, count, total, BLOCK)
+
+
+def forward(
+    velocity: Tensor,
+    x_t: Tensor,
+    x_next: Tensor | None,
+    rows: Tensor,
+    advantage: Tensor,
+    row: Tensor | None,
+    old_velocity: Tensor | None,
+    old_log_prob: Tensor | None,
+    source: Noise | None,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    velocity_ref: Tensor | None,
+    kl_coef: Tensor | None,
+    kl_value: float,
+    step_weight: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    guard: bool,
+    reduction: str,
+) -> tuple[Tensor, ...]:
+    """loss, log_ratio, ratio, kl, clipped_low, clipped_high, slopes (B, 2)."""
+    batch = advantage.shape[0]
+    off_policy = old_velocity is not None or old_log_prob is not None
+    if not off_policy:  # the log-ratio is 0, whatever the states
+        x_t = x_next = None
+    sums = off_policy + (velocity_ref is not None)
+    chunks = chunks_of(velocity) if sums else 1
+    with torch.cuda.device_of(velocity):
+        out = loss_outputs(batch, 3, 2, reduction, velocity.device)
+        scratch = loss_scratch(batch, sums, chunks, velocity.device)
+    if batch:
+        launch(
+            _forward_kernel, velocity,
+            out, scratch, (advantage, old_log_prob, step_weight, kl_coef),
+            log_clip(clip_low, clip_high), float(kl_value), packed_row(row),
+            *packed_rows(rows),
+            *_latents(x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity,
+                      velocity_ref, source),
+            batch, chunks, programs=velocity.shape[0] * chunks,
+            GUARD=guard, REDUCTION=reduction, STREAM=STREAMS["step"],
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor,
+    slopes: Tensor,
+    velocity: Tensor,
+    x_t: Tensor,
+    x_next: Tensor | None,
+    rows: Tensor,
+    row: Tensor | None,
+    old_velocity: Tensor | None,
+    source: Noise | None,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    velocity_ref: Tensor | None,
+    guard: bool,
+) -> Tensor:
+    grad_velocity = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
+    if velocity.numel():
+        launch(
+            _backward_kernel, velocity,
+            packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes, packed_row(row),
+            *packed_rows(rows),
+            *_latents(x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity,
+                      velocity_ref, source),
+            slopes.shape[0], chunks_of(velocity),
+            GUARD=guard, STREAM=STREAMS["step"],
+        )  # fmt: skip
+    return grad_velocity
+
+
+def _latents(
+    x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity, velocity_ref, source
+) -> tuple:
+    latents = map(packed_latent, (x_next, x_t, velocity, velocity_uncond))
+    anchors = map(packed_latent, (old_velocity, velocity_ref))
+    return *latents, float(guidance_scale), *anchors, *packed_noise(source or Noise())

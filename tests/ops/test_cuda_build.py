@@ -1,0 +1,197 @@
+"""The native CUDA kernels as nvcc builds them, which needs no GPU: registers, spills, the width of
+accesses, the rounding, and a module that imports without a driver.
+
+`python tests/ops/test_cuda_build.py` prints the table for every architecture.
+"""
+
+import importlib.util
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+with mock.patch("setuptools.setup"):  # for its flags: what is looked at is what is installed
+    BUILD = runpy.run_path(str(ROOT / "setup.py"))
+NVCC = BUILD["nvcc"]()
+FIGURES = ("registers", "stack", "spills", "shared", "loads128", "stores128")
+
+# 128-bit accesses per thread: two for a latent, one of which float32 alone takes.
+#   the step: x_t, velocity, velocity_uncond, then noise (and history) | x_next | x_next
+#   the losses load a given sample in two places, to be ahead of its sums
+ACCESSES = {
+    "sde_draw_kernel<0>": (8, 4),  # x_next and x0 are stored
+    "sde_draw_kernel<3>": (14, 4),
+    "sde_replay_kernel": (8, 0),
+    "sde_replay_backward_kernel": (8, 2),
+    "fill_philox_kernel": (0, 2),
+    "policy_forward_kernel<0>": (14, 0),
+    "policy_forward_kernel<1>": (12, 0),
+    "policy_backward_kernel<0>": (12, 2),
+    "policy_backward_kernel<1>": (12, 2),
+    "matching_forward_kernel<0>": (16, 0),
+    "matching_forward_kernel<1>": (12, 0),
+    "matching_backward_kernel<0>": (12, 2),
+    "matching_backward_kernel<1>": (10, 2),
+    "add_noise_kernel<0>": (4, 2),
+    "add_noise_kernel<1>": (2, 2),
+}
+
+
+def cuobjdump():
+    """The toolkit's, or the one that Triton bundles."""
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton else ROOT
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(bundled))
+
+
+pytestmark = pytest.mark.skipif(
+    not (NVCC and cuobjdump()), reason="needs nvcc, and cuobjdump of its toolkit or of Triton"
+)
+
+
+def compiled(arch, folder):
+    """Object files of all kernels, with PTX."""
+
+    def compile(source):
+        target = folder / f"{Path(source).stem}_{arch}.o"
+        code = f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
+        command = [NVCC, *BUILD["CUDA_COMMON"], code, "-c", ROOT / source, "-o", target]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile, BUILD["CUDA_KERNELS"]))
+
+
+def dump(path, flag):
+    command = [cuobjdump(), flag, str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def kernel_of(mangled):
+    """name, or name<first template argument>."""
+    names = "|".join({kernel.split("<")[0] for kernel in ACCESSES})
+    name, argument = re.search(rf"({names})(?:IL[a-z](\d)E)?", mangled).groups()
+    return name if argument is None else f"{name}<{argument}>"
+
+
+def by_kernel(text, marker):
+    """{kernel: what follows its marker}."""
+    parts = re.split(marker, text)[1:]
+    return {kernel_of(name): body for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def report(objects):
+    """{kernel: FIGURES}: bytes of stack and shared memory, instructions that spill."""
+    table = {}
+    for path in objects:
+        usage = by_kernel(dump(path, "-res-usage"), r"Function (\S+):")
+        sass = by_kernel(dump(path, "-sass"), r"Function : (\S+)")
+        for kernel, code in sass.items():
+            figures = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[kernel]))
+            loads, stores = (
+                len(re.findall(rf"\b{op}\.E\S*\.128\b", code)) for op in ("LDG", "STG")
+            )
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+            stack = int(figures["STACK"]) + int(figures["LOCAL"])
+            shared = int(figures["SHARED"])
+            values = (int(figures["REG"]), stack, spills, shared, loads, stores)
+            table[kernel] = dict(zip(FIGURES, values, strict=True))
+    return table
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    return compiled("90", tmp_path_factory.mktemp("cuda"))
+
+
+def test_no_spills_and_latents_in_128_bit_accesses(objects):
+    table = report(objects)
+    assert table.keys() == ACCESSES.keys()
+    for kernel, found in table.items():
+        assert found["spills"] == found["stack"] == 0, (kernel, found)
+        # At image size, 8 x 65,536, all 512 blocks of 128 threads run at once on 132 processors.
+        assert found["registers"] <= 128, (kernel, found)
+        loads, stores = ACCESSES[kernel]
+        assert found["loads128"] >= loads and found["stores128"] == stores, (kernel, found)
+
+
+def test_arithmetic_is_ieee_without_contraction(objects):
+    """Where no noise is made no multiply-add may be fused: in noise the source asks for each."""
+    kernels = {}
+    for path in objects:
+        kernels |= by_kernel(dump(path, "-ptx"), r"\.entry (\S+)\(")
+    assert kernels.keys() == ACCESSES.keys()
+    makes_noise = {k for k in kernels if k.endswith("<1>")} | {"fill_philox_kernel"}
+    makes_noise |= {"sde_draw_kernel<0>", "sde_draw_kernel<3>"}
+    for kernel, ptx in kernels.items():
+        arithmetic = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f32\b", ptx))
+        allowed = r"(mul|add|sub|div)\.rn\.f32" + (
+            r"|fma\.rn\.f32|sqrt\.rn\.f32" * (kernel in makes_noise)
+        )
+        assert all(re.fullmatch(allowed, a) for a in arithmetic), (kernel, arithmetic)
+        assert ("sqrt.rn.f32" in arithmetic) == (kernel in makes_noise), kernel
+
+
+def test_one_atomic_to_arrive_with_and_no_other(objects):
+    for path in objects:
+        for kernel, ptx in by_kernel(dump(path, "-ptx"), r"\.entry (\S+)\(").items():
+            found = set(re.findall(r"\b(?:atom|red)\.\S+", ptx))
+            adds_up = "forward" in kernel or kernel.startswith(("sde_draw", "sde_replay_kernel"))
+            assert found == ({"atom.acq_rel.gpu.global.add.s32"} if adds_up else set()), kernel
+
+
+def test_the_module_imports_without_a_driver_and_a_launch_raises(objects, tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    library = tmp_path / "_cuda.so"
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", *includes]
+    command += [ROOT / "csrc/cuda_module.cpp", *objects, BUILD["cuda_runtime"](NVCC)]
+    command += ["-ldl", "-lrt", "-lpthread", "-o", library]
+    subprocess.run(list(map(str, command)), check=True)
+    code = (
+        "import importlib.util as u, sys; spec = u.spec_from_file_location('_cuda', sys.argv[1]);"
+        "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.tiles_of(65536));"
+        "reason = m.why_not(0); print(reason or 'a device');"
+        "reason and m.fill_philox((0, 0), 1, 8, 16, (0, 16, 0, 0, 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True)
+    assert done.stdout.startswith("64\n"), done.stderr
+    if "a device" not in done.stdout:
+        assert done.returncode == 1 and "RuntimeError: flowkern: cuda" in done.stderr
+
+
+def test_architectures_are_checked(monkeypatch):
+    monkeypatch.setenv("FLOWKERN_CUDA_ARCHS", "8.0 90a")
+    assert BUILD["cuda_archs"]() == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    monkeypatch.setenv("FLOWKERN_CUDA_ARCHS", "hopper")
+    with pytest.raises(SystemExit, match="FLOWKERN_CUDA_ARCHS: expected"):
+        BUILD["cuda_archs"]()
+
+
+def main():
+    import tempfile
+
+    cells = "{:30}{:>7}" + "{:>11}" * len(FIGURES)
+    print(cells.format("kernel", "arch", *FIGURES))
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in BUILD["CUDA_ARCHS"]:
+            for kernel, found in report(compiled(arch, Path(folder))).items():
+                print(cells.format(kernel, f"sm_{arch}", *found.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
