@@ -12,6 +12,12 @@ COLORS |= {
     "plain PyTorch, one group at a time": "#55a868",
 }
 COLORS |= {"plain PyTorch, one sample at a time": "#a3d1ad"}
+COLORS |= {
+    "diffusers": "#8172b3",
+    "torch.randn": "#937860",
+    "torch.randn, buffer reused": "#bfae9e",
+}
+COLORS |= {"eager, recorded": "#c9d6ea"}
 
 
 def plot(result: dict, path: Path) -> None:
@@ -68,7 +74,8 @@ def cases(result: dict) -> dict[str, list[dict]]:
         dtype = "" if row["dtype"] == "float32" else f" ({row['dtype']})"
         prefix = {
             "training_step": "training step: ",
-            "policy_loss": "policy loss, no kernel yet: ",
+            "policy_loss": "policy loss: ",
+            "matching_loss": "matching loss: ",
         }.get(row["op"], "")
         grouped.setdefault(f"{prefix}{row['case']}{dtype}", []).append(row)
     return grouped

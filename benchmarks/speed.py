@@ -19,7 +19,7 @@ import torch
 from harness import ROOT, describe_machine, device_slug, measure_bandwidths, run_case
 
 SECTIONS = {
-    "Kernels": ("bench_sde_step", "bench_policy_loss"),
+    "Kernels": ("bench_sde_step", "bench_policy_loss", "bench_matching_loss"),
     "One training step": ("bench_training_step",),
 }
 

@@ -28,9 +28,11 @@ GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float
 def small_tiles(monkeypatch):
     """Several chunks per sample at small sizes, for the interpreter; a GPU runs what users run."""
     if INTERPRETED:
+        from flowkern.ops._common import rows_triton
         from flowkern.ops.sde_step import triton_impl
 
-        monkeypatch.setattr(triton_impl, "tile", lambda size: (256, 1))
+        for module in (rows_triton, triton_impl):  # who launches, and who makes room for the sums
+            monkeypatch.setattr(module, "tile", lambda size: (256, 1))
 
 
 def latent(*shape, dtype=torch.float32, seed=0):

@@ -21,6 +21,7 @@ from flowkern.ops._common.rows_triton import (
     guided,
     launch,
     load,
+    ordered_total,
     packed_latent,
     packed_rows,
     step_mean,
@@ -41,15 +42,9 @@ def _log_prob(result, row, residual, sample, chunk, chunks, size, BLOCK: tl.cons
     residual = tl.where(tl.arange(0, BLOCK) < size - chunk * BLOCK, residual, 0.0)
     tl.store(sums_ptr + chunk, tree_sum(residual * residual))
     if tl.atomic_add(arrivals_ptr + sample, 1, sem="acq_rel") == chunks - 1:
-        lane = tl.arange(0, 1024)
-        total = tl.zeros((1024,), tl.float64)
-        begin = 0
-        while begin < chunks:
-            sums = tl.load(sums_ptr + begin + lane, mask=lane < chunks - begin, other=0.0)
-            total += sums.to(tl.float64)
-            begin += 1024
         k, c = tl.load(row + 3).to(tl.float64), tl.load(row + 4).to(tl.float64)
-        tl.store(log_prob_ptr + sample, (c - k * (tree_sum(total) / size)).to(tl.float32))
+        log_prob = c - k * (ordered_total(sums_ptr, chunks) / size)
+        tl.store(log_prob_ptr + sample, log_prob.to(tl.float32))
         tl.store(arrivals_ptr + sample, 0)
 
 

@@ -1,0 +1,401 @@
+"""The Triton kernels of the losses against the reference in float64, and their laws.
+
+On a GPU, or in Triton's interpreter, where test_triton_interpreted.py runs this file.
+"""
+
+import os
+
+import pytest
+import torch
+
+import flowkern as fk
+from flowkern.ops.matching_loss import add_noise, matching_loss
+from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
+WHY_NOT = fk.backends(DEVICE)["triton"]
+pytestmark = pytest.mark.gpu
+if WHY_NOT is not None:
+    pytest.skip(WHY_NOT, allow_module_level=True)
+
+from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
+from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
+from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
+ROW = torch.tensor([1, 0, 1, 1], device=DEVICE)  # row 2 of three has no sample
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several chunks per sample at small sizes, for the interpreter; a GPU runs what users run."""
+    if INTERPRETED:
+        monkeypatch.setattr(rows_triton, "tile", lambda size: (256, 1))
+
+
+@pytest.fixture(autouse=True)
+def arrivals(monkeypatch):
+    """Kernels leave the counters at 0: one set serves every launch of a test, as on a GPU."""
+    kept = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(loss_triton, "arrivals_of", lambda batch, device: kept)
+    yield
+    assert not kept.any()
+
+
+def latent(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def per_sample(batch, seed=0):
+    return latent(batch, seed=100 + seed)
+
+
+def key(batch):
+    return {"seed": 3, "sample_id": torch.arange(batch, device=DEVICE) * 977 + 5, "step": 4}
+
+
+def policy_problem(batch, *size, dtype=torch.float32, row=None, drift=0.1, **more):
+    """Arguments of policy_loss as keywords: off policy, so that some samples are clipped."""
+    rows = batch if row is None else 3
+    old = latent(rows, *size, dtype=dtype, seed=2)
+    arguments = {
+        "velocity": (old.float() + drift * latent(rows, *size, seed=3)).to(dtype),
+        "x_t": latent(rows, *size, dtype=dtype, seed=1),
+        "x_next": latent(batch, *size, dtype=dtype, seed=4),
+        "c_rows": GRID[torch.arange(batch, device=DEVICE) % 9],
+        "advantage": per_sample(batch),
+        "row": row,
+        "old_velocity": old,
+    }
+    return arguments | _of_rows(rows, more)
+
+
+def _of_rows(rows, more):
+    anchors = ("velocity_ref", "velocity_ema", "velocity_uncond")
+    return {name: x[:rows] if name in anchors else x for name, x in more.items()}
+
+
+def matching_problem(batch, *size, dtype=torch.float32, row=None, drift=0.1, **more):
+    rows = batch if row is None else 3
+    old = latent(rows, *size, dtype=dtype, seed=2)
+    arguments = {
+        "velocity": (old.float() + drift * latent(rows, *size, seed=3)).to(dtype),
+        "x0": latent(batch, *size, dtype=dtype, seed=1),
+        "sigma": torch.linspace(0.1, 1, batch, device=DEVICE),
+        "advantage": per_sample(batch).clamp(-1, 1),
+        "row": row,
+        "noise": latent(batch, *size, seed=4),
+        "old_velocity": old,
+        "clip_low": 0.01,
+        "clip_high": 0.01,
+    }
+    return arguments | _of_rows(rows, more)
+
+
+def differentiated(loss, arguments, weight, **more):
+    """The fields of a loss, and its gradient."""
+    arguments = {"backend": "triton"} | arguments | more
+    velocity = arguments["velocity"].clone().requires_grad_()
+    out = loss(**arguments | {"velocity": velocity})
+    (out.loss * weight).sum().backward()
+    return [x.detach() for x in out], velocity.grad
+
+
+def wide(value):
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    return Coefficients(value.table.double()) if isinstance(value, Coefficients) else value
+
+
+def check(loss, arguments):
+    """Every field and the gradient: within twice the float32 reference's error of float64, or,
+    where that was lucky, within four roundings of the largest value.
+    """
+    weight = 1.7
+    if arguments.get("reduction") == "none":
+        weight = per_sample(len(arguments["advantage"]), seed=7)
+    dtype = arguments["velocity"].dtype
+    got, gradient = differentiated(loss, arguments, weight)
+    plain, plain_gradient = differentiated(loss, arguments, weight, backend="reference")
+    exact = {name: wide(value) for name, value in arguments.items()}
+    true, true_gradient = differentiated(loss, exact, weight, backend="reference")
+    got, plain, true = [*got, gradient], [*plain, plain_gradient], [*true, true_gradient]
+    for ours, theirs, truth in zip(got, plain, true, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        if truth.dtype == torch.bool:
+            assert torch.equal(ours, truth)
+            continue
+        rounding = torch.finfo(dtype if ours is gradient else torch.float32).eps
+        error, allowed = ((x.double() - truth).abs().max() for x in (ours, theirs))
+        assert error <= max(2 * allowed, 4 * rounding * truth.abs().max())
+    return got
+
+
+KEY = key(4)
+REF, EMA, UNCOND = (latent(4, 7, 11, 5, seed=seed) for seed in (6, 7, 8))
+POLICY = {
+    "old velocity": {},
+    "guard": {"ratio": "guard", "reduction": "sum"},
+    "on policy": {"old_velocity": None},
+    "on policy, guard": {"old_velocity": None, "ratio": "guard"},
+    "recorded": {"old_velocity": None, "old_log_prob": per_sample(4), "clip_high": 0.5},
+    "drawn again": {"x_next": None} | KEY,
+    "drawn again, guard": {"x_next": None, "ratio": "guard"} | KEY,
+    "noise given": {"x_next": None, "noise": latent(4, 7, 11, 5, seed=5)},
+    "one edge": {"c_rows": GRID[3]},
+    "weights": {"reduction": "none", "step_weight": per_sample(4, 1)},
+    "kl": {"velocity_ref": REF, "kl_coef": 0.3},
+    "kl per sample, on policy": {
+        "old_velocity": None,
+        "velocity_ref": REF,
+        "kl_coef": per_sample(4, 2).abs(),
+        "reduction": "none",
+    },
+    "guided": {"velocity_uncond": UNCOND, "guidance_scale": 4.5},
+    "all": {
+        "x_next": None,
+        "velocity_ref": REF,
+        "kl_coef": 0.1,
+        "step_weight": per_sample(4, 1),
+        "velocity_uncond": UNCOND,
+        "guidance_scale": 4.5,
+    }
+    | KEY,
+}
+
+
+@pytest.mark.parametrize("name", POLICY)
+@pytest.mark.parametrize("row", [None, ROW], ids=["own rows", "siblings"])
+def test_policy_loss(name, row):
+    check(fk.policy_loss, policy_problem(4, 7, 11, 5, row=row, **POLICY[name]))
+
+
+MATCHING = {
+    f"awm, {weighting}": {"weighting": weighting} for weighting in ("uniform", "t", "ghuber")
+} | {
+    "awm, unclipped": {"clip_low": 1.0, "clip_high": 1.0, "reduction": "sum"},
+    "awm, on policy": {"old_velocity": None},
+    "awm, drawn": {"noise": None} | KEY,
+    "awm, anchors": {
+        "velocity_ref": REF,
+        "velocity_ema": EMA,
+        "ref_coef": 0.3,
+        "ema_coef": 0.2,
+        "reduction": "none",
+    },
+    "nft": {"objective": "nft"},
+    "nft, on policy": {"objective": "nft", "old_velocity": None, "reduction": "sum"},
+    "nft, anchor of no weight": {"objective": "nft", "velocity_ref": REF},
+    "nft, all": {
+        "objective": "nft",
+        "noise": None,
+        "velocity_ref": REF,
+        "velocity_ema": EMA,
+        "ref_coef": 0.3,
+        "ema_coef": 0.2,
+    }
+    | KEY,
+}
+
+
+@pytest.mark.parametrize("name", MATCHING)
+@pytest.mark.parametrize("row", [None, ROW], ids=["own rows", "siblings"])
+def test_matching_loss(name, row):
+    check(matching_loss, matching_problem(4, 7, 11, 5, row=row, **MATCHING[name]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1,), (4, 64), (257,)])
+def test_dtypes_and_sizes(dtype, size):
+    """A size of one, of a tile, of a tile and one. States in float32 with a velocity below, too."""
+    check(fk.policy_loss, policy_problem(3, *size, dtype=dtype, ratio="guard"))
+    check(matching_loss, matching_problem(3, *size, dtype=dtype, objective="nft"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noising_rounds_as_the_reference(dtype):
+    x0, sigma = latent(3, 300, dtype=dtype), torch.linspace(0, 1, 3, device=DEVICE)
+    noise = fk.philox_normal(x0.shape, **key(3), stream="match", backend="reference")
+    for source in ({"noise": noise}, key(3)):
+        got, expected = (
+            add_noise(x0, sigma, **source, backend=backend) for backend in ("triton", "reference")
+        )
+        if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts where hardware rounds
+            assert torch.allclose(got.float(), expected.float(), rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(got, expected)
+
+
+LOSSES = [
+    (fk.policy_loss, policy_problem),
+    (matching_loss, matching_problem),
+    (matching_loss, lambda *a, **k: matching_problem(*a, **k, objective="nft")),
+]
+laws_of_both = pytest.mark.parametrize("loss, problem", LOSSES, ids=["policy", "awm", "nft"])
+
+
+def same(got, expected):
+    return all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@laws_of_both
+def test_siblings_have_the_bits_of_repeated_rows(loss, problem):
+    """Rows without samples, and more samples than a search for siblings looks at in one go."""
+    row = torch.arange(35, device=DEVICE) % 2
+    row[7] = 0
+    shared = problem(35, 60, row=row)
+    copies = shared | {"row": None, "velocity": shared["velocity"][row]}
+    copies |= {n: shared[n][row] for n in ("x_t", "old_velocity") if n in shared}
+    out, gradient = differentiated(loss, shared, 1.0)
+    repeated, gradients = differentiated(loss, copies, 1.0)
+    assert same(out, repeated)
+    expected = torch.zeros_like(gradient)
+    for sample, its_row in enumerate(row.tolist()):  # in ascending order
+        expected[its_row] += gradients[sample]
+    assert torch.equal(gradient, expected) and (gradient[2] == 0).all()
+
+
+@laws_of_both
+def test_a_sample_depends_on_itself_alone(loss, problem):
+    arguments = problem(5, 600, reduction="none")
+    out, gradient = differentiated(loss, arguments, 1.0)
+    index = torch.tensor([3, 1], device=DEVICE)
+    is_per_sample = lambda x: isinstance(x, torch.Tensor | Coefficients)  # noqa: E731
+    part = {n: x[index] if is_per_sample(x) else x for n, x in arguments.items()}
+    some, some_gradient = differentiated(loss, part, 1.0)
+    assert same(some, [x[index] for x in out]) and torch.equal(some_gradient, gradient[index])
+
+
+@laws_of_both
+def test_any_strides(loss, problem):
+    arguments = problem(3, 15, 20)
+    strided = {
+        n: x.transpose(1, 2).contiguous().transpose(1, 2)
+        if isinstance(x, torch.Tensor) and x.ndim > 1
+        else x
+        for n, x in arguments.items()
+    }
+    strided["velocity"] = torch.stack([arguments["velocity"]] * 2, 1)[:, 1]  # samples apart
+    strided["advantage"] = torch.stack([arguments["advantage"]] * 2, 1)[:, 1]
+    out, gradient = differentiated(loss, arguments, 1.0)
+    again, gradients = differentiated(loss, strided, 1.0)
+    assert same(out, again) and torch.equal(gradient, gradients)
+
+
+@laws_of_both
+@pytest.mark.parametrize("batch, size", [(0, 5), (2, 0)])
+def test_nothing_to_do(loss, problem, batch, size):
+    for row in (None, torch.zeros(batch, dtype=torch.int64, device=DEVICE)):
+        for reduction in ("mean", "none"):
+            arguments = problem(batch, size, row=row, reduction=reduction)
+            out, gradient = differentiated(loss, arguments, 1.0)
+            expected, _ = differentiated(loss, arguments, 1.0, backend="reference")
+            for x, y in zip(out, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+            assert gradient.shape == arguments["velocity"].shape and not gradient.any()
+
+
+@laws_of_both
+def test_nan_reaches_the_loss(loss, problem):
+    for name in ("velocity", "old_velocity", "advantage"):
+        arguments = problem(3, 300, reduction="none")
+        arguments[name][1] = float("nan")
+        (value, *_), _ = differentiated(loss, arguments, 1.0)
+        assert value.isnan().tolist() == [False, True, False]
+
+
+@laws_of_both
+def test_a_row_out_of_range_is_nan_and_harms_no_other(loss, problem, monkeypatch):
+    """On a GPU nobody looks at rows; here the check is taken out."""
+    monkeypatch.setattr("flowkern.ops._common.arguments._check_range", lambda *_: None)
+    row = torch.tensor([0, 7, 1, -1], device=DEVICE)
+    arguments = problem(4, 300, row=row, reduction="none")
+    out = loss(**arguments, backend="triton")
+    assert out.loss.isnan().tolist() == [False, True, False, True]
+    assert loss(**arguments | {"reduction": "mean"}, backend="triton").loss.isnan()
+
+
+def test_on_policy_ratio_is_exactly_one():
+    arguments = policy_problem(3, 600, velocity_uncond=UNCOND.flatten(1)[:3, :1].expand(3, 600))
+    arguments |= {"guidance_scale": 2.0, "old_velocity": None}
+    inputs = {n: arguments[n] for n in ("x_t", "velocity", "c_rows", "velocity_uncond")}
+    x_next, log_prob = fk.sde_step(**inputs, guidance_scale=2.0, **key(3), backend="triton")
+    arguments["x_next"] = x_next
+    gradients = []
+    for old in (None, log_prob):
+        out, gradient = differentiated(fk.policy_loss, arguments, 1.0, old_log_prob=old)
+        assert (out[1] == 0).all() and (out[2] == 1).all()
+        gradients.append(gradient)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.parametrize("ratio", ["sde", "guard"])
+def test_drawn_again_is_as_stored(ratio):
+    arguments = policy_problem(4, 600, ratio=ratio)
+    arguments["c_rows"].table[2] = step_coefficients(sd3_sigmas(10), "ode", 0.0).table[4].float()
+    inputs = arguments["x_t"], arguments["old_velocity"], arguments["c_rows"]
+    arguments["x_next"], _ = fk.sde_step(*inputs, **KEY, backend="triton")
+    stored = differentiated(fk.policy_loss, arguments, 1.0)
+    drawn = differentiated(fk.policy_loss, arguments | KEY | {"x_next": None}, 1.0)
+    assert same(stored[0], drawn[0]) and torch.equal(stored[1], drawn[1])
+    assert stored[0][1][2] == 0 and not stored[1][2].any()  # no density, no gradient
+
+
+def test_what_has_no_slope_is_not_read():
+    """Clipped samples do not read x_next, rows of none but such read nothing: NaN stays out."""
+    arguments = policy_problem(4, 600, row=ROW, drift=0.5)
+    velocity, x_t, x_next, rows = (arguments[n] for n in ("velocity", "x_t", "x_next", "c_rows"))
+    slopes = torch.tensor([[1.0, 0], [0, 0], [0, 0], [2, 0]], device=DEVICE)
+    grad = torch.ones((), device=DEVICE)
+    rest = (rows.table, ROW, None, None, None, 1.0, None, False)
+    expected = policy.backward(grad, slopes, velocity, x_t, x_next, *rest)
+    assert expected[1].any() and not expected[0].any()
+    x_next[1:3], x_t[0], velocity[0] = float("nan"), float("nan"), float("nan")
+    assert torch.equal(policy.backward(grad, slopes, velocity, x_t, x_next, *rest), expected)
+
+
+def test_anchors_without_slope_are_not_read():
+    poison = torch.full((2, 600), float("nan"), device=DEVICE)
+    velocity, x0, noise = (latent(2, 600, seed=seed) for seed in range(3))
+    slopes = torch.tensor([[0, 0, 1.0, 0], [1, 0, 0, 0]], device=DEVICE)
+    grad = torch.ones((), device=DEVICE)
+    got = []
+    for x in (x0, torch.cat([poison[:1], x0[1:]])):
+        for ref in (noise, torch.cat([noise[:1], poison[1:]])):
+            source = fk.ops._common.arguments.Noise(given=noise)
+            rest = (None, None, source, True, poison, ref, poison)
+            got.append(matching.backward(grad, slopes, velocity, x, *rest))
+    assert torch.equal(got[0][0], velocity[0] - noise[0])
+    assert all(torch.equal(x, got[0]) for x in got)
+
+
+def test_deterministic_in_whatever_order_programs_run():
+    arguments = policy_problem(4, 1500 if INTERPRETED else 70_000)
+    first = differentiated(fk.policy_loss, arguments, 1.0)
+    for _ in range(1 if INTERPRETED else 20):
+        again = differentiated(fk.policy_loss, arguments, 1.0)
+        assert same(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@laws_of_both
+def test_in_a_cuda_graph(loss, problem):
+    """Captured once, run on new values: as the eager call, each time."""
+    arguments = problem(3, 70_000)
+    velocity = arguments["velocity"].requires_grad_()
+
+    def both_passes():
+        out = loss(**arguments, backend="triton")
+        return out.loss, torch.autograd.grad(out.loss, velocity)[0]
+
+    both_passes()  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_passes()
+    for seed in range(3):
+        with torch.no_grad():
+            velocity.copy_(latent(3, 70_000, seed=seed))
+        graph.replay()
+        assert same(captured, both_passes())
