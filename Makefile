@@ -1,4 +1,4 @@
-# make speed | test | train | lint.   VENV=none uses the Python that is there and installs nothing.
+# make speed | test | train | lint | fuzz | sanitize | gpu | wheel.   VENV=none uses the Python that is there and installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 FLOWKERN_BUILD ?= auto
@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(FLOWKERN_BUILD)
 endif
 
-.PHONY: speed test train lint native clean
+.PHONY: speed test train lint fuzz sanitize gpu wheel native clean
 
 speed: $(READY)
 	$(RUN) benchmarks/speed.py $(ARGS)
@@ -26,6 +26,31 @@ train: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Random calls against float64 and, in sanitize, for memory errors and undefined behavior: make fuzz CALLS=1000 ARGS="--seed 7"
+CALLS ?= 10000
+fuzz: $(READY)
+	$(RUN) scripts/fuzz_kernels.py --calls $(CALLS) $(ARGS)
+
+# A module of its own in build/sanitize. The interpreter does not know of the sanitizers: they are loaded before it, and libstdc++
+# with them, whose exceptions they watch. Its own leaks are not ours.
+SANITIZED = build/sanitize/lib
+WATCHED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:exitcode=99 PYTHONPATH=$(CURDIR)/$(SANITIZED)
+WATCHED_PYTHON = $(WATCHED) $(if $(filter none,$(VENV)),$(PYTHON),$(VENV)/bin/python)
+sanitize: $(READY)
+	FLOWKERN_BUILD=cpu FLOWKERN_SANITIZE=1 $(RUN) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	$(WATCHED_PYTHON) -P -c "from flowkern import _cpu; assert 'sanitize' in _cpu.__file__, _cpu.__file__"
+	$(WATCHED_PYTHON) scripts/fuzz_kernels.py --calls $(CALLS) $(ARGS)
+	$(WATCHED_PYTHON) -P -m pytest -q -p no:cacheprovider tests/ops/test_properties.py tests/ops/test_hazards.py -k "not compil"
+
+# Tests, benchmark and compute-sanitizer on a CUDA device, with the Python that is there; 8 minutes at most.
+gpu:
+	@PYTHON=$(PYTHON) scripts/gpu.sh
+
+# A manylinux wheel with the CPU kernels, tested where nothing of the tree is in reach; it goes to dist/.
+wheel: $(READY)
+	$(RUN) scripts/build_wheel.py $(ARGS)
 
 # The pinned torch first: whatever else wants a torch then takes that one.
 $(VENV)/.ready-$(FLOWKERN_BUILD): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
@@ -41,4 +66,4 @@ native:
 	$(RUN) -c "import flowkern; print('backends:', flowkern.backends())"
 
 clean:
-	rm -rf build *.egg-info flowkern/*.so $(VENV)/.ready-* .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info flowkern/*.so $(VENV)/.ready-* .pytest_cache .ruff_cache

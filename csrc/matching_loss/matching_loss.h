@@ -76,11 +76,11 @@ FK_INLINE double awm_slope(int weighting, double t, double m) {
 }
 
 // max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)); a tie keeps the gradient. On policy log_ratio is exactly 0, but NaN where
-// M is not finite.
+// M is NaN.
 FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
                         MatchingResult& result) {
-  const double log_ratio =
-      rule.has_old ? awm_log_ratio(rule.weighting, t, mean.squares, mean.old_squares, mean.drift) : 0.0 * mean.squares;
+  double log_ratio = mean.squares == mean.squares ? 0.0 : mean.squares;
+  if (rule.has_old) log_ratio = awm_log_ratio(rule.weighting, t, mean.squares, mean.old_squares, mean.drift);
   const double low = log1p(-rule.clip_low), high = log1p(rule.clip_high);
   result.clipped_high = advantage > 0 && log_ratio > high;
   result.clipped_low = advantage < 0 && log_ratio < low;

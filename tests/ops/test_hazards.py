@@ -207,3 +207,33 @@ def test_policy_loss_of_edges_without_noise_and_of_nothing():
         fk.policy_loss(V, X, NOISE, C[3], a, velocity_ref=X, kl_coef=float("nan"))
     with pytest.raises(TypeError, match="row: expected an integer tensor"):
         fk.policy_loss(V, X, NOISE, C[3], a, row=1)
+
+
+# ---- found by random calls ----
+
+
+def test_values_of_a_wrong_kind_are_named():
+    complex_ids = torch.ones(2, dtype=torch.complex64)
+    matching = {"noise": NOISE, "backend": "reference"}
+    for name, error, call in (
+        ("sample_id", TypeError, lambda: fk.philox_normal((2, 4), 0, complex_ids, 0)),
+        ("shape", ValueError, lambda: fk.philox_normal("ab", 0, [0, 1], 0)),
+        ("x_t", TypeError, lambda: fk.sde_step("text", V, C[0], **KEY)),
+        ("history", TypeError, lambda: fk.sde_step(X, V, C[0], **KEY, history=3)),
+        ("row", TypeError, lambda: fk.policy_loss(V, X, X, C[0], X[:, 0], row=complex_ids)),
+        ("clip_low", ValueError, lambda: fk.policy_loss(V, X, X, C[0], X[:, 0], clip_low=None)),
+        ("clip_high", ValueError, lambda: fk.policy_loss(V, X, X, C[0], X[:, 0], clip_high="x")),
+        ("row", TypeError, lambda: fk.matching_loss(V, X, 0.5, X[:, 0], complex_ids, **matching)),
+    ):
+        with pytest.raises(error, match=f"^{name}: expected"):
+            call()
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "t", "ghuber"])
+def test_on_policy_ratio_is_one_though_the_matching_error_overflows(backend, weighting):
+    """Squares of 1e25 are past float32: the ratio of a policy to itself is 1 all the same."""
+    out = fk.matching_loss(
+        1e25 * V, X, 0.5, torch.ones(2), noise=NOISE, weighting=weighting, backend=backend
+    )
+    assert out.matching.isinf().all()
+    assert (out.log_ratio == 0).all() and (out.ratio == 1).all() and out.loss == -1

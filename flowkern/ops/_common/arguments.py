@@ -16,6 +16,7 @@ from flowkern.schedules import Coefficients
 from .dispatch import is_tracing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_STEP = 2**28
 STREAMS = {"init": 0, "step": 1, "match": 2}
 
@@ -75,8 +76,7 @@ def check_index(name: str, index: Tensor, count: int, device: torch.device) -> T
 
     Values are looked at on the CPU; on CUDA only with FLOWKERN_DEBUG=1, as that synchronizes.
     """
-    is_index = isinstance(index, Tensor) and not index.is_floating_point() and index.ndim == 1
-    if not is_index or index.dtype == torch.bool:
+    if not isinstance(index, Tensor) or index.dtype not in INTEGERS or index.ndim != 1:
         raise TypeError(f"{name}: expected an integer tensor of shape (B,), got {_describe(index)}")
     if index.device != device:
         raise ValueError(f"{name}: expected device {device}, got {index.device}")
@@ -234,7 +234,7 @@ def _ids(name: str, value, batch: int, device: torch.device) -> Tensor:
         value = torch.tensor(value, device=device) if value else torch.zeros(0, dtype=torch.int64)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor of shape ({batch},), got {value!r}")
-    if value.is_floating_point() or value.dtype == torch.bool:
+    if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
     if value.shape != (batch,):
         raise ValueError(f"{name}: expected shape ({batch},), got {tuple(value.shape)}")

@@ -185,7 +185,8 @@ def philox_normal(
     Returns:
         (B, *D) float32.
     """
-    if not isinstance(shape, Sequence) or len(shape) < 2 or any(n < 0 for n in shape):
+    is_shape = isinstance(shape, Sequence) and all(isinstance(n, int) and n >= 0 for n in shape)
+    if not is_shape or len(shape) < 2:
         raise ValueError(f"shape: expected (B, *D) with at least two dimensions, got {shape!r}")
     if stream not in STREAMS:
         raise ValueError(f"stream: expected one of {tuple(STREAMS)}, got {stream!r}")

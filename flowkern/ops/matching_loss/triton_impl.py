@@ -169,7 +169,7 @@ def _awm(t, m, scratch, sample, place, OLD: tl.constexpr, WEIGHTING: tl.constexp
 
     ghuber: with fourth roots, a - b = (a^4 - b^4) / ((a^2 + b^2) (a + b)).
     """
-    drift, m_old = 0 * m, m
+    drift, m_old = tl.where(m == m, 0.0, m), m
     if OLD:
         drift = mean_of(scratch, 1, sample, place)
         m_old = mean_of(scratch, 2, sample, place)

@@ -294,10 +294,11 @@ def _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_
         raise ValueError(f"ratio: expected 'sde' or 'guard', got {ratio!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    if not 0 <= clip_low < 1:
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+    if clip_low >= 1:
         raise ValueError(f"clip_low: expected 0 <= clip_low < 1, got {clip_low}")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high: expected a number >= 0, got {clip_high}")
     if old_log_prob is not None:
         if old_velocity is not None:
             raise ValueError(

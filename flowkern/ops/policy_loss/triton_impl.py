@@ -115,6 +115,8 @@ def _statistics(
                 log_ratio = (c - k * q).to(tl.float32) - tl.load(old_log_prob_ptr + sample)
             else:
                 log_ratio = (q * (inverse_std if GUARD else k)).to(tl.float32)
+                if GUARD:  # 0 where std is 0, whatever the data
+                    log_ratio = tl.where(std != 0, log_ratio, 0.0)
         advantage = advantage_of(advantage_ptr, row_ptr, sample, place)
         loss, slope, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
         slope *= b * (inverse_std if GUARD else 2.0 * k)
