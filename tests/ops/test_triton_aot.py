@@ -30,7 +30,7 @@ from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
 from flowkern.ops.sde_step import triton_impl as step  # noqa: E402
 
-IMAGE, VIDEO = 65_536, 2_096_640
+SIZE = 65_536  # any multiple of 16 makes the same kernels
 ARCHS = (80, 90, 100, 120)
 F, H = torch.float32, torch.bfloat16
 DTYPES = ((F, F), (H, H), (F, H))  # of the states, of the velocity
@@ -227,18 +227,17 @@ def report(kernel):
     )
 
 
-def everything(arch, size):
+def everything(arch):
     """Each case in one of the dtypes; over the architectures, in all: a kernel takes a second."""
     for turn, case in enumerate(CASES):
-        yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], size, arch)
+        yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_and_every_latent_in_128_bit_accesses(arch):
-    size = VIDEO if arch == 100 else IMAGE
-    block, warps = tile(size)
+    block, warps = tile()
     per_thread = block // (32 * warps)
-    for name, kernel, read, written in everything(arch, size):
+    for name, kernel, read, written in everything(arch):
         found = report(kernel)
         wide = name.removesuffix(" backward") in DRAWN_SIBLINGS
         aside = 16 if wide or triton.__version__.startswith("3.6.") else 0
@@ -253,7 +252,7 @@ def test_arithmetic_is_ieee_without_contraction():
     """What the bits of the noise, of the mean and of a replay rest on. Fused multiply-adds are
     those that the noise asks for, and those of exp and of division in float64.
     """
-    for name, kernel, *_ in everything(90, IMAGE):
+    for name, kernel, *_ in everything(90):
         ptx = kernel.asm["ptx"]
         arithmetic = set(
             re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f\d\d\b", ptx)
@@ -270,7 +269,7 @@ def test_atomics_are_integers_and_few():
     """One per program where a draw or replay has a log-probability; one for the chunks of a sample
     and one for the samples in a loss; sums of floats are ordered.
     """
-    for name, kernel, *_ in everything(90, IMAGE):
+    for name, kernel, *_ in everything(90):
         losses = name.startswith(("policy", "awm", "nft"))
         expected = 2 if losses else name.startswith(("draw", "replay"))
         if "backward" in name:
@@ -288,12 +287,12 @@ def test_a_sample_of_one_element():
 def table():
     cells = "{:36}{:12}{:>6}{:>7}{:>7}" + "{:>11}" * len(FIGURES)
     yield cells.format("kernel", "x_t, v", "block", "warps", "arch", *FIGURES)
-    for size, dtypes in itertools.product((IMAGE, VIDEO), DTYPES):
+    for dtypes in DTYPES:
         short = ", ".join(str(t).removeprefix("torch.").replace("float", "f") for t in dtypes)
         for arch, case in itertools.product(ARCHS, CASES):
-            for name, kernel, *_ in compiled(case, dtypes, size, arch):
+            for name, kernel, *_ in compiled(case, dtypes, SIZE, arch):
                 found = report(kernel)
-                yield cells.format(name, short, *tile(size), f"sm_{arch}", *found.values())
+                yield cells.format(name, short, *tile(), f"sm_{arch}", *found.values())
 
 
 if __name__ == "__main__":

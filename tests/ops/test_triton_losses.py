@@ -32,7 +32,7 @@ ROW = torch.tensor([1, 0, 1, 1], device=DEVICE)  # row 2 of three has no sample
 def small_tiles(monkeypatch):
     """Several chunks per sample at small sizes, for the interpreter; a GPU runs what users run."""
     if INTERPRETED:
-        monkeypatch.setattr(rows_triton, "tile", lambda size: (256, 1))
+        monkeypatch.setattr(rows_triton, "tile", lambda: (256, 1))
 
 
 @pytest.fixture(autouse=True)

@@ -84,27 +84,25 @@ def packed_rows(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0 if rows.ndim == 1 else rows.stride(0)
 
 
-def tile(size: int) -> tuple[int, int]:
-    """(elements, warps) of a program.
+def tile() -> tuple[int, int]:
+    """(elements, warps) of a program: one tile for all, since it orders the sums.
 
-    By the size of a sample alone: the tile orders the sum, and a replay in any batch repeats it.
-    Eight elements per thread are one 128-bit load of bf16, two of float32.
+    Eight elements per thread are one 128-bit load of bf16, two of float32. (2048, 8) makes ptxas
+    spill in some of the losses.
     """
-    if interpreting():  # there a program costs the same at any length
-        return 2**16, 1
-    return (1024, 4) if size <= 2**18 else (2048, 8)
+    return (2**16, 1) if interpreting() else (1024, 4)  # interpreted, any length costs the same
 
 
 def chunks_of(latent: Tensor) -> int:
     """Chunks of a sample of `latent`; one where it has no elements."""
     size = math.prod(latent.shape[1:])
-    return max(1, triton.cdiv(size, tile(size)[0]))
+    return max(1, triton.cdiv(size, tile()[0]))
 
 
 def launch(kernel, latent: Tensor, *arguments, programs: int | None = None, **constants) -> None:
     """One program for each chunk of each sample of `latent`, or `programs` of them."""
     size = math.prod(latent.shape[1:])
-    block, warps = tile(size)
+    block, warps = tile()
     with torch.cuda.device_of(latent):
         kernel[(programs or latent.shape[0] * chunks_of(latent),)](
             *arguments, size, BLOCK=block, num_warps=warps, enable_fp_fusion=False, **constants

@@ -156,37 +156,40 @@ def _save(ctx, inputs, output) -> None:
     """
     velocity, x0, sigma, _, row, noise, sample_id, step, old, ref, ema, *settings = inputs
     seed, step_value, nft, _, ref_coef, ema_coef, *_, kernel = settings
-    *statistics, slopes = output[1:]
     ctx.save_for_backward(
-        slopes, velocity, x0, sigma, row, noise, sample_id, step,
+        output[-1], velocity, x0, sigma, row, noise, sample_id, step,
         old if nft else None, ref if ref_coef else None, ema if ema_coef else None,
     )  # fmt: skip
     ctx.settings = (seed, step_value, nft, kernel)
-    ctx.mark_non_differentiable(*statistics, slopes)
+
+
+def _set_up(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 _forward_op.register_autograd(
     lambda ctx, grad, *_: (_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 20),
-    setup_context=_save,
+    setup_context=_set_up,
 )
 
 
 class _EagerLoss(torch.autograd.Function):
     """The op without the dispatcher, which costs as much as its kernels at image size.
 
-    What has no gradient comes as one tuple: every argument of a Function costs.
+    Gives the loss of `output` its gradient. All but the velocity comes in tuples, and only the loss
+    goes out: each argument and each output of a Function costs, and so does a setup_context.
     """
 
     @staticmethod
-    def forward(ctx, velocity: Tensor, others: tuple):
-        output = _forward(velocity, *others)
+    def forward(ctx, velocity: Tensor, others: tuple, output: tuple) -> Tensor:
         _save(ctx, (velocity, *others), output)
-        return output
+        return output[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        return _backward(grad, *ctx.saved_tensors, *ctx.settings), None
+    def backward(ctx, grad):
+        return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
 
 
 # ---- the verbs ----
@@ -271,10 +274,10 @@ def matching_loss(
     if is_tracing(velocity, *others[:10]):
         others = [x.detach() if isinstance(x, Tensor) else x for x in others]
         output = _forward_op(velocity, *others)
-    elif velocity.requires_grad and torch.is_grad_enabled():
-        output = _EagerLoss.apply(velocity, others)
-    else:
-        output = _forward(velocity, *others)
+        return MatchingLoss(*output[:-1])
+    output = _forward(velocity, *others)
+    if velocity.requires_grad and torch.is_grad_enabled():
+        return MatchingLoss(_EagerLoss.apply(velocity, others, output), *output[1:-1])
     return MatchingLoss(*output[:-1])
 
 

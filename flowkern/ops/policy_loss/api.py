@@ -26,6 +26,7 @@ from flowkern.ops._common.arguments import (
     check_guidance,
     check_index,
     check_latent,
+    check_latents,
     check_noise,
     check_per_sample,
     check_rows,
@@ -136,39 +137,41 @@ def _save(ctx, inputs, output) -> None:
     """
     velocity, x_t, x_next, rows, row, old, noise, sample_id, step, uncond, ref, *rest = inputs
     kl_coef, seed, step_value, guidance_scale, guard, kl_value, *_, kernel = rest[3:]
-    *statistics, slopes = output[1:]
     ctx.save_for_backward(
-        slopes, velocity, x_t, x_next, rows, row, old if guard or x_next is None else None,
+        output[-1], velocity, x_t, x_next, rows, row, old if guard or x_next is None else None,
         noise, sample_id, step, uncond, None if kl_coef is None and kl_value == 0 else ref,
     )  # fmt: skip
     ctx.settings = (seed, step_value, guidance_scale, guard, kernel)
-    ctx.mark_non_differentiable(*statistics, slopes)
+
+
+def _set_up(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros in place of the gradients that these do not have
 
 
 _forward_op.register_autograd(
     lambda ctx, grad, *_: (_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 23),
-    setup_context=_save,
+    setup_context=_set_up,
 )
 
 
 class _EagerLoss(torch.autograd.Function):
     """The op without the dispatcher, which costs more than the kernel on small latents.
 
-    What has no gradient comes as one tuple: each argument of a Function costs, and so does a
-    setup_context of its own.
+    Gives the loss of `output` its gradient. All but the velocity comes in tuples, and only the loss
+    goes out: each argument and each output of a Function costs, and so does a setup_context.
     """
 
     @staticmethod
-    def forward(ctx, velocity: Tensor, others: tuple):
-        output = _forward(velocity, *others)
+    def forward(ctx, velocity: Tensor, others: tuple, output: tuple) -> Tensor:
         _save(ctx, (velocity, *others), output)
-        return output
+        return output[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None
+    def backward(ctx, grad):
+        return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
 
 
 def policy_loss(
@@ -220,11 +223,12 @@ def policy_loss(
         ValueError, TypeError naming the argument; BackendError where the named backend cannot
         serve.
     """
-    check_latent("velocity", velocity)
-    check_latent("x_t", x_t, velocity)
-    for name, value in (("old_velocity", old_velocity), ("velocity_ref", velocity_ref)):
-        if value is not None:
-            check_latent(name, value, velocity)
+    latents = {
+        "velocity": velocity, "x_t": x_t, "old_velocity": old_velocity,
+        "velocity_ref": velocity_ref, "velocity_uncond": velocity_uncond,
+    }  # fmt: skip
+    needed = ("velocity", "x_t")
+    dtype = check_latents({n: x for n, x in latents.items() if x is not None or n in needed})
     check_guidance(velocity_uncond, guidance_scale, velocity)
     _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_prob)
     rows, device = velocity.shape[0], velocity.device
@@ -245,7 +249,8 @@ def policy_loss(
         if value is not None:
             check_per_sample(name, value, batch, device)
     source = _check_x_next(x_next, shape, velocity, x_t, old_velocity, noise, seed, sample_id, step)
-    dtype = compute_dtype(velocity, x_t, x_next, old_velocity, velocity_ref, velocity_uncond, noise)
+    if compute_dtype(x_next, noise) == torch.float64:
+        dtype = torch.float64
     table = check_rows("c_rows", c_rows, batch, device, dtype)
     if c_rows.num_history:
         raise ValueError(
@@ -273,10 +278,10 @@ def policy_loss(
     if is_tracing(velocity, x_t, x_next, old_velocity):
         others = [x.detach() if isinstance(x, Tensor) else x for x in others]
         output = _forward_op(velocity, *others)
-    elif velocity.requires_grad and torch.is_grad_enabled():
-        output = _EagerLoss.apply(velocity, others)
-    else:
-        output = _forward(velocity, *others)
+        return PolicyLoss(*output[:-1])
+    output = _forward(velocity, *others)
+    if velocity.requires_grad and torch.is_grad_enabled():
+        return PolicyLoss(_EagerLoss.apply(velocity, others, output), *output[1:-1])
     return PolicyLoss(*output[:-1])
 
 

@@ -18,6 +18,7 @@ from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.philox_triton import counter_word, key_halves, normals, program_place
 from flowkern.ops._common.rows_triton import (
     arrivals_of,
+    chunks_of,
     guided,
     launch,
     load,
@@ -26,7 +27,6 @@ from flowkern.ops._common.rows_triton import (
     packed_rows,
     step_mean,
     store,
-    tile,
     tree_sum,
 )
 
@@ -184,7 +184,7 @@ def _result(x_t: Tensor, log_prob: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     if log_prob is None:
         return None
     batch = x_t.shape[0]
-    chunks = triton.cdiv(x_t.numel() // batch, tile(x_t.numel() // batch)[0])
+    chunks = chunks_of(x_t)
     with torch.cuda.device_of(x_t):
         sums = torch.empty(batch * chunks, dtype=torch.float32, device=x_t.device)
         return log_prob, sums, arrivals_of(batch, x_t.device)
