@@ -185,7 +185,10 @@ class MatchingLoss(Op):
         matching, weighting = mean_square(v - u), p["weighting"]
         log_ratio = Bounded(torch.zeros_like(t.value), unknown(v - u))
         if weighting == "ghuber":
-            minus = -t * monotone(lambda m: (m.clamp(min=0) + floor) ** (power - 1), matching)
+            slope = monotone(lambda m: (m.clamp(min=0) + floor) ** (power - 1), matching)
+            # Squares past float32 are infinite in a kernel: the value here is not the true one.
+            is_known = matching.error.isfinite()
+            minus = -t * Bounded(slope.value, torch.where(is_known, slope.error, torch.inf))
         else:
             minus = -t if weighting == "t" else Bounded(-torch.ones_like(t.value))
         if old is not None:
