@@ -5,7 +5,7 @@ compiled.
 from __future__ import annotations
 
 import torch
-from harness import Case, Contender
+from harness import Case, Contender, ours
 from rivals import compiled
 
 import flowkern as fk
@@ -93,13 +93,15 @@ def _case(device, objective: str, shape, dtype=torch.float32) -> Case:
         loss().backward()
         return (v.grad,)
 
-    def ours(**source):
-        loss = lambda: fk.matching_loss(v, x0, sigma, advantage, **source, **kernel).loss  # noqa: E731
-        return lambda: with_gradient(loss)
+    def run_ours(backend=None, **source):
+        options = source | kernel | {"backend": backend}
+        return with_gradient(lambda: fk.matching_loss(v, x0, sigma, advantage, **options).loss)
 
-    contenders = [Contender("flowkern", ours(noise=noise), "noise given")]
+    contenders = ours(device, lambda backend: run_ours(backend, noise=noise), "noise given")
     if dtype == torch.float32:  # elsewhere the noise given is a rounded one
-        contenders.append(Contender("flowkern, noise drawn again", ours(**key), "from its seed"))
+        contenders.append(
+            Contender("flowkern, noise drawn again", lambda: run_ours(**key), "from its seed")
+        )
         inputs = (v, x0, noise, sigma, advantage)
         run = compiled(plain, *inputs, *rest)
         contenders += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from harness import Case, Contender
+from harness import Case, Contender, ours
 from rivals import compiled
 
 import flowkern as fk
@@ -85,8 +85,11 @@ def _case(device, name, shape, dtype=torch.float32, is_on_policy=False, siblings
         loss().backward()
         return (v.grad,)
 
-    ours = lambda: fk.policy_loss(v, x, x_next, table, advantage, **kernel).loss  # noqa: E731
-    contenders = [Contender("flowkern", lambda: with_gradient(ours), "exact difference form")]
+    def loss(backend):
+        inputs = (v, x, x_next, table, advantage)
+        return with_gradient(lambda: fk.policy_loss(*inputs, **kernel, backend=backend).loss)
+
+    contenders = ours(device, loss, "exact difference form")
     if dtype == torch.float32:
         note = "ratio from log-probabilities"
         run = compiled(plain, *arguments)

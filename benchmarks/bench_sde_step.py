@@ -6,7 +6,7 @@ import itertools
 import math
 
 import torch
-from harness import Case, Contender
+from harness import Case, Contender, ours
 from rivals import compiled
 
 import flowkern as fk
@@ -112,6 +112,10 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             _replay(Inputs(VIDEO, torch.bfloat16, device)),
         ]
     result += [_third_order(device), _normals(device)]
+    if device.type == "cuda":
+        host = _draw(Inputs(IMAGE, torch.float32, device))
+        host.name, host.is_host_time, host.bytes_moved = "draw, image: host time", True, 0
+        result.append(host)
     return [*result, _replay(Inputs(VIDEO, torch.float32, device))]
 
 
@@ -128,7 +132,10 @@ def _case(name, i: Inputs, contenders, check, streams, reads=()) -> Case:
 
 def _draw(i: Inputs) -> Case:
     scalars, buffers = (i.a, i.b, i.std, i.k, i.c), ReusedBuffers(i.x)
-    contenders = [Contender("flowkern", lambda: fk.sde_step(i.x, i.v, i.rows, **i.key, out=i.out))]
+    draw = lambda backend: fk.sde_step(  # noqa: E731
+        i.x, i.v, i.rows, **i.key, out=i.out, backend=backend
+    )
+    contenders = ours(i.x.device, draw)
     if i.x.dtype == torch.float32:
         contenders += [
             Contender("eager, buffers reused", lambda: buffers.draw(i.x, i.v, *scalars)),
@@ -149,8 +156,11 @@ def _draw_given(i: Inputs) -> Case:
         return x_next, (-k * (x_next - mean) ** 2 + c).mean(1)
 
     arguments = (i.x, i.v, i.noise, i.a, i.b, i.std, i.k, i.c)
+    draw = lambda backend: fk.sde_step(  # noqa: E731
+        i.x, i.v, i.rows, noise=i.noise, out=i.out, backend=backend
+    )
     contenders = [
-        Contender("flowkern", lambda: fk.sde_step(i.x, i.v, i.rows, noise=i.noise, out=i.out)),
+        *ours(i.x.device, draw),
         Contender("eager", lambda: plain(*arguments)),
         Contender("torch.compile", compiled(plain, *arguments)),
     ]
@@ -159,7 +169,10 @@ def _draw_given(i: Inputs) -> Case:
 
 def _replay(i: Inputs) -> Case:
     arguments, buffers = (i.x, i.v, i.x_next, i.a, i.b, i.k, i.c), ReusedBuffers(i.x)
-    contenders = [Contender("flowkern", lambda: (fk.sde_log_prob(i.x, i.v, i.x_next, i.rows),))]
+    replay = lambda backend: (  # noqa: E731
+        fk.sde_log_prob(i.x, i.v, i.x_next, i.rows, backend=backend),
+    )
+    contenders = ours(i.x.device, replay)
     if i.x.dtype == torch.float32:
         contenders += [
             Contender("eager, buffers reused", lambda: (buffers.replay(*arguments),)),
@@ -181,10 +194,11 @@ def _replay_gradient(i: Inputs) -> Case:
         return (v.grad,)
 
     arguments = (i.x, v, i.x_next, i.a, i.b, i.k, i.c)
+    replay = lambda backend: with_gradient(  # noqa: E731
+        lambda: fk.sde_log_prob(i.x, v, i.x_next, i.rows, backend=backend)
+    )
     contenders = [
-        Contender(
-            "flowkern", lambda: with_gradient(lambda: fk.sde_log_prob(i.x, v, i.x_next, i.rows))
-        ),
+        *ours(i.x.device, replay),
         Contender("eager", lambda: with_gradient(lambda: plain_replay(*arguments))),
         Contender("torch.compile", _compiled_gradient(with_gradient, arguments)),
     ]
@@ -244,12 +258,12 @@ def _third_order(device) -> Case:
     truth, _ = plain_third_order(*(t.double() for t in (x, v, m1, m2)), *scalars)
     out = torch.empty_like(x)
 
-    def ours():
-        return fk.ode_step(x, v, rows, history=(m1, m2), return_x0=True, out=out)
+    def step(backend):
+        return fk.ode_step(x, v, rows, history=(m1, m2), return_x0=True, out=out, backend=backend)
 
     arguments = (x, v, m1, m2, *scalars)
     contenders = [
-        Contender("flowkern", ours),
+        *ours(device, step),
         Contender("eager", lambda: plain_third_order(*arguments)),
         Contender("torch.compile", compiled(plain_third_order, *arguments)),
     ]
@@ -275,7 +289,7 @@ def _normals(device) -> Case:
         return max(abs(float(m)) for m in moments)  # in standard errors
 
     contenders = [
-        Contender("flowkern", lambda: (fk.philox_normal(IMAGE, 1, ids, 3),)),
+        *ours(device, lambda backend: (fk.philox_normal(IMAGE, 1, ids, 3, backend=backend),)),
         Contender("torch.randn", lambda: (torch.randn(IMAGE, device=device),)),
         Contender("torch.randn, buffer reused", lambda: (out.normal_(),)),
     ]

@@ -7,12 +7,13 @@ allocated before. Reported: the 20th, 50th and 80th percentile.
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +31,21 @@ class Contender:
     note: str = ""
 
 
+def ours(device: torch.device, call: Callable, note: str = "") -> list[Contender]:
+    """flowkern: `call(backend)` with its own choice; on CUDA with each kernel backend by name, too.
+
+    These rows are what the choice rests on.
+    """
+    import flowkern
+
+    contenders = [Contender("flowkern", lambda: call(None), note)]
+    if device.type == "cuda":
+        ready = [name for name, reason in flowkern.backends(device).items() if reason is None]
+        for name in sorted({"triton", "native"}.intersection(ready)):
+            contenders.append(Contender(f"flowkern, {name}", lambda name=name: call(name), note))
+    return contenders
+
+
 @dataclass
 class Case:
     """One line of the table: contenders that do the same work, and how to tell that they do."""
@@ -45,20 +61,22 @@ class Case:
     bandwidth: str = "copy"  # which bandwidth bytes_moved compares with: "copy" | "read"
     reads: Sequence[torch.Tensor] = ()  # summed in turn with the contenders: the read bandwidth
     rounds: int | None = None
-    rows: list[dict] = field(default_factory=list)
+    is_host_time: bool = False  # on CUDA: until the call returns, not until its work is done
 
 
 class Clock:
     """Milliseconds of a call: the host's clock, or a CUDA device's events after a cache flush."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, is_host_time: bool = False):
+        self.device, self.is_host_time = device, is_host_time
         if device.type == "cuda":
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable) -> float:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.is_host_time:
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "cuda":
             self.cache.zero_()
             self.start.record()
             run()
@@ -118,7 +136,9 @@ def run_case(
         rows.append(row)
     if case.reads:
         runs[YARDSTICK] = lambda: [x.sum() for x in case.reads]
-    timed = interleaved(runs, Clock(device), seconds, case.rounds) if runs else {}
+    timed = (
+        interleaved(runs, Clock(device, case.is_host_time), seconds, case.rounds) if runs else {}
+    )
     if case.reads:
         row = {"op": case.op, "case": case.name, "backend": YARDSTICK, "shape": list(case.shape)}
         rows.append(row | {"dtype": case.dtype, "note": "a yardstick, not a rival"})
@@ -129,13 +149,13 @@ def run_case(
         if case.bytes_moved and "ms_p50" in row:
             row["gb_per_s"] = case.bytes_moved / row["ms_p50"] / 1e6
             row["of_bandwidth"] = row["gb_per_s"] / bandwidths[case.bandwidth]
-    ours = next(
+    chosen = next(
         (r["ms_p50"] for r in rows if r["backend"].startswith("flowkern") and "ms_p50" in r), None
     )
     for row in rows:
         is_rival = row["backend"] != YARDSTICK and not row["backend"].startswith("flowkern")
-        if ours and "ms_p50" in row and is_rival:
-            row["flowkern_is_faster_by"] = row["ms_p50"] / ours
+        if chosen and "ms_p50" in row and is_rival:
+            row["flowkern_is_faster_by"] = row["ms_p50"] / chosen
     return rows
 
 
@@ -181,7 +201,7 @@ def describe_machine(device: torch.device) -> dict:
     about["backends"] = flowkern.backends(device)
     about["utc"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     about |= {
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("FLOWKERN_COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "-uno")),
     }
     return about
@@ -208,5 +228,8 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # a kernel machine may have no git
+        return None
     return run.stdout.strip() if run.returncode == 0 else None

@@ -29,10 +29,18 @@ def main() -> int:
     device = torch.device(options.device)
     begin = time.perf_counter()
     machine = describe_machine(device)
-    seconds = 0.8 if options.quick else 3.0
+    seconds = 0.8 if options.quick else 1.0 if device.type == "cuda" else 3.0
     bandwidths = measure_bandwidths(device, seconds)
     _print_head(machine, bandwidths)
-    rows, is_good = [], True
+    result = {
+        "machine": machine,
+        "command": " ".join(sys.argv),
+        "bandwidth_gb_per_s": bandwidths,
+        "rows": [],
+    }
+    path = options.json or _default_path(device, machine, options.quick)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_good = True
     for section, modules in SECTIONS.items():
         _print_section(section)
         for module in modules:
@@ -42,20 +50,12 @@ def main() -> int:
             for case in found:
                 measured = run_case(case, device, seconds, bandwidths)
                 _print_case(case, measured)
-                rows += measured
+                result["rows"] += measured
+                result["seconds"] = time.perf_counter() - begin
+                path.write_text(json.dumps(result, indent=1) + "\n")  # what is cut short counts
                 is_good &= not any(
                     "failed" in r and r["backend"].startswith("flowkern") for r in measured
                 )
-    result = {
-        "machine": machine,
-        "command": " ".join(sys.argv),
-        "bandwidth_gb_per_s": bandwidths,
-        "rows": rows,
-    }
-    result["seconds"] = time.perf_counter() - begin
-    path = options.json or _default_path(device, machine, options.quick)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{result['seconds']:.0f} s; wrote {path}{_chart(result, path)}")
     if not is_good:
         print("a flowkern row failed its check: no speed counts", file=sys.stderr)

@@ -124,7 +124,8 @@ class Draw:
         """The velocity row of each sample, in any order; some rows may have none."""
         index = torch.randint(0, rows, (batch,), generator=self.g)
         index = index.sort().values if self.maybe() else index
-        return index.to(self.device, self.r.choice((torch.int64, torch.int32)))
+        index = index.to(self.device, self.r.choice((torch.int64, torch.int32)))
+        return torch.stack([index, index * 0], 1)[:, 0] if self.maybe(0.3) else index
 
     # ---- scalars, keys, coefficients ----
 

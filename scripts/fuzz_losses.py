@@ -183,7 +183,7 @@ class MatchingLoss(Op):
     def _awm(self, p, v, old, u, t, size):
         power, floor = 0.25, 1e-10
         matching, weighting = mean_square(v - u), p["weighting"]
-        log_ratio = Bounded(torch.zeros_like(t.value), unknown(v - u))
+        log_ratio = Bounded(torch.zeros_like(t.value), unknown(2.0 * (v - u)))
         if weighting == "ghuber":
             slope = monotone(lambda m: (m.clamp(min=0) + floor) ** (power - 1), matching)
             # Squares past float32 are infinite in a kernel: the value here is not the true one.

@@ -98,7 +98,8 @@ FK_DEVICE void reduce_loss(const Scratch& scratch, const float* sample_loss, int
 
 // Enough blocks where there are samples to deal out.
 inline Walk walk_of(const int64_t* row, int64_t rows, int64_t batch, int64_t tiles) {
-  const int64_t enough = (kEnoughBlocks + rows * tiles - 1) / (rows * tiles), most = row ? (batch + rows - 1) / rows : 1;
+  const int64_t all = rows * tiles > 0 ? rows * tiles : 1;
+  const int64_t enough = (kEnoughBlocks + all - 1) / all, most = row && rows ? (batch + rows - 1) / rows : 1;
   const int64_t slices = enough < most ? enough : most;
   return {row, rows, batch, int(tiles), int(slices > 0 ? slices : 1)};
 }

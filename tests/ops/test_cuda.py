@@ -94,7 +94,7 @@ def native_is(monkeypatch, wrap=lambda call: call):
         yield patch
 
 
-@pytest.fixture(params=["emulated", "device"])
+@pytest.fixture(params=["emulated", pytest.param("device", marks=pytest.mark.gpu)])
 def kernels(request, monkeypatch):
     """A context in which backend="native" means the CUDA kernels, for tensors of the CPU."""
     if request.param == "device":

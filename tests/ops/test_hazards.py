@@ -237,3 +237,53 @@ def test_on_policy_ratio_is_one_though_the_matching_error_overflows(backend, wei
     )
     assert out.matching.isinf().all()
     assert (out.log_ratio == 0).all() and (out.ratio == 1).all() and out.loss == -1
+
+
+def losses(velocity, **more):
+    """Each loss with its own names: a call that takes only what both have."""
+    per_sample = torch.ones(2)
+    yield lambda **k: fk.policy_loss(velocity, X, X, C[0], per_sample, **more | k)
+    yield lambda **k: fk.matching_loss(velocity, X, 0.5, per_sample, noise=NOISE, **more | k)
+
+
+@needs_native
+def test_rows_of_any_stride_name_the_same_samples():
+    row = torch.tensor([1, 7, 0, 7])[::2]
+    for strided, packed in zip(losses(V, row=row), losses(V, row=row.clone()), strict=True):
+        for a, b in zip(strided(backend="native"), packed(backend="native"), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_native
+def test_a_gradient_to_be_differentiated_again_is_refused():
+    """It would pass for a constant, and a penalty on it would vanish without a word."""
+    velocity = V.clone().requires_grad_()
+    calls = [lambda call=call: call(backend="native").loss for call in losses(velocity)]
+    calls.append(lambda: fk.sde_log_prob(X, velocity, X, C[0], backend="native").sum())
+    for call in calls:
+        with pytest.raises(RuntimeError, match="second derivative.*backend='reference'"):
+            torch.autograd.grad(call(), velocity, create_graph=True)
+        assert torch.autograd.grad(call(), velocity)[0].isfinite().all()
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    half, step = numpy.float32(0.5), numpy.int64(3)
+    plain = fk.matching_loss(V, X, 0.5, torch.ones(2), noise=NOISE, clip_high=0.5).loss
+    for sigma in (half, torch.tensor(0.5)):
+        got = fk.matching_loss(V, X, sigma, torch.ones(2), noise=NOISE, clip_high=half).loss
+        assert torch.equal(got, plain)
+    got = fk.sde_step(X, V, C[0], seed=1, sample_id=torch.arange(2), step=step)[0]
+    assert torch.equal(got, fk.sde_step(X, V, C[0], seed=1, sample_id=torch.arange(2), step=3)[0])
+    for name, call in (("step", lambda: fk.philox_normal((2, 4), 0, [0, 1], 2.5)),
+                       ("sigma", lambda: fk.add_noise(X, True, noise=NOISE))):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+            call()
+
+
+@needs_native
+def test_a_tensor_without_memory_anywhere_is_traced():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.zeros(2)
+        out = fk.policy_loss(V, X, X, C[0].to(dtype=torch.float32), fake, old_velocity=V)
+        assert out.loss.shape == ()

@@ -284,16 +284,6 @@ def test_incoming_gradients(reduction):
         torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-7)
 
 
-def test_second_derivatives_are_refused():
-    p, _ = problem(2, (5,), dtype=torch.float32)
-    p = leaf(p)
-    loss = fk.policy_loss(**p, backend="native").loss
-    grad = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss, p["velocity"], grad, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def test_empty_batches_and_empty_latents():
     p, _ = problem(3, (4,), dtype=torch.float32)
     empty = {k: v[:0] for k, v in p.items()}

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,10 @@ def check_index(name: str, index: Tensor, count: int, device: torch.device) -> T
         raise TypeError(f"{name}: expected an integer tensor of shape (B,), got {_describe(index)}")
     if index.device != device:
         raise ValueError(f"{name}: expected device {device}, got {index.device}")
+    if count == 0 and len(index):
+        raise IndexError(f"{name}: expected no values where there are no rows, got {len(index)}")
     _check_range(name, index, count)
-    return index.long()
+    return index.long().contiguous()
 
 
 def check_fraction(name: str, x: Tensor) -> None:
@@ -103,6 +106,11 @@ def _check_range(name: str, index: Tensor, count: int) -> None:
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= count:
             raise IndexError(f"{name}: expected values in [0, {count}), got {low} to {high}")
+
+
+def is_number(value) -> bool:
+    """A real number of Python or numpy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _describe(value) -> str:
@@ -149,7 +157,7 @@ def per_sample_contiguous(x: Tensor) -> Tensor:
 
 
 def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, velocity: Tensor) -> None:
-    if not (isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale)):
+    if not (is_number(guidance_scale) and math.isfinite(guidance_scale)):
         raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
     if velocity_uncond is not None:
         check_latent("velocity_uncond", velocity_uncond, velocity)
@@ -220,10 +228,10 @@ def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> N
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
     seed = seed - 2**64 if seed >= 2**63 else seed  # the same bits as an int64, for op schemas
     sample_id = _ids("sample_id", sample_id, batch, device)
-    if isinstance(step, int):
+    if isinstance(step, Integral):
         if not 0 <= step < MAX_STEP:
             raise ValueError(f"step: expected 0 <= step < 2**28, got {step}")
-        return Noise(None, seed, sample_id, None, step)
+        return Noise(None, seed, sample_id, None, int(step))
     step = _ids("step", step, batch, device)
     _check_range("step", step, MAX_STEP)
     return Noise(None, seed, sample_id, step)

@@ -70,10 +70,11 @@ def _kept(index: int, stream: int, floats: int, counts: int) -> tuple[Tensor, Te
     allocates comes from a pool in which nothing may outlive the graph.
     """
 
+    here = torch.cuda.current_stream(index)  # by address 0 torch would give us one of its pool
+
     def allocate() -> tuple[Tensor, Tensor]:
-        device = torch.device("cuda", index)
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
-            return _allocate(device, floats, counts)
+        with torch.cuda.stream(here):
+            return _allocate(torch.device("cuda", index), floats, counts)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(allocate).result()

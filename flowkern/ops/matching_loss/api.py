@@ -33,6 +33,7 @@ from flowkern.ops._common.arguments import (
     check_noise,
     check_per_sample,
     compute_dtype,
+    is_number,
 )
 from flowkern.ops._common.dispatch import (
     Impl,
@@ -42,6 +43,7 @@ from flowkern.ops._common.dispatch import (
     lazily,
     native_why_not,
     no_objection,
+    refuse_second_derivative,
     triton_why_not,
 )
 
@@ -187,8 +189,8 @@ class _EagerLoss(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative()
         return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
 
 
@@ -224,11 +226,12 @@ def matching_loss(
             argument with a gradient.
         x0: (B, *D) clean samples.
         sigma: the noise level, a float or (B,), in [0, 1]; values are looked at on the CPU only.
-        advantage: (B,), used as given: in [-1, 1] by convention (clamped at 5, divided by 5).
+        advantage: (B,), used as given: in [-1, 1] by convention (clamped at 5, divided by 5); what
+            nft gets beyond that is cut.
         row: (B,) integers, the velocity row of each sample; None: B == R.
         noise: (B, *D), as given to add_noise. Or else
         seed, sample_id, step: the key of Philox stream "match": the noise is drawn again.
-        objective: "awm" | "nft". weighting: "uniform" | "t" | "ghuber", of awm.
+        objective: "awm" | "nft". weighting: "uniform" | "t" | "ghuber", of awm, as the clip range.
         old_velocity: (R, *D), of the old policy, at the same noise; None: the detached velocity
             (awm: log_ratio is exactly 0 and keeps its gradient).
         velocity_ref, velocity_ema: (R, *D) anchors, with ref_coef and ema_coef >= 0.
@@ -259,7 +262,7 @@ def matching_loss(
     check_per_sample("advantage", advantage, x0.shape[0], x0.device)
     source = _check_noise(noise, seed, sample_id, step, x0)
     dtype = compute_dtype(velocity, x0, noise, old_velocity, velocity_ref, velocity_ema)
-    sigma, advantage = _per_sample(sigma, x0, dtype), advantage.detach().to(dtype)
+    sigma, advantage = _per_sample(sigma, x0, dtype), advantage.detach().to(dtype).contiguous()
     anchors = (old_velocity, velocity_ref, velocity_ema)
     coefficients = (float(ref_coef), float(ema_coef), float(clip_low), float(clip_high), reduction)
     kernel = _best(velocity.device, dtype, backend)
@@ -302,7 +305,7 @@ def add_noise(
     kernel = _best(x0.device, dtype, backend)
     key = (source.sample_id, source.step, source.seed, source.step_value)
     arguments = (x0.detach(), sigma, None if noise is None else noise.detach(), *key, kernel)
-    if kernel != "reference" and is_tracing(x0, sigma, noise, source.sample_id):
+    if kernel != "reference" and is_tracing(x0, sigma, noise, source.sample_id, source.step):
         return _add_noise_op(*arguments)
     return _add_noise(*arguments)
 
@@ -326,14 +329,14 @@ def _check_choices(objective, weighting, reduction, clip_low, clip_high) -> None
         raise ValueError(f"weighting: expected one of {WEIGHTINGS}, got {weighting!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    if not (isinstance(clip_low, int | float) and 0 <= clip_low <= 1):
+    if not (is_number(clip_low) and 0 <= clip_low <= 1):
         raise ValueError(f"clip_low: expected 0 <= clip_low <= 1, got {clip_low!r}")
-    if not (isinstance(clip_high, int | float) and clip_high >= 0):
+    if not (is_number(clip_high) and clip_high >= 0):
         raise ValueError(f"clip_high: expected a number >= 0, got {clip_high!r}")
 
 
 def _check_coefficient(name: str, value: float, anchor_name: str, anchor: Tensor | None) -> None:
-    if not (isinstance(value, int | float) and 0 <= value < math.inf):
+    if not (is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     if anchor is None and value != 0:
         raise ValueError(f"{anchor_name}: needed for {name}={value}, got None")
@@ -349,9 +352,11 @@ def _check_noise(noise, seed, sample_id, step, x0: Tensor) -> Noise:
 def _per_sample(sigma: float | Tensor, x0: Tensor, dtype: torch.dtype) -> Tensor:
     """sigma as (B,) of the arithmetic's dtype."""
     if isinstance(sigma, Tensor):
+        if sigma.ndim == 0:
+            sigma = sigma.expand(x0.shape[0])
         check_per_sample("sigma", sigma, x0.shape[0], x0.device)
         check_fraction("sigma", sigma)
-        return sigma.detach().to(dtype)
-    if not (isinstance(sigma, int | float) and 0 <= sigma <= 1):
+        return sigma.detach().to(dtype).contiguous()
+    if not (is_number(sigma) and 0 <= sigma <= 1):
         raise ValueError(f"sigma: expected a number in [0, 1] or (B,), got {sigma!r}")
     return torch.full((x0.shape[0],), float(sigma), dtype=dtype, device=x0.device)

@@ -31,6 +31,7 @@ from flowkern.ops._common.arguments import (
     check_per_sample,
     check_rows,
     compute_dtype,
+    is_number,
 )
 from flowkern.ops._common.dispatch import (
     Impl,
@@ -40,6 +41,7 @@ from flowkern.ops._common.dispatch import (
     lazily,
     native_why_not,
     no_objection,
+    refuse_second_derivative,
     triton_why_not,
 )
 from flowkern.schedules import Coefficients
@@ -169,8 +171,8 @@ class _EagerLoss(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative()
         return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
 
 
@@ -202,11 +204,13 @@ def policy_loss(
 
     Args:
         velocity, x_t: (R, *D), float32, bfloat16 or float16 (float64: computed in float64).
-        x_next: (B, *D). None, with old_velocity and noise or seed, and float32 states: drawn again.
+        x_next: (B, *D). None, with old_velocity and noise or seed, and float32 states: drawn again,
+            which is the x_next of the rollout only where that was stored in float32.
         c_rows: one edge, or B rows, of `flowkern.schedules`.
         advantage: (B,), used as given.
         row: (B,) integers, the velocity row of each sample; None: B == R.
-        old_velocity: (R, *D), already guided: the exact difference form.
+        old_velocity: (R, *D), already guided (in float32, from the same tensors: rounded to
+            bfloat16 it moves the ratio more than a clip range): the exact difference form.
         old_log_prob: (B,), for recorded log-probabilities: the log-ratio then carries the float32
             rounding of both (about 1e-7). Not with ratio="guard". With neither, the update is on
             policy: log_ratio is exactly 0, its gradient kept.
@@ -238,7 +242,7 @@ def policy_loss(
     shape = (batch, *velocity.shape[1:])
     kl_value = 0.0
     if not isinstance(kl_coef, Tensor):
-        if not (isinstance(kl_coef, int | float) and 0 <= kl_coef < math.inf):
+        if not (is_number(kl_coef) and 0 <= kl_coef < math.inf):
             raise ValueError(f"kl_coef: expected a finite number >= 0 or (B,), got {kl_coef!r}")
         kl_value, kl_coef = float(kl_coef), None
     if velocity_ref is None and (kl_coef is not None or kl_value != 0):
@@ -275,7 +279,7 @@ def policy_loss(
         source.seed, source.step_value, float(guidance_scale), ratio == "guard", kl_value,
         float(clip_low), float(clip_high), reduction, kernel,
     )  # fmt: skip
-    if is_tracing(velocity, x_t, x_next, old_velocity):
+    if is_tracing(velocity, *others[:14]):
         others = [x.detach() if isinstance(x, Tensor) else x for x in others]
         output = _forward_op(velocity, *others)
         return PolicyLoss(*output[:-1])
@@ -300,7 +304,7 @@ def _check_choices(ratio, reduction, clip_low, clip_high, old_velocity, old_log_
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not (isinstance(value, int | float) and value >= 0):
+        if not (is_number(value) and value >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
     if clip_low >= 1:
         raise ValueError(f"clip_low: expected 0 <= clip_low < 1, got {clip_low}")

@@ -35,6 +35,7 @@ from flowkern.ops._common.dispatch import (
     lazily,
     native_why_not,
     no_objection,
+    refuse_second_derivative,
     triton_why_not,
 )
 from flowkern.schedules import MAX_HISTORY, Coefficients
@@ -177,8 +178,8 @@ class _EagerReplay(torch.autograd.Function):
         return choose(_REPLAY, x_t.device, dtype, ctx.backend).call(*inputs[:-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivative()
         x_t, *tensors = ctx.saved_tensors
         impl = choose(_REPLAY_BACKWARD, x_t.device, ctx.dtype, ctx.backend)
         return impl.call(grad.contiguous(), x_t, *tensors, ctx.guidance_scale), None, None, None
