@@ -129,14 +129,6 @@ def by_device(cpu: Callable, cuda: Callable) -> Callable:
     return call
 
 
-def refuse_second_derivative() -> None:
-    """For the backward pass of a kernel: with create_graph its result would pass for a constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the kernels have no second derivative; with create_graph=True use backend='reference'"
-        )
-
-
 def lazily(module: str, name: str) -> Callable:
     """A function of a module imported on its first call: `import flowkern` leaves triton out."""
 

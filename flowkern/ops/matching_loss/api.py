@@ -35,6 +35,7 @@ from flowkern.ops._common.arguments import (
     compute_dtype,
     is_number,
 )
+from flowkern.ops._common.autograd import EagerLoss
 from flowkern.ops._common.dispatch import (
     Impl,
     by_device,
@@ -43,7 +44,6 @@ from flowkern.ops._common.dispatch import (
     lazily,
     native_why_not,
     no_objection,
-    refuse_second_derivative,
     triton_why_not,
 )
 
@@ -176,24 +176,6 @@ _forward_op.register_autograd(
 )
 
 
-class _EagerLoss(torch.autograd.Function):
-    """The op without the dispatcher, which costs as much as its kernels at image size.
-
-    Gives the loss of `output` its gradient. All but the velocity comes in tuples, and only the loss
-    goes out: each argument and each output of a Function costs, and so does a setup_context.
-    """
-
-    @staticmethod
-    def forward(ctx, velocity: Tensor, others: tuple, output: tuple) -> Tensor:
-        _save(ctx, (velocity, *others), output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
-
-
 # ---- the verbs ----
 
 
@@ -280,7 +262,9 @@ def matching_loss(
         return MatchingLoss(*output[:-1])
     output = _forward(velocity, *others)
     if velocity.requires_grad and torch.is_grad_enabled():
-        return MatchingLoss(_EagerLoss.apply(velocity, others, output), *output[1:-1])
+        return MatchingLoss(
+            EagerLoss.apply(velocity, others, output, (_save, _backward)), *output[1:-1]
+        )
     return MatchingLoss(*output[:-1])
 
 

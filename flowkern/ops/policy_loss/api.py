@@ -33,6 +33,7 @@ from flowkern.ops._common.arguments import (
     compute_dtype,
     is_number,
 )
+from flowkern.ops._common.autograd import EagerLoss
 from flowkern.ops._common.dispatch import (
     Impl,
     by_device,
@@ -41,7 +42,6 @@ from flowkern.ops._common.dispatch import (
     lazily,
     native_why_not,
     no_objection,
-    refuse_second_derivative,
     triton_why_not,
 )
 from flowkern.schedules import Coefficients
@@ -158,24 +158,6 @@ _forward_op.register_autograd(
 )
 
 
-class _EagerLoss(torch.autograd.Function):
-    """The op without the dispatcher, which costs more than the kernel on small latents.
-
-    Gives the loss of `output` its gradient. All but the velocity comes in tuples, and only the loss
-    goes out: each argument and each output of a Function costs, and so does a setup_context.
-    """
-
-    @staticmethod
-    def forward(ctx, velocity: Tensor, others: tuple, output: tuple) -> Tensor:
-        _save(ctx, (velocity, *others), output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        return _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
-
-
 def policy_loss(
     velocity: Tensor,
     x_t: Tensor,
@@ -285,7 +267,9 @@ def policy_loss(
         return PolicyLoss(*output[:-1])
     output = _forward(velocity, *others)
     if velocity.requires_grad and torch.is_grad_enabled():
-        return PolicyLoss(_EagerLoss.apply(velocity, others, output), *output[1:-1])
+        return PolicyLoss(
+            EagerLoss.apply(velocity, others, output, (_save, _backward)), *output[1:-1]
+        )
     return PolicyLoss(*output[:-1])
 
 

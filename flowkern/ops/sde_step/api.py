@@ -27,6 +27,7 @@ from flowkern.ops._common.arguments import (
     check_rows,
     compute_dtype,
 )
+from flowkern.ops._common.autograd import refuse_second_derivative
 from flowkern.ops._common.dispatch import (
     Impl,
     by_device,
@@ -35,7 +36,6 @@ from flowkern.ops._common.dispatch import (
     lazily,
     native_why_not,
     no_objection,
-    refuse_second_derivative,
     triton_why_not,
 )
 from flowkern.schedules import MAX_HISTORY, Coefficients
