@@ -454,12 +454,28 @@ def test_rows_without_samples(backend, poisoned_empty):
     assert got.shape == (3, 3, 8) and (got == 0).all()
 
 
-def test_clipped_samples_have_no_gradient_and_are_not_read(backend):
+def test_clipped_samples_have_no_gradient(backend):
     p = problem(4, drift=0.5, dtype=torch.float32, anchors=False)
     p |= {"clip_low": 1e-6, "clip_high": 1e-6}
     out, got = gradient(p, backend=backend)
     clipped = out.clipped_low | out.clipped_high
     assert clipped.any() and (got[clipped] == 0).all() and (got[~clipped] != 0).all()
+
+
+def test_clipped_samples_are_not_read_backward():
+    """NaN poisons their data between forward and backward."""
+    if native.cpu() is None:
+        pytest.skip(native.why_not())
+    p = problem(4, drift=0.5, dtype=torch.float32, anchors=False)
+    velocity = p["velocity"].detach().clone().requires_grad_()
+    p |= {"clip_low": 1e-6, "clip_high": 1e-6, "velocity": velocity}
+    out = fk.matching_loss(**p, backend="native")
+    clipped = out.clipped_low | out.clipped_high
+    for name in ("x0", "noise"):
+        p[name].data[clipped] = torch.nan  # .data: autograd does not notice
+    out.loss.backward()
+    assert (velocity.grad[clipped] == 0).all() and velocity.grad.isfinite().all()
+    assert 0 < clipped.sum() < 4 and (velocity.grad[~clipped] != 0).all()
 
 
 @pytest.mark.parametrize("objective", ["awm", "nft"])
