@@ -29,6 +29,22 @@ def plain_replay(x, v, x_next, a, b, k, c):
     return (-k * (x_next - (a * x + b * v)) ** 2 + c).mean(1)
 
 
+def published_draw(x, v, timestep, grid, timesteps, noise_level):
+    """The step as Flow-GRPO's scripts call it: rows found by the value of the timestep, sample by
+    sample, the coefficients made at every call, and each operation a pass of its own.
+    """
+    index = [(timesteps == t).nonzero()[0].item() for t in timestep]
+    sigma, sigma_next = grid[index].view(-1, 1), grid[[i + 1 for i in index]].view(-1, 1)
+    highest, dt = grid[1].item(), sigma_next - sigma
+    g = torch.sqrt(sigma / (1 - torch.where(sigma == 1, highest, sigma))) * noise_level
+    x, v = x.float(), v.float()
+    mean = x * (1 + g**2 / (2 * sigma) * dt) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    std = g * torch.sqrt(-dt)
+    x_next = mean + std * torch.randn_like(x)
+    log_prob = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return x_next, log_prob.mean(1)
+
+
 class ReusedBuffers:
     """Eager PyTorch at its best: every intermediate goes to a buffer that is there already."""
 
@@ -64,6 +80,9 @@ class Inputs:
         draw = lambda: torch.randn(shape, generator=g).to(device, dtype)  # noqa: E731
         self.x, self.v, self.noise = draw(), draw(), draw()
         steps = torch.arange(shape[0]) % 9
+        self.grid = sd3_sigmas(10).to(device, torch.float32)
+        self.timesteps = 1000 * self.grid[:-1]
+        self.timestep = self.timesteps[steps.to(device)]
         self.rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[steps].to(
             device, torch.float32
         )
@@ -132,6 +151,7 @@ def _case(name, i: Inputs, contenders, check, streams, reads=()) -> Case:
 
 def _draw(i: Inputs) -> Case:
     scalars, buffers = (i.a, i.b, i.std, i.k, i.c), ReusedBuffers(i.x)
+    published = (i.x, i.v, i.timestep, i.grid, i.timesteps, 0.7)
     draw = lambda backend: fk.sde_step(  # noqa: E731
         i.x, i.v, i.rows, **i.key, out=i.out, backend=backend
     )
@@ -140,6 +160,7 @@ def _draw(i: Inputs) -> Case:
         contenders += [
             Contender("eager, buffers reused", lambda: buffers.draw(i.x, i.v, *scalars)),
             Contender("eager", lambda: plain_draw(i.x, i.v, *scalars)),
+            Contender("the published scripts", lambda: published_draw(*published)),
             Contender("torch.compile", compiled(plain_draw, i.x, i.v, *scalars)),
             Contender(
                 "torch.compile, fallback_random",

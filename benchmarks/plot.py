@@ -17,7 +17,7 @@ COLORS |= {
     "torch.randn": "#937860",
     "torch.randn, buffer reused": "#bfae9e",
 }
-COLORS |= {"eager, recorded": "#c9d6ea"}
+COLORS |= {"eager, recorded": "#c9d6ea", "the published scripts": "#c44e52"}
 
 
 def plot(result: dict, path: Path) -> None:
