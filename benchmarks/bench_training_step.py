@@ -64,9 +64,11 @@ def _plain(name: str, plain) -> Contender:
 def _gradient_difference(ours, plain) -> float:
     """With the same noise both must reach the same gradient in the first update: how far apart."""
     from flowkern import philox_normal
-    from flowkern.rollout.engine import sample_ids
+    from flowkern.rollout import prompt_ids
 
-    ids, gradients, update = sample_ids(0, ours.slots, ours.recipe.group_size), [], ours.update
+    member = torch.arange(ours.recipe.group_size)
+    ids = (prompt_ids(0, ours.slots)[:, None] + member).flatten()
+    gradients, update = [], ours.update
 
     def noise(shape, stream, i, first):
         return philox_normal(shape, ours.config.seed, ids[first : first + shape[0]], i, stream)

@@ -88,7 +88,7 @@ def _sample(options: argparse.Namespace) -> int:
         raise ValueError(f"--num-images: got {options.num_images}, expected at least 1")
     import torch
 
-    from flowkern.rollout.engine import sample_ids
+    from flowkern.rollout import prompt_ids
     from flowkern.train.checkpoint import checkpoints, find_checkpoint
     from flowkern.train.config import load_config
     from flowkern.train.loading import load_pipeline
@@ -101,12 +101,14 @@ def _sample(options: argparse.Namespace) -> int:
     config = load_config(directory / "config.yaml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
-    attach_lora(model, directory)
+    averaged = directory / "ema"  # what was validated, where train.ema_decay is set
+    attach_lora(model, averaged if averaged.is_dir() else directory)
+    member = torch.arange(options.num_images, device=device)
     steps, scale = options.num_inference_steps, options.guidance_scale
     images = sample_images(
         model,
         [options.prompt] * options.num_images,
-        sample_ids(0, torch.zeros(1, dtype=torch.int64, device=device), options.num_images),
+        prompt_ids(0, torch.zeros_like(member)) + member,
         seed=options.seed,
         num_inference_steps=config.validation.num_inference_steps if steps is None else steps,
         guidance_scale=config.validation.guidance_scale if scale is None else scale,

@@ -13,7 +13,7 @@ import torch
 from flowkern.models import load_model
 from flowkern.models.sd3 import SD3
 from flowkern.rewards import digits as rewards
-from flowkern.rollout import sample_ids
+from flowkern.rollout import prompt_ids
 from flowkern.train.validation import sample_images
 
 SAMPLERS = ((10, "ode", 0.0), (40, "ode", 0.0), (10, "flow_sde", 0.7))  # steps, kind, noise level
@@ -35,7 +35,7 @@ def measure_model(model: SD3, assets: Path, seed: int) -> dict:
             images = sample_images(
                 model,
                 prompts,
-                sample_ids(0, torch.arange(len(rows)), 1),
+                prompt_ids(0, torch.arange(len(rows))),
                 seed=seed,
                 num_inference_steps=steps,
                 kind=kind,

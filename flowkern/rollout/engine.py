@@ -1,7 +1,8 @@
-"""Run a plan: many samples at once, one network call per step for all of them.
+"""Run a plan for a batch of prompts: the network is called once per node, and for many at once.
 
-B samples, *D one latent, S edges, E trained edges, N kept nodes. Noise follows from
-(seed, sample_id, step) alone, so a sample is the same whatever batch, rank or world it is in.
+P prompts, *D one latent; W nodes of a wave, L leaves, K kept nodes, O origins of a plan; B rows of
+one call. Nodes of one depth run together, whatever their noise levels. Noise follows from
+(seed, sample id, step) alone, so a sample is the same whatever batch, rank or world it is in.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowkern.ops._common.philox import philox_normal
 from flowkern.ops.sde_step import ode_step, reference, sde_step
-from flowkern.rollout.plan import Chain
-from flowkern.schedules import Coefficients
+from flowkern.rollout.plan import Plan
+from flowkern.rollout.waves import Launch, Wave, waves
+from flowkern.schedules import MAX_HISTORY, Coefficients
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (B, *D), sigma (B,), prompt (B,) int64) -> velocity (B, *D)"""
@@ -25,168 +28,225 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 ITERATION_BITS, PROMPT_BITS, MEMBER_BITS = 24, 16, 23  # 63 bits: ids stay positive
 
 
-def sample_ids(iteration: int, prompts: Tensor, members: int) -> Tensor:
-    """Global ids of `members` samples for each slot of an iteration: (P * members,) int64.
+def prompt_ids(iteration: int, slots: Tensor) -> Tensor:
+    """Ids (P,) int64 of the prompts in an iteration's slots (P,); with a member added, of samples.
 
-    prompts: (P,), the slots. Prompt-major. An id never repeats within a run, however its samples
-    are batched or sharded.
+    An id never repeats within a run, however its samples are batched or sharded.
     """
-    fields = (
+    highest = int(slots.max()) if len(slots) else 0
+    for name, value, bits in (
         ("iteration", iteration, ITERATION_BITS),
-        ("prompts", int(prompts.max()) if len(prompts) else 0, PROMPT_BITS),
-        ("members", members - 1, MEMBER_BITS),
-    )
-    for name, value, bits in fields:
+        ("slots", highest, PROMPT_BITS),
+    ):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: got {value}, expected 0 to 2**{bits} - 1 in a sample id")
-    slots = (iteration << PROMPT_BITS) + prompts.to(torch.int64)
-    member = torch.arange(members, device=prompts.device)
-    return ((slots << MEMBER_BITS)[:, None] + member).flatten()
+    return ((iteration << PROMPT_BITS) + slots.to(torch.int64)) << MEMBER_BITS
 
 
 @dataclass(frozen=True)
-class Roots:
-    """Where the samples of a rollout begin."""
+class Source:
+    """What the states of a rollout are drawn from, beside the plan."""
 
     seed: int
     """Of the run: 64 bits."""
-    sample_id: Tensor
-    """(B,) int64, from `sample_ids`."""
-    prompt: Tensor
-    """(B,) int64: the row of the conditioning that the velocity function is asked for."""
+    prompt_id: Tensor
+    """(P,) int64, from `prompt_ids`. The velocity function is asked for prompts 0 to P - 1."""
     shape: tuple[int, ...]
     """*D."""
     dtype: torch.dtype = torch.float32
     """Of the states."""
 
+    def empty(self, *rows: int) -> Tensor:
+        """States to be written, (*rows, *D)."""
+        return torch.empty(*rows, *self.shape, dtype=self.dtype, device=self.prompt_id.device)
+
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of a rollout to train on, one per (edge, sample)."""
+class Guidance:
+    """Classifier-free guidance: uncond + scale (velocity - uncond)."""
 
-    x_t: Tensor
-    x_next: Tensor
-    sigma: Tensor
-    coefficients: Coefficients
-    prompt: Tensor
-    old_velocity: Tensor | None
+    scale: float
+    uncond: int
+    """The prompt that stands for none."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What sampling leaves behind: the latents, and what training needs of the way there."""
+    """What sampling leaves behind: the leaves, and what training needs of the way there."""
 
-    chain: Chain
-    roots: Roots
+    plan: Plan
+    source: Source
     latents: Tensor
-    """(B, *D): the last nodes."""
+    """(P, L, *D): the leaves."""
     states: Tensor
-    """(N, B, *D): the nodes chain.kept."""
+    """(K, P, *D): nodes that trained edges leave, and those they lead to unless drawn again."""
+    kept: dict[int, int]
+    """Node -> its place in `states`."""
     velocity: Tensor | None
-    """(E, B, *D): guided, at the trained edges, of the weights that sampled; None unless kept."""
-
-    def batch(self, edge: Tensor, sample: Tensor) -> Batch:
-        """Rows for pairs of trained edge (n,), counted from 0 to E - 1, and sample (n,)."""
-        device = self.states.device
-        at = self.chain.position.to(device)[edge]
-        step = torch.tensor(self.chain.trained, device=device)[edge]
-        return Batch(
-            x_t=self.states[at, sample],
-            x_next=self.states[at + 1, sample],
-            sigma=self.chain.sigmas.to(device, self.states.dtype)[step],
-            coefficients=self.chain.coefficients.to(device)[step],
-            prompt=self.roots.prompt[sample],
-            old_velocity=None if self.velocity is None else self.velocity[edge, sample],
-        )
+    """(O, P, *D): guided, at the plan's origins, of the weights that sampled; None unless kept."""
+    is_redrawn: bool
+    """Is x_next drawn again from its seed, with `velocity`, where training needs it?"""
 
 
 @torch.no_grad()
 def run(
-    chain: Chain,
+    plan: Plan,
     velocity: Velocity,
-    roots: Roots,
+    source: Source,
     max_batch: int,
-    guidance_scale: float = 1.0,
-    uncond: int | None = None,
+    guidance: Guidance | None = None,
     keep_velocity: bool = False,
     backend: str | None = None,
 ) -> Rollout:
-    """Walk the chain from all roots.
+    """Sample the tree of every prompt.
 
-    max_batch: rows of one network call at most; guidance takes two rows per sample, in one call.
-    guidance_scale, uncond: with a scale other than 1, the row of the conditioning without a prompt.
+    max_batch: rows of one network call at most; guidance takes two rows per node, in one call.
     keep_velocity: needed where the weights will have moved between sampling and training.
     """
-    is_guided = guidance_scale != 1.0
-    if is_guided and uncond is None:
-        raise ValueError(f"uncond: needed for guidance_scale={guidance_scale}, got None")
-    rows = max_batch // (2 if is_guided else 1)
-    if rows < 1:
-        raise ValueError(f"max_batch: got {max_batch}, expected at least {2 if is_guided else 1}")
-    batch, device = len(roots.sample_id), roots.sample_id.device
-    options = {"dtype": roots.dtype, "device": device}
-    edges = len(chain.trained) if keep_velocity else 0
-    rollout = Rollout(
-        chain,
-        roots,
-        torch.empty(batch, *roots.shape, **options),
-        torch.empty(len(chain.kept), batch, *roots.shape, **options),
-        torch.empty(edges, batch, *roots.shape, **options) if keep_velocity else None,
-    )
-    guide = (guidance_scale, uncond) if is_guided else None
-    for part in _slices(batch, rows):
-        _walk(rollout, velocity, part, guide, backend)
+    plan.check()
+    per_node = 1 if guidance is None else 2
+    if max_batch < per_node:
+        raise ValueError(f"max_batch: got {max_batch}, expected at least {per_node}")
+    rollout = _empty(plan, source, keep_velocity)
+    prompts, layout = len(source.prompt_id), waves(plan)
+    x = _roots(plan, layout[0], source, backend)
+    memory: list[Tensor] = []  # clean predictions of this wave, of the one before it, ...
+    for wave, following in pairwise([*layout, None]):
+        _record(rollout, wave, x)
+        if following is None:
+            break
+        x_next = source.empty(len(following.nodes), prompts)
+        memory = [source.empty(int((wave.memory >= 0).sum()), prompts), *memory[: MAX_HISTORY - 1]]
+        for part in slices(len(wave.sigma) * prompts, max_batch // per_node):
+            call = _Call(wave, part, x.flatten(0, 1)[part], source, backend)
+            call.ask(velocity, guidance)
+            call.record(rollout.velocity, memory[0])
+            for launch in wave.launches:
+                call.go(launch, memory[1:], x_next)
+        x = x_next
     return rollout
 
 
-def _slices(count: int, size: int) -> list[slice]:
+def slices(count: int, size: int) -> list[slice]:
     """As few slices of at most `size` as there can be, of nearly equal length."""
     parts = math.ceil(count / size)
     bounds = [count * i // parts for i in range(parts + 1)] if parts else [0]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def _walk(
-    rollout: Rollout,
-    velocity: Velocity,
-    part: slice,
-    guide: tuple[float, int] | None,
-    backend: str | None,
-) -> None:
-    """Samples `part` from noise to the end, one network call per step."""
-    chain, roots = rollout.chain, rollout.roots
-    sample_id, prompt = roots.sample_id[part], roots.prompt[part]
-    device, count = sample_id.device, len(sample_id)
-    coefficients = chain.coefficients.to(device)
-    sigmas = chain.sigmas.to(device, roots.dtype)
-    kept = {node: rollout.states[i, part] for i, node in enumerate(chain.kept)}
-    shape = (count, *roots.shape)
-    x = philox_normal(shape, roots.seed, sample_id, 0, "init", backend=backend).to(roots.dtype)
-    for i in range(len(chain)):
-        if i in kept:
-            kept[i].copy_(x)
-        v, options = _call(velocity, x, sigmas[i], prompt, guide)
-        if rollout.velocity is not None and i in chain.trained:
-            rollout.velocity[chain.trained.index(i), part] = guided(v, **options)
-        options["backend"] = backend
-        if chain.is_noisy[i]:
-            noise = {"seed": roots.seed, "sample_id": sample_id, "step": i}
-            x = sde_step(x, v, coefficients[i], out_dtype=roots.dtype, **noise, **options)[0]
-        else:
-            x = ode_step(x, v, coefficients[i], out_dtype=roots.dtype, **options)
-    if len(chain) in kept:
-        kept[len(chain)].copy_(x)
-    rollout.latents[part] = x
+def _empty(plan: Plan, source: Source, keep_velocity: bool) -> Rollout:
+    """What will be left behind, allocated."""
+    prompts, origins = len(source.prompt_id), plan.origins
+    kept = sorted({*origins, *plan.trained})
+    # A velocity per origin and a seed, in place of the states of many siblings.
+    is_redrawn = source.dtype == torch.float32 and 2 * len(origins) < len(kept)
+    kept = sorted(origins) if is_redrawn else kept
+    return Rollout(
+        plan,
+        source,
+        latents=source.empty(prompts, len(plan.leaves)),
+        states=source.empty(len(kept), prompts),
+        kept={node: place for place, node in enumerate(kept)},
+        velocity=source.empty(len(origins), prompts) if is_redrawn or keep_velocity else None,
+        is_redrawn=is_redrawn,
+    )
 
 
-def _call(velocity, x, sigma, prompt, guide):
-    """The velocity and the guidance arguments of a step, from one call."""
-    if guide is None:
-        return velocity(x, sigma.expand(len(x)), prompt), {}
-    scale, uncond = guide
-    both = torch.cat([prompt, torch.full_like(prompt, uncond)])
-    v, v_uncond = velocity(torch.cat([x, x]), sigma.expand(2 * len(x)), both).chunk(2)
-    return v, {"velocity_uncond": v_uncond, "guidance_scale": scale}
+def _roots(plan: Plan, wave: Wave, source: Source, backend: str | None) -> Tensor:
+    """(W, P, *D): pure noise."""
+    member = torch.tensor([plan.nodes[node].member for node in wave.nodes])
+    ids = source.prompt_id + member.to(source.prompt_id.device)[:, None]
+    shape = (ids.numel(), *source.shape)
+    x = philox_normal(shape, source.seed, ids.flatten(), 0, "init", backend=backend)
+    return x.to(source.dtype).view(*ids.shape, *source.shape)
+
+
+def _record(rollout: Rollout, wave: Wave, x: Tensor) -> None:
+    """Put aside the leaves, and what training needs, of a wave's states (W, P, *D)."""
+    leaves = rollout.plan.leaves
+    for position, node in enumerate(wave.nodes):
+        if node in leaves:
+            rollout.latents[:, leaves[node]] = x[position]
+        if node in rollout.kept:
+            rollout.states[rollout.kept[node]] = x[position]
+
+
+class _Call:
+    """One network call: rows `part` of a wave, and the steps that leave them."""
+
+    def __init__(self, wave: Wave, part: slice, x_t: Tensor, source: Source, backend: str | None):
+        self.wave, self.part, self.x_t, self.source, self.backend = wave, part, x_t, source, backend
+        self.prompts = len(source.prompt_id)
+        row = torch.arange(part.start, part.stop)
+        self.node, self.prompt = row // self.prompts, row % self.prompts
+
+    def ask(self, velocity: Velocity, guidance: Guidance | None) -> None:
+        """The velocity of all rows, and with guidance that without a prompt."""
+        x_t, prompt = self.x_t, self._move(self.prompt)
+        sigma = self._move(self.wave.sigma[self.node].to(self.source.dtype))
+        self.velocity, self.options = None, {}
+        if guidance is None:
+            self.velocity = velocity(x_t, sigma, prompt)
+            return
+        both = torch.cat([prompt, torch.full_like(prompt, guidance.uncond)])
+        v = velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
+        self.velocity, uncond = v.chunk(2)
+        self.options = {"velocity_uncond": uncond, "guidance_scale": guidance.scale}
+
+    def record(self, velocity: Tensor | None, memory: Tensor) -> None:
+        """Put aside the velocities that training needs and the predictions that steps need."""
+        if velocity is not None:
+            self._put(velocity, self.wave.origin, lambda: guided(self.velocity, **self.options))
+        to_clean = self._rows(self.wave.to_clean, self.node)
+        self._put(memory, self.wave.memory, lambda: self._step(slice(None), to_clean))
+
+    def _put(self, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
+        place = places[self.node]
+        here = (place >= 0).nonzero().flatten()
+        if len(here):
+            rows = place[here] * self.prompts + self.prompt[here]
+            target.flatten(0, 1)[self._index(rows)] = value()[self._index(here)]
+
+    def go(self, launch: Launch, memory: list[Tensor], x_next: Tensor) -> None:
+        """Walk the edges of a launch that leave these rows, into x_next (W, P, *D)."""
+        edge, prompt, row = launch.within(self.part, self.prompts)
+        if not len(edge):
+            return
+        options: dict[str, Any] = {}
+        if launch.history:
+            options["history"] = [
+                earlier.flatten(0, 1)[self._index(places[edge] * self.prompts + prompt)]
+                for places, earlier in zip(launch.history, memory, strict=False)
+            ]
+        if launch.member is not None:
+            ids = self.source.prompt_id[self._move(prompt)] + self._move(launch.member[edge])
+            options |= {"seed": self.source.seed, "sample_id": ids, "step": self.wave.depth}
+        target = self._index(launch.child[edge] * self.prompts + prompt)
+        coefficients = self._rows(launch.table, edge)
+        x_next.flatten(0, 1)[target] = self._step(self._index(row), coefficients, **options)
+
+    def _step(self, rows: slice | Tensor, coefficients: Coefficients, **options) -> Tensor:
+        options |= {"out_dtype": self.source.dtype, "backend": self.backend}
+        for name, value in self.options.items():
+            options[name] = value[rows] if isinstance(value, Tensor) else value
+        inputs = (self.x_t[rows], self.velocity[rows], coefficients)
+        return (
+            sde_step(*inputs, **options)[0] if "seed" in options else ode_step(*inputs, **options)
+        )
+
+    def _rows(self, table: Coefficients, index: Tensor) -> Coefficients:
+        wide = torch.float64 if self.source.dtype == torch.float64 else torch.float32
+        return table[index].to(self.x_t.device, wide)
+
+    def _move(self, value: Tensor) -> Tensor:
+        return value.to(self.x_t.device, non_blocking=True)
+
+    def _index(self, index: Tensor) -> slice | Tensor:
+        """Rows that follow each other as a slice, which copies nothing."""
+        first = int(index[0])
+        if torch.equal(index, torch.arange(first, first + len(index))):
+            return slice(first, first + len(index))
+        return self._move(index)
 
 
 def guided(velocity: Tensor, velocity_uncond: Tensor | None = None, guidance_scale: float = 1.0):

@@ -1,65 +1,191 @@
-"""The plan of a rollout: which edges every sample walks, and which of them are trained.
+"""The plan of a rollout: the tree of states that is sampled for every prompt, and what is trained.
 
-A plan is made by a recipe, once per rollout, on the host. S edges, S + 1 nodes; edge i goes from
-node i to node i + 1, from sigmas[i] down to sigmas[i + 1]. A node takes one network call.
+A node is a latent at a noise level; it takes one network call, however many edges leave it. An edge
+is an ODE step (of an order, with the history of its path) or a draw from an SDE. A recipe makes one
+plan per rollout, on the host; all prompts of the rollout share it.
+
+N nodes, L leaves, E trained edges, S sites: the places of a tree where training calls the network,
+which are the nodes that trained edges leave or, for matching objectives, the points to match at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from flowkern.schedules import Coefficients
+from flowkern.schedules import Coefficients, edge_coefficients, multistep_coefficients
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A state, and the edge that leads to it."""
+
+    parent: int
+    """The node that the edge leaves; -1: a root, drawn from noise."""
+    sigma: float
+    depth: int
+    """Edges from the root: the Philox step of the noise that leaves this node."""
+    member: int | None
+    """Whose noise the state is drawn with; None: an ODE edge leads here."""
+    edge: Coefficients | None = None
+    is_trained: bool = False
+    weight: float = 1.0
+    """Of the policy term, where the edge is trained; never of a KL."""
 
 
 @dataclass(frozen=True)
-class Chain:
-    """One path per sample through a grid of noise levels."""
+class Cost:
+    """Network calls and images per prompt, guidance not counted."""
 
-    sigmas: Tensor
-    """(S + 1,) float64, falling."""
-    coefficients: Coefficients
-    """(S,) rows, one per edge, on the host."""
-    trained: Sequence[int] = ()
-    """The edges whose draw is trained, rising."""
-    has_kl: bool = False
-    """Is a KL to the reference taken at the trained edges?"""
-    is_noisy: tuple[bool, ...] = field(init=False)
-    """Per edge: does it draw noise? Known here, so that nobody asks the device."""
+    sample: float
+    """Rows forward in sampling: nodes that something leaves."""
+    train: float
+    """Rows forward and backward in training: sites."""
+    images: float
+    """Leaves."""
 
-    def __post_init__(self) -> None:
-        steps, trained = len(self.coefficients), tuple(self.trained)
-        if self.sigmas.shape != (steps + 1,):
+    @classmethod
+    def mean(cls, costs: Sequence[Cost]) -> Cost:
+        """Of the rollouts of a run."""
+        return cls(*(sum(part) / len(costs) for part in zip(*map(astuple, costs), strict=True)))
+
+
+class Plan:
+    """A tree that is built node by node: every method returns the node it made."""
+
+    def __init__(self, has_kl: bool = False) -> None:
+        """has_kl: a KL to the reference is taken at the trained edges, which then need a std."""
+        self.nodes: list[Node] = []
+        self.leaves: dict[int, int] = {}
+        """Nodes that are decoded and rewarded -> their position, 0 to L - 1."""
+        self.groups: list[int] = []
+        """(L,): leaves of a prompt with the same number are compared with each other."""
+        self.points: list[tuple[int, float]] = []
+        """(position of a leaf, sigma), where a matching objective looks at a leaf."""
+        self.has_kl = has_kl
+        self._noises: set[tuple[int, int]] = set()
+
+    # ---- building ----
+
+    def root(self, member: int) -> int:
+        """A state of pure noise, that of `member`."""
+        return self._add(Node(-1, 1.0, 0, member), noise=(member, -1))
+
+    def step(self, node: int, sigma_next: float, order: int = 1, variant: str = "midpoint") -> int:
+        """A deterministic step: Euler, or DPM-Solver++ of `order` with the history of the path.
+
+        To sigma 0 it is the clean prediction at `node`.
+        """
+        path = self._path(node, order)
+        edge = _ode_edge((*path, float(sigma_next)), order, variant)
+        return self._add(Node(node, float(sigma_next), self.nodes[node].depth + 1, None, edge))
+
+    def draw(
+        self, node: int, sigma_next: float, kind: str, noise_level: float, member: int,
+        is_trained: bool = False, weight: float = 1.0,
+    ) -> int:  # fmt: skip
+        """A step of an SDE (`schedules.edge_coefficients`) with the noise of `member`."""
+        origin = self.nodes[node]
+        edge = _sde_edge(origin.sigma, float(sigma_next), kind, noise_level)
+        if is_trained and float(edge.k) == 0:
             raise ValueError(
-                f"sigmas: got shape {tuple(self.sigmas.shape)}, expected ({steps + 1},), one more "
-                f"than the {steps} edges of coefficients"
+                f"is_trained: the edge from sigma {origin.sigma} to {sigma_next} has k = 0, so its "
+                "ratio is always 1"
             )
-        if list(trained) != sorted(set(trained)) or any(not 0 <= e < steps for e in trained):
-            raise ValueError(f"trained: got {trained}, expected rising edges from 0 to {steps - 1}")
-        is_noisy = tuple((self.coefficients.std > 0).tolist())
-        has_ratio = (self.coefficients.k > 0).tolist()
-        silent = [edge for edge in trained if not has_ratio[edge]]
-        if silent:
-            raise ValueError(f"trained: got edges {silent} with k = 0, whose ratio is always 1")
-        silent = [edge for edge in trained if not is_noisy[edge]]
-        if silent and self.has_kl:
-            raise ValueError(f"trained: got edges {silent} with std = 0, which have no KL")
-        object.__setattr__(self, "trained", trained)
-        object.__setattr__(self, "is_noisy", is_noisy)
+        if is_trained and self.has_kl and float(edge.std) == 0:
+            raise ValueError(
+                f"has_kl: the trained edge from sigma {origin.sigma} to {sigma_next} has std = 0, "
+                "so it has no KL"
+            )
+        depth = origin.depth + 1
+        made = Node(node, float(sigma_next), depth, member, edge, is_trained, weight)
+        return self._add(made, noise=(member, origin.depth))
 
-    def __len__(self) -> int:
-        """The number of edges."""
-        return len(self.coefficients)
+    def leaf(self, node: int, group: int = 0) -> int:
+        """Decode and reward `node`, among the leaves of `group`; its position."""
+        if self.nodes[node].sigma != 0:
+            raise ValueError(f"node: a leaf is clean, got one at sigma {self.nodes[node].sigma}")
+        if node in self.leaves:
+            raise ValueError(f"node: {node} is a leaf already")
+        self.leaves[node] = len(self.leaves)
+        self.groups.append(group)
+        return self.leaves[node]
+
+    def match(self, leaf: int, sigma: float) -> None:
+        """Train at noise level `sigma` over the leaf at position `leaf`."""
+        if not 0 < sigma <= 1:
+            raise ValueError(f"sigma: expected a noise level in (0, 1], got {sigma}")
+        self.points.append((leaf, float(sigma)))
+
+    def _add(self, node: Node, noise: tuple[int, int] | None = None) -> int:
+        if noise in self._noises:
+            raise ValueError(f"member: {noise[0]} draws noise at depth {noise[1]} already")
+        if noise is not None:
+            self._noises.add(noise)
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def _path(self, node: int, length: int) -> tuple[float, ...]:
+        """The noise levels of `node` and its ancestors, at most `length`, falling."""
+        path: list[float] = []
+        while node >= 0 and len(path) < length:
+            path.append(self.nodes[node].sigma)
+            node = self.nodes[node].parent
+        return tuple(reversed(path))
+
+    # ---- what follows from it ----
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """The nodes that training needs: both ends of every trained edge, rising."""
-        return tuple(sorted({node for edge in self.trained for node in (edge, edge + 1)}))
+    def trained(self) -> list[int]:
+        """(E,): the nodes that trained edges lead to."""
+        return [i for i, node in enumerate(self.nodes) if node.is_trained]
 
     @property
-    def position(self) -> Tensor:
-        """(E,): where the start of each trained edge is in `kept`; its end is the next one."""
-        return torch.tensor([self.kept.index(edge) for edge in self.trained], dtype=torch.int64)
+    def origins(self) -> list[int]:
+        """The nodes that trained edges leave, each once."""
+        return list(dict.fromkeys(self.nodes[i].parent for i in self.trained))
+
+    def below(self) -> Tensor:
+        """(E, L) bool: which leaves each trained edge leads to."""
+        edge = {node: e for e, node in enumerate(self.trained)}
+        below = torch.zeros(len(edge), len(self.leaves), dtype=torch.bool)
+        for node, position in self.leaves.items():
+            while node >= 0:
+                if node in edge:
+                    below[edge[node], position] = True
+                node = self.nodes[node].parent
+        return below
+
+    def cost(self) -> Cost:
+        """What a prompt costs, by counting the tree."""
+        sites = self.points or self.origins
+        inner = {node.parent for node in self.nodes} - {-1}
+        return Cost(len(inner), len(sites), len(self.leaves))
+
+    def check(self) -> None:
+        """Raises ValueError for what no rollout can use."""
+        inner = {node.parent for node in self.nodes}
+        dead = [i for i in range(len(self.nodes)) if i not in inner and i not in self.leaves]
+        if dead or not self.leaves:
+            raise ValueError(f"plan: nothing leaves nodes {dead[:5]}, and they are no leaves")
+        if self.points and self.trained:
+            raise ValueError("plan: has points to match and trained edges; expected one of them")
+        barren = (~self.below().any(1)).nonzero().flatten().tolist()
+        if barren:
+            raise ValueError(f"plan: no leaf rewards the trained edges {barren[:5]}")
+
+
+@lru_cache(maxsize=65536)
+def _sde_edge(sigma: float, sigma_next: float, kind: str, noise_level: float) -> Coefficients:
+    return edge_coefficients(sigma, sigma_next, kind, noise_level)
+
+
+@lru_cache(maxsize=65536)
+def _ode_edge(path: tuple[float, ...], order: int, variant: str) -> Coefficients:
+    if order == 1:
+        return edge_coefficients(path[-2], path[-1], "ode", 0.0)
+    return multistep_coefficients(path, order, variant)

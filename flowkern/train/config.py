@@ -103,6 +103,9 @@ class TrainConfig:
     """Added to AdamW's denominator."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
+    ema_decay: float | None = None
+    """Validate, and store in checkpoint-N/ema, a running mean of the weights with at most this
+    decay, taken once per optimizer step; None: the weights themselves."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """The network's dtype; LoRA weights, latents and the loss stay in float32."""
     checkpointing_steps: int = 100
@@ -120,7 +123,7 @@ class TrainConfig:
         require(self, "above 0", "steps", "max_batch", "learning_rate", "adam_epsilon")
         require(self, "above 0", "max_grad_norm", "checkpointing_steps", "checkpoints_total_limit")
         require(self, "at least 0", "adam_weight_decay", "lr_warmup_steps")
-        require(self, "from 0 to below 1", "adam_beta1", "adam_beta2")
+        require(self, "from 0 to below 1", "adam_beta1", "adam_beta2", "ema_decay")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 f"lr_warmup_steps: got {self.lr_warmup_steps}, which train.lr_scheduler=constant "

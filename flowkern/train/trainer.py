@@ -1,13 +1,13 @@
 """The trainer. `Trainer.step` is the loop of every algorithm; the rest of the class carries it.
 
-P prompts of a rollout, G samples of each, B = P * G, E trained edges: of this rank unless stated.
+P prompts of a rollout, of this rank unless stated, each with L leaves and C trained choices.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from torch import Tensor
 from flowkern.ops.policy_loss import PolicyLoss
 from flowkern.rewards import load_reward
 from flowkern.rl.advantage import zero_std_ratio
-from flowkern.rollout.engine import Rollout, Roots, run, sample_ids
+from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
+from flowkern.rollout.engine import Velocity, slices
 from flowkern.train import checkpoint, distributed, lora, tracking
 from flowkern.train.config import Config, to_dict
+from flowkern.train.copies import Copies
 from flowkern.train.distributed import Laps, StopRequest
 from flowkern.train.loading import load_pipeline
 from flowkern.train.prompts import draw_prompts, read_prompts
 from flowkern.train.validation import Validation, evaluate
 
+EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
 STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl")
 Row = dict[str, Any]
 """A prompt with its metadata."""
@@ -70,6 +73,8 @@ class Trainer:
             num_warmup_steps=options.lr_warmup_steps,
             num_training_steps=options.steps,
         )
+        means = () if options.ema_decay is None else (EVALUATED,)
+        self.copies = Copies(self.parameters, (*self.recipe.copies, *means))
         # `trained` is `network` as gradients need it: wrapped for several processes.
         self.trained, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         names = [*config.reward.weights, *config.reward.report]
@@ -83,93 +88,89 @@ class Trainer:
         """A rollout and its optimizer steps; returns the metrics of each."""
         laps, updates = Laps(self.device, lambda: self.model.rows), []
         prompts = self.draw_prompts()
-        rollout, images = self.sample(prompts)
+        rollout = self.sample(prompts)
         laps.mark()
-        scores = self.score(images, prompts)
-        advantage = self.credit(scores)
+        scores = self.score(rollout, prompts)
+        advantage = self.credit(scores, rollout.plan)
         laps.mark()
-        for samples in self.split():
-            totals, count = torch.zeros(len(STATISTICS), device=self.device), 0
-            rows = len(rollout.chain.trained) * len(samples)
-            for edge, sample in self.micro_batches(samples, rows):
-                count += len(sample)
-                batch = rollout.batch(edge, sample)
-                with self.accelerator.no_sync(self.trained) if count < rows else nullcontext():
-                    out = self.objective(self.learn, batch, advantage[sample], self.reference)
-                    self.accelerator.backward(out.loss / rows)
+        for share in self.split():
+            totals = torch.zeros(len(STATISTICS), device=self.device)
+            calls = self.network_calls(rollout.plan, advantage, share)
+            choices = len(share) * advantage.shape[2]
+            for i, (site, prompt) in enumerate(calls):
+                rows = batch(rollout, site, share[prompt], advantage[self.rank])
+                with self.accelerator.no_sync(self.trained) if calls[i + 1 :] else nullcontext():
+                    out = self.objective(rows, self.learn, self.anchors())
+                    self.accelerator.backward(out.loss / choices)
                 totals += summed(out)
-            updates.append(self.update(totals / rows))
+            updates.append(self.update(totals / choices))
             laps.mark()
-        return self.report(scores, updates, laps)
+        self.update_copies()
+        return self.report(rollout.plan, scores, updates, laps)
+
+    @property
+    def iteration(self) -> int:
+        """The number of rollouts so far."""
+        return self.global_step // self.recipe.updates_per_rollout
 
     def draw_prompts(self) -> list[Row]:
         """This rank's prompts of the iteration, P."""
-        iteration = self.global_step // self.recipe.updates_per_rollout
         count = self.recipe.prompts_per_rollout
-        drawn = draw_prompts(len(self.prompts), count, self.config.seed, iteration)
+        drawn = draw_prompts(len(self.prompts), count, self.config.seed, self.iteration)
         return [self.prompts[drawn[slot]] for slot in self.slots.tolist()]
 
-    def sample(self, prompts: Sequence[Row]) -> tuple[Rollout, Tensor]:
-        """A rollout under the current weights, G samples per prompt, and its images."""
-        recipe, model = self.recipe, self.model
+    def sample(self, prompts: Sequence[Row]) -> Rollout:
+        """The tree of every prompt, under the weights that sample."""
+        recipe, model, seed = self.recipe, self.model, self.config.seed
         self.conditioning = model.encode([row["prompt"] for row in prompts] + [""])
-        iteration = self.global_step // recipe.updates_per_rollout
-        local = torch.arange(len(prompts), device=self.device)
-        roots = Roots(
-            seed=self.config.seed,
-            sample_id=sample_ids(iteration, self.slots, recipe.group_size),
-            prompt=local.repeat_interleave(recipe.group_size),
-            shape=model.latent_shape(self.config.model.height, self.config.model.width),
-        )
-        rollout = run(
-            recipe.plan(model.sigmas),
-            self.act,
-            roots,
+        size = self.config.model.height, self.config.model.width
+        return run(
+            recipe.plan(model.sigmas, self.iteration, seed),
+            self.velocity_of(recipe.sampler),
+            Source(seed, prompt_ids(self.iteration, self.slots), model.latent_shape(*size)),
             self.config.train.max_batch,
-            guidance_scale=recipe.guidance_scale,
-            uncond=len(prompts),
+            guidance=recipe.guidance(uncond=len(prompts)),
             keep_velocity=recipe.updates_per_rollout > 1,  # the weights move in between
         )
-        return rollout, model.decode(rollout.latents)
 
-    def score(self, images: Tensor, prompts: Sequence[Row]) -> dict[str, Tensor]:
-        """Every reward, and their weighted sum "mean", of the samples of all ranks, on the host."""
-        rows = [row for row in prompts for _ in range(self.recipe.group_size)]
-        local = evaluate(self.rewards, images, rows)
-        table = distributed.gather(self.accelerator, torch.stack([*local.values()], dim=1))
-        scores = dict(zip(local, table.unbind(1), strict=True))
+    def score(self, rollout: Rollout, prompts: Sequence[Row]) -> dict[str, Tensor]:
+        """Every reward, and their weighted sum "mean", (all ranks' prompts, L), on the host."""
+        latents = rollout.latents.flatten(0, 1)
+        leaves = len(rollout.plan.leaves)
+        rows, parts = [row for row in prompts for _ in range(leaves)], []
+        for part in slices(len(latents), self.config.train.max_batch):
+            found = evaluate(self.rewards, self.model.decode(latents[part]), rows[part])
+            parts.append(torch.stack([*found.values()], dim=1))
+        table = distributed.gather(self.accelerator, torch.cat(parts))
+        scores = {
+            name: value.view(-1, leaves)
+            for name, value in zip(self.rewards, table.unbind(1), strict=True)
+        }
         for name, value in scores.items():
             bad = value[~torch.isfinite(value)].tolist()
             if bad:
                 raise FloatingPointError(
                     f"step {self.global_step + 1}: reward {name} is {bad[0]} for {len(bad)} of "
-                    f"{len(value)} images; the last checkpoint stands"
+                    f"{value.numel()} images; the last checkpoint stands"
                 )
         weights = self.config.reward.weights
         return {"mean": sum(weight * scores[name] for name, weight in weights.items()), **scores}
 
-    def credit(self, scores: dict[str, Tensor]) -> Tensor:
-        """The advantages of this rank's samples, (B,); the same for any number of ranks."""
-        advantage = self.recipe.credit(scores["mean"], self.group())
-        count = len(self.slots) * self.recipe.group_size
-        return advantage[self.rank * count :][:count].to(self.device)
-
-    def group(self) -> Tensor:
-        """The group of every sample of all ranks: its prompt's slot."""
-        slots = torch.arange(self.recipe.prompts_per_rollout)
-        return slots.repeat_interleave(self.recipe.group_size)
+    def credit(self, scores: dict[str, Tensor], plan: Plan) -> Tensor:
+        """The advantages of all ranks, (ranks, P, C); the same for any number of ranks."""
+        advantage = self.recipe.credit()(scores, self.config.reward.weights, plan)
+        return advantage.view(self.world, len(self.slots), -1)
 
     def split(self) -> tuple[Tensor, ...]:
-        """The samples of each optimizer step: whole groups."""
-        samples = torch.arange(len(self.slots) * self.recipe.group_size, device=self.device)
-        return samples.tensor_split(self.recipe.updates_per_rollout)
+        """The prompts of each optimizer step: never siblings apart."""
+        return torch.arange(len(self.slots)).tensor_split(self.recipe.updates_per_rollout)
 
-    def micro_batches(self, samples: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All pairs of a trained edge and a sample, as few batches as max_batch allows."""
-        pair = torch.arange(rows, device=self.device)
-        edge, sample = pair // len(samples), samples[pair % len(samples)]
-        parts = math.ceil(rows / self.config.train.max_batch)
-        return zip(edge.tensor_split(parts), sample.tensor_split(parts), strict=True)
+    def network_calls(
+        self, plan: Plan, advantage: Tensor, share: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Which sites of which of the prompts `share` each call of an optimizer step is for."""
+        limit, needs_all = self.config.train.max_batch, self.objective.needs_all
+        return network_rows(plan, advantage[:, share], self.rank, limit, needs_all)
 
     def update(self, means: Tensor) -> dict[str, float]:
         """The optimizer step; the only place in a step where the host waits for its results."""
@@ -190,51 +191,80 @@ class Trainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         self.global_step = step
+        self.copies.weights_moved()
+        if options.ema_decay is not None:
+            self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
         return {"step": step, **metrics, "grad_norm": grad_norm}
 
+    def update_copies(self) -> None:
+        """Once per rollout, after its optimizer steps."""
+        for name, decay in self.recipe.copies.items():
+            self.copies.update(name, decay(self.iteration))
+
     def report(
-        self, scores: dict[str, Tensor], updates: list[dict[str, float]], laps: Laps
+        self, plan: Plan, scores: dict[str, Tensor], updates: list[dict[str, float]], laps: Laps
     ) -> list[dict[str, float]]:
         """The metrics of an iteration's steps; those of the rollout are in the first."""
         (rollout, reward, *train), (sampled, _, *trained) = laps.seconds(), laps.counts()
-        images, naive = len(scores["mean"]), self.recipe.released_rows()
+        naive = self.released_rows()
         first = {f"reward/{name}": value.double().mean().item() for name, value in scores.items()}
         first |= {
-            "zero_std_ratio": zero_std_ratio(scores["mean"], self.group()).item(),
+            "zero_std_ratio": zero_std_ratio(scores["mean"], plan).item(),
             "nfe/sample": sampled * self.world,
-            "nfe/naive_sample": images * naive[0],
+            "nfe/naive_sample": naive[0],
             "timing_s/rollout": rollout,
             "timing_s/reward": reward,
-            "throughput/images_per_s": images / (rollout + reward + sum(train)),
+            "throughput/images_per_s": scores["mean"].numel() / (rollout + reward + sum(train)),
         }
         records = []
         for i, (metrics, seconds, rows) in enumerate(zip(updates, train, trained, strict=True)):
             records.append(metrics | (first if i == 0 else {}))
             records[-1] |= {
                 "nfe/train": rows * self.world,
-                "nfe/naive_train": images * naive[1] // len(updates),
+                "nfe/naive_train": naive[1] // len(updates),
                 "timing_s/train": seconds,
                 "timing_s/step": seconds + (rollout + reward if i == 0 else 0),
                 "memory/peak_gb": tracking.peak_memory_gb(self.device),
             }
         return records
 
+    def released_rows(self) -> tuple[int, int]:
+        """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
+        recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
+        cost = recipe.released(self.iteration - 1)
+        halves = 1 if recipe.guidance_scale == 1 else 2
+        forwards = self.objective.forwards
+        return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)
+
     # ---- the velocity, as the step needs it ----
 
-    def act(self, x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        """Under the current weights, for sampling."""
-        self.model.network = self.network
+    def velocity(self, x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
         return self.model.velocity(x_t, sigma, self.conditioning[prompt])
 
     def learn(self, x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
         """Under the current weights, for gradients: through the wrapper that joins them."""
         self.model.network = self.trained
-        return self.model.velocity(x_t, sigma, self.conditioning[prompt])
+        return self.velocity(x_t, sigma, prompt)
 
-    def reference(self, x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        """Without the adapter: the weights that training started from."""
-        with self.network.disable_adapter():
-            return self.act(x_t, sigma, prompt)
+    def velocity_of(self, name: str | None) -> Velocity:
+        """Without gradient: of a copy of the weights, of the current ones (None), or of
+        "reference", the weights without the adapter, from which training started.
+        """
+
+        def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+            self.model.network = self.network
+            is_reference = name == "reference"
+            weights = self.network.disable_adapter() if is_reference else self.copies.using(name)
+            with torch.no_grad(), weights:
+                return self.velocity(x_t, sigma, prompt)
+
+        return velocity
+
+    def anchors(self) -> dict[str, Velocity]:
+        """What the objective compares with; no copy that is known to equal the weights."""
+        copies = self.copies
+        names = [n for n in self.objective.anchors if not copies.is_current(n)]
+        return {name: self.velocity_of(name) for name in names}
 
     # ---- the run ----
 
@@ -299,10 +329,16 @@ class Trainer:
         checkpoint.save_random_state(partial / f"random-{self.rank}.pt")
         if main:
             lora.save_lora(self.network, self.model.pipeline, partial)
+            if self.evaluated is not None:
+                with self.copies.using(self.evaluated):
+                    lora.save_lora(self.network, self.model.pipeline, partial / "ema")
             text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
             (partial / "config.yaml").write_text(text)
             scaler = self.accelerator.scaler
-            parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+            parts = {
+                "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler,
+                "copies": self.copies,
+            }  # fmt: skip
             state = {"step": self.global_step} | {n: p.state_dict() for n, p in parts.items()}
             torch.save(
                 state | ({"scaler": scaler.state_dict()} if scaler else {}), partial / "state.pt"
@@ -319,6 +355,7 @@ class Trainer:
         state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.copies.load_state_dict(state["copies"])
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if (path := directory / f"random-{self.rank}.pt").is_file():  # none for ranks that are new
@@ -332,8 +369,14 @@ class Trainer:
 
     def validate(self) -> None:
         self.model.network = self.network
-        self.validation.run(self.global_step)
+        with self.copies.using(self.evaluated):
+            self.validation.run(self.global_step)
         self.draw_curves()
+
+    @property
+    def evaluated(self) -> str | None:
+        """The copy of the weights that is validated; None: the weights themselves."""
+        return None if self.config.train.ema_decay is None else EVALUATED
 
     def draw_curves(self) -> None:
         """reward_curve.png of what is on disk."""

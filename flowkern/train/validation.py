@@ -12,9 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowkern.rewards import Reward
-from flowkern.rollout.engine import ITERATION_BITS, Roots, run, sample_ids
-from flowkern.rollout.plan import Chain
-from flowkern.schedules import step_coefficients
+from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
+from flowkern.rollout.engine import ITERATION_BITS
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.prompts import read_prompts
@@ -52,7 +51,7 @@ class Validation:
         images = sample_images(
             self.model,
             [row["prompt"] for row in rows],
-            sample_ids(RESERVED_ITERATION, torch.tensor(mine, device=device), 1),
+            prompt_ids(RESERVED_ITERATION, torch.tensor(mine, device=device)),
             seed=self.config.seed,
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
@@ -119,18 +118,17 @@ def sample_images(
     kind, noise_level: of the sampler, as in `schedules`; by default the deterministic one.
     """
     conditioning = model.encode([*prompts, ""])
-    sigmas = model.sigmas(num_inference_steps)
+    plan = Plan()
+    node = plan.root(0)
+    for sigma in model.sigmas(num_inference_steps).tolist()[1:]:
+        is_ode = kind == "ode" or noise_level == 0
+        node = plan.step(node, sigma) if is_ode else plan.draw(node, sigma, kind, noise_level, 0)
+    plan.leaf(node)
     rollout = run(
-        Chain(sigmas, step_coefficients(sigmas, kind, noise_level)),
+        plan,
         lambda x_t, sigma, prompt: model.velocity(x_t, sigma, conditioning[prompt]),
-        Roots(
-            seed=seed,
-            sample_id=sample_id,
-            prompt=torch.arange(len(prompts), device=sample_id.device),
-            shape=model.latent_shape(*size),
-        ),
+        Source(seed, sample_id, model.latent_shape(*size)),
         max_batch,
-        guidance_scale=guidance_scale,
-        uncond=len(prompts),
+        guidance=None if guidance_scale == 1 else Guidance(guidance_scale, len(prompts)),
     )
-    return model.decode(rollout.latents)
+    return model.decode(rollout.latents.flatten(0, 1))

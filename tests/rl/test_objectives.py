@@ -1,13 +1,14 @@
-"""The clipped-ratio objective against the PPO formula in plain autograd, and the recipes."""
+"""The objectives on real rollouts against their formulas in plain autograd."""
 
 import math
 
 import pytest
 import torch
 
+from flowkern import philox_normal
 from flowkern.rl.algorithms import names, recipe
-from flowkern.rl.objectives import RatioClip
-from flowkern.rollout import Roots, run, sample_ids
+from flowkern.rl.objectives import Matching, RatioClip
+from flowkern.rollout import Guidance, Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import sd3_sigmas
 
 UNCOND = 2
@@ -25,17 +26,20 @@ def velocity_of(module):
     return call
 
 
-def rollout_of(module, scale, keep_velocity):
-    slots = torch.arange(2)
-    roots = Roots(5, sample_ids(0, slots, 3), slots.repeat_interleave(3), (6,), torch.float64)
-    chain = recipe("flow_grpo")(num_inference_steps=5).plan(sd3_sigmas)
-    options = {"guidance_scale": scale, "uncond": UNCOND, "keep_velocity": keep_velocity}
-    return run(chain, velocity_of(module), roots, 100, **options)
+def rollout_of(module, guidance, keep_velocity, plan=None):
+    plan = plan or recipe("flow_grpo")(num_inference_steps=5, group_size=3).plan(sd3_sigmas)
+    source = Source(5, prompt_ids(0, torch.arange(2)), (6,), torch.float64)
+    return run(plan, velocity_of(module), source, 100, guidance, keep_velocity)
 
 
-def rows(rollout):
-    pair = torch.arange(len(rollout.chain.trained) * 6)
-    return pair // 6, pair % 6
+def everything(rollout):
+    """All rows of a rollout as one batch, with random advantages."""
+    sites, choices = (
+        len(rollout.plan.points or x) for x in (rollout.plan.origins, rollout.plan.trained)
+    )
+    pair = torch.arange(sites * 2)
+    advantage = torch.randn(2, choices, dtype=torch.float64)
+    return batch(rollout, pair // 2, pair % 2, advantage)
 
 
 def log_prob(module, batch, scale):
@@ -53,11 +57,11 @@ def log_prob(module, batch, scale):
 @pytest.mark.parametrize("scale, kl_coef", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.05)])
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef):
     module, base = network(0), network(1)
-    rollout = rollout_of(module, scale, keep_velocity=False)
-    batch = rollout.batch(*rows(rollout))
-    advantage = torch.randn(len(batch.x_t), dtype=torch.float64)
-    objective = RatioClip(1e-3, 1e-3, kl_coef, scale, UNCOND)
-    out = objective(velocity_of(module), batch, advantage, velocity_of(base))
+    guidance = None if scale == 1 else Guidance(scale, UNCOND)
+    batch = everything(rollout_of(module, guidance, keep_velocity=False))
+    advantage = batch.advantage
+    objective = RatioClip(1e-3, 1e-3, kl_coef, guidance=guidance)
+    out = objective(batch, velocity_of(module), {"reference": velocity_of(base)})
     assert torch.equal(out.ratio, torch.ones_like(out.ratio))
     assert not (out.clipped_low | out.clipped_high).any()
     (actual,) = torch.autograd.grad(out.loss, module.weight)
@@ -76,10 +80,9 @@ def test_off_policy_the_ratio_is_that_of_the_densities_and_clips():
     old, new = network(0), network(0)
     with torch.no_grad():
         new.weight.add_(0.02 * torch.randn_like(new.weight))
-    rollout = rollout_of(old, 1.0, keep_velocity=True)
-    batch = rollout.batch(*rows(rollout))
-    advantage = torch.randn(len(batch.x_t), dtype=torch.float64)
-    out = RatioClip(1e-3, 2e-3)(velocity_of(new), batch, advantage)
+    batch = everything(rollout_of(old, None, keep_velocity=True))
+    advantage = batch.advantage
+    out = RatioClip(1e-3, 2e-3)(batch, velocity_of(new), {})
     expected = log_prob(new, batch, 1.0)[0] - log_prob(old, batch, 1.0)[0]
     torch.testing.assert_close(out.log_ratio, expected.detach(), rtol=0, atol=1e-10)
     ratio = expected.exp()
@@ -90,18 +93,40 @@ def test_off_policy_the_ratio_is_that_of_the_densities_and_clips():
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
 
 
-def test_the_released_defaults():
-    paper = recipe("flow_grpo")()
-    chain = paper.plan(sd3_sigmas)
-    assert len(chain) == 10 and chain.trained == tuple(range(9))
-    assert chain.has_kl and not recipe("flow_grpo")(kl_coef=0).plan(sd3_sigmas).has_kl
-    assert (paper.group_size, paper.clip_range, paper.guidance_scale) == (24, 1e-4, 4.5)
-    assert paper.group_size * recipe("flow_grpo")(guidance_scale=1).released_rows()[0] == 240
-    assert paper.released_rows() == (20, 36), "guidance doubles, the reference doubles training"
-    reward = torch.tensor([0.0, 1.0, 0.0, 10.0])
-    advantage = paper.credit(reward, torch.tensor([0, 0, 1, 1]))
-    expected = torch.tensor([-0.5, 0.5, -5, 5]) / (reward.std(correction=0) + 1e-4)
-    torch.testing.assert_close(advantage, expected)
+def test_matching_noises_every_leaf_anew_and_pulls_to_its_anchors():
+    plan = Plan()
+    for member in range(3):
+        leaf = plan.leaf(plan.step(plan.root(member), 0.0))
+        for sigma in (0.9, 0.3):
+            plan.match(leaf, sigma)
+    module, base, ema = network(0), network(1), network(2)
+    points = everything(rollout_of(module, None, False, plan))
+    assert len(points.x0) == 12 and len(torch.unique(points.sigma)) == 2
+    objective = Matching("awm", weighting="t", ref_coef=0.3, ema="mean", ema_coef=0.2)
+    assert objective.anchors == ("reference", "mean") and objective.forwards == 3
+    anchors = {"reference": velocity_of(base), "mean": velocity_of(ema)}
+    out = objective(points, velocity_of(module), anchors)
+    key = points.key
+    noise = philox_normal((12, 6), key["seed"], key["sample_id"], key["step"], "match").double()
+    assert len(torch.unique(noise)) == noise.numel(), "no two points share noise"
+    sigma = points.sigma[:, None]
+    arguments = ((1 - sigma) * points.x0 + sigma * noise, points.sigma, points.prompt)
+    v, v_ref, v_ema = (velocity_of(m)(*arguments) for m in (module, base, ema))
+    fit = (v - (noise - points.x0)).square().mean(1)
+    loss = points.advantage * points.sigma * fit
+    loss = loss + 0.3 * (v - v_ref.detach()).square().mean(1)
+    loss = (loss + 0.2 * (v - v_ema.detach()).square().mean(1)).sum()
+    gradients = [torch.autograd.grad(x, module.weight)[0] for x in (out.loss, loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+    assert torch.equal(out.ratio, torch.ones(12, dtype=torch.float64)) and (out.kl > 0).all()
+    # A copy that equals the weights may be left out: it pulls at nothing.
+    without = objective(points, velocity_of(module), {"reference": velocity_of(base)})
+    same = objective(points, velocity_of(module), anchors | {"mean": velocity_of(module)})
+    gradients = [torch.autograd.grad(x.loss, module.weight)[0] for x in (without, same)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_algorithms_are_found_by_name():
     assert "flow_grpo" in names()
     with pytest.raises(
         ValueError, match=r"algorithm\.name: got 'ppo', expected one of .*flow_grpo"

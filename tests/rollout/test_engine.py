@@ -1,27 +1,37 @@
-"""The rollout engine: its samples are those of the plainest loop, however they are batched."""
+"""The rollout engine: its samples are those of the plainest recursion, however they are batched."""
 
 import pytest
 import torch
 
 import flowkern as fk
-from flowkern.rollout import Chain, Roots, run, sample_ids
-from flowkern.schedules import edge_coefficients, sd3_sigmas, step_coefficients
+from flowkern.rollout import Guidance, Plan, Source, batch, network_rows, prompt_ids, run
+from flowkern.rollout.batches import site_of
+from flowkern.schedules import sd3_sigmas
 
 SHAPE, SEED, UNCOND = (2, 4, 4), 11, 3
+SIGMAS = sd3_sigmas(6).tolist()
 
 
-def make_chain(steps: int = 6, trained=(1, 2, 4)) -> Chain:
-    """SDE edges, with one ODE edge in the middle."""
-    sigmas = sd3_sigmas(steps)
-    table = step_coefficients(sigmas, "flow_sde", 0.7).table.clone()
-    table[3] = edge_coefficients(float(sigmas[3]), float(sigmas[4]), "ode", 0.0).table
-    return Chain(sigmas, fk.schedules.Coefficients(table), trained)
+def make_tree() -> Plan:
+    """Two trunks of order 2; siblings with tails of several orders; edges trained at two depths."""
+    plan = Plan()
+    for seed in range(2):
+        trunk = plan.step(plan.root(seed), SIGMAS[1])
+        trunk = plan.step(trunk, SIGMAS[2], order=2)
+        for k in range(3):
+            member = 3 * seed + k
+            node = plan.draw(trunk, SIGMAS[3], "flow_sde", 0.7, member, is_trained=True)
+            for sigma in SIGMAS[4:6]:
+                last = plan.step(node, sigma, order=3)
+                node = last if k else plan.draw(node, sigma, "cps", 0.6, member, is_trained=True)
+                if not k:
+                    plan.leaf(plan.step(last, 0.0), group=10 + seed)
+            plan.leaf(plan.step(node, 0.0), group=seed)
+    return plan
 
 
-def make_roots(iteration: int = 0, slots=(0, 1, 2), members: int = 4, dtype=torch.float32) -> Roots:
-    slots = torch.tensor(slots)
-    prompt = slots.repeat_interleave(members)
-    return Roots(SEED, sample_ids(iteration, slots, members), prompt, SHAPE, dtype)
+def make_source(iteration: int = 0, slots=(0, 1, 2), dtype=torch.float32) -> Source:
+    return Source(SEED, prompt_ids(iteration, torch.tensor(slots)), SHAPE, dtype)
 
 
 def field(x_t, sigma, prompt):
@@ -30,98 +40,158 @@ def field(x_t, sigma, prompt):
     return torch.tanh(x_t * (1 + level)) + 0.1 * shift
 
 
-def test_the_engine_is_the_one_sample_at_a_time_loop_in_float64():
-    chain, roots, scale = make_chain(), make_roots(dtype=torch.float64), 2.5
-    rollout = run(
-        chain, field, roots, max_batch=7, guidance_scale=scale, uncond=UNCOND, keep_velocity=True
-    )
-    c = chain.coefficients
-    for i, (sample_id, prompt) in enumerate(zip(roots.sample_id, roots.prompt, strict=True)):
-        one, sample_id = (1, *SHAPE), sample_id[None]
-        x = fk.philox_normal(one, SEED, sample_id, 0, "init").double()
-        for step in range(len(chain)):
-            sigma = chain.sigmas[step : step + 1]
-            uncond = field(x, sigma, torch.tensor([UNCOND]))
-            v = uncond + scale * (field(x, sigma, prompt[None]) - uncond)
-            noise = fk.philox_normal(one, SEED, sample_id, step).double()
-            x_next = c.a[step] * x + c.b[step] * v + c.std[step] * noise
-            if step in chain.trained:
-                edge = torch.tensor([chain.trained.index(step)])
-                batch = rollout.batch(edge, torch.tensor([i]))
-                torch.testing.assert_close(batch.x_t, x, rtol=0, atol=1e-10)
-                torch.testing.assert_close(batch.x_next, x_next, rtol=0, atol=1e-10)
-                torch.testing.assert_close(batch.old_velocity, v, rtol=0, atol=1e-10)
-                assert batch.sigma == chain.sigmas[step] and batch.prompt == prompt
-                assert torch.equal(batch.coefficients.table, c[step].table[None])
-            x = x_next
-        torch.testing.assert_close(rollout.latents[i : i + 1], x, rtol=0, atol=1e-10)
+class Plain:
+    """One state at a time, from its own noise on: nothing is shared, nothing is batched."""
+
+    def __init__(self, plan, source, scale):
+        self.plan, self.source, self.scale = plan, source, scale
+
+    def noise(self, prompt, member, step, stream):
+        one, key = (1, *SHAPE), self.source.prompt_id[prompt : prompt + 1] + member
+        return fk.philox_normal(one, SEED, key, step, stream).double()
+
+    def velocity(self, node, prompt):
+        x, sigma = (
+            self.state(node, prompt),
+            torch.tensor([self.plan.nodes[node].sigma], dtype=torch.float64),
+        )
+        uncond = field(x, sigma, torch.tensor([UNCOND]))
+        return uncond + self.scale * (field(x, sigma, torch.tensor([prompt])) - uncond)
+
+    def clean(self, node, prompt):
+        sigma = self.plan.nodes[node].sigma
+        return self.state(node, prompt) - sigma * self.velocity(node, prompt)
+
+    def state(self, node, prompt):
+        it = self.plan.nodes[node]
+        if it.parent < 0:
+            return self.noise(prompt, it.member, 0, "init")
+        c, before = it.edge, self.plan.nodes[it.parent]
+        x = c.a * self.state(it.parent, prompt) + c.b * self.velocity(it.parent, prompt)
+        earlier = it.parent
+        for weight in c.history[: c.num_history]:
+            earlier = self.plan.nodes[earlier].parent
+            x = x + weight * self.clean(earlier, prompt)
+        if it.member is not None:
+            x = x + c.std * self.noise(prompt, it.member, before.depth, "step")
+        return x
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_samples_depend_on_neither_max_batch_nor_the_rank(guidance_scale):
+def test_the_engine_is_the_plain_recursion_in_float64():
+    plan, source, scale = make_tree(), make_source(dtype=torch.float64), 2.5
+    guidance = Guidance(scale, UNCOND)
+    rollout = run(plan, field, source, max_batch=7, guidance=guidance, keep_velocity=True)
+    plain, near = Plain(plan, source, scale), {"rtol": 0, "atol": 1e-10}
+    assert not rollout.is_redrawn, "only float32 states can be drawn again"
+    for prompt in range(3):
+        for node, position in plan.leaves.items():
+            expected = plain.state(node, prompt)[0]
+            torch.testing.assert_close(rollout.latents[prompt, position], expected, **near)
+    advantage = torch.randn(3, len(plan.trained))
+    site, prompt = (g.flatten() for g in torch.meshgrid(
+        torch.arange(len(plan.origins)), torch.arange(3), indexing="ij"))  # fmt: skip
+    rows = batch(rollout, site, prompt, advantage)
+    assert len(rows.x_t) == len(site) and len(rows.x_next) == advantage.numel()
+    for i in range(len(site)):
+        node = plan.origins[site[i]]
+        torch.testing.assert_close(rows.x_t[i], plain.state(node, int(prompt[i]))[0], **near)
+        velocity = plain.velocity(node, int(prompt[i]))[0]
+        torch.testing.assert_close(rows.old_velocity[i], velocity, **near)
+        assert rows.sigma[i] == plan.nodes[node].sigma and rows.prompt[i] == prompt[i]
+    seen = set()
+    for j, i in enumerate(rows.row.tolist()):
+        x_next, where = rows.x_next[j], int(prompt[i])
+        for e, node in enumerate(plan.trained):
+            if torch.allclose(x_next, plain.state(node, where)[0], rtol=0, atol=1e-10):
+                it = plan.nodes[node]
+                assert it.parent == plan.origins[site[i]] and site_of(plan)[e] == site[i]
+                assert rows.advantage[j] == advantage[where, e]
+                assert torch.equal(rows.coefficients.table[j], it.edge.table)
+                assert rows.key["sample_id"][j] == source.prompt_id[where] + it.member
+                assert rows.key["step"][j] == it.depth - 1
+                seen.add((where, e))
+    assert len(seen) == advantage.numel(), "every trained edge of every prompt, once"
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(3.0, UNCOND)])
+def test_samples_depend_on_neither_max_batch_nor_the_rank(guidance):
+    plan, per_node = make_tree(), 1 if guidance is None else 2
+
     def walk(slots, max_batch):
-        calls = []
+        calls, slot = [], torch.tensor([*slots, *[-1] * UNCOND])  # -1: without a prompt
 
         def counted(x_t, sigma, prompt):
             calls.append(len(x_t))
-            return field(x_t, sigma, prompt)
+            return field(x_t, sigma, slot[prompt])
 
-        options = {"guidance_scale": guidance_scale, "uncond": UNCOND, "keep_velocity": True}
-        return run(make_chain(), counted, make_roots(slots=slots), max_batch, **options), calls
+        source = make_source(slots=slots)
+        return run(plan, counted, source, max_batch, guidance, keep_velocity=True), calls
 
     whole, calls = walk((0, 1, 2), 1000)
-    rows = 12 * (2 if guidance_scale != 1 else 1)
-    assert calls == [rows] * 6, "one network call per step, guidance in it"
+    rows = 3 * per_node * plan.cost().sample
+    assert len(calls) == 6 and sum(calls) == rows, "one call a depth, one row a node"
     for max_batch in (2, 5, 8):
         parts, calls = walk((0, 1, 2), max_batch)
-        assert max(calls) <= max_batch and sum(calls) == rows * 6
+        assert max(calls) <= max_batch and sum(calls) == rows
         for name in ("latents", "states", "velocity"):
             assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     ranks = [walk(slots, 5)[0] for slots in ((0,), (1, 2))]
-    assert torch.equal(torch.cat([rank.latents for rank in ranks]), whole.latents)
-    assert torch.equal(torch.cat([rank.states for rank in ranks], 1), whole.states)
+    for name, axis in (("latents", 0), ("states", 1), ("velocity", 1)):
+        joined = torch.cat([getattr(rank, name) for rank in ranks], axis)
+        assert torch.equal(joined, getattr(whole, name)), name
 
 
 def test_another_iteration_draws_other_noise():
-    first, second = (run(make_chain(), field, make_roots(i), 100).latents for i in (0, 1))
-    assert (first - second).abs().flatten(1).amax(1).min() > 0.1
+    first, second = (run(make_tree(), field, make_source(i), 100).latents for i in (0, 1))
+    assert (first - second).abs().flatten(2).amax(2).min() > 0.1
 
 
 def test_only_what_training_needs_is_kept():
-    rollout = run(make_chain(trained=(1, 2, 4)), field, make_roots(), 100)
-    assert rollout.chain.kept == (1, 2, 3, 4, 5)
-    assert rollout.states.shape == (5, 12, *SHAPE) and rollout.velocity is None
-    assert run(make_chain(trained=()), field, make_roots(), 100).states.numel() == 0
+    plan = make_tree()
+    rollout = run(plan, field, make_source(), 100)
+    assert set(rollout.kept) == {*plan.origins, *plan.trained} and not rollout.is_redrawn
+    assert rollout.velocity is None and len(rollout.states) == len(rollout.kept)
+    plan = Plan()
+    root = plan.root(0)
+    for member in range(4):
+        plan.leaf(plan.step(plan.draw(root, 0.5, "cps", 0.7, member, is_trained=True), 0.0))
+    siblings = run(plan, field, make_source(), 100)
+    assert siblings.is_redrawn and siblings.states.shape == siblings.velocity.shape
+    assert siblings.states.shape == (1, 3, *SHAPE), "one state and one velocity for four siblings"
+    nothing = Plan()
+    nothing.leaf(nothing.step(nothing.root(0), 0.0))
+    assert run(nothing, field, make_source(), 100).states.numel() == 0
 
 
-def test_sample_ids_never_collide():
-    ids = [sample_ids(i, torch.arange(50), 24) for i in (0, 1, 2**24 - 1)]
-    ids.append(sample_ids(1, torch.arange(2**16 - 50, 2**16), 24))
-    ids = torch.cat(ids)
+def test_calls_of_training_are_as_many_on_every_rank_and_leave_out_what_teaches_nothing():
+    plan = make_tree()
+    advantage = torch.zeros(2, 3, len(plan.trained))
+    every = [network_rows(plan, advantage, rank, 4, needs_all=True) for rank in (0, 1)]
+    sites = len(plan.origins)
+    for calls in every:
+        pairs = {pair for rows in calls for pair in zip(*(r.tolist() for r in rows), strict=True)}
+        assert pairs == {(s, p) for s in range(sites) for p in range(3)}
+        assert max(len(site) for site, _ in calls) <= 4
+    nothing = [network_rows(plan, advantage, rank, 4, needs_all=False) for rank in (0, 1)]
+    assert [len(calls) for calls in nothing] == [1, 1], "momentum and gradient averages go on"
+    advantage[1, 2] = 1.0  # one prompt of the second rank
+    first, second = (network_rows(plan, advantage, rank, 1, needs_all=False) for rank in (0, 1))
+    assert len(first) == len(second) == sites
+    assert all(int(prompt) == 2 for _, prompt in second)
+
+
+def test_ids_never_collide():
+    slots = torch.arange(50)
+    ids = [prompt_ids(i, slots) for i in (0, 1, 2**24 - 1)]
+    ids.append(prompt_ids(1, torch.arange(2**16 - 50, 2**16)))
+    ids = (torch.cat(ids)[:, None] + torch.tensor([0, 1, 2**23 - 1])).flatten()
     assert len(ids.unique()) == len(ids) and ids.min() >= 0
-    for arguments, name in (
-        ((2**24, torch.arange(2), 2), "iteration"),
-        ((0, torch.tensor([2**16]), 2), "prompts"),
-        ((0, torch.arange(2), 2**23 + 1), "members"),
-    ):
+    for arguments, name in (((2**24, slots), "iteration"), ((0, torch.tensor([2**16])), "slots")):
         with pytest.raises(ValueError, match=f"{name}: got"):
-            sample_ids(*arguments)
+            prompt_ids(*arguments)
 
 
-def test_a_plan_that_cannot_be_trained_is_refused():
-    with pytest.raises(ValueError, match=r"trained: got edges \[3\] with k = 0"):
-        make_chain(trained=(2, 3))
-    sigmas = sd3_sigmas(4)
-    edges = step_coefficients(sigmas, "cps", 0.7)
-    assert edges.std[-1] == 0 < edges.k[-1]
-    assert Chain(sigmas, edges, range(4)).trained == (0, 1, 2, 3), "CPS keeps k = 1 at std = 0"
-    with pytest.raises(ValueError, match=r"trained: got edges \[3\] with std = 0, .* no KL"):
-        Chain(sigmas, edges, range(4), has_kl=True)
-    with pytest.raises(ValueError, match=r"trained: got .* expected rising edges from 0 to 5"):
-        make_chain(trained=(2, 6))
-    with pytest.raises(ValueError, match=r"sigmas: got shape \(6,\), expected \(7,\)"):
-        Chain(sd3_sigmas(5), make_chain().coefficients)
-    with pytest.raises(ValueError, match="uncond: needed for guidance_scale=2"):
-        run(make_chain(), field, make_roots(), 8, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="max_batch: got 1, expected at least 2"):
-        run(make_chain(), field, make_roots(), 1, guidance_scale=2.0, uncond=UNCOND)
+def test_too_small_a_batch_is_refused():
+    for guidance, least in ((None, 1), (Guidance(2.0, UNCOND), 2)):
+        with pytest.raises(ValueError, match=f"max_batch: got {least - 1}, expected at least"):
+            run(make_tree(), field, make_source(), least - 1, guidance)

@@ -87,10 +87,19 @@ def test_every_config_has_the_agreed_keys():
 
 
 def test_every_field_says_what_it_is():
-    for path in [Path(module.__file__), *(ROOT / "flowkern/rl/algorithms").glob("[!_]*.py")]:
+    """Once: a recipe that only sets another default leaves the words to the one it derives from."""
+    recipes = sorted((ROOT / "flowkern/rl/algorithms").glob("*.py"))
+    said, set_again = set(), []
+    for path in [Path(module.__file__), *recipes]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 for item, after in zip(node.body, [*node.body[1:], None], strict=True):
                     if isinstance(item, ast.AnnAssign):
-                        said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                        assert said, f"{path.name}: {node.name}.{ast.unparse(item.target)}"
+                        name, text = ast.unparse(item.target), isinstance(after, ast.Expr)
+                        if text and isinstance(after.value, ast.Constant):
+                            said.add(name)
+                        else:
+                            set_again.append((path, node.name, name))
+    assert len(said) > 60
+    for path, owner, name in set_again:
+        assert path in recipes and name in said, f"{path.name}: {owner}.{name}"

@@ -1,58 +1,168 @@
 """Algorithms: one module each, with a class `Recipe` that holds the paper's defaults.
 
-A recipe is data, and answers three questions: what is sampled (plan), who gets the credit
-(credit), what is minimized (objective). The trainer knows no more than this protocol.
+A recipe is data, and answers four questions: what is sampled (plan), who gets the credit (credit),
+what is minimized (objective), and which other weights take part (copies). The trainer knows no more
+than this.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor
 
-from flowkern.rl.objectives import RatioClip
-from flowkern.rollout.plan import Chain
+from flowkern.rl.advantage import Credit
+from flowkern.rl.objectives import Objective, RatioClip
+from flowkern.rollout.engine import Guidance
+from flowkern.rollout.plan import Cost, Plan
+from flowkern.schedules import shifted_sigmas
 
-__all__ = ["Recipe", "names", "recipe", "require"]
+__all__ = [
+    "EvenGridRecipe",
+    "Grid",
+    "PolicyRecipe",
+    "Recipe",
+    "cost",
+    "names",
+    "recipe",
+    "require",
+    "shared_random",
+    "windowed",
+]
+
+Grid = Callable[[int], Tensor]
+"""Number of steps -> the model's noise levels (S + 1,), from 1 to 0."""
 
 RANGES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
     "at least 2": lambda value: value >= 2,
+    "above 0 to 1": lambda value: 0 < value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
 }
 
 
-class Recipe(Protocol):
-    """What every algorithm offers. B samples."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """What every algorithm offers; the defaults are its paper's, or its released code's."""
 
+    num_inference_steps: int
+    """Steps of a training rollout; evaluation takes more."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
     group_size: int
-    """Samples per prompt."""
+    """Samples that are compared with each other."""
     prompts_per_rollout: int
     """Prompts of a rollout, over all processes."""
-    updates_per_rollout: int
+    updates_per_rollout: int = 1
     """Optimizer steps per rollout; each sees its own share of the prompts."""
-    guidance_scale: float
-    """Classifier-free guidance in sampling and training; 1 is none."""
+    adv_clip_max: float = 5.0
+    """Advantages are clamped to +-this."""
 
-    def plan(self, grid: Callable[[int], Tensor]) -> Chain:
-        """The chain of a rollout; grid: number of steps -> sigmas (S + 1,) of the model."""
-        ...
+    copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType({})
+    """Other versions of the trained weights: name -> decay d after rollout number n = 1, 2, ...:
+    copy = d copy + (1 - d) current, once per rollout."""
+    sampler: ClassVar[str | None] = None
+    """The copy that samples; None: the current weights."""
 
-    def credit(self, reward: Tensor, group: Tensor) -> Tensor:
-        """Rewards (B,) and group keys (B,) of all processes -> advantages (B,)."""
-        ...
+    def __post_init__(self) -> None:
+        require(self, "above 0", "guidance_scale", "prompts_per_rollout", "updates_per_rollout")
+        require(self, "above 0", "adv_clip_max")
+        require(self, "at least 2", "num_inference_steps", "group_size")
+
+    @abstractmethod
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
+        """The tree of every prompt of a rollout: a function of the arguments alone, so that all
+        ranks walk the same one.
+        """
+
+    @abstractmethod
+    def credit(self) -> Credit:
+        """How rewards become advantages."""
+
+    @abstractmethod
+    def objective(self, uncond: int) -> Objective:
+        """The loss; uncond: the row of the conditioning without a prompt."""
+
+    @abstractmethod
+    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+        """What the authors' released loop takes per prompt, guidance not counted."""
+
+    def guidance(self, uncond: int) -> Guidance | None:
+        return None if self.guidance_scale == 1 else Guidance(self.guidance_scale, uncond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRecipe(Recipe):
+    """Trains drawn edges with the clipped ratio."""
+
+    noise_level: float
+    """Of the SDE, as `schedules.edge_coefficients` takes it."""
+    clip_range: float = 1e-4
+    """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
+    kl_coef: float = 0.0
+    """Of the Gaussian KL to the reference at the trained edges."""
+    ratio: ClassVar[str] = "sde"
+    """Or "guard", as in `policy_loss`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "above 0", "noise_level")
+        require(self, "from 0 to below 1", "clip_range")
+        require(self, "at least 0", "kl_coef")
 
     def objective(self, uncond: int) -> RatioClip:
-        """The loss; uncond: the row of the conditioning without a prompt."""
-        ...
+        clip, guidance = self.clip_range, self.guidance(uncond)
+        return RatioClip(clip, clip, self.kl_coef, self.ratio, guidance)
 
-    def released_rows(self) -> tuple[int, int]:
-        """Forward rows per image of the authors' released loop: in sampling, in training."""
-        ...
+
+@dataclass(frozen=True, kw_only=True)
+class EvenGridRecipe(PolicyRecipe):
+    """On a grid of equal steps, with the unbiased std of each group."""
+
+    shift: float | None = 3.0
+    """Of the grid of equal steps; None: the model's own grid."""
+    mix: Literal["reward", "advantage"] = "advantage"
+    """Several rewards: one advantage of their weighted sum, or the weighted mean of their own."""
+    best_of: int | None = None
+    """Train on this many of a group, half of them the best, half the worst; None: on all."""
+    trimmed_ratio: float = 0.0
+    """The share of a group, its lowest rewards, that mean and std leave out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "above 0", "shift", "best_of")
+        require(self, "from 0 to below 1", "trimmed_ratio")
+
+    def levels(self, grid: Grid, first: int = 0, points: int | None = None) -> list[float]:
+        """Noise levels from place `first` of the grid to its end, falling.
+
+        points: this many, equally far apart before the shift (on the model's own grid, between its
+        places); None: the grid's.
+        """
+        steps, shift = self.num_inference_steps, self.shift
+        own = (grid(steps) if shift is None else shifted_sigmas(steps, shift)).tolist()
+        if points is None:
+            return own[first:]
+        places = np.linspace(first, steps, points)
+        if shift is None:
+            return np.interp(places, range(steps + 1), own).tolist()
+        u = 1 - places / steps
+        return (shift * u / (1 + (shift - 1) * u)).tolist()
+
+    def credit(self) -> Credit:
+        return Credit(
+            eps=1e-8, limit=self.adv_clip_max, unbiased=True, trimmed_ratio=self.trimmed_ratio,
+            best_of=self.best_of, mix=self.mix,
+        )  # fmt: skip
 
 
 def names() -> list[str]:
@@ -65,6 +175,45 @@ def recipe(name: str) -> type[Recipe]:
     if name not in names():
         raise ValueError(f"algorithm.name: got {name!r}, expected one of {', '.join(names())}")
     return import_module(f"{__name__}.{name}").Recipe
+
+
+def cost(recipe: Recipe, grid: Grid, iterations: range = range(1)) -> tuple[Cost, Cost]:
+    """Per prompt, guidance not counted: what this package takes and what the released loop takes.
+
+    Means over the rollouts `iterations`, whose plans may differ.
+    """
+    ours = [recipe.plan(grid, i).cost() for i in iterations]
+    theirs = [recipe.released(i) for i in iterations]
+    return Cost.mean(ours), Cost.mean(theirs)
+
+
+def shared_random(seed: int, iteration: int) -> random.Random:
+    """Chance that all ranks and all members of a group share."""
+    return random.Random(f"{seed}/{iteration}")
+
+
+def windowed(
+    plan: Plan, sigmas: list[float], window: range, tail: list[float], sde: tuple[str, float],
+    members: int, is_shared: bool, order: int = 1,
+) -> Plan:  # fmt: skip
+    """`plan` with samples that are drawn and trained in a window, and deterministic around it.
+
+    tail: the noise levels after the window's last; order: of the solver there. sde: kind and noise
+    level. is_shared: the samples are one up to the window.
+    """
+    trunk = None
+    for member in range(members):
+        if trunk is None or not is_shared:
+            trunk = plan.root(member)
+            for sigma in sigmas[1 : window.start + 1]:
+                trunk = plan.step(trunk, sigma)
+        node = trunk
+        for sigma in sigmas[window.start + 1 : window.stop + 1]:
+            node = plan.draw(node, sigma, *sde, member, is_trained=True)
+        for sigma in tail:
+            node = plan.step(node, sigma, order)
+        plan.leaf(node)
+    return plan
 
 
 def require(owner: Any, expected: str, *names: str) -> None:

@@ -1,0 +1,79 @@
+"""AWM, advantage weighted matching (arXiv 2509.25050; code: scxue/advantage_weighted_matching).
+
+Images of any solver; the policy learns by matching the forward process over them at a few noise
+levels, weighted with their advantages. Defaults: SD3.5-M on 512 x 512, GenEval.
+The released rollout takes a stochastic SA-Solver, which is not one of this family's steps. Here
+Flow-GRPO's SDE draws where that one draws, and DPM-Solver++ of order 2 walks the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from flowkern.rl.advantage import Credit
+from flowkern.rl.algorithms import Grid, require, shared_random
+from flowkern.rl.algorithms import Recipe as Base
+from flowkern.rl.objectives import Matching
+from flowkern.rollout.plan import Cost, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Base):
+    """The released defaults."""
+
+    num_inference_steps: int = 14
+    group_size: int = 24
+    prompts_per_rollout: int = 72
+    noise_level: float = 0.4
+    """Of the SDE, from noise level .9 to .3; 0: the whole rollout is deterministic."""
+    num_train_timesteps: int = 6
+    """Noise levels per image to match at, one of each stratum of the grid."""
+    timestep_fraction: float = 0.9
+    """The strata reach from the grid's second noise level over this share of its steps."""
+    weighting: Literal["uniform", "t", "ghuber"] = "ghuber"
+    """Of the squared errors, as in `matching_loss`."""
+    ref_coef: float = 0.001
+    """Of the squared distance to the reference's velocity; 0.003 for OCR, 1e-4 for PickScore."""
+    ema_coef: float = 1.0
+    """Of the squared distance to the velocity of a copy that trails the weights."""
+    copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType(
+        {"ema": lambda n: min(0.3, 0.001 * n)}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "above 0", "num_train_timesteps")
+        require(self, "above 0 to 1", "timestep_fraction")
+        require(self, "at least 0", "noise_level", "ref_coef", "ema_coef")
+
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
+        plan, chance, steps = Plan(), shared_random(seed, iteration), self.num_inference_steps
+        sigmas, count = grid(steps).tolist(), self.num_train_timesteps
+        last = max(1, int(steps * self.timestep_fraction))
+        bounds = [1 + (last - 1) * i // count for i in range(count + 1)]
+        for member in range(self.group_size):
+            node = plan.root(member)
+            for sigma, following in pairwise(sigmas):
+                if self.noise_level > 0 and 0.3 <= sigma <= 0.9:
+                    node = plan.draw(node, following, "flow_sde", self.noise_level, member)
+                else:
+                    node = plan.step(node, following, order=2)
+            leaf = plan.leaf(node)
+            for low, high in pairwise(bounds):
+                plan.match(leaf, sigmas[chance.randrange(low, max(high, low + 1))])
+        return plan
+
+    def credit(self) -> Credit:
+        return Credit(global_std=True, limit=self.adv_clip_max, scale=1 / self.adv_clip_max)
+
+    def objective(self, uncond: int) -> Matching:
+        ema = {"ema": "ema", "ema_coef": self.ema_coef}
+        return Matching("awm", self.weighting, ref_coef=self.ref_coef, **ema)
+
+    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+        size = self.group_size
+        return Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

@@ -1,0 +1,77 @@
+"""DiffusionNFT (arXiv 2509.16117; github.com/NVlabs/DiffusionNFT, SD3.5-M on 512 x 512).
+
+An old policy samples with DPM-Solver++ of order 2. Over its images the forward process is matched
+with two mirrored velocities, towards good images and away from bad ones (the paper's b is 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from flowkern.rl.advantage import Credit
+from flowkern.rl.algorithms import Grid, require, shared_random
+from flowkern.rl.algorithms import Recipe as Base
+from flowkern.rl.objectives import Matching
+from flowkern.rollout.plan import Cost, Plan
+
+DECAYS: tuple[Callable[[int], float], ...] = (
+    lambda step: 0.0,
+    lambda step: min(0.5, 0.001 * step),
+    lambda step: 0.0 if step < 75 else min(0.999, 0.0075 * (step - 75)),
+)
+"""The released types: how much of the old policy stays after optimizer step number `step`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Base):
+    """The released defaults for GenEval, PickScore and HPSv2."""
+
+    num_inference_steps: int = 10
+    group_size: int = 24
+    prompts_per_rollout: int = 48
+    timestep_fraction: float = 0.99
+    """The share of the rollout's noise levels to match at, drawn for each image."""
+    decay_type: Literal[0, 1, 2] = 1
+    """How the old policy follows: at once, ever later up to half, or at once for 75 steps only
+    (for OCR)."""
+    ref_coef: float = 1e-4
+    """Of the squared distance to the reference's velocity."""
+    sampler: ClassVar[str | None] = "old"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "above 0 to 1", "timestep_fraction")
+        require(self, "at least 0", "ref_coef")
+
+    @property
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
+        decay, updates = DECAYS[self.decay_type], self.updates_per_rollout
+        return {"old": lambda n: decay(n * updates)}
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return max(1, int(self.num_inference_steps * self.timestep_fraction))
+
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
+        plan, chance = Plan(), shared_random(seed, iteration)
+        sigmas = grid(self.num_inference_steps).tolist()
+        for member in range(self.group_size):
+            node = plan.root(member)
+            for sigma in sigmas[1:]:
+                node = plan.step(node, sigma, order=2)
+            leaf = plan.leaf(node)
+            for sigma in chance.sample(sigmas[:-1], self.num_train_timesteps):
+                plan.match(leaf, sigma)
+        return plan
+
+    def credit(self) -> Credit:
+        return Credit(global_std=True, limit=self.adv_clip_max, scale=1 / self.adv_clip_max)
+
+    def objective(self, uncond: int) -> Matching:
+        return Matching("nft", old="old", ref_coef=self.ref_coef)
+
+    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+        size = self.group_size
+        return Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

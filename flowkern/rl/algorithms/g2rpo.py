@@ -1,0 +1,68 @@
+"""G2RPO (arXiv 2510.01982; github.com/bcmi/Granular-GRPO, FLUX.1-dev on 720 x 720).
+
+From each early state of one deterministic trunk, branches are drawn and followed to their images
+with steps of several sizes. A branch's advantage is the sum of those of its images, each compared
+with those of the same step and step size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from flowkern.rl.advantage import Credit
+from flowkern.rl.algorithms import EvenGridRecipe, Grid, require
+from flowkern.rollout.plan import Cost, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(EvenGridRecipe):
+    """The released defaults."""
+
+    num_inference_steps: int = 16
+    group_size: int = 12
+    prompts_per_rollout: int = 16
+    noise_level: float = 0.7
+    branch_steps: int = 8
+    """The trunk's first states, that many, have branches."""
+    granularities: list[int] = field(default_factory=lambda: [1, 2])
+    """The step sizes that a branch is followed with; the paper has [1, 2, 3]."""
+    over_leaves: Literal["sum", "mean"] = "sum"
+    """Of the advantages of a branch's images; released: the sum, which grows with their number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "above 0", "branch_steps")
+        if self.branch_steps > (most := self.num_inference_steps - 1):
+            raise ValueError(f"branch_steps: got {self.branch_steps}, expected at most {most}")
+        sizes = list(self.granularities)
+        if not sizes or min(sizes) < 1 or len({*sizes}) < len(sizes):
+            raise ValueError(f"granularities: got {sizes}, expected different step sizes, from 1")
+
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
+        plan, sigmas = Plan(has_kl=self.kl_coef > 0), self.levels(grid)
+        state, sizes = plan.root(0), self.granularities
+        for i in range(self.branch_steps):
+            state = plan.step(state, sigmas[i]) if i else state
+            for member in range(self.group_size):
+                sde = "flow_sde", self.noise_level, member
+                branch = plan.draw(state, sigmas[i + 1], *sde, is_trained=True)
+                made: dict[tuple[int, float], int] = {}  # what step sizes share is computed once
+                for j, size in enumerate(sizes):
+                    node = branch
+                    for sigma in sigmas[i + 2 :: size][:-1]:
+                        if (node, sigma) not in made:
+                            made[node, sigma] = plan.step(node, sigma)
+                        node = made[node, sigma]
+                    # The last step is to the clean prediction, wherever the step size ends.
+                    plan.leaf(plan.step(node, 0.0), group=i * len(sizes) + j)
+        return plan
+
+    def credit(self) -> Credit:
+        return replace(super().credit(), over_leaves=self.over_leaves)
+
+    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+        steps, sizes, count = self.num_inference_steps, self.granularities, self.branch_steps
+        tails = sum(-(-(steps - 1 - i) // size) for i in range(count) for size in sizes)
+        images = 1 + self.group_size * count * len(sizes)  # the trunk's own image is logged
+        return Cost(steps + self.group_size * (count + tails), count, images)

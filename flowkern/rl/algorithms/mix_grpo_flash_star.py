@@ -1,0 +1,18 @@
+"""MixGRPO-Flash* (arXiv 2507.21802; github.com/Tencent-Hunyuan/MixGRPO, FLUX.1-dev on 720 x 720).
+
+MixGRPO-Flash whose window stays at the start, with still fewer steps after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowkern.rl.algorithms.mix_grpo_flash import Recipe as MixGRPOFlash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(MixGRPOFlash):
+    """The released defaults."""
+
+    stride: int = 0
+    tail_ratio: float | None = 0.2

@@ -1,0 +1,61 @@
+"""TempFlow-GRPO (arXiv 2508.04324; github.com/Shredded-Pork/TempFlow-GRPO, SD3.5-M on 512 x 512).
+
+From every state of a few deterministic trunks, branches are drawn and followed to their images.
+The branches of one state are compared with each other: their rewards differ by that step alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowkern.rl.advantage import Credit
+from flowkern.rl.algorithms import Grid, PolicyRecipe, require
+from flowkern.rollout.plan import Cost, Plan
+from flowkern.schedules import step_coefficients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(PolicyRecipe):
+    """The released defaults for GenEval."""
+
+    num_inference_steps: int = 10
+    guidance_scale: float = 4.5
+    num_seeds: int = 4
+    """Trunks per prompt."""
+    group_size: int = 6
+    """Branches of every state but the last of a trunk, compared with each other."""
+    prompts_per_rollout: int = 48
+    updates_per_rollout: int = 2
+    noise_level: float = 0.7
+    kl_coef: float = 0.004
+    """As released; 0.001 for PickScore."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "above 0", "num_seeds")
+
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
+        plan, sigmas = Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps)
+        sde, size = ("flow_sde", self.noise_level), self.group_size
+        std = step_coefficients(sigmas, *sde).std[:-1]
+        # By the noise of the step, 1 on average: a constant of one grid is wrong on another.
+        weights, sigmas = (std / std.mean()).tolist(), sigmas.tolist()
+        for trunk in range(self.num_seeds):
+            members = range(trunk * size, (trunk + 1) * size)
+            state = plan.root(members[0])
+            for i, weight in enumerate(weights):
+                state = plan.step(state, sigmas[i]) if i else state
+                for member in members:
+                    node = plan.draw(state, sigmas[i + 1], *sde, member, True, weight)
+                    for sigma in sigmas[i + 2 :]:
+                        node = plan.step(node, sigma)
+                    plan.leaf(node, group=trunk * len(weights) + i)
+        return plan
+
+    def credit(self) -> Credit:
+        return Credit(limit=self.adv_clip_max)
+
+    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+        steps, seeds, size = self.num_inference_steps, self.num_seeds, self.group_size
+        branches = seeds * size * (steps - 1)
+        return Cost(seeds * (steps - 1) + branches * steps // 2, branches, branches)

@@ -1,0 +1,154 @@
+"""What of a rollout is trained: rows of network calls, and the batches made of them.
+
+P prompts, S sites of a plan (the nodes that trained edges leave, or the points to match at), C
+choices that get an advantage (trained edges, or points), R rows of one call, B choices in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowkern.rollout.engine import Rollout
+from flowkern.rollout.plan import Plan
+from flowkern.schedules import Coefficients
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Trained edges; those that leave one node share its row."""
+
+    x_t: Tensor
+    """(R, *D)"""
+    sigma: Tensor
+    """(R,)"""
+    prompt: Tensor
+    """(R,)"""
+    row: Tensor | None
+    """(B,): the row that each edge leaves; None: B == R."""
+    coefficients: Coefficients
+    """(B,) rows."""
+    advantage: Tensor
+    """(B,)"""
+    weight: Tensor
+    """(B,), of the policy term."""
+    x_next: Tensor | None
+    """(B, *D); None: drawn again from the key, with old_velocity."""
+    old_velocity: Tensor | None
+    """(R, *D)"""
+    key: dict[str, int | Tensor]
+    """seed, sample_id (B,), step (B,): of the noise that led to x_next."""
+
+
+@dataclass(frozen=True)
+class PointBatch:
+    """Points to match at, B == R; their noise is of stream "match"."""
+
+    x0: Tensor
+    """(B, *D)"""
+    sigma: Tensor
+    """(B,)"""
+    prompt: Tensor
+    """(B,)"""
+    advantage: Tensor
+    """(B,)"""
+    key: dict[str, int | Tensor]
+    """seed, sample_id (B,), step (B,)"""
+
+
+def site_of(plan: Plan) -> Tensor:
+    """(C,): the site of each choice."""
+    if plan.points:
+        return torch.arange(len(plan.points))
+    place = {node: i for i, node in enumerate(plan.origins)}
+    return torch.tensor([place[plan.nodes[i].parent] for i in plan.trained], dtype=torch.int64)
+
+
+def network_rows(
+    plan: Plan, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """The network calls of one optimizer step on `rank`: (site (R,), prompt (R,)) each.
+
+    advantage: (ranks, P, C), on the host, of the prompts that every rank trains on in this step.
+    needs_all: the loss does not vanish with the advantage. Otherwise rows whose advantages are all
+    zero are left out; but every rank gets as many calls as every other, and at least one.
+    """
+    site, sites = site_of(plan), len(plan.points or plan.origins)
+    size = advantage.new_zeros(*advantage.shape[:2], sites)
+    is_live = (size.index_add(2, site, advantage.abs()) > 0) | needs_all
+    live = [each.flatten().nonzero().flatten() for each in is_live]
+    calls = max(1, *(math.ceil(len(each) / max_batch) for each in live))
+    mine = live[rank]
+    if len(mine) < calls:  # as many of those left out come back as it takes
+        others = (~is_live[rank]).flatten().nonzero().flatten()
+        mine = torch.cat([mine, others[: calls - len(mine)]]).sort().values
+    parts = mine.tensor_split(calls)
+    return [(part % sites, part // sites) for part in parts]
+
+
+def batch(
+    rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor
+) -> StepBatch | PointBatch:
+    """The rows (site, prompt), both (R,), on the host as is advantage (P, C)."""
+    return (_points if rollout.plan.points else _steps)(rollout, site, prompt, advantage)
+
+
+def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
+    plan, source = rollout.plan, rollout.source
+    device = source.prompt_id.device
+    leaf, sigma = map(torch.tensor, zip(*plan.points, strict=True))
+    where, leaf_of = prompt.to(device), leaf[site].to(device)
+    return PointBatch(
+        x0=rollout.latents[where, leaf_of],
+        sigma=sigma.double()[site].to(device, source.dtype),
+        prompt=where,
+        advantage=advantage[prompt, site].to(device),
+        key={
+            "seed": source.seed,
+            "sample_id": source.prompt_id[where] + leaf_of,
+            "step": site.to(device),
+        },
+    )
+
+
+def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> StepBatch:
+    plan, source = rollout.plan, rollout.source
+    device, nodes = source.prompt_id.device, plan.nodes
+    of_choice = site_of(plan)
+    order, count = of_choice.argsort(stable=True), of_choice.bincount()
+    first = count.cumsum(0) - count
+    # The choices of every row, one row after another.
+    row = torch.arange(len(site)).repeat_interleave(count[site])
+    within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
+    choice = order[first[site][row] + within]
+    trained = [nodes[i] for i in plan.trained]
+    origin = torch.tensor([rollout.kept[i] for i in plan.origins])[site].to(device)
+    where, of_row = prompt.to(device), row.to(device)
+    table = torch.stack([node.edge.table for node in trained])[choice]
+    noise = torch.tensor([[node.member, node.depth - 1] for node in trained])[choice].to(device)
+    x_next = None
+    if not rollout.is_redrawn:
+        end = torch.tensor([rollout.kept[i] for i in plan.trained])[choice].to(device)
+        x_next = rollout.states[end, where[of_row]]
+    sigma = torch.tensor([nodes[i].sigma for i in plan.origins], dtype=torch.float64)
+    weight = torch.tensor([node.weight for node in trained], dtype=torch.float64)
+    old = rollout.velocity
+    return StepBatch(
+        x_t=rollout.states[origin, where],
+        sigma=sigma[site].to(device, source.dtype),
+        prompt=where,
+        row=None if len(row) == len(site) else of_row,
+        coefficients=Coefficients(table).to(device),
+        advantage=advantage[prompt[row], choice].to(device),
+        weight=weight[choice].to(device, source.dtype),
+        x_next=x_next,
+        old_velocity=None if old is None else old[site.to(device), where],
+        key={
+            "seed": source.seed,
+            "sample_id": source.prompt_id[where[of_row]] + noise[:, 0],
+            "step": noise[:, 1],
+        },
+    )

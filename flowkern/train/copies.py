@@ -1,0 +1,63 @@
+"""Other versions of the trained weights: an old policy, an anchor, the mean that is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Copies:
+    """Running means of the trained weights, by name; they begin as the weights are."""
+
+    def __init__(self, parameters: Sequence[Tensor], names: Iterable[str]) -> None:
+        self._parameters = list(parameters)
+        self._copies = {name: [p.detach().clone() for p in parameters] for name in names}
+        self._current = set(self._copies)
+
+    def is_current(self, name: str) -> bool:
+        """Is the copy known to be equal to the weights?"""
+        return name in self._current
+
+    def weights_moved(self) -> None:
+        """To be told after every optimizer step."""
+        self._current.clear()
+
+    @torch.no_grad()
+    def update(self, name: str, decay: float) -> None:
+        """copy = decay copy + (1 - decay) weights."""
+        torch._foreach_lerp_(self._copies[name], self._parameters, 1 - decay)
+        if decay == 0:
+            self._current.add(name)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Run the network with a copy's weights; None: with its own. Not around a live graph."""
+        if name is None or self.is_current(name):
+            yield
+            return
+        self._swap(name)
+        try:
+            yield
+        finally:
+            self._swap(name)
+
+    def _swap(self, name: str) -> None:
+        for weight, other in zip(self._parameters, self._copies[name], strict=True):
+            weight.data, other.data = other.data, weight.data
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        return self._copies
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        if state.keys() != self._copies.keys():
+            raise ValueError(
+                f"train.resume_from_checkpoint: has the weight copies {sorted(state)}, expected "
+                f"{sorted(self._copies)}, those of this configuration"
+            )
+        for name, copy in self._copies.items():
+            for tensor, stored in zip(copy, state[name], strict=True):
+                tensor.copy_(stored)
+        self._current.clear()
