@@ -33,7 +33,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:
-    """This rank's slots of `prompts`, in rank order: whole groups, and as many as every other's.
+    """This rank's slots of `prompts`: whole groups, as many as every other's, and such that an
+    optimizer step takes the same ones however many ranks there are.
 
     Raises ConfigError where the ranks, or their optimizer steps, would get unequal parts.
     """
@@ -42,8 +43,7 @@ def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:
             f"algorithm.prompts_per_rollout: got {prompts}, expected a multiple of {world} "
             f"processes x {updates} updates per rollout"
         )
-    size = prompts // world
-    return torch.arange(rank * size, (rank + 1) * size)
+    return torch.arange(prompts).view(updates, world, -1)[:, rank].flatten()
 
 
 def agree(accelerator: Accelerator, status: int) -> int:

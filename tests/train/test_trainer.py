@@ -212,7 +212,10 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
     drawn = [tuple(draw_prompts(240, 10, seed, i)) for seed in (0, 1) for i in range(5)]
     assert len(set(drawn)) == 10 and all(len(set(rows)) == 10 for rows in drawn)
     assert drawn[3] == tuple(draw_prompts(240, 10, 0, 3))
-    assert torch.cat([share(12, rank, 3, 2) for rank in range(3)]).tolist() == list(range(12))
+    for world in (1, 2, 3):
+        slots = torch.stack([share(12, rank, world, 2).view(2, -1) for rank in range(world)])
+        by_update = slots.transpose(0, 1).flatten(1).sort().values
+        assert torch.equal(by_update, torch.arange(12).view(2, 6)), "the same for any world"
     with pytest.raises(ValueError, match="prompts_per_rollout: got 10, expected a multiple of 3"):
         share(10, 0, 3, 1)
     with pytest.raises(ValueError, match="prompts_per_rollout: got 241, expected at most the 240"):

@@ -1,0 +1,141 @@
+"""Every algorithm through the trainer, small: what it costs, that it begins on policy, that it is
+the same on two processes and after a resume.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+from flowkern.rl.algorithms import names
+from flowkern.train.config import from_dict, to_dict
+from flowkern.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = {
+    "guidance_scale": 1.0,
+    "group_size": 3,
+    "prompts_per_rollout": 4,
+    "updates_per_rollout": 2,
+}
+SMALL = {
+    "awm": {"num_inference_steps": 4, "num_train_timesteps": 2},
+    "dance_grpo": {"num_inference_steps": 4},
+    "diffusion_nft": {"num_inference_steps": 4},
+    "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
+    "flow_grpo_fast": {"num_inference_steps": 6, "window": 2},
+    "g2rpo": {"num_inference_steps": 6, "branch_steps": 2, "granularities": [1, 2, 3]},
+    "grpo_guard": {"num_inference_steps": 3},
+    "mix_grpo": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
+    "mix_grpo_flash": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
+    "mix_grpo_flash_star": {"num_inference_steps": 16, "window": 2},
+    "temp_flow_grpo": {"num_inference_steps": 3, "num_seeds": 2},
+}
+
+
+@pytest.fixture
+def small(tiny):
+    """small(algorithm): a configuration that takes a second."""
+
+    def make(name: str, directory: str = "run", **train):
+        tree = to_dict(tiny("train.steps=4", "validation.num_prompts=2", name=directory))
+        tree["algorithm"] = {"name": name, **COMMON, **SMALL[name]}
+        tree["train"] |= train
+        return from_dict(tree)
+
+    return make
+
+
+def test_every_algorithm_is_tried():
+    assert sorted(SMALL) == names()
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_costs_what_its_plan_says_and_begins_on_policy(small, name):
+    trainer = Trainer(small(name))
+    recipe = trainer.recipe
+    for _ in range(2):
+        cost = recipe.plan(trainer.model.sigmas, trainer.iteration, 0).cost()
+        records = trainer.step()
+        rows = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
+        assert records[0]["nfe/sample"] == rows <= records[0]["nfe/naive_sample"]
+        trained = [record["nfe/train"] for record in records]
+        # Less where a copy of the weights still equals them, or rewards are all alike.
+        assert max(trained) <= 2 * cost.train * trainer.objective.forwards
+        assert records[0]["ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert all(record["grad_norm"] > 0 for record in records)
+    if not recipe.copies:
+        assert trained[0] == 2 * cost.train * trainer.objective.forwards, "none is skipped here"
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert any(p.abs().sum() > 0 for p in before)
+
+
+def one_step(config) -> dict[str, float]:
+    records = Trainer(config).step()
+    loose = ("timing_s/", "throughput/", "memory/")
+    return {k: v for r in records for k, v in r.items() if not k.startswith(loose)}
+
+
+def test_two_processes_take_the_steps_of_one(small, tmp_path):
+    for name in names():
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(small(name))))
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from flowkern.train.config import from_dict\n"
+        "from test_algorithms import one_step\n"
+        "for path in sorted(Path(sys.argv[1]).glob('*.json')):\n"
+        "    record = one_step(from_dict(json.loads(path.read_text())))\n"
+        "    path.with_suffix('.two').write_text(json.dumps(record))\n"
+        "import torch.distributed as group\n"
+        "group.destroy_process_group()\n"
+    )
+    (tmp_path / "two.py").write_text(program)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path)],
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names():
+        one, two = one_step(small(name)), json.loads((tmp_path / f"{name}.two").read_text())
+        assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["awm", "diffusion_nft"])
+def test_copies_of_the_weights_survive_a_resume(small, name, lines):
+    extra = {"checkpointing_steps": 2, "ema_decay": 0.9}
+    straight, resumed = (Trainer(small(name, run, **extra)) for run in ("straight", "resumed"))
+    assert straight.run() == 0
+    resumed.run()
+    directory = resumed.output_dir
+    for folder in directory.glob("checkpoint-4"):
+        folder.rename(directory / "left")
+    again = Trainer(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
+    again.run()
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        expected = lines(straight.output_dir / file)
+        assert lines(directory / file) == expected and len(expected) >= 2
+    states = [
+        torch.load(trainer.output_dir / "checkpoint-4/state.pt", weights_only=True)["copies"]
+        for trainer in (straight, again)
+    ]
+    assert states[0].keys() == states[1].keys() == {*straight.recipe.copies, "evaluated"}
+    for key, copy in states[0].items():
+        assert all(map(torch.equal, copy, states[1][key])), key
+    averaged = directory / "checkpoint-4/ema/adapter_model.safetensors"
+    assert averaged.read_bytes() != (averaged.parents[1] / averaged.name).read_bytes()
