@@ -35,15 +35,16 @@ class Credit:
     """The share of a group, its lowest rewards, that mean and std leave out."""
     best_of: int | None = None
     """Train on this many of a group, half of them the best, half the worst; None: on all."""
-    mix: Literal["reward", "advantage"] = "reward"
-    """Several rewards: one advantage of their weighted sum, or the weighted mean of their own."""
+    mix: Literal["reward", "advantage", "sum"] = "reward"
+    """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
+    own."""
     over_leaves: Literal["sum", "mean"] = "sum"
     """A choice gets the sum or the mean of the advantages of the leaves it leads to."""
 
     def __call__(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
     ) -> Tensor:
-        """Advantages (P, C) float32 of rewards (P, L) by name; the weighted ones count.
+        """Advantages (P, C) float64 of rewards (P, L) by name; the weighted ones count.
 
         Raises ValueError for rewards that are not finite.
         """
@@ -55,7 +56,7 @@ class Credit:
         if self.mix == "reward":
             parts = [(1.0, sum(w * scores[name].double() for name, w in weights.items()))]
         else:
-            total = sum(weights.values())
+            total = sum(weights.values()) if self.mix == "advantage" else 1.0
             parts = [(w / total, scores[name]) for name, w in weights.items()]
         leaf = sum(
             weight * group_advantage(reward.flatten(), group.flatten(), **options)
@@ -69,7 +70,7 @@ class Credit:
         else:
             below = plan.below().to(leaf).T
             choice = leaf @ (below / below.sum(0) if self.over_leaves == "mean" else below)
-        return (choice.clamp(-self.limit, self.limit) * self.scale).float()
+        return choice.clamp(-self.limit, self.limit) * self.scale
 
 
 def group_advantage(

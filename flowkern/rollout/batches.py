@@ -99,13 +99,14 @@ def batch(
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
     plan, source = rollout.plan, rollout.source
     device = source.prompt_id.device
-    leaf, sigma = map(torch.tensor, zip(*plan.points, strict=True))
+    leaf = torch.tensor([leaf for leaf, _ in plan.points])
+    sigma = torch.tensor([sigma for _, sigma in plan.points], dtype=torch.float64)
     where, leaf_of = prompt.to(device), leaf[site].to(device)
     return PointBatch(
         x0=rollout.latents[where, leaf_of],
-        sigma=sigma.double()[site].to(device, source.dtype),
+        sigma=sigma[site].to(device, source.precision),
         prompt=where,
-        advantage=advantage[prompt, site].to(device),
+        advantage=advantage[prompt, site].to(device, source.precision),
         key={
             "seed": source.seed,
             "sample_id": source.prompt_id[where] + leaf_of,
@@ -138,12 +139,12 @@ def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) ->
     old = rollout.velocity
     return StepBatch(
         x_t=rollout.states[origin, where],
-        sigma=sigma[site].to(device, source.dtype),
+        sigma=sigma[site].to(device, source.precision),
         prompt=where,
         row=None if len(row) == len(site) else of_row,
         coefficients=Coefficients(table).to(device),
-        advantage=advantage[prompt[row], choice].to(device),
-        weight=weight[choice].to(device, source.dtype),
+        advantage=advantage[prompt[row], choice].to(device, source.precision),
+        weight=weight[choice].to(device, source.precision),
         x_next=x_next,
         old_velocity=None if old is None else old[site.to(device), where],
         key={

@@ -56,6 +56,11 @@ class Source:
     dtype: torch.dtype = torch.float32
     """Of the states."""
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of noise levels, coefficients and advantages."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def empty(self, *rows: int) -> Tensor:
         """States to be written, (*rows, *D)."""
         return torch.empty(*rows, *self.shape, dtype=self.dtype, device=self.prompt_id.device)
@@ -183,7 +188,7 @@ class _Call:
     def ask(self, velocity: Velocity, guidance: Guidance | None) -> None:
         """The velocity of all rows, and with guidance that without a prompt."""
         x_t, prompt = self.x_t, self._move(self.prompt)
-        sigma = self._move(self.wave.sigma[self.node].to(self.source.dtype))
+        sigma = self._move(self.wave.sigma[self.node].to(self.source.precision))
         self.velocity, self.options = None, {}
         if guidance is None:
             self.velocity = velocity(x_t, sigma, prompt)
@@ -235,8 +240,7 @@ class _Call:
         )
 
     def _rows(self, table: Coefficients, index: Tensor) -> Coefficients:
-        wide = torch.float64 if self.source.dtype == torch.float64 else torch.float32
-        return table[index].to(self.x_t.device, wide)
+        return table[index].to(self.x_t.device, self.source.precision)
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self.x_t.device, non_blocking=True)

@@ -117,6 +117,10 @@ class Plan:
 
     def match(self, leaf: int, sigma: float) -> None:
         """Train at noise level `sigma` over the leaf at position `leaf`."""
+        if not 0 <= leaf < len(self.leaves):
+            raise ValueError(
+                f"leaf: got {leaf}, expected the position of one of {len(self.leaves)}"
+            )
         if not 0 < sigma <= 1:
             raise ValueError(f"sigma: expected a noise level in (0, 1], got {sigma}")
         self.points.append((leaf, float(sigma)))
@@ -174,9 +178,6 @@ class Plan:
             raise ValueError(f"plan: nothing leaves nodes {dead[:5]}, and they are no leaves")
         if self.points and self.trained:
             raise ValueError("plan: has points to match and trained edges; expected one of them")
-        barren = (~self.below().any(1)).nonzero().flatten().tolist()
-        if barren:
-            raise ValueError(f"plan: no leaf rewards the trained edges {barren[:5]}")
 
 
 @lru_cache(maxsize=65536)

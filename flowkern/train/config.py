@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from flowkern.rl.algorithms import recipe, require
+from flowkern.rl.algorithms import name_of, recipe, require
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 ATTENTION += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -168,7 +168,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out prompts, scored and drawn."""
     algorithm: Any
-    """The recipe: `name`, and what differs from the paper's defaults."""
+    """The recipe: `name`, or "module:Class" of your own, and what differs from its defaults."""
 
     def __post_init__(self) -> None:
         recipe, updates = self.algorithm, self.algorithm.updates_per_rollout
@@ -219,8 +219,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested mappings that `from_dict` takes: every field, the defaults included."""
     tree = dataclasses.asdict(config)
-    name = type(config.algorithm).__module__.rpartition(".")[2]
-    return tree | {"algorithm": {"name": name, **tree["algorithm"]}}
+    return tree | {"algorithm": {"name": name_of(config.algorithm), **tree["algorithm"]}}
 
 
 def _set(tree: dict, key: str, value: Any) -> None:

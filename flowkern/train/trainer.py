@@ -231,7 +231,7 @@ class Trainer:
     def released_rows(self) -> tuple[int, int]:
         """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
         recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
-        cost = recipe.released(self.iteration - 1)
+        cost = recipe.released(self.iteration - 1, self.config.seed)
         halves = 1 if recipe.guidance_scale == 1 else 2
         forwards = self.objective.forwards
         return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)

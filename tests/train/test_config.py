@@ -103,3 +103,21 @@ def test_every_field_says_what_it_is():
     assert len(said) > 60
     for path, owner, name in set_again:
         assert path in recipes and name in said, f"{path.name}: {owner}.{name}"
+
+
+def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Short(Base):\n"
+        "    num_inference_steps: int = 4\n"
+        "    temperature: float = 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tiny("algorithm.name=mine:Short", "algorithm.temperature=2")
+    assert config.algorithm.temperature == 2.0
+    tree = module.to_dict(config)
+    assert tree["algorithm"]["name"] == "mine:Short" and module.from_dict(tree) == config
+    with pytest.raises(module.ConfigError, match=r"algorithm\.name: got 'nine', expected .*module"):
+        tiny("algorithm.name=nine")

@@ -31,6 +31,7 @@ __all__ = [
     "PolicyRecipe",
     "Recipe",
     "cost",
+    "name_of",
     "names",
     "recipe",
     "require",
@@ -130,8 +131,9 @@ class EvenGridRecipe(PolicyRecipe):
 
     shift: float | None = 3.0
     """Of the grid of equal steps; None: the model's own grid."""
-    mix: Literal["reward", "advantage"] = "advantage"
-    """Several rewards: one advantage of their weighted sum, or the weighted mean of their own."""
+    mix: Literal["reward", "advantage", "sum"] = "advantage"
+    """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
+    own."""
     best_of: int | None = None
     """Train on this many of a group, half of them the best, half the worst; None: on all."""
     trimmed_ratio: float = 0.0
@@ -171,10 +173,24 @@ def names() -> list[str]:
 
 
 def recipe(name: str) -> type[Recipe]:
-    """The recipe class of an algorithm; its fields are the options, their defaults the paper's."""
+    """The recipe class of an algorithm; its fields are the options, their defaults the paper's.
+
+    name: one of `names()`, or "module:Class" of your own.
+    """
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        return getattr(import_module(module), attribute)
     if name not in names():
-        raise ValueError(f"algorithm.name: got {name!r}, expected one of {', '.join(names())}")
+        known = ", ".join([*names(), '"module:Class"'])
+        raise ValueError(f"algorithm.name: got {name!r}, expected one of {known}")
     return import_module(f"{__name__}.{name}").Recipe
+
+
+def name_of(recipe: Recipe) -> str:
+    """The name that `recipe` finds it by."""
+    module, kind = type(recipe).__module__, type(recipe).__qualname__
+    package, _, name = module.rpartition(".")
+    return name if package == __name__ else f"{module}:{kind}"
 
 
 def cost(recipe: Recipe, grid: Grid, iterations: range = range(1)) -> tuple[Cost, Cost]:

@@ -44,6 +44,6 @@ class Recipe(PolicyRecipe):
     def credit(self) -> Credit:
         return Credit(global_std=self.global_std, limit=self.adv_clip_max)
 
-    def released(self, iteration: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
         size, steps = self.group_size, self.num_inference_steps
         return Cost(size * steps, size * (steps - 1), size)

@@ -23,6 +23,7 @@ class Recipe(EvenGridRecipe):
     group_size: int = 12
     prompts_per_rollout: int = 16
     noise_level: float = 0.7
+    mix: Literal["reward", "advantage", "sum"] = "sum"
     branch_steps: int = 8
     """The trunk's first states, that many, have branches."""
     granularities: list[int] = field(default_factory=lambda: [1, 2])

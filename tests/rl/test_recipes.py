@@ -1,0 +1,546 @@
+"""The recipes at the papers' defaults: what they cost, whom they compare, and that defects of the
+released loops are not theirs.
+"""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowkern.rl import algorithms
+from flowkern.rl.algorithms import cost, names, recipe
+from flowkern.rollout import Plan, Source, batch, prompt_ids, run
+from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
+
+EVEN_GRID = shifted_sigmas(25, 3.0).tolist()
+
+
+def plan_of(name, iteration=0, seed=0, grid=sd3_sigmas, **options):
+    return recipe(name)(**options).plan(grid, iteration, seed)
+
+
+def drawn_steps(plan):
+    """(member, step) of the drawn edges, and of those that are trained."""
+    drawn = [n for n in plan.nodes if n.parent >= 0 and n.member is not None]
+    key = lambda node: (node.member, node.depth - 1)  # noqa: E731
+    return {key(n) for n in drawn}, {key(n) for n in drawn if n.is_trained}
+
+
+def path(plan, leaf):
+    """The noise levels from the root to a leaf."""
+    node, levels = next(n for n, position in plan.leaves.items() if position == leaf), []
+    while node >= 0:
+        levels.append(plan.nodes[node].sigma)
+        node = plan.nodes[node].parent
+    return levels[::-1]
+
+
+def std(node):
+    return float(node.edge.std)
+
+
+def test_a_recipe_is_one_short_file():
+    for file in Path(algorithms.__file__).parent.glob("[!_]*.py"):
+        assert len(file.read_text().splitlines()) < 80, file.name
+    assert len(names()) == 11
+
+
+# ---- network calls per prompt, guidance not counted ----
+
+
+@pytest.mark.parametrize(
+    "name, options, ours, released",
+    [
+        ("flow_grpo", {}, (240, 216, 24), (240, 216, 24)),
+        ("flow_grpo_fast", {}, (240, 72, 24), (240, 72, 24)),
+        ("flow_grpo_fast", {"window": 0}, (240, 216, 24), (240, 216, 24)),
+        ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
+        ("dance_grpo", {"timestep_fraction": 1.0}, (181, 169, 12), (192, 180, 12)),
+        ("mix_grpo", {}, (289, 37, 12), (300, 48, 12)),
+        ("mix_grpo_flash", {}, (121, 37, 12), (132, 48, 12)),
+        ("mix_grpo_flash_star", {}, (73, 37, 12), (84, 48, 12)),
+        ("temp_flow_grpo", {}, (1116, 36, 216), (1116, 216, 216)),
+        ("g2rpo", {}, (1496, 8, 192), (1792, 8, 193)),
+        ("g2rpo", {"granularities": [1, 2, 3]}, (1700, 8, 288), (2188, 8, 289)),
+        ("g2rpo", {"granularities": [1]}, (1112, 8, 96), (1216, 8, 97)),
+        ("awm", {}, (336, 144, 24), (336, 144, 24)),
+        ("diffusion_nft", {}, (240, 216, 24), (240, 216, 24)),
+    ],
+)
+def test_what_a_prompt_costs(name, options, ours, released):
+    mine, theirs = cost(recipe(name)(**options), sd3_sigmas)
+    assert (mine.sample, mine.train, mine.images) == ours
+    assert (theirs.sample, theirs.train, theirs.images) == released
+
+
+def test_a_window_costs_what_its_place_lets_samples_share():
+    every = recipe("mix_grpo")(window_iterations=1)
+    for start in range(20):
+        plan = every.plan(sd3_sigmas, start)
+        assert every.window_start(start, 0) == start
+        assert plan.cost().sample == start + 1 + 12 * (24 - start)
+        assert plan.cost().train == 1 + 12 * 3
+        assert drawn_steps(plan)[1] == {(m, start + i) for m in range(12) for i in range(4)}
+    for start in range(4):
+        branched = recipe("flow_grpo_fast")(branching=True)
+        seed = next(s for s in range(99) if branched.drawn(0, s).start == start)
+        mine, theirs = branched.plan(sd3_sigmas, 0, seed).cost(), branched.released(0, seed)
+        assert mine.sample == start + 1 + 24 * (9 - start) and mine.train == 1 + 24
+        assert theirs.sample == start + 24 * (10 - start) and theirs.train == 48
+
+
+def test_flash_takes_less_than_half_of_the_released_calls():
+    mine, theirs = cost(recipe("mix_grpo_flash")(window_iterations=1), sd3_sigmas, range(20))
+    assert (mine.sample, theirs.sample) == (pytest.approx(90.9), pytest.approx(205.2))
+    assert mine.sample <= 0.5 * theirs.sample
+    # The paper's own run: 15.6 calls per sample in the released loop ("16 on average").
+    mine, theirs = cost(recipe("mix_grpo_flash")(), sd3_sigmas, range(300))
+    assert (mine.sample, theirs.sample) == (pytest.approx(99.2), pytest.approx(15.6 * 12))
+    mine, theirs = cost(recipe("mix_grpo")(), sd3_sigmas, range(300))
+    assert (mine.sample, theirs.sample) == (pytest.approx(228.5), 300)
+
+
+# ---- the same tree on every rank ----
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_tree_follows_from_iteration_and_seed_alone(name):
+    """Unsynchronized windows: released, every rank asked its own generator."""
+
+    def tree(state, iteration=3, seed=5):
+        random.seed(state), np.random.seed(state), torch.manual_seed(state)
+        options = {"strategy": "random"} if name == "mix_grpo" else {}
+        plan = plan_of(name, iteration, seed, **options)
+        edges = [node.edge.table.tolist() for node in plan.nodes if node.parent >= 0]
+        return [replace(node, edge=None) for node in plan.nodes], edges, plan.groups, plan.points
+
+    assert tree(0) == tree(1)
+    if name in ("flow_grpo_fast", "dance_grpo", "mix_grpo", "awm", "diffusion_nft"):
+        for other in ({"iteration": 4}, {"seed": 6}):
+            key, value = next(iter(other.items()))
+            assert any(tree(0, **{key: value + i}) != tree(0) for i in range(3)), key
+
+
+def test_the_random_windows_go_everywhere():
+    fast, mixed = recipe("flow_grpo_fast")(), recipe("mix_grpo")(strategy="random")
+    assert {fast.drawn(i, 0).start for i in range(60)} == {0, 1, 2}
+    assert {mixed.window_start(i, 0) for i in range(300)} == set(range(20))
+    for i in range(20):
+        drawn, trained = drawn_steps(fast.plan(sd3_sigmas, i))
+        window = fast.drawn(i, 0)
+        assert drawn == trained == {(m, step) for m in range(24) for step in window}
+    drawn, trained = drawn_steps(plan_of("flow_grpo_fast", window=0))
+    assert drawn == trained == {(m, step) for m in range(24) for step in range(9)}
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "random", "decay", "exp_decay"])
+@pytest.mark.parametrize("roll_back", [False, True])
+@pytest.mark.parametrize("stride", [0, 1, 4])
+def test_the_window_is_whole_at_any_iteration(strategy, roll_back, stride):
+    """Released, it is cut short from place 20 on, and empty at the end."""
+    it = recipe("mix_grpo")(strategy=strategy, roll_back=roll_back, stride=stride)
+    starts = [it.window_start(i, 1) for i in range(1500)]
+    assert min(starts) >= 0 and max(starts) <= 19
+    for start in {*starts}:
+        assert len(it.plan(sd3_sigmas, starts.index(start), 1).trained) == 12 * 4
+    if strategy != "random":
+        assert starts[0] == 0 and (max(starts) == 19 or stride == 0)
+        falls = [(a, b) for a, b in pairwise(starts) if b < a]
+        assert {*falls} == ({(19, 0)} if roll_back and stride else set())
+
+
+def test_windows_move_as_the_strategy_says():
+    def stays(iterations=2000, **options):
+        it = recipe("mix_grpo")(**options)
+        starts = [it.window_start(i, 0) for i in range(iterations)]
+        moves = [i for i, (a, b) in enumerate(pairwise(starts), start=1) if a != b]
+        return [b - a for a, b in pairwise([0, *moves])], starts
+
+    held, starts = stays()
+    assert held == [25] * 19 and starts[-1] == 19
+    assert stays(stride=4)[1][::25][:7] == [0, 4, 8, 12, 16, 19, 19]
+    assert stays(stride=4, roll_back=True)[1][::25][:8] == [0, 4, 8, 12, 16, 19, 0, 4]
+    assert set(stays(stride=0)[1]) == {0}
+    # tau = max(1, int(10 (1 - c / 23) + c / 23)), and ceil(25 exp(-.1 max(0, c - 13)))
+    expected = [10, 9, 9, 8, 8, 8, 7, 7, 6, 6, 6, 5, 5, 4, 4, 4, 3, 3, 2]
+    assert stays(strategy="decay")[0] == expected
+    assert stays(strategy="exp_decay")[0] == [25] * 14 + [23, 21, 19, 17, 16]
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.2, 0.05, 1.0])
+@pytest.mark.parametrize("start", range(20))
+def test_the_tail_of_flash_ends_in_an_image(ratio, start):
+    """The one-point tail: released, no step was left at L >= 21 (16 at .2), and the image noisy."""
+    plan = plan_of("mix_grpo_flash", start, window_iterations=1, tail_ratio=ratio)
+    last = start + 3
+    points = max(2, int(max((25 - last) * ratio, 1)))
+    u = [(1 - (last + 1) / 25) * (1 - i / (points - 1)) for i in range(points)]
+    tail = [3 * level / (1 + 2 * level) for level in u]
+    for leaf in (0, 11):
+        assert path(plan, leaf) == pytest.approx(EVEN_GRID[: last + 1] + tail, abs=1e-12)
+        assert path(plan, leaf)[-1] == 0
+    after = [node for node in plan.nodes if node.depth > last + 1]
+    assert all(node.member is None for node in after)
+    # The path's history counts, the predictions made in the window too; to 0 the order is 1.
+    orders = {node.edge.num_history for node in after if node.sigma > 0}
+    assert orders == ({1} if points > 2 else set())
+    assert {node.edge.num_history for node in after if node.sigma == 0} == {0}
+
+
+def test_a_tail_on_the_models_own_grid():
+    grid = sd3_sigmas(25).tolist()
+    own = plan_of("mix_grpo_flash", shift=None, tail_ratio=None)
+    assert path(own, 0) == grid and own.nodes[-2].edge.num_history == 1
+    levels = path(plan_of("mix_grpo_flash", shift=None), 0)[4:]
+    assert len(levels) == 8 and levels[-1] == 0
+    assert levels == pytest.approx(np.interp(np.linspace(4, 25, 8), range(26), grid))
+    plain = plan_of("mix_grpo")
+    assert path(plain, 0) == EVEN_GRID
+    assert {node.edge.num_history for node in plain.nodes[1:]} == {0}, "Euler"
+
+
+# ---- whose noise, and what is trained ----
+
+
+def test_dance_trains_other_steps_of_every_sample():
+    plan = plan_of("dance_grpo")
+    drawn, trained = drawn_steps(plan)
+    assert drawn == {(m, step) for m in range(12) for step in range(15)}, "none to the image"
+    chosen = [frozenset(step for m, step in trained if m == member) for member in range(12)]
+    assert {len(steps) for steps in chosen} == {9} and len({*chosen}) > 6
+    assert drawn_steps(plan_of("dance_grpo", iteration=1))[1] != trained
+    assert [node.member for node in plan.nodes if node.parent < 0] == [0]
+    roots = plan_of("dance_grpo", init_same_noise=False)
+    assert [node.member for node in roots.nodes if node.parent < 0] == list(range(12))
+    assert path(plan, 7) == shifted_sigmas(16, 3.0).tolist()
+    # The spec's test vectors: i = 0, 9 and 14 of the shifted grid.
+    edges = {n.depth - 1: n.edge for n in plan.nodes if n.depth}
+    vectors = ((0, (0.999022, -0.021739, 0.044233)), (9, (0.996327, -0.058245, 0.071714)))
+    for step, vector in (*vectors, (14, (0.98, -0.147333, 0.109545))):
+        edge = edges[step]
+        assert (float(edge.a), float(edge.b), float(edge.std)) == pytest.approx(vector, abs=1e-6)
+    last = float(shifted_sigmas(16, 3.0)[-2])
+    for node in (plan.nodes[i] for i in plan.leaves):  # x0_hat = x - sigma v
+        assert (float(node.edge.a), float(node.edge.b), std(node)) == (1, -last, 0)
+
+
+def test_granularities_walk_the_strided_grids_to_a_clean_prediction():
+    t, sizes = shifted_sigmas(16, 3.0), [1, 2, 3]
+    plan = plan_of("g2rpo", granularities=sizes)
+    for k in range(8):
+        for j, size in enumerate(sizes):
+            expected = torch.cat([t[: k + 2], t[k + 2 :: size]])
+            expected[-1] = 0  # x0_hat of the last evaluated state, where the stride misses 0
+            group = [leaf for leaf, tag in enumerate(plan.groups) if tag == k * 3 + j]
+            assert len(group) == 12
+            for leaf in group:
+                assert path(plan, leaf) == expected.tolist()
+    below = plan.below()
+    assert below.shape == (96, 288) and torch.equal(below.sum(1), torch.full((96,), 3))
+    assert not below.sum(0).ne(1).any(), "an image rewards one edge"
+    parents = [node.parent for node in plan.nodes]
+    for branch in plan.trained:  # t_{k+1} and t_{k+2} are one node for all step sizes
+        assert parents.count(branch) == 1
+        assert parents.count(parents.index(branch)) == 3
+    trunk = {plan.nodes[i].depth: i for i in plan.origins}
+    assert sorted(trunk) == list(range(8))
+    assert {parents.count(i) for i in plan.origins} == {12, 13}
+    assert parents.count(trunk[7]) == 12, "the trunk ends where its last branches begin"
+
+
+def test_awm_draws_and_matches_where_the_released_code_does():
+    plan, grid = plan_of("awm"), sd3_sigmas(14).tolist()
+    for node in plan.nodes:
+        if node.parent >= 0:
+            origin = plan.nodes[node.parent]
+            assert (node.member is not None) == (0.3 <= origin.sigma <= 0.9)
+            if node.member is None:
+                is_first_order = origin.depth == 0 or node.sigma == 0
+                assert node.edge.num_history == (0 if is_first_order else 1)
+    strata = [{1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
+    index = [grid.index(sigma) for _, sigma in plan.points]
+    assert [leaf for leaf, _ in plan.points] == [leaf for leaf in range(24) for _ in range(6)]
+    for i, stratum in enumerate(strata):
+        assert set(index[i::6]) == stratum, "over 24 images, each is met"
+    assert not any(node.is_trained for node in plan.nodes)
+    it = recipe("awm")()
+    objective = it.objective(uncond=0)
+    assert (objective.objective, objective.weighting) == ("awm", "ghuber")
+    assert (objective.ema, objective.ema_coef, objective.ref_coef) == ("ema", 1.0, 0.001)
+    assert set(objective.anchors) == {"ema", "reference"} and it.sampler is None
+    assert [it.copies["ema"](n) for n in (1, 100, 300, 900)] == pytest.approx([1e-3, 0.1, 0.3, 0.3])
+    assert recipe("awm")(ref_coef=0.0, ema_coef=0.0).objective(0).anchors == ()
+    still = plan_of("awm", noise_level=0.0)
+    assert drawn_steps(still)[0] == set()
+
+
+def test_nft_matches_nine_of_ten_levels_of_every_image():
+    plan, grid = plan_of("diffusion_nft"), sd3_sigmas(10).tolist()
+    left_out = []
+    for image in range(24):
+        mine = [sigma for leaf, sigma in plan.points if leaf == image]
+        assert len(mine) == len({*mine}) == 9 and {*mine} < {*grid[:-1]}
+        left_out += {*grid[:-1]} - {*mine}
+    assert len({*left_out}) > 5
+    orders = [node.edge.num_history for node in plan.nodes[1:11]]
+    assert orders == [0, *[1] * 8, 0] and path(plan, 3) == grid
+    assert drawn_steps(plan)[0] == set()
+    it = recipe("diffusion_nft")()
+    objective = it.objective(uncond=0)
+    assert (objective.objective, objective.old, objective.ref_coef) == ("nft", "old", 1e-4)
+    assert it.sampler == "old" and objective.needs_all
+
+    def decay(kind, n, **options):
+        return recipe("diffusion_nft")(decay_type=kind, **options).copies["old"](n)
+
+    assert [decay(0, n) for n in (1, 500)] == [0, 0]
+    assert [decay(1, n) for n in (1, 100, 900)] == pytest.approx([0.001, 0.1, 0.5])
+    assert [decay(2, n) for n in (74, 75, 95, 900)] == pytest.approx([0, 0, 0.15, 0.999])
+    assert decay(1, 10, updates_per_rollout=2) == pytest.approx(0.02), "it counts optimizer steps"
+
+
+# ---- weights, ratio and KL of the steps ----
+
+
+@pytest.mark.parametrize(
+    "grid, noise_level, constant",
+    [(sd3_sigmas, 0.7, 2.2522), (lambda steps: flux_sigmas(steps, 4096), 0.9, 1.7260)],
+)
+def test_noise_aware_weights_follow_from_the_grid(grid, noise_level, constant):
+    """Released, the constant is 2.25 or 1.73 whatever the grid."""
+    plan = plan_of("temp_flow_grpo", grid=grid, noise_level=noise_level)
+    trained = [plan.nodes[i] for i in plan.trained]
+    for node in trained:
+        assert node.weight / std(node) == pytest.approx(constant, abs=5e-5)
+    by_step = {node.depth: node.weight for node in trained}
+    assert sum(by_step.values()) / 9 == pytest.approx(1, abs=1e-12)
+    if grid is sd3_sigmas:
+        table = [1.575, 1.672, 1.206, 1.003, 0.882, 0.794, 0.718, 0.635, 0.507]
+        released = [2.25 * std(node) for node in trained[:54:6]]
+        assert released == pytest.approx(table, abs=5e-4)
+    other = plan_of("temp_flow_grpo", grid=lambda steps: shifted_sigmas(steps, 1.0), kl_coef=0.0)
+    weights = {other.nodes[i].depth: other.nodes[i].weight for i in other.trained}
+    assert sum(weights.values()) / 9 == pytest.approx(1, abs=1e-12)
+
+
+def test_the_weights_of_all_others():
+    for name in names():
+        plan = plan_of(name)
+        for node in (plan.nodes[i] for i in plan.trained):
+            if name == "grpo_guard":
+                dt = node.sigma - plan.nodes[node.parent].sigma
+                assert node.weight == pytest.approx(-1 / dt)
+            elif name != "temp_flow_grpo":
+                assert node.weight == 1
+
+
+def velocity_of(slope):
+    def call(x_t, sigma, prompt):
+        return torch.sin(slope * x_t) * (1 + sigma[:, None]) + 0.1 * prompt[:, None]
+
+    return call
+
+
+def rollout_of(name, **options):
+    source = Source(5, prompt_ids(0, torch.arange(2)), (6,), torch.float64)
+    plan = plan_of(name, num_inference_steps=5, group_size=3, **options)
+    return run(plan, velocity_of(1.0), source, 100, keep_velocity=True)
+
+
+def objective_of(name, **options):
+    options = {"num_inference_steps": 5, "group_size": 3, "guidance_scale": 1.0} | options
+    return replace(recipe(name)(**options).objective(uncond=9), backend="reference")
+
+
+def all_rows(rollout):
+    """Every trained row of two prompts, at all steps mixed."""
+    sites = len(rollout.plan.origins)
+    pair = torch.randperm(2 * sites, generator=torch.Generator().manual_seed(1))
+    return pair % sites, pair // sites, torch.ones(2, len(rollout.plan.trained))
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "temp_flow_grpo", "mix_grpo"])
+def test_the_kl_has_its_dt(name):
+    """Released Flow-GRPO divides by 2 g^2 instead of 2 std^2 = 2 g^2 (-dt)."""
+    options = {"window": 2} if name == "mix_grpo" else {}
+    rollout = rollout_of(name, kl_coef=0.5, **options)
+    rows = batch(rollout, *all_rows(rollout))
+    anchors = {"reference": velocity_of(0.7)}
+    weighed = objective_of(name, kl_coef=0.5, **options)
+    out = weighed(rows, velocity_of(1.0), anchors)
+    c, row = rows.coefficients, torch.arange(len(rows.x_t)) if rows.row is None else rows.row
+    v, v_ref = (
+        f(rows.x_t, rows.sigma, rows.prompt)[row] for f in (velocity_of(1.0), *anchors.values())
+    )
+    kl = (c.b[:, None] * (v - v_ref)).square().mean(1) / (2 * c.std**2)
+    torch.testing.assert_close(out.kl, kl, rtol=1e-9, atol=0)
+    # On policy the policy term is -weight A: the step weight leaves the KL alone.
+    policy = -(rows.weight * rows.advantage).sum()
+    torch.testing.assert_close(out.loss, policy + 0.5 * kl.sum(), rtol=1e-9, atol=0)
+    if name == "temp_flow_grpo":
+        assert rows.weight.std() > 0.1
+
+
+def test_the_guarded_ratio_is_each_samples_own():
+    """Released, std and dt are means over the batch: wrong where its samples differ in step."""
+    rollout = rollout_of("grpo_guard")
+    site, prompt, advantage = all_rows(rollout)
+    objective, moved = objective_of("grpo_guard"), velocity_of(1.0001)
+    rows = batch(rollout, site, prompt, advantage)
+    together = objective(rows, moved, {})
+    c = rows.coefficients
+    assert len({*c.std.tolist()}) == 4
+    moved_mean = c.b[:, None] * (moved(rows.x_t, rows.sigma, rows.prompt) - rows.old_velocity)
+    old_mean = c.a[:, None] * rows.x_t + c.b[:, None] * rows.old_velocity
+    noise = (rows.x_next - old_mean) / c.std[:, None]
+    torch.testing.assert_close(together.log_ratio, (noise * moved_mean).mean(1), rtol=1e-9, atol=0)
+    loss = 0
+    for i in range(len(site)):
+        alone = batch(rollout, site[i : i + 1], prompt[i : i + 1], advantage)
+        out = objective(alone, moved, {})
+        torch.testing.assert_close(out.log_ratio[0], together.log_ratio[i], rtol=1e-12, atol=0)
+        loss += out.loss
+    torch.testing.assert_close(loss, together.loss, rtol=1e-9, atol=1e-12)
+    assert (objective.clip_low, objective.clip_high) == (2e-6, 2e-6)
+
+
+# ---- credit ----
+
+
+STATISTICS = {
+    # ddof, eps, std of all rewards, scale
+    "flow_grpo": (0, 1e-4, True, 1.0),
+    "flow_grpo_fast": (0, 1e-4, True, 1.0),
+    "grpo_guard": (0, 1e-4, False, 1.0),
+    "dance_grpo": (1, 1e-8, False, 1.0),
+    "mix_grpo": (1, 1e-8, False, 1.0),
+    "mix_grpo_flash": (1, 1e-8, False, 1.0),
+    "mix_grpo_flash_star": (1, 1e-8, False, 1.0),
+    "temp_flow_grpo": (0, 1e-4, False, 1.0),
+    "g2rpo": (1, 1e-8, False, 1.0),
+    "awm": (0, 1e-4, True, 0.2),
+    "diffusion_nft": (0, 1e-4, True, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", names())
+def test_each_algorithm_has_its_own_statistics(name):
+    ddof, eps, is_global, scale = STATISTICS[name]
+    options = {"num_inference_steps": 10, "group_size": 4}
+    plan = plan_of(name, **options)
+    groups, count = np.array(plan.groups), len(plan.leaves)
+    # Rewards so close that the eps shows.
+    reward = 1e-3 * np.random.default_rng(0).standard_normal((2, count))
+    leaf = np.empty_like(reward)
+    for prompt in range(2):
+        for tag in {*plan.groups}:
+            mine = reward[prompt, groups == tag]
+            spread = np.std(reward if is_global else mine, ddof=ddof)
+            leaf[prompt, groups == tag] = (mine - mine.mean()) / (spread + eps)
+    if plan.points:
+        expected = leaf[:, [image for image, _ in plan.points]]
+    else:
+        expected = leaf @ plan.below().double().numpy().T
+    expected = expected.clip(-5, 5) * scale
+    scores = {"toy": torch.from_numpy(reward)}
+    actual = recipe(name)(**options).credit()(scores, {"toy": 1.0}, plan)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-6)
+    high = torch.zeros(2, count, dtype=torch.float64)
+    high[0, 0] = 1e9
+    assert (
+        recipe(name)(**options).credit()({"toy": high}, {"toy": 1.0}, plan).abs().max() <= 5 * scale
+    )
+
+
+def test_seed_groups_stay_seed_groups():
+    """Released, they hang on one rank holding one seed: gathered first, they turn into prompt
+    groups, and a lucky seed is praised for its luck."""
+    plan = plan_of("temp_flow_grpo")
+    assert len({*plan.groups}) == 36 and plan.groups == sorted(plan.groups)
+    luck = torch.tensor(plan.groups).double().expand(3, -1)  # depends on seed and step alone
+    credit = recipe("temp_flow_grpo")().credit()
+    assert not credit({"toy": luck}, {"toy": 1.0}, plan).any()
+    siblings = torch.tensor(plan.trained).view(36, 6)
+    for group in siblings.tolist():
+        assert len({plan.nodes[node].parent for node in group}) == 1
+    reward = torch.randn(3, 216, generator=torch.Generator().manual_seed(0))
+    advantage = credit({"toy": reward}, {"toy": 1.0}, plan).view(3, 36, 6)
+    assert advantage.sum(2).abs().max() < 1e-4
+
+
+def test_granularities_are_summed_or_averaged():
+    scores = {"toy": torch.randn(2, 192, generator=torch.Generator().manual_seed(0))}
+    plan = plan_of("g2rpo")
+    total, mean = (
+        recipe("g2rpo")(over_leaves=how).credit()(scores, {"toy": 1.0}, plan)
+        for how in ("sum", "mean")
+    )
+    assert total.abs().max() < 5  # nothing is clamped
+    torch.testing.assert_close(total, 2 * mean)
+
+
+def test_best_of_and_trimming_are_options_of_the_even_grid():
+    plan = plan_of("dance_grpo")
+    scores = {"toy": torch.arange(12.0)[None]}
+    advantage = recipe("dance_grpo")(best_of=4).credit()(scores, {"toy": 1.0}, plan)
+    steps = [plan.nodes[i].member for i in plan.trained]
+    kept = {member for member, a in zip(steps, advantage[0].tolist(), strict=True) if a}
+    assert kept == {0, 1, 10, 11}
+    assert recipe("mix_grpo")(trimmed_ratio=0.25).credit().trimmed_ratio == 0.25
+    assert recipe("mix_grpo")().credit().mix == "advantage"
+
+
+# ---- options are checked by name ----
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("flow_grpo_fast", {"window": 6}, "window: got 6, expected at most 5"),
+        ("flow_grpo_fast", {"window": -1}, "window: got -1, expected a number at least 0"),
+        (
+            "flow_grpo_fast",
+            {"branching": True, "train_num_steps": 7},
+            "train_num_steps: got 7, expected at most 5",
+        ),
+        ("dance_grpo", {"timestep_fraction": 1.2}, "timestep_fraction: got 1.2, expected"),
+        ("dance_grpo", {"shift": 0.0}, "shift: got 0.0, expected a number above 0"),
+        ("mix_grpo", {"window": 24}, "window: got 24, expected at most 23"),
+        ("mix_grpo", {"stride": -1}, "stride: got -1"),
+        ("mix_grpo", {"trimmed_ratio": 1.0}, "trimmed_ratio: got 1.0"),
+        ("mix_grpo_flash", {"tail_ratio": 0.0}, "tail_ratio: got 0.0"),
+        ("temp_flow_grpo", {"num_seeds": 0}, "num_seeds: got 0"),
+        ("g2rpo", {"granularities": []}, r"granularities: got \[\], expected different"),
+        ("g2rpo", {"granularities": [2, 2]}, r"granularities: got \[2, 2\], expected different"),
+        ("g2rpo", {"granularities": [0, 1]}, r"granularities: got \[0, 1\]"),
+        ("g2rpo", {"branch_steps": 16}, "branch_steps: got 16, expected at most 15"),
+        ("awm", {"num_train_timesteps": 0}, "num_train_timesteps: got 0"),
+        ("awm", {"ema_coef": -1.0}, "ema_coef: got -1.0"),
+        ("diffusion_nft", {"timestep_fraction": 0.0}, "timestep_fraction: got 0.0"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(name)(**options)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_short_grids_have_plans_too(name, steps):
+    fitting = {"window": 1, "branch_steps": 1}
+    fields = recipe(name).__dataclass_fields__
+    options = {key: value for key, value in fitting.items() if key in fields}
+    if steps == 2 and "strategy" in fields:
+        with pytest.raises(ValueError, match="window: got 1, expected at most 0"):
+            recipe(name)(num_inference_steps=2, **options)
+        return
+    plan: Plan = plan_of(name, num_inference_steps=steps, **options)
+    plan.check()
+    assert plan.trained or plan.points
