@@ -62,15 +62,19 @@ class Credit:
             weight * group_advantage(reward.flatten(), group.flatten(), **options)
             for weight, reward in parts
         )
+        kept = torch.ones_like(leaf)
         if self.best_of is not None:
-            leaf = keep_extremes(leaf, group.flatten(), self.best_of)
-        leaf = leaf.view(group.shape)
+            kept = keep_extremes(leaf, group.flatten(), self.best_of)
+        leaf, kept = (leaf * (kept > 0)).view(group.shape), kept.view(group.shape)
         if plan.points:
-            choice = leaf[:, [leaf_of for leaf_of, _ in plan.points]]
+            leaf_of = [leaf_of for leaf_of, _ in plan.points]
+            choice, kept = leaf[:, leaf_of], kept[:, leaf_of]
         else:
             below = plan.below().to(leaf).T
-            choice = leaf @ (below / below.sum(0) if self.over_leaves == "mean" else below)
-        return choice.clamp(-self.limit, self.limit) * self.scale
+            mean = below / below.sum(0)
+            choice = leaf @ (mean if self.over_leaves == "mean" else below)
+            kept = kept @ mean
+        return choice.clamp(-self.limit, self.limit) * self.scale * kept
 
 
 def group_advantage(
@@ -100,9 +104,10 @@ def group_advantage(
 
 
 def keep_extremes(advantage: Tensor, group: Tensor, count: int) -> Tensor:
-    """The best and the worst count / 2 of every group, (B,); the others get 0.
+    """What to multiply advantages (B,) with to train on the best and the worst count / 2 of every
+    group, (B,).
 
-    Scaled so that a mean over the group is what a mean over those kept would have been.
+    Not 1 for those kept, but such that a mean over the group is a mean over them.
     """
     size, rank = _size(group), _rank(advantage, group)
     if count % 2 or bool((size < count).any()):
@@ -111,7 +116,7 @@ def keep_extremes(advantage: Tensor, group: Tensor, count: int) -> Tensor:
             "group"
         )
     is_kept = (rank < count // 2) | (rank >= size - count // 2)
-    return torch.where(is_kept, advantage * size / count, 0.0)
+    return torch.where(is_kept, size / count, 0.0).to(advantage)
 
 
 def zero_std_ratio(reward: Tensor, plan: Plan) -> Tensor:

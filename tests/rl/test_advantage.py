@@ -70,8 +70,8 @@ def test_the_best_and_the_worst_are_kept():
     actual = keep_extremes(advantage, group, 2)
     scale = torch.tensor([6 / 2] * 6 + [4 / 2] * 4)
     kept = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 1, 0])
-    assert torch.equal(actual, advantage * kept * scale)
-    assert torch.equal(keep_extremes(advantage[:6], group[:6], 6), advantage[:6])
+    assert torch.equal(actual, kept * scale)
+    assert torch.equal(keep_extremes(advantage[:6], group[:6], 6), torch.ones(6))
     ties = keep_extremes(torch.zeros(6) + 1.5, torch.zeros(6, dtype=torch.int64), 4)
     assert int((ties != 0).sum()) == 4, "as many among equals"
     for count in (3, 6):
@@ -157,6 +157,8 @@ def test_credit_keeps_the_extremes_of_groups():
     actual = advantages({"a": [[0.0, 1, 2, 3]]}, plan=plan, best_of=2)
     outer = 2 * 1.5 / np.std([0, 1, 2, 3])
     torch.testing.assert_close(actual, torch.tensor([[-outer, 0, 0, outer]], dtype=torch.float64))
+    limited = advantages({"a": [[0.0, 1, 2, 3]]}, plan=plan, best_of=2, limit=1.0)
+    assert limited.tolist() == [[-2, 0, 0, 2]], "the limit is on the advantage, not on the scale"
 
 
 def test_groups_without_a_spread_are_counted():

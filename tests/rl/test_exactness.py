@@ -1,0 +1,399 @@
+"""The engine does what the plainest loop does: one sample, one network call, one loss at a time.
+
+`naive` walks every sample alone, as the papers say, and knows neither trees nor batches. Here the
+engine runs the same rollout, in float64 with the reference backend: its latents, rewards,
+advantages and the gradients of its optimizer steps have to be the loop's to 1e-10.
+
+P prompts, L images and C choices (trained steps, or points to match at) of each.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import naive
+import pytest
+import torch
+
+from flowkern.rl.algorithms import recipe
+from flowkern.rollout import Source, batch, network_rows, prompt_ids, run
+from flowkern.schedules import sd3_sigmas, shifted_sigmas
+
+SHAPE, SEED, SLOTS, UNCOND = (2, 4, 4), 11, (0, 1, 2, 3), 4
+CLIP, STRIDE, WEIGHTS = 1e-4, 0.3, {"likeness": 1.0, "tone": 2.0}
+
+
+tensor = partial(torch.tensor, dtype=torch.float64)
+
+
+class Network(torch.nn.Module):
+    """Two layers; the noise level and the prompt are inputs."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = torch.nn.Linear(33, 24)
+        self.prompt = torch.nn.Embedding(1 + UNCOND, 24)
+        self.second = torch.nn.Linear(24, 32)
+        self.double()
+
+    def forward(self, x_t, sigma, prompt):  # (B, *D), (B,), (B,)
+        hidden = self.first(torch.cat([x_t.flatten(1), sigma[:, None]], 1)) + self.prompt(prompt)
+        return self.second(torch.tanh(hidden)).view_as(x_t)
+
+    def one(self, x, sigma, slot):
+        """The same for one sample, as the loop calls it."""
+        return self(x[None], tensor([sigma]), torch.tensor([slot]))[0]
+
+    def of(self, slots):
+        """The same for prompts counted from 0, as the engine calls it; the last is no prompt."""
+        table = torch.cat([slots, torch.tensor([UNCOND])])
+        return lambda x_t, sigma, prompt: self(x_t, sigma, table[prompt])
+
+    def take_gradient(self):
+        """(weights,); and clear it."""
+        gradient = torch.cat([p.grad.flatten() for p in self.parameters()])
+        self.zero_grad()
+        return gradient
+
+    @torch.no_grad()
+    def descend(self, gradient):
+        """An optimizer step, far enough that some of what follows is clipped."""
+        weights = torch.nn.utils.parameters_to_vector(self.parameters())
+        moved = weights - STRIDE * torch.nn.functional.normalize(gradient, dim=0)
+        torch.nn.utils.vector_to_parameters(moved, self.parameters())
+
+
+def networks():
+    """The weights that learn, under None, and the others that take part."""
+    return {None: Network(0), "reference": Network(1), "old": Network(2), "ema": Network(3)}
+
+
+def score(image, slot):
+    """Two rewards of one image."""
+    target = torch.linspace(-1, 1, image.numel(), dtype=torch.float64).view(SHAPE).roll(slot, 2)
+    likeness = -(image.double() - target).abs().mean()
+    return {"likeness": float(likeness), "tone": float(image.double().mean().tanh())}
+
+
+@dataclass
+class Case:
+    """An algorithm at a small size, and what the loop needs to know of it."""
+
+    name: str
+    options: dict
+    ways: Callable
+    """(sigmas, trained steps of every member) -> the walks of a prompt."""
+    credit: dict
+    """Options of naive.mixed and naive.advantages."""
+    kl_coef: float = 0.0
+    guard: bool = False
+    matching: Callable | None = None
+    """(networks, x0, noise, sigma, slot, advantage) -> loss."""
+    best_of: int | None = None
+    unit: float = 1.0  # what the package's advantages are multiplied by, over the loop's
+    grid: Callable = sd3_sigmas
+    iteration: int = 0
+
+    @property
+    def recipe(self):
+        return recipe(self.name)(**self.options)
+
+    @property
+    def plan(self):
+        return self.recipe.plan(sd3_sigmas, self.iteration, SEED)
+
+    @property
+    def needs_all(self):
+        return self.recipe.objective(0).needs_all
+
+
+@dataclass
+class Result:
+    latents: torch.Tensor
+    """(P, L, *D)"""
+    rewards: torch.Tensor
+    """(P, L), the first of them; advantage: (P, C)"""
+    advantage: torch.Tensor
+    gradients: torch.Tensor
+    """(optimizer steps, weights)"""
+    rows: list = field(default_factory=list)
+    """The engine's: of every optimizer step and rank, the rows of its network calls."""
+    clipped: list[int] = field(default_factory=list)
+    """The engine's: clipped choices of every optimizer step."""
+
+
+def by_name(scores, names):
+    """{reward: (P, L) of it}"""
+    return {name: [[one[name] for one in images] for images in scores] for name in names}
+
+
+def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
+    """The package, with the parts of `ranks` processes one after another.
+
+    flat: slots whose images all have the same rewards.
+    """
+    algorithm, plan = case.recipe, case.plan
+    nets = {name: net.to(dtype) for name, net in networks().items()}
+    updates = algorithm.updates_per_rollout
+    each = len(SLOTS) // updates // ranks  # prompts of a rank in an optimizer step
+    # Every optimizer step sees the same prompts, however many ranks share them.
+    slots = torch.tensor(SLOTS).view(updates, ranks, each).transpose(0, 1).flatten(1)
+    order, uncond = slots.flatten().argsort(), slots.shape[1]
+
+    rollouts = [
+        run(
+            plan,
+            nets[algorithm.sampler].of(mine),
+            Source(SEED, prompt_ids(case.iteration, mine), SHAPE, dtype),
+            max_batch,
+            algorithm.guidance(uncond),
+            keep_velocity=updates > 1,
+            backend="reference",
+        )
+        for mine in slots
+    ]
+    latents = torch.cat([rollout.latents for rollout in rollouts])
+    scores = [
+        [score(image * (slot not in flat), slot) for image in images]
+        for slot, images in zip(slots.flatten().tolist(), latents, strict=True)
+    ]
+    rewards = {name: tensor(table) for name, table in by_name(scores, WEIGHTS).items()}
+    advantage = algorithm.credit()(rewards, WEIGHTS, plan).view(ranks, uncond, -1)
+
+    objective = dataclasses.replace(algorithm.objective(uncond), backend="reference")
+    choices = each * advantage.shape[2]
+    gradients, rows, clipped = [], [], []
+    for share in torch.arange(uncond).view(updates, each):
+        rows.append([])
+        clipped.append(0)
+        for rank, rollout in enumerate(rollouts):
+            velocity = {name: net.of(slots[rank]) for name, net in nets.items()}
+            anchors = {name: velocity[name] for name in objective.anchors}
+            calls = network_rows(plan, advantage[:, share], rank, max_batch, objective.needs_all)
+            for site, prompt in calls:
+                part = batch(rollout, site, share[prompt], advantage[rank])
+                out = objective(part, velocity[None], anchors)
+                (out.loss / choices / ranks).backward()
+                clipped[-1] += int((out.clipped_low | out.clipped_high).sum())
+            rows[-1].append([len(site) for site, _ in calls])
+        gradients.append(nets[None].take_gradient())
+        nets[None].descend(gradients[-1])
+    found = latents, rewards["likeness"], advantage.flatten(0, 1)
+    return Result(*(x[order] for x in found), torch.stack(gradients), rows, clipped)
+
+
+def loop(case):
+    """The naive loop, with the same split of the prompts into optimizer steps."""
+    algorithm, plan, nets = case.recipe, case.plan, networks()
+    network, updates = nets[None], algorithm.updates_per_rollout
+    sampler, scale = nets[algorithm.sampler].one, algorithm.guidance_scale
+    world = naive.World(sampler, SHAPE, SEED, case.iteration, scale, UNCOND)
+    ways = case.ways(case.grid(algorithm.num_inference_steps).tolist(), trained_steps(plan))
+    images, moves = zip(*(naive.sample(world, slot, ways) for slot in SLOTS), strict=True)
+    scores = [[score(image, slot) for image in images[slot]] for slot in SLOTS]
+    rewards, groups = by_name(scores, WEIGHTS), [way.group for way in ways]
+    advantage = naive.mixed(rewards, WEIGHTS, groups, **case.credit)
+
+    def loss(slot, number, choice, a):
+        if case.matching is None:
+            options = CLIP, case.kl_coef, nets["reference"].one, case.guard
+            return naive.policy_loss(world, network.one, choice, a, *options)
+        image, sigma = choice  # the noise over an image is its member's, of step `number`
+        noise = world.noise(slot, image, number, "match")
+        return case.matching(nets, images[slot][image], noise, sigma, slot, a)
+
+    table, gradients = [], []
+    for share in torch.tensor(SLOTS).view(updates, -1).tolist():
+        taught = 0
+        for slot in share:
+            kept = naive.extremes(advantage[slot], case.best_of)
+            table.append([])
+            choices = plan.points if case.matching else moves[slot].values()
+            for number, choice in enumerate(choices):
+                of = [choice[0]] if case.matching else choice.images
+                a = naive.clamp(sum(advantage[slot][image] for image in of))
+                table[-1].append(a * case.unit if of[0] in kept else 0.0)
+                if of[0] in kept:
+                    taught += 1
+                    loss(slot, number, choice, a).backward()
+        gradients.append(network.take_gradient() / taught)
+        network.descend(gradients[-1])
+    latents = torch.stack([torch.stack(row) for row in images])
+    return Result(latents, tensor(rewards["likeness"]), tensor(table), torch.stack(gradients))
+
+
+# ---- the algorithms ----
+
+
+def trained_steps(plan):
+    """The steps that every member of a prompt trains: what chance, or a rule, has chosen."""
+    ends = [plan.nodes[i] for i in plan.trained]
+    members = range(1 + max((node.member for node in ends), default=-1))
+    return [{node.depth - 1 for node in ends if node.member == m} for m in members]
+
+
+shifted = partial(shifted_sigmas, shift=3.0)
+SMALL = {"num_inference_steps": 5, "group_size": 3, "updates_per_rollout": 2, "clip_range": CLIP}
+PLAIN = {"guidance_scale": 1.0, "kl_coef": 0.0}
+GUIDED = {"guidance_scale": 2.5, "kl_coef": 0.05}
+POPULATION, ALL_STD = {"eps": 1e-4}, {"eps": 1e-4, "all_std": True}
+UNBIASED = {"eps": 1e-8, "unbiased": True, "mix": "mean"}
+
+
+def policy(name, options, *rest, **more):
+    return Case(name, SMALL | options, *rest, **more)
+
+
+def drawn(*how):
+    return lambda sigmas, _: naive.all_drawn(sigmas, 3, *how)
+
+
+CASES = {
+    "flow_grpo": policy("flow_grpo", GUIDED, drawn("flow_sde", 0.7), ALL_STD, kl_coef=0.05),
+    "flow_grpo, one update": policy(
+        "flow_grpo", PLAIN | {"updates_per_rollout": 1}, drawn("flow_sde", 0.7), ALL_STD
+    ),
+    "cps": policy(
+        "flow_grpo", PLAIN | {"sde_type": "cps", "noise_level": 0.8}, drawn("cps", 0.8), ALL_STD
+    ),
+    "flow_grpo_fast": policy(
+        "flow_grpo_fast", {"num_inference_steps": 8},
+        lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "cps", 0.8, True), ALL_STD,
+    ),
+    "flow_grpo_fast, branching": policy(
+        "flow_grpo_fast", {"num_inference_steps": 8, "branching": True, "guidance_scale": 2.5},
+        lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "cps", 0.8), ALL_STD, iteration=2,
+    ),
+    "grpo_guard": policy(
+        "grpo_guard", PLAIN, drawn("flow_sde", 0.7, lambda s, n: 1 / (s - n)), POPULATION,
+        guard=True,
+    ),
+    "dance_grpo": policy(
+        "dance_grpo", {}, lambda sigmas, steps: naive.dance_grpo(sigmas, steps), UNBIASED,
+        grid=shifted,
+    ),
+    "dance_grpo, best and worst": policy(
+        "dance_grpo", {"group_size": 8, "best_of": 2},
+        lambda sigmas, steps: naive.dance_grpo(sigmas, steps), UNBIASED,
+        grid=shifted, best_of=2, unit=8 / 2,
+    ),
+    "mix_grpo": policy(
+        "mix_grpo", {"num_inference_steps": 8, "window": 2, "window_iterations": 5},
+        lambda sigmas, _: naive.window(sigmas, range(2, 4), 3, "flow_sde", 0.7),
+        UNBIASED, grid=shifted, iteration=10,
+    ),
+    "mix_grpo_flash": policy(
+        "mix_grpo_flash", {"num_inference_steps": 12, "window": 2, "window_iterations": 5},
+        lambda *_: naive.flash(12, range(1, 3), 3, 0.4), UNBIASED, iteration=5,
+    ),
+    "mix_grpo_flash_star": policy(
+        "mix_grpo_flash_star", {"num_inference_steps": 25},
+        lambda *_: naive.flash(25, range(4), 3, 0.2), UNBIASED, iteration=200,
+    ),
+    "temp_flow_grpo": policy(
+        "temp_flow_grpo", GUIDED | {"num_seeds": 2},
+        lambda sigmas, _: naive.tempflow(sigmas, 2, 3), POPULATION, kl_coef=0.05,
+    ),
+    **{f"g2rpo, {sizes}": policy(
+        "g2rpo", {"num_inference_steps": 7, "branch_steps": 3, "granularities": sizes},
+        lambda sigmas, _, sizes=sizes: naive.g2rpo(sigmas, 3, 3, sizes), UNBIASED | {"mix": "sum"},
+        grid=shifted,
+    ) for sizes in ([1, 2], [1, 2, 3])},
+    "awm": Case(
+        "awm", {"group_size": 2, "ref_coef": 0.2, "ema_coef": 0.7},
+        lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
+        matching=lambda nets, *point: naive.awm_loss(
+            nets[None].one, *point, pulls=[(0.2, nets["reference"].one), (0.7, nets["ema"].one)]
+        ),
+    ),
+    "awm, no anchors": Case(
+        "awm", {"group_size": 2, "ref_coef": 0.0, "ema_coef": 0.0},
+        lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
+        matching=lambda nets, *point: naive.awm_loss(nets[None].one, *point),
+    ),
+    "diffusion_nft": Case(
+        "diffusion_nft", {"num_inference_steps": 6, "group_size": 3, "ref_coef": 0.1},
+        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
+        matching=lambda nets, *point: naive.nft_loss(
+            nets[None].one, nets["old"].one, *point, pulls=[(0.1, nets["reference"].one)]
+        ),
+    ),
+}  # fmt: skip
+
+
+@cache
+def whole(name):
+    """In as few calls as can be, on one rank."""
+    return engine(CASES[name])
+
+
+def assert_equal(actual, expected, atol):
+    for name in ("latents", "rewards", "advantage", "gradients"):
+        found, wanted = (getattr(x, name).double() for x in (actual, expected))
+        if not torch.allclose(found, wanted, rtol=0, atol=atol):
+            off = (found - wanted).abs().flatten(1).amax(1).tolist()
+            raise AssertionError(f"{name}: off by {off}, expected at most {atol}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_engine_is_the_loop(name):
+    found = whole(name)
+    assert_equal(found, loop(CASES[name]), 1e-10)
+    # What is compared is there: rewards differ, and off policy some choices are clipped, not all.
+    assert (found.advantage != 0).any(1).all()
+    assert (found.gradients.norm(dim=1) > 1e-3).all()
+    for clipped in found.clipped[1:]:
+        assert 0 < clipped < found.advantage.numel() // len(found.gradients)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_max_batch_gives_the_same(name):
+    rows_per_node = 1 if CASES[name].recipe.guidance_scale == 1 else 2
+    for max_batch in (rows_per_node, 3):
+        found = engine(CASES[name], max_batch)
+        assert_equal(found, whole(name), 1e-12)
+        for (few,), (one,) in zip(found.rows, whole(name).rows, strict=True):
+            assert max(few) <= max_batch and [sum(few)] == one
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_give_the_mean_of_their_gradients(name):
+    found = engine(CASES[name], max_batch=3, ranks=2)
+    assert_equal(found, whole(name), 1e-12)
+    assert all(len(first) == len(second) for first, second in found.rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_call_alike_where_one_has_nothing_to_learn(name):
+    """All images of rank 1 have one reward. Its rows are left out where nothing else is learned
+    from them, all but one a call.
+    """
+    case = CASES[name]
+    of_rank_1 = (2, 3) if case.recipe.updates_per_rollout == 1 else (1, 3)
+    found, expected = engine(case, 2, 2, flat=of_rank_1), engine(case, flat=of_rank_1)
+    assert (expected.advantage == 0).all(1).tolist() == [slot in of_rank_1 for slot in SLOTS]
+    assert_equal(found, expected, 1e-12)
+    for first, second in found.rows:
+        assert len(first) == len(second) > 1
+        assert sum(second) == (sum(first) if case.needs_all else len(first))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].needs_all])
+def test_a_rollout_that_teaches_nothing_is_one_call_per_rank(name):
+    for ranks in (1, 2):
+        found = engine(CASES[name], 2, ranks, flat=SLOTS)
+        assert (found.advantage == 0).all() and (found.gradients == 0).all()
+        assert found.rows == [[[1]] * ranks] * len(found.gradients)
+
+
+def test_states_that_are_drawn_again_in_float32_give_the_gradient():
+    """In float32 the states of many siblings are not kept, but drawn again from their keys."""
+    case, slots = CASES["temp_flow_grpo"], torch.tensor(SLOTS)
+    source = Source(SEED, prompt_ids(0, slots), SHAPE)
+    assert run(case.plan, Network(0).float().of(slots), source, 1000).is_redrawn
+    found, exact = engine(case, dtype=torch.float32), whole("temp_flow_grpo")
+    error = (found.gradients - exact.gradients).norm(dim=1) / exact.gradients.norm(dim=1)
+    assert (error < 1e-5).all(), error
+    assert found.clipped == exact.clipped
