@@ -1,5 +1,5 @@
-"""The matching losses, forward and backward, against their formulas in plain PyTorch, eager and
-compiled.
+"""The matching losses, forward and backward, and the noising that goes before them, against their
+formulas in plain PyTorch, eager and compiled.
 """
 
 from __future__ import annotations
@@ -55,15 +55,41 @@ def plain_nft(v, x0, noise, t, advantage, old):
     return 5 * (r * normalized(v) + (1 - r) * normalized(2 * old - v)).mean()
 
 
+def plain_noised(x0, noise, t):
+    wide = t[:, None]
+    return (1 - wide) * x0 + wide * noise
+
+
+def plain_noised_anew(x0, t):
+    return plain_noised(x0, torch.randn_like(x0), t)
+
+
+class ReusedBuffers:
+    """Eager PyTorch at its best: every intermediate goes to a buffer that is there already."""
+
+    def __init__(self, like):
+        self.noise, self.work, self.out = (torch.empty_like(like) for _ in range(3))
+
+    def noised(self, x0, noise, t):
+        wide = t[:, None]
+        torch.mul(x0, 1 - wide, out=self.out)
+        return self.out.add_(torch.mul(noise, wide, out=self.work))
+
+    def noised_anew(self, x0, t):
+        return self.noised(x0, self.noise.normal_(), t)
+
+
 # ---- the cases ----
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     result = [_case(device, "awm", IMAGE), _case(device, "nft", IMAGE)]
+    result += [_noised(device, IMAGE, given) for given in (True, False)]
     if not quick:
         result += [_case(device, o, IMAGE, torch.bfloat16) for o in ("awm", "nft")]
+        result.append(_case(device, "awm", VIDEO))
         if device.type == "cuda":
-            result += [_case(device, o, VIDEO) for o in ("awm", "nft")]
+            result.append(_case(device, "nft", VIDEO))
     return result
 
 
@@ -127,4 +153,49 @@ def _case(device, objective: str, shape, dtype=torch.float32) -> Case:
         check,
         1e-5 if dtype == torch.float32 else 1e-2,
         streams * v.numel() * v.element_size(),
+    )
+
+
+def _noised(device, shape, is_given: bool) -> Case:
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(shape, generator=g).to(device)  # noqa: E731
+    x0, noise = draw(), draw()
+    sigma = torch.linspace(0.1, 0.9, shape[0], device=device)
+    key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
+    source = {"noise": noise} if is_given else key
+    truth = plain_noised(*(t.double() for t in (x0, noise, sigma)))
+    buffers = ReusedBuffers(x0)
+
+    def check_given(x_t):
+        return float((x_t - truth).abs().max())
+
+    def check_drawn(x_t):
+        """By how many standard errors the noise in x_t is not standard normal."""
+        wide = sigma[:, None].double()
+        drawn, n = (x_t - (1 - wide) * x0) / wide, x_t.numel()
+        in_errors = (drawn.mean() * n**0.5, (drawn.var() - 1) * (n / 2) ** 0.5)
+        return max(abs(float(e)) for e in in_errors)
+
+    if is_given:
+        plain, reused, rest = plain_noised, buffers.noised, (x0, noise, sigma)
+    else:
+        plain, reused, rest = plain_noised_anew, buffers.noised_anew, (x0, sigma)
+    contenders = [
+        *ours(device, lambda backend: (fk.add_noise(x0, sigma, **source, backend=backend),)),
+        Contender("eager, buffers reused", lambda: (reused(*rest),)),
+        Contender("eager", lambda: (plain(*rest),)),
+        Contender("torch.compile", compiled(lambda *t: (plain(*t),), *rest)),
+    ]
+    if not is_given:
+        code = compiled(lambda *t: (plain(*t),), *rest, fallback_random=True)
+        contenders.append(Contender("torch.compile, fallback_random", code))
+    return Case(
+        "matching_loss",
+        f"add_noise{', noise given' if is_given else ''}, image",
+        shape,
+        "float32",
+        contenders,
+        check_given if is_given else check_drawn,
+        1e-6 if is_given else 5.0,
+        (3 if is_given else 2) * x0.numel() * 4,  # x0 and the noise given; x_t
     )

@@ -49,9 +49,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         result += [
             _case(device, "off policy, image", IMAGE, dtype=torch.bfloat16),
             _case(device, "4 rows of 6 siblings, KL", (4, 65_536), siblings=6),
+            _case(device, "off policy, video", VIDEO),
         ]
-        if device.type == "cuda":
-            result.append(_case(device, "off policy, video", VIDEO))
     return result
 
 

@@ -20,7 +20,7 @@ from harness import ROOT, describe_machine, device_slug, measure_bandwidths, run
 
 SECTIONS = {
     "Kernels": ("bench_sde_step", "bench_policy_loss", "bench_matching_loss"),
-    "One training step": ("bench_training_step",),
+    "One training step": ("bench_rollout",),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,6 +58,47 @@ class PointBatch:
     """(B,)"""
     key: dict[str, int | Tensor]
     """seed, sample_id (B,), step (B,)"""
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """What batches ask of a plan: its trained edges (C) and their sites (S)."""
+
+    origins: list[int]
+    """(S,) nodes."""
+    ends: list[int]
+    """(C,) nodes."""
+    order: Tensor
+    """(C,): the edges, site by site."""
+    first: Tensor
+    """(S,): where those of a site begin in `order`."""
+    count: Tensor
+    """(S,): how many they are."""
+    sigma: Tensor
+    """(S,)"""
+    table: Tensor
+    """(C, columns): their coefficients."""
+    noise: Tensor
+    """(C, 2): member and step."""
+    weight: Tensor
+    """(C,)"""
+
+
+@lru_cache(maxsize=2)  # a plan serves every batch of a rollout
+def _edges(plan: Plan) -> _Edges:
+    of_choice, origins, ends = site_of(plan), plan.origins, plan.trained
+    nodes, count = [plan.nodes[i] for i in ends], of_choice.bincount()
+    return _Edges(
+        origins,
+        ends,
+        order=of_choice.argsort(stable=True),
+        first=count.cumsum(0) - count,
+        count=count,
+        sigma=torch.tensor([plan.nodes[i].sigma for i in origins], dtype=torch.float64),
+        table=torch.stack([node.edge.table for node in nodes]),
+        noise=torch.tensor([[node.member, node.depth - 1] for node in nodes]),
+        weight=torch.tensor([node.weight for node in nodes], dtype=torch.float64),
+    )
 
 
 def site_of(plan: Plan) -> Tensor:
@@ -116,35 +158,28 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
 
 
 def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> StepBatch:
-    plan, source = rollout.plan, rollout.source
-    device, nodes = source.prompt_id.device, plan.nodes
-    of_choice = site_of(plan)
-    order, count = of_choice.argsort(stable=True), of_choice.bincount()
-    first = count.cumsum(0) - count
+    source, edges = rollout.source, _edges(rollout.plan)
+    device, first, count = source.prompt_id.device, edges.first, edges.count
     # The choices of every row, one row after another.
     row = torch.arange(len(site)).repeat_interleave(count[site])
     within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
-    choice = order[first[site][row] + within]
-    trained = [nodes[i] for i in plan.trained]
-    origin = torch.tensor([rollout.kept[i] for i in plan.origins])[site].to(device)
+    choice = edges.order[first[site][row] + within]
+    origin = torch.tensor([rollout.kept[i] for i in edges.origins])[site].to(device)
     where, of_row = prompt.to(device), row.to(device)
-    table = torch.stack([node.edge.table for node in trained])[choice]
-    noise = torch.tensor([[node.member, node.depth - 1] for node in trained])[choice].to(device)
+    noise = edges.noise[choice].to(device)
     x_next = None
     if not rollout.is_redrawn:
-        end = torch.tensor([rollout.kept[i] for i in plan.trained])[choice].to(device)
+        end = torch.tensor([rollout.kept[i] for i in edges.ends])[choice].to(device)
         x_next = rollout.states[end, where[of_row]]
-    sigma = torch.tensor([nodes[i].sigma for i in plan.origins], dtype=torch.float64)
-    weight = torch.tensor([node.weight for node in trained], dtype=torch.float64)
     old = rollout.velocity
     return StepBatch(
         x_t=rollout.states[origin, where],
-        sigma=sigma[site].to(device, source.precision),
+        sigma=edges.sigma[site].to(device, source.precision),
         prompt=where,
         row=None if len(row) == len(site) else of_row,
-        coefficients=Coefficients(table).to(device),
+        coefficients=Coefficients(edges.table[choice]).to(device),
         advantage=advantage[prompt[row], choice].to(device, source.precision),
-        weight=weight[choice].to(device, source.precision),
+        weight=edges.weight[choice].to(device, source.precision),
         x_next=x_next,
         old_velocity=None if old is None else old[site.to(device), where],
         key={

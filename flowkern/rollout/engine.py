@@ -202,8 +202,11 @@ class _Call:
         """Put aside the velocities that training needs and the predictions that steps need."""
         if velocity is not None:
             self._put(velocity, self.wave.origin, lambda: guided(self.velocity, **self.options))
-        to_clean = self._rows(self.wave.to_clean, self.node)
-        self._put(memory, self.wave.memory, lambda: self._step(slice(None), to_clean))
+        if len(memory):
+            self._put(memory, self.wave.memory, self._clean)
+
+    def _clean(self) -> Tensor:
+        return self._step(slice(None), self._rows(self.wave.to_clean, self.node))
 
     def _put(self, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
         place = places[self.node]

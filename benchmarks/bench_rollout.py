@@ -1,0 +1,226 @@
+"""One training iteration of the digits demo, several ways: what batching buys, and what it buys
+not to compute the same network call twice.
+
+    python benchmarks/bench_rollout.py [--only NAME,...] [--quick] [--json PATH]
+
+The calls of the released loop for one sample at a time, the same calls with a group's samples in
+one batch, and flowkern; in the middle of the run that configs/digits/<name>.yaml describes, with
+fewer prompts. Gate: on the same noise all reach the same first gradient, and each takes the network
+rows that it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import ROOT, Case, Contender, describe_machine, device_slug, run_case
+
+PROMPTS = {"flow_grpo": 8, "mix_grpo": 8, "mix_grpo_flash": 8, "temp_flow_grpo": 4, "g2rpo": 4}
+SAMPLE, GROUP, PROMPT = (
+    f"plain PyTorch, one {unit} at a time" for unit in ("sample", "group", "prompt")
+)
+AS_RELEASED = {"flow_grpo": GROUP, "temp_flow_grpo": GROUP}  # the others: one sample at a time
+
+
+class Way:
+    """An iteration, again and again from the same step of the run; the first on given noise."""
+
+    def __init__(self, loop, trainer, rows: tuple[int, int]):
+        self.loop, self.trainer, self.rows, self.start = loop, trainer, rows, trainer.global_step
+        sampled, trained = rows
+        # In rows forward; backward counts two.
+        self.work = sampled + trained * (1 + 2 / trainer.objective.forwards)
+
+    def __call__(self) -> tuple[torch.Tensor]:
+        self.trainer.global_step = self.start
+        self.loop.step()
+        if self.loop.rows != self.rows:
+            raise RuntimeError(f"{self.loop.rows} network rows, expected {self.rows}")
+        return (self.loop.gradient,)
+
+
+class Engine:
+    """`Trainer.step` with what the plain loops have: the first gradient and the network rows."""
+
+    def __init__(self, trainer):
+        self.trainer, self.gradient, self.trainer_update = trainer, None, trainer.update
+        trainer.update = self._update
+
+    def step(self) -> None:
+        records = self.trainer.step()
+        self.rows = records[0]["nfe/sample"], sum(record["nfe/train"] for record in records)
+
+    def _update(self, means: torch.Tensor) -> dict[str, float]:
+        if self.gradient is None:
+            self.gradient = torch.cat([p.grad.flatten() for p in self.trainer.parameters])
+        return self.trainer_update(means)
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Empty where the trainer's dependencies are missing: the kernels need torch alone."""
+    return [_case(name, quick) for name in PROMPTS] if _is_ready() else []
+
+
+def _is_ready() -> bool:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        import flowkern.train.trainer  # noqa: F401
+    except ImportError:
+        return False
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    return True
+
+
+def _case(name: str, quick: bool) -> Case:
+    folder = tempfile.TemporaryDirectory()
+    trainer = _trainer(name, folder.name)
+    recipe, iteration = trainer.recipe, trainer.iteration
+    size, trunks = recipe.group_size, getattr(recipe, "num_seeds", 1)
+    ours, theirs = recipe.plan(trainer.model.sigmas, iteration).cost(), recipe.released(iteration)
+
+    def plain(batch_size: int) -> Way:
+        return _plain(_trainer(name, folder.name), name, batch_size, theirs)
+
+    def engine(trainer) -> Way:
+        return Way(Engine(trainer), trainer, _rows(trainer, ours))
+
+    group = plain(size)
+    (truth,) = group()
+    ways = {"flowkern": engine(trainer), GROUP: group}
+    if not quick:
+        # Batched as the group is: what is left of the gain is what is not computed twice.
+        small = engine(_trainer(name, folder.name, f"train.max_batch={size}"))
+        ways |= {"flowkern, batches of a group": small, SAMPLE: plain(1)}
+    if not quick and trunks > 1:
+        ways[PROMPT] = plain(size * trunks)
+    contenders = []
+    for label, way in ways.items():
+        note = f"{way.rows[0]} + {way.rows[1]} network rows"
+        note += ", batched as released" if label == AS_RELEASED.get(name, SAMPLE) else ""
+        contenders.append(Contender(label, way, note))
+
+    def check(gradient: torch.Tensor, folder=folder) -> float:  # keeps it as long as the case
+        return float((gradient - truth).norm() / truth.norm())
+
+    shape = (round(ours.images * recipe.prompts_per_rollout), *trainer.model.latent_shape())
+    rounds = 2 if quick else 3
+    return Case("training_step", name, shape, "float32", contenders, check, 1e-3, rounds=rounds)
+
+
+def _trainer(name: str, folder: str, *more: str):
+    """A trainer in the middle of the demo's run."""
+    from flowkern.train.config import load_config
+    from flowkern.train.trainer import Trainer
+
+    overrides = [f"model.path={ROOT / 'assets/digits-sd3'}", f"output_dir={folder}"]
+    overrides += ["reward.report=[]", f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
+    for split in ("train", "test"):
+        overrides.append(f"data.{split}_prompts={ROOT / f'assets/digits-prompts/{split}.jsonl'}")
+    path = ROOT / "configs" / "digits" / f"{name}.yaml"
+    trainer = Trainer(load_config(path, [*overrides, *more]))
+    updates = trainer.recipe.updates_per_rollout
+    trainer.global_step = trainer.config.train.steps // 2 // updates * updates
+    return trainer
+
+
+def _plain(trainer, name: str, batch_size: int, cost) -> Way:
+    from plain_loops import LOOPS
+
+    from flowkern import philox_normal
+    from flowkern.rollout import prompt_ids
+
+    ids = prompt_ids(trainer.iteration, trainer.slots)
+
+    def noise(slot, members, step, stream):
+        shape = (len(members), *trainer.model.latent_shape())
+        sample_id = ids[slot] + torch.tensor(members, device=ids.device)
+        return philox_normal(shape, trainer.config.seed, sample_id, step, stream)
+
+    return Way(LOOPS[name](trainer, batch_size, noise), trainer, _rows(trainer, cost))
+
+
+def _rows(trainer, cost) -> tuple[int, int]:
+    """Network rows of an iteration, forward: in sampling, in training."""
+    prompts, forwards = trainer.recipe.prompts_per_rollout, trainer.objective.forwards
+    return round(prompts * cost.sample), round(prompts * forwards * cost.train)
+
+
+# ---- alone ----
+
+
+def main() -> int:
+    options = _arguments()
+    if not _is_ready():
+        print("needs the trainer's libraries (pip install '.[train]')", file=sys.stderr)
+        return 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = describe_machine(device)
+    result = {"machine": machine, "command": " ".join(sys.argv), "rows": []}
+    slug = device_slug(device, machine)
+    name = f"rollout{'-quick' if options.quick else ''}.json"
+    path = options.json or ROOT / "benchmarks" / "results" / slug / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    print(f"flowkern {machine['flowkern']} at {machine['commit']} on {where}")
+    print(
+        f"{'':38}{'p20':>8} {'p50':>8} {'p80':>8}  s {'flowkern is':>12} {'with calls':>12}"
+        f"  network rows\n{'':38}{'':26}   {'faster by':>12} {'fewer by':>12}"
+        "  sampling + training"
+    )
+    begin, is_good = time.perf_counter(), True
+    for algorithm in options.only:
+        case = _case(algorithm, options.quick)
+        measured = run_case(case, device, 0.0, {})
+        for row, contender in zip(measured, case.contenders, strict=True):
+            row |= {"network_rows": contender.run.rows, "forward_equivalents": contender.run.work}
+        _print_case(case, measured)
+        result["rows"] += measured
+        result["seconds"] = time.perf_counter() - begin
+        path.write_text(json.dumps(result, indent=1) + "\n")  # what is cut short counts
+        is_good &= not any("failed" in row for row in measured)
+    print(f"\n{result['seconds']:.0f} s; wrote {path}")
+    return 0 if is_good else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[*PROMPTS], help="NAME,..."
+    )
+    parser.add_argument("--quick", action="store_true", help="not one sample at a time; 2 rounds")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    options = parser.parse_args()
+    unknown = [name for name in options.only if name not in PROMPTS]
+    if unknown:
+        parser.error(f"--only: got {unknown[0]!r}, expected some of {', '.join(PROMPTS)}")
+    return options
+
+
+def _print_case(case: Case, rows: list[dict]) -> None:
+    print(f"{case.name}  {' x '.join(map(str, case.shape))}")
+    least, fastest = rows[0]["forward_equivalents"], rows[0].get("ms_p50", math.nan)
+    for row in rows:
+        if "failed" in row:
+            print(f"  {row['backend']:36}{row['failed']}")
+            continue
+        seconds = " ".join(f"{row[p] / 1000:8.3f}" for p in ("ms_p20", "ms_p50", "ms_p80"))
+        saved = row["forward_equivalents"] / least
+        factors = f"{row['ms_p50'] / fastest:10.1f} x {saved:10.2f} x"
+        sampled, trained = row["network_rows"]
+        print(f"  {row['backend']:36}{seconds}    {factors}  {sampled} + {trained}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
