@@ -3,7 +3,7 @@
 FLOWKERN_BUILD = auto (build what the machine can; the default) | cpu | cuda | none.
 auto builds CUDA kernels where there are nvcc and a device; cuda builds them, and the CPU's, in any
 case. FLOWKERN_CUDA_ARCHS = "90" or "80,90": compute capabilities, instead of all supported.
-No torch is needed to build: the kernels take raw pointers, so one build serves every torch.
+No torch is needed to build: tensors are read through DLPack, so one build serves every torch.
 """
 
 import os

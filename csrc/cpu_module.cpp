@@ -1,13 +1,11 @@
-// flowkern._cpu: the CPU kernels behind raw pointers, so one build serves every torch. Shapes and dtypes are checked in Python.
-#include <pybind11/pybind11.h>
-
-#include <string>
-
+// flowkern._cpu: the CPU kernels as functions of tensors, without a torch to build against, so one build serves every torch.
+//
+// A function takes what its verb in flowkern.ops takes, allocates what comes out, and runs; or it returns None, having done
+// nothing, where an argument is not as its kernel reads it (see Reader). What is wrong with it is for Python to say.
+#include "common/arguments_cpu.h"
 #include "matching_loss/matching_loss_cpu.h"
 #include "policy_loss/policy_loss_cpu.h"
 #include "sde_step/sde_step_cpu.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -54,193 +52,323 @@ void use_isa(const std::string& isa) {
   else throw py::value_error("isa: this build and processor serve up to '" + std::string(widest.isa) + "', got '" + isa + "'");
 }
 
-// A latent arrives as (address, stride in elements, dtype code), or None.
-Latent latent(const py::object& packed) {
-  if (packed.is_none()) return {};
-  const auto fields = py::reinterpret_borrow<py::tuple>(packed);
-  return {reinterpret_cast<char*>(fields[0].cast<uintptr_t>()), fields[1].cast<int64_t>(), DType(fields[2].cast<int>())};
+// The streams of noise, as flowkern.ops._common.arguments numbers them.
+enum Stream : uint32_t { kStep = 1, kMatch = 2 };
+
+bool is_given(PyObject* x) { return x != Py_None; }
+
+// ---- the step ----
+
+// x_t, velocity, x_next, rows, velocity_uncond, guidance_scale: what draw, replay and gradient share. x_next is read elsewhere
+// where it is written.
+void read_step(Reader& read, StepArguments& s, PyObject* x_t, PyObject* velocity, PyObject* rows, PyObject* velocity_uncond,
+               PyObject* guidance_scale, int& num_history) {
+  s.x_t = read.first_latent(x_t, s.batch, "x_t");
+  s.velocity = read.latent(velocity, s.batch, "velocity");
+  s.velocity_uncond = read.optional_latent(velocity_uncond, s.batch, "velocity_uncond");
+  s.guidance_scale = float(read.guidance(guidance_scale, velocity_uncond));
+  s.rows = read.coefficients(rows, s.batch, s.row_stride, num_history);
+  s.size = read.size;
+  read.require(s.batch * s.size > 0, "x_t");
+  s.threads = num_threads();
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// A Philox key arrives as (seed, address of sample_id, address of step, step_value, stream); addresses may be 0.
-NoiseKey noise_key(const py::tuple& packed) {
-  return {packed[0].cast<uint64_t>(), pointer<const int64_t>(packed[1].cast<uintptr_t>()),
-          pointer<const int64_t>(packed[2].cast<uintptr_t>()), packed[3].cast<int64_t>(), packed[4].cast<uint32_t>()};
-}
-
-// The velocity row of each sample, by address: an index out of range would write past the gradient.
-const int64_t* checked_row(uintptr_t address, int64_t batch, int64_t rows) {
-  const int64_t* row = pointer<const int64_t>(address);
-  for (int64_t b = 0; row && b < batch; ++b)
-    if (row[b] < 0 || row[b] >= rows)
-      throw py::index_error("row: expected values in [0, " + std::to_string(rows) + "), got " + std::to_string(row[b]));
-  return row;
-}
-
-StepArguments step_arguments(int64_t batch, int64_t size, const py::object& x_t, const py::object& velocity, const py::object& x_next,
-                             const py::object& velocity_uncond, float guidance_scale, uintptr_t rows, int64_t row_stride, int threads) {
+// x_t, velocity, rows, velocity_uncond, guidance_scale, history, noise, seed, sample_id, step,
+// x_next: a tensor to write, or None, and its dtype then, or None; log_prob, x0: a tensor to write, or whether it is wanted.
+// Returns (x_next, log_prob, x0).
+py::object sde_draw(PyObject* const* v, Reader& read) {
   StepArguments s{};
-  s.batch = batch;
-  s.size = size;
-  s.x_t = latent(x_t);
-  s.velocity = latent(velocity);
-  s.x_next = latent(x_next);
-  s.velocity_uncond = latent(velocity_uncond);
-  s.guidance_scale = guidance_scale;
-  s.rows = pointer<const float>(rows);
-  s.row_stride = row_stride;
-  s.threads = threads;
-  return s;
+  int needed = 0;
+  read_step(read, s, v[0], v[1], v[2], v[3], v[4], needed);
+  const bool is_list = PyTuple_CheckExact(v[5]) || PyList_CheckExact(v[5]);
+  const Py_ssize_t count = is_list ? PySequence_Fast_GET_SIZE(v[5]) : -1;
+  read.require(needed <= count && count <= 3, "history");
+  for (Py_ssize_t j = 0; read.serves && j < count; ++j)
+    s.history[s.num_history++] = read.latent(PySequence_Fast_GET_ITEM(v[5], j), s.batch, "history");
+  s.key = read.noise(v[6], v[7], v[8], v[9], s.batch, kStep, s.noise);
+  PyObject *x_next = v[10], *dtype = v[11], *log_prob = v[12], *x0 = v[13];
+  read.require(log_prob != Py_True || is_given(v[6]) || is_given(v[8]), "noise");
+  Element stored = Element(s.x_t.dtype);
+  if (is_given(dtype)) {
+    for (stored = Element::float32; stored < Element::float64 && torch.dtypes[int(stored)] != dtype;) stored = Element(int(stored) + 1);
+    read.require(stored < Element::float64, "out_dtype");
+  }
+  if (is_given(x_next)) {
+    s.x_next = read.output(x_next, s.batch, "out");
+    read.require(!is_given(dtype) || Element(s.x_next.dtype) == stored, "out_dtype");
+    stored = Element(s.x_next.dtype);
+  }
+  const bool makes_log_prob = PyBool_Check(log_prob), makes_x0 = PyBool_Check(x0);
+  if (!makes_log_prob) s.log_prob = read.optional_vector<float>(log_prob, s.batch, "log_prob");
+  if (!makes_x0 && is_given(x0)) s.x0 = read.output(x0, s.batch, "x0");
+  if (!read.serves) return py::none();
+
+  const View& like = read.first();
+  Made made[3] = {{py::reinterpret_borrow<py::object>(x_next), nullptr}, {py::reinterpret_borrow<py::object>(log_prob), nullptr},
+                  {py::reinterpret_borrow<py::object>(x0), nullptr}};
+  if (!s.x_next.data) made[0] = make(like.shape, like.ndim, stored), s.x_next = {made[0].data, s.size, DType(stored)};
+  if (log_prob == Py_True) made[1] = make(&s.batch, 1, Element::float32), s.log_prob = reinterpret_cast<float*>(made[1].data);
+  if (x0 == Py_True) made[2] = make(like.shape, like.ndim, stored), s.x0 = {made[2].data, s.size, DType(stored)};
+  run(kernels.draw, s);
+  return py::make_tuple(made[0].tensor, made[1].tensor, made[2].tensor);
 }
 
-void sde_draw(int64_t batch, int64_t size, py::object x_t, py::object velocity, py::object x_next, py::object velocity_uncond,
-              float guidance_scale, uintptr_t rows, int64_t row_stride, int threads, py::object noise, py::object x0, py::tuple history,
-              uint64_t seed, uintptr_t sample_id, uintptr_t step, int64_t step_value, uint32_t stream, uintptr_t log_prob) {
-  StepArguments s = step_arguments(batch, size, x_t, velocity, x_next, velocity_uncond, guidance_scale, rows, row_stride, threads);
-  s.noise = latent(noise);
-  s.x0 = latent(x0);
-  s.num_history = int(history.size());
-  for (int j = 0; j < s.num_history; ++j) s.history[j] = latent(history[j]);
-  s.key = {seed, pointer<const int64_t>(sample_id), pointer<const int64_t>(step), step_value, stream};
-  s.log_prob = pointer<float>(log_prob);
-  py::gil_scoped_release release;
-  kernels.draw(s);
+// x_t, velocity, x_next, rows, velocity_uncond, guidance_scale -> log_prob
+py::object sde_replay(PyObject* const* v, Reader& read) {
+  StepArguments s{};
+  int needed = 0;
+  read_step(read, s, v[0], v[1], v[3], v[4], v[5], needed);
+  s.x_next = read.latent(v[2], s.batch, "x_next");
+  read.require(needed == 0, "rows");
+  if (!read.serves) return py::none();
+  const Made log_prob = make(&s.batch, 1, Element::float32);
+  s.log_prob = reinterpret_cast<float*>(log_prob.data);
+  run(kernels.replay, s);
+  return log_prob.tensor;
 }
 
-void sde_replay(int64_t batch, int64_t size, py::object x_t, py::object velocity, py::object x_next, py::object velocity_uncond,
-                float guidance_scale, uintptr_t rows, int64_t row_stride, int threads, uintptr_t log_prob) {
-  StepArguments s = step_arguments(batch, size, x_t, velocity, x_next, velocity_uncond, guidance_scale, rows, row_stride, threads);
-  s.log_prob = pointer<float>(log_prob);
-  py::gil_scoped_release release;
-  kernels.replay(s);
+// grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale -> the gradient of velocity
+py::object sde_replay_backward(PyObject* const* v, Reader& read) {
+  StepArguments s{};
+  int needed = 0;
+  read_step(read, s, v[1], v[2], v[4], v[5], v[6], needed);
+  s.x_next = read.latent(v[3], s.batch, "x_next");
+  s.grad_out = read.gradient(v[0], s.batch, s.grad_stride);
+  if (!read.serves) return py::none();
+  const Made grad = make(read.first().shape, read.first().ndim, Element(s.velocity.dtype));
+  s.grad = {grad.data, s.size, s.velocity.dtype};
+  run(kernels.replay_backward, s);
+  return grad.tensor;
 }
 
-void sde_replay_backward(int64_t batch, int64_t size, py::object x_t, py::object velocity, py::object x_next, py::object velocity_uncond,
-                         float guidance_scale, uintptr_t rows, int64_t row_stride, int threads, uintptr_t grad_out, py::object grad) {
-  StepArguments s = step_arguments(batch, size, x_t, velocity, x_next, velocity_uncond, guidance_scale, rows, row_stride, threads);
-  s.grad_out = pointer<const float>(grad_out);
-  s.grad = latent(grad);
-  py::gil_scoped_release release;
-  kernels.replay_backward(s);
+// ---- noise ----
+
+// out, seed, sample_id, step, stream -> out
+py::object fill_philox(PyObject* const* v, Reader& read) {
+  NormalArguments n{};
+  const Latent out = read.first_latent(v[0], n.batch, "out");
+  const int64_t stream = read.integer(v[4], 0, 15, "stream");
+  n.key = read.key(v[1], v[2], v[3], n.batch, uint32_t(stream));
+  read.require(read.serves && read.first().is_packed(0) && out.dtype == DType::float32, "out");
+  if (!read.serves) return py::none();
+  n.size = read.size;
+  n.out = reinterpret_cast<float*>(out.data);
+  n.threads = num_threads();
+  run(kernels.fill_philox, n);
+  return py::reinterpret_borrow<py::object>(v[0]);
 }
 
-void fill_philox(int64_t batch, int64_t size, uintptr_t out, uint64_t seed, uintptr_t sample_id, uintptr_t step, int64_t step_value,
-                 uint32_t stream, int threads) {
-  const NoiseKey key{seed, pointer<const int64_t>(sample_id), pointer<const int64_t>(step), step_value, stream};
-  const NormalArguments n{batch, size, pointer<float>(out), key, threads};
-  py::gil_scoped_release release;
-  kernels.fill_philox(n);
+// x0, sigma (batch,), noise, seed, sample_id, step -> x_t
+py::object add_noise(PyObject* const* v, Reader& read) {
+  NoisingArguments n{};
+  n.x0 = read.first_latent(v[0], n.batch, "x0");
+  n.size = read.size;
+  n.sigma = read.vector<const float>(v[1], n.batch, "sigma");
+  n.key = read.noise(v[2], v[3], v[4], v[5], n.batch, kMatch, n.noise);
+  read.require(is_given(v[2]) || is_given(v[4]), "noise");
+  if (!read.serves) return py::none();
+  const Made out = make(read.first().shape, read.first().ndim, Element(n.x0.dtype));
+  n.out = {out.data, n.size, n.x0.dtype};
+  n.threads = num_threads();
+  run(kernels.add_noise, n);
+  return out.tensor;
 }
 
-// What both passes of the policy loss take.
-//   latents: velocity, x_t, x_next, old_velocity, velocity_uncond, velocity_ref, noise
-//   key: seed, sample_id, step, step_value, stream
-PolicyArguments policy_arguments(int64_t rows, int64_t batch, int64_t size, const py::tuple& latents, float guidance_scale, uintptr_t row,
-                                 uintptr_t edges, int64_t edge_stride, const py::tuple& key, uintptr_t slopes, int threads) {
+// ---- the losses ----
+
+// What comes out of a loss for each sample: numbers, then the two bools; the loss is before them, slopes (batch, n) after.
+template <int numbers, int slopes_of_one>
+struct LossResult {
+  Made loss, values[numbers], clipped_low, clipped_high, slopes;
+
+  LossResult(int64_t batch, bool is_reduced) : loss(make(&batch, is_reduced ? 0 : 1, Element::float32)) {
+    for (Made& value : values) value = make(&batch, 1, Element::float32);
+    clipped_low = make(&batch, 1, Element::boolean);
+    clipped_high = make(&batch, 1, Element::boolean);
+    const int64_t shape[] = {batch, slopes_of_one};
+    slopes = make(shape, 2, Element::float32);
+  }
+  py::object tuple() const {
+    py::tuple all(numbers + 4);
+    int next = 0;
+    all[next++] = loss.tensor;
+    for (const Made& value : values) all[next++] = value.tensor;
+    for (const Made* made : {&clipped_low, &clipped_high, &slopes}) all[next++] = made->tensor;
+    return all;
+  }
+};
+
+float* floats(const Made& made) { return reinterpret_cast<float*>(made.data); }
+
+const std::initializer_list<const char*> kReductions = {"mean", "sum", "none"};  // of enum Reduction
+
+// What both passes of the policy loss take. x_next, or else the noise that it is drawn again with: noise, seed, sample_id, step.
+void read_policy(Reader& read, PolicyArguments& p, PyObject* velocity, PyObject* x_t, PyObject* x_next, PyObject* rows, PyObject* row,
+                 PyObject* old_velocity, PyObject* const* noise, PyObject* velocity_uncond, PyObject* guidance_scale,
+                 PyObject* velocity_ref) {
+  int num_history = 0;
+  p.velocity = read.first_latent(velocity, p.rows, "velocity");
+  p.row = read.row(row, p.rows, p.batch);
+  p.size = read.size;
+  p.x_t = read.latent(x_t, p.rows, "x_t");
+  p.x_next = read.optional_latent(x_next, p.batch, "x_next");
+  p.old_velocity = read.optional_latent(old_velocity, p.rows, "old_velocity");
+  p.velocity_uncond = read.optional_latent(velocity_uncond, p.rows, "velocity_uncond");
+  p.velocity_ref = read.optional_latent(velocity_ref, p.rows, "velocity_ref");
+  p.guidance_scale = float(read.guidance(guidance_scale, velocity_uncond));
+  p.edges = read.coefficients(rows, p.batch, p.edge_stride, num_history);
+  read.require(num_history == 0, "rows");
+  p.key = read.noise(noise[0], noise[1], noise[2], noise[3], p.batch, kStep, p.noise);
+  const bool is_drawn = is_given(noise[0]) || is_given(noise[2]);
+  read.require(is_given(x_next) ? !is_drawn : is_drawn && is_given(old_velocity) && p.x_t.dtype == DType::float32, "x_next");
+  p.threads = num_threads();
+}
+
+// As flowkern.policy_loss, but for backend: velocity, x_t, x_next, c_rows, advantage, row, old_velocity, old_log_prob, noise, seed,
+// sample_id, step, velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight, clip_low, clip_high, ratio, reduction.
+// Returns the fields of PolicyLoss, and slopes (batch, 2).
+py::object policy_forward(PyObject* const* v, Reader& read) {
   PolicyArguments p{};
-  p.rows = rows;
-  p.batch = batch;
-  p.size = size;
-  Latent* const fields[] = {&p.velocity, &p.x_t, &p.x_next, &p.old_velocity, &p.velocity_uncond, &p.velocity_ref, &p.noise};
-  for (int j = 0; j < 7; ++j) *fields[j] = latent(latents[j]);
-  p.guidance_scale = guidance_scale;
-  p.row = checked_row(row, batch, rows);
-  p.edges = pointer<const float>(edges);
-  p.edge_stride = edge_stride;
-  p.key = noise_key(key);
-  p.slopes = pointer<float>(slopes);
-  p.threads = threads;
-  return p;
-}
+  read_policy(read, p, v[0], v[1], v[2], v[3], v[5], v[6], v + 8, v[12], v[13], v[14]);
+  p.advantage = read.vector<const float>(v[4], p.batch, "advantage");
+  p.old_log_prob = read.optional_vector<const float>(v[7], p.batch, "old_log_prob");
+  if (PyFloat_CheckExact(v[15]) || PyLong_CheckExact(v[15])) {
+    p.kl_value = float(read.coefficient(v[15], v[14], "kl_coef"));
+  } else {
+    p.kl_coef = read.vector<const float>(v[15], p.batch, "kl_coef");
+    read.require(is_given(v[14]), "velocity_ref");
+  }
+  p.step_weight = read.optional_vector<const float>(v[16], p.batch, "step_weight");
+  const double clip_low = read.number(v[17], 0, 1, "clip_low"), clip_high = read.number(v[18], 0, HUGE_VAL, "clip_high");
+  read.require(clip_low < 1, "clip_low");
+  const bool guard = read.choice(v[19], {"sde", "guard"}, "ratio");
+  p.reduction = Reduction(read.choice(v[20], kReductions, "reduction"));
+  read.require(!is_given(v[7]) || !(is_given(v[6]) || guard), "old_log_prob");
+  if (!read.serves) return py::none();
 
-// per_sample: advantage, old_log_prob, step_weight, kl_coef; outputs: loss, log_ratio, ratio, kl, clipped_low, clipped_high
-void policy_forward(int64_t rows, int64_t batch, int64_t size, py::tuple latents, float guidance_scale, uintptr_t row, uintptr_t edges,
-                    int64_t edge_stride, py::tuple key, uintptr_t slopes, int threads, py::tuple per_sample, float kl_value, double clip_low,
-                    double clip_high, bool guard, int reduction, py::tuple outputs) {
-  PolicyArguments p = policy_arguments(rows, batch, size, latents, guidance_scale, row, edges, edge_stride, key, slopes, threads);
-  const float** const inputs[] = {&p.advantage, &p.old_log_prob, &p.step_weight, &p.kl_coef};
-  for (int j = 0; j < 4; ++j) *inputs[j] = pointer<const float>(per_sample[j].cast<uintptr_t>());
-  float** const results[] = {&p.loss, &p.log_ratio, &p.ratio, &p.kl};
-  for (int j = 0; j < 4; ++j) *results[j] = pointer<float>(outputs[j].cast<uintptr_t>());
-  p.clipped_low = pointer<bool>(outputs[4].cast<uintptr_t>());
-  p.clipped_high = pointer<bool>(outputs[5].cast<uintptr_t>());
-  p.kl_value = kl_value;
-  p.reduction = Reduction(reduction);
   const Ratio sums = guard ? Ratio::guard : Ratio::sde;
-  const Ratio ratio = p.old_log_prob ? Ratio::recorded : p.old_velocity.data ? sums : Ratio::on_policy;
-  const double share = p.reduction == Reduction::mean && batch > 0 ? 1.0 / double(batch) : 1.0;
-  p.settings = policy_settings(ratio, guard, clip_low, clip_high, share, guidance_scale, size);
-  py::gil_scoped_release release;
-  kernels.policy_forward(p);
+  const Ratio ratio = is_given(v[7]) ? Ratio::recorded : p.old_velocity.data ? sums : Ratio::on_policy;
+  if (ratio == Ratio::on_policy) p.x_t = p.x_next = {};  // the log-ratio needs no data
+  const double share = p.reduction == Reduction::mean && p.batch > 0 ? 1.0 / double(p.batch) : 1.0;
+  p.settings = policy_settings(ratio, guard, clip_low, clip_high, share, p.guidance_scale, p.size);
+  const LossResult<3, 2> result(p.batch, p.reduction != Reduction::none);
+  p.loss = floats(result.loss);
+  p.log_ratio = floats(result.values[0]);
+  p.ratio = floats(result.values[1]);
+  p.kl = floats(result.values[2]);
+  p.clipped_low = reinterpret_cast<bool*>(result.clipped_low.data);
+  p.clipped_high = reinterpret_cast<bool*>(result.clipped_high.data);
+  p.slopes = floats(result.slopes);
+  run(kernels.policy_forward, p);
+  return result.tuple();
 }
 
-void policy_backward(int64_t rows, int64_t batch, int64_t size, py::tuple latents, float guidance_scale, uintptr_t row, uintptr_t edges,
-                     int64_t edge_stride, py::tuple key, uintptr_t slopes, int threads, uintptr_t grad, int64_t grad_stride, bool guard,
-                     py::object grad_velocity) {
-  PolicyArguments p = policy_arguments(rows, batch, size, latents, guidance_scale, row, edges, edge_stride, key, slopes, threads);
-  p.grad = pointer<const float>(grad);
-  p.grad_stride = grad_stride;
-  p.settings.guard = guard;
-  p.grad_velocity = latent(grad_velocity);
-  py::gil_scoped_release release;
-  kernels.policy_backward(p);
+// grad, slopes, velocity, x_t, x_next, rows, row, old_velocity, noise, seed, sample_id, step, velocity_uncond, guidance_scale,
+// velocity_ref, guard -> the gradient of velocity
+py::object policy_backward(PyObject* const* v, Reader& read) {
+  PolicyArguments p{};
+  read_policy(read, p, v[2], v[3], v[4], v[5], v[6], v[7], v + 8, v[12], v[13], v[14]);
+  p.grad = read.gradient(v[0], p.batch, p.grad_stride);
+  p.slopes = read.vector<float>(v[1], p.batch, "slopes", 2);
+  p.settings.guard = v[15] == Py_True;
+  if (!read.serves) return py::none();
+  const Made grad = make(read.first().shape, read.first().ndim, Element(p.velocity.dtype));
+  p.grad_velocity = {grad.data, p.size, p.velocity.dtype};
+  run(kernels.policy_backward, p);
+  return grad.tensor;
 }
 
-// What both passes of the matching loss take.
-//   latents: velocity, x0, old_velocity, velocity_ref, velocity_ema, noise
-//   key: seed, sample_id, step, step_value, stream
-MatchingArguments matching_arguments(int64_t rows, int64_t batch, int64_t size, const py::tuple& latents, uintptr_t row,
-                                     const py::tuple& key, uintptr_t slopes, int threads) {
+// What both passes of the matching losses take; noise: noise, seed, sample_id, step.
+void read_matching(Reader& read, MatchingArguments& m, PyObject* velocity, PyObject* x0, PyObject* row, PyObject* const* noise,
+                   PyObject* old_velocity, PyObject* velocity_ref, PyObject* velocity_ema) {
+  m.velocity = read.first_latent(velocity, m.rows, "velocity");
+  m.row = read.row(row, m.rows, m.batch);
+  m.rule.size = read.size;
+  m.x0 = read.latent(x0, m.batch, "x0");
+  m.old_velocity = read.optional_latent(old_velocity, m.rows, "old_velocity");
+  m.ref = read.optional_latent(velocity_ref, m.rows, "velocity_ref");
+  m.ema = read.optional_latent(velocity_ema, m.rows, "velocity_ema");
+  m.key = read.noise(noise[0], noise[1], noise[2], noise[3], m.batch, kMatch, m.noise);
+  read.require(is_given(noise[0]) || is_given(noise[2]), "noise");
+  m.threads = num_threads();
+}
+
+// As flowkern.matching_loss, but for backend, and for step: None where noise is given. velocity, x0, sigma, advantage, row, noise,
+// seed, sample_id, step, objective, weighting, old_velocity, velocity_ref, velocity_ema, ref_coef, ema_coef, clip_low, clip_high,
+// reduction. Returns the fields of MatchingLoss, and slopes (batch, 4).
+py::object matching_forward(PyObject* const* v, Reader& read) {
   MatchingArguments m{};
-  m.rows = rows;
-  m.batch = batch;
-  m.rule.size = size;
-  Latent* const fields[] = {&m.velocity, &m.x0, &m.old_velocity, &m.ref, &m.ema, &m.noise};
-  for (int j = 0; j < 6; ++j) *fields[j] = latent(latents[j]);
-  m.row = checked_row(row, batch, rows);
-  m.key = noise_key(key);
-  m.slopes = pointer<float>(slopes);
-  m.threads = threads;
-  return m;
+  read_matching(read, m, v[0], v[1], v[4], v + 5, v[11], v[12], v[13]);
+  std::vector<float> sigmas;
+  if (PyFloat_CheckExact(v[2])) {
+    sigmas.assign(m.batch, float(read.number(v[2], 0, 1, "sigma")));
+    m.sigma = sigmas.data();
+  } else {
+    m.sigma = read.vector<const float>(v[2], m.batch, "sigma");
+    for (int64_t b = 0; read.serves && b < m.batch; ++b) read.require(m.sigma[b] >= 0 && m.sigma[b] <= 1, "sigma");
+  }
+  m.advantage = read.vector<const float>(v[3], m.batch, "advantage");
+  const bool nft = read.choice(v[9], {"awm", "nft"}, "objective");
+  const int weighting = read.choice(v[10], {"uniform", "t", "ghuber"}, "weighting");
+  const double ref_coef = read.coefficient(v[14], v[12], "ref_coef"), ema_coef = read.coefficient(v[15], v[13], "ema_coef");
+  const double clip_low = read.number(v[16], 0, 1, "clip_low"), clip_high = read.number(v[17], 0, HUGE_VAL, "clip_high");
+  const Reduction reduction = Reduction(read.choice(v[18], kReductions, "reduction"));
+  if (!read.serves) return py::none();
+
+  const double share = reduction == Reduction::mean && m.batch > 0 ? 1.0 / double(m.batch) : 1.0;
+  m.rule = {read.size, nft, m.old_velocity.data != nullptr, weighting, ref_coef, ema_coef, clip_low, clip_high, share};
+  m.is_reduced = reduction != Reduction::none;
+  const LossResult<5, 4> result(m.batch, m.is_reduced);
+  m.loss = floats(result.loss);
+  float** const values[] = {&m.log_ratio, &m.ratio, &m.matching, &m.ref_mean, &m.ema_mean};
+  for (int j = 0; j < 5; ++j) *values[j] = floats(result.values[j]);
+  m.clipped_low = reinterpret_cast<bool*>(result.clipped_low.data);
+  m.clipped_high = reinterpret_cast<bool*>(result.clipped_high.data);
+  m.slopes = floats(result.slopes);
+  run(kernels.matching_forward, m);
+  return result.tuple();
 }
 
-// outputs: loss, log_ratio, ratio, matching, ref, ema, clipped_low, clipped_high
-void matching_forward(int64_t rows, int64_t batch, int64_t size, py::tuple latents, uintptr_t row, py::tuple key, uintptr_t slopes,
-                      int threads, uintptr_t sigma, uintptr_t advantage, bool nft, int weighting, double ref_coef, double ema_coef,
-                      double clip_low, double clip_high, bool is_mean, bool is_reduced, py::tuple outputs) {
-  MatchingArguments m = matching_arguments(rows, batch, size, latents, row, key, slopes, threads);
-  m.sigma = pointer<const float>(sigma);
-  m.advantage = pointer<const float>(advantage);
-  const double share = is_mean && batch > 0 ? 1.0 / double(batch) : 1.0;
-  m.rule = {size, nft, m.old_velocity.data != nullptr, weighting, ref_coef, ema_coef, clip_low, clip_high, share};
-  m.is_reduced = is_reduced;
-  float** const results[] = {&m.loss, &m.log_ratio, &m.ratio, &m.matching, &m.ref_mean, &m.ema_mean};
-  for (int j = 0; j < 6; ++j) *results[j] = pointer<float>(outputs[j].cast<uintptr_t>());
-  m.clipped_low = pointer<bool>(outputs[6].cast<uintptr_t>());
-  m.clipped_high = pointer<bool>(outputs[7].cast<uintptr_t>());
-  py::gil_scoped_release release;
-  kernels.matching_forward(m);
+// grad, slopes, velocity, x0, row, noise, seed, sample_id, step, old_velocity, velocity_ref, velocity_ema -> the gradient of velocity
+py::object matching_backward(PyObject* const* v, Reader& read) {
+  MatchingArguments m{};
+  read_matching(read, m, v[2], v[3], v[4], v + 5, v[9], v[10], v[11]);
+  m.grad = read.gradient(v[0], m.batch, m.grad_stride);
+  m.slopes = read.vector<float>(v[1], m.batch, "slopes", 4);
+  if (!read.serves) return py::none();
+  const Made grad = make(read.first().shape, read.first().ndim, Element(m.velocity.dtype));
+  m.grad_velocity = {grad.data, read.size, m.velocity.dtype};
+  run(kernels.matching_backward, m);
+  return grad.tensor;
 }
 
-void matching_backward(int64_t rows, int64_t batch, int64_t size, py::tuple latents, uintptr_t row, py::tuple key, uintptr_t slopes,
-                       int threads, uintptr_t grad, int64_t grad_stride, py::object grad_velocity) {
-  MatchingArguments m = matching_arguments(rows, batch, size, latents, row, key, slopes, threads);
-  m.grad = pointer<const float>(grad);
-  m.grad_stride = grad_stride;
-  m.grad_velocity = latent(grad_velocity);
-  py::gil_scoped_release release;
-  kernels.matching_backward(m);
+// What the kernels need of torch; `exchange` is the capsule of torch.Tensor.__dlpack_c_exchange_api__, or None.
+void connect(py::object tensor, py::object parameter, py::object coefficients, py::object empty, py::object get_num_threads,
+             py::object cpu, py::tuple dtypes, py::object exchange) {
+  torch.tensor = tensor.release().ptr();  // for the life of the process
+  torch.parameter = parameter.release().ptr();
+  torch.coefficients = coefficients.release().ptr();
+  torch.empty = empty.release().ptr();
+  torch.get_num_threads = get_num_threads.release().ptr();
+  torch.cpu = cpu.release().ptr();
+  for (int j = 0; j < 6; ++j) torch.dtypes[j] = py::object(dtypes[j]).release().ptr();
+  torch.exchange = nullptr;
+  if (exchange.is_none()) return;
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  while (api && api->major != 1) api = api->previous;
+  if (api && api->view) torch.exchange = api;
 }
 
-void add_noise(int64_t batch, int64_t size, py::object x0, py::object noise, py::object out, py::tuple key, uintptr_t sigma, int threads) {
-  const NoisingArguments n{batch, size, latent(x0), latent(noise), latent(out), noise_key(key), pointer<const float>(sigma), threads};
-  py::gil_scoped_release release;
-  kernels.add_noise(n);
-}
+#define FK_FUNCTION(name, count) \
+  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&function<name, count>)), METH_FASTCALL, nullptr}
+
+PyMethodDef kFunctions[] = {
+    FK_FUNCTION(sde_draw, 14),         FK_FUNCTION(sde_replay, 6),      FK_FUNCTION(sde_replay_backward, 7),
+    FK_FUNCTION(fill_philox, 5),       FK_FUNCTION(add_noise, 6),       FK_FUNCTION(policy_forward, 21),
+    FK_FUNCTION(policy_backward, 16),  FK_FUNCTION(matching_forward, 19), FK_FUNCTION(matching_backward, 12),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -248,13 +376,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "flowkern's CPU kernels; call them through flowkern.ops.";
   m.def("isa", [] { return std::string(kernels.isa); }, "The instruction set in use: baseline, avx2 or avx512.");
   m.def("use_isa", &use_isa, "Use a narrower instruction set; tests compare them.");
-  m.def("sde_draw", &sde_draw);
-  m.def("sde_replay", &sde_replay);
-  m.def("sde_replay_backward", &sde_replay_backward);
-  m.def("fill_philox", &fill_philox);
-  m.def("policy_forward", &policy_forward);
-  m.def("policy_backward", &policy_backward);
-  m.def("matching_forward", &matching_forward);
-  m.def("matching_backward", &matching_backward);
-  m.def("add_noise", &add_noise);
+  m.def("connect", &connect, "What the functions need of torch; called once.");
+  if (PyModule_AddFunctions(m.ptr(), kFunctions) != 0) throw py::error_already_set();
 }

@@ -144,7 +144,7 @@ void sde_replay_backward(const StepArguments& s) {
     const StepRow& row = chunk.row;
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
     const float scale =
-        float(double(s.grad_out[sample]) * 2.0 * row.k * row.b * (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
+        float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * row.k * row.b * (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
     const bool direct = s.grad.dtype == DType::float32;
     float* out = direct ? reinterpret_cast<float*>(s.grad.at(sample, first)) : buffers.noise;
 #pragma omp simd

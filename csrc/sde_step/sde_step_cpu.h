@@ -14,7 +14,8 @@ struct StepArguments {
   int64_t row_stride;
   NoiseKey key;
   float* log_prob;        // (batch,), nullptr: not wanted
-  const float* grad_out;  // (batch,), backward only
+  const float* grad_out;  // (batch,), backward only, grad_stride apart
+  int64_t grad_stride;
   Latent grad;            // backward only
   int threads;
 };

@@ -63,6 +63,39 @@ def test_a_graph_notices_that_its_input_was_overwritten(backend):
         log_prob.sum().backward()
 
 
+@needs_native
+@pytest.mark.parametrize("way", ["dtype", "device"])
+def test_defaults_of_torch_do_not_shape_what_kernels_write(way):
+    """A default dtype of other size, or a default device without memory: both once were written to
+    as if they were float32 on the CPU.
+    """
+
+    def results():
+        row = torch.tensor([1, 0, 1], device="cpu")
+        per_sample = torch.ones(3, dtype=torch.float32, device="cpu")
+        key = {"seed": 1, "sample_id": torch.arange(3, device="cpu"), "step": 0}
+        yield fk.philox_normal((3, 8), **key)
+        x_next = torch.cat([X, X[:1]])
+        for velocity in (V, V.transpose(0, 1).contiguous().transpose(0, 1)):  # a copy is made
+            yield from fk.policy_loss(velocity, X, x_next, C[0], per_sample, row, old_velocity=X)
+            yield from fk.matching_loss(velocity, x_next, 0.5, per_sample, row, **key)
+        yield from fk.sde_step(x_next, x_next, C[0], **key)
+        yield fk.sde_log_prob(X, V, NOISE, C[0])
+
+    expected = [*results()]
+    try:
+        if way == "dtype":
+            torch.set_default_dtype(torch.float16)
+        else:
+            torch.set_default_device("meta")
+        got = [*results()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
 # ---- tracing, copies ----
 
 

@@ -198,6 +198,9 @@ class Noise(NamedTuple):
     step_value: int = 0
 
 
+NO_NOISE = Noise()
+
+
 def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:
     """Either `noise`, or all of `seed`, `sample_id` and `step`."""
     if noise is None:

@@ -8,32 +8,27 @@ import torch
 from torch import Tensor
 
 
-class EagerLoss(torch.autograd.Function):
-    """Gives the loss of an op's `output` its gradient, for less than the dispatcher's price.
+class EagerGradient(torch.autograd.Function):
+    """Gives a kernel's output its gradient in `velocity`, for less than the dispatcher's price.
 
-    All but the velocity comes in tuples, and only the loss goes out: each argument and each output
-    of a Function costs, and so does a setup_context.
+    All but the velocity comes in tuples, and one output goes out: each argument and each output of
+    a Function costs, and so does a setup_context.
     """
 
     @staticmethod
     def forward(
-        ctx, velocity: Tensor, others: tuple, output: tuple, passes: tuple[Callable, Callable]
+        ctx, velocity: Tensor, saved: tuple, rest: tuple[Tensor, Callable, tuple]
     ) -> Tensor:
-        """passes: (save(ctx, inputs, output), backward(grad, *saved, *settings)) of the op."""
-        save, ctx.backward_pass = passes
-        save(ctx, (velocity, *others), output)
-        return output[0]
+        """rest: the output, backward(grad, *saved, *settings), and its settings."""
+        ctx.save_for_backward(*saved)
+        output, ctx.backward_pass, ctx.settings = rest
+        return output
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivative()
-        gradient = ctx.backward_pass(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
-        return gradient, None, None, None
-
-
-def refuse_second_derivative() -> None:
-    """For the backward pass of a kernel: with create_graph its result would pass for a constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the kernels have no second derivative; with create_graph=True use backend='reference'"
-        )
+        if torch.is_grad_enabled():  # with create_graph the result would pass for a constant
+            raise RuntimeError(
+                "the kernels have no second derivative; with create_graph=True use "
+                "backend='reference'"
+            )
+        return ctx.backward_pass(grad, *ctx.saved_tensors, *ctx.settings), None, None

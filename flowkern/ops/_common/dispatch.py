@@ -120,8 +120,9 @@ def is_tracing(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def by_device(cpu: Callable, cuda: Callable) -> Callable:
-    """A backend's function for the device of its first argument, a tensor."""
+def by_device(cpu: Callable, cuda_module: str) -> Callable:
+    """`cpu`, or for CUDA tensors (the first argument is one) its namesake of `cuda_module`."""
+    cuda = lazily(cuda_module, cpu.__name__)
 
     def call(first, *args):
         return (cuda if first.is_cuda else cpu)(first, *args)

@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from flowkern.schedules import Coefficients
+
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -20,7 +22,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"the native kernels are not built ({error}); install with a C++ compiler present, "
             "FLOWKERN_BUILD=cpu shows why a build fails"
         )
+    connect(_cpu, getattr(Tensor, "__dlpack_c_exchange_api__", None))
     return _cpu, None
+
+
+def connect(module: ModuleType, exchange_api: object) -> None:
+    """What the CPU kernels need of torch; without DLPack's C exchange API they read attributes."""
+    dtypes = (*_DTYPE_CODES, torch.float64, torch.int64, torch.bool)
+    module.connect(
+        Tensor, torch.nn.Parameter, Coefficients, torch.empty, torch.get_num_threads,
+        torch.device("cpu"), dtypes, exchange_api,
+    )  # fmt: skip
 
 
 @functools.cache

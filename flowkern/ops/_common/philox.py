@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native
+from . import native_cpu
 from .arguments import STREAMS, Noise, check_key
 from .dispatch import (
     Impl,
@@ -117,13 +117,9 @@ def reference_normal(shape: Sequence[int], key: Noise, stream: int, device: torc
 
 
 def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
-    out = torch.empty(tuple(shape), device=device)
-    native.cpu().fill_philox(
-        shape[0], math.prod(shape[1:]), out.data_ptr(), key.seed & (2**64 - 1),
-        native.address(key.sample_id), native.address(key.step), key.step_value, stream,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    _, *keyed = native_cpu.noise(key)
+    return native_cpu.run("fill_philox", out, *keyed, stream)
 
 
 def _native_on(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:

@@ -19,7 +19,6 @@ Source: AWM (arXiv 2509.25050), DiffusionNFT (arXiv 2509.16117); docs/ops/matchi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from flowkern.ops._common.arguments import (
     compute_dtype,
     is_number,
 )
-from flowkern.ops._common.autograd import EagerLoss
+from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
     Impl,
     by_device,
@@ -46,30 +45,29 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
+from flowkern.ops._common.native_cpu import as_taken, direct
 
 from . import native_impl, reference
+from .reference import WEIGHTINGS
 
 _CUDA = "flowkern.ops.matching_loss.cuda_impl"
 _TRITON = "flowkern.ops.matching_loss.triton_impl"
 
-
-def _native(name: str) -> Callable:
-    return by_device(getattr(native_impl, name), lazily(_CUDA, name))
-
-
 _IMPLS = (
-    Impl("native", _native("forward"), native_why_not),
+    Impl("native", by_device(native_impl.forward, _CUDA), native_why_not),
     Impl("triton", lazily(_TRITON, "forward"), triton_why_not),
     Impl("reference", reference.matching_loss, no_objection),  # its gradient is autograd's
 )
 _FORWARD = {impl.name: impl.call for impl in _IMPLS}
-_BACKWARD = {"native": _native("backward"), "triton": lazily(_TRITON, "backward")}
+_BACKWARD = {
+    "native": by_device(native_impl.backward, _CUDA),
+    "triton": lazily(_TRITON, "backward"),
+}
 _ADD_NOISE = {
-    "native": _native("add_noise"),
+    "native": by_device(native_impl.add_noise, _CUDA),
     "triton": lazily(_TRITON, "add_noise"),
     "reference": reference.add_noise,
 }
-WEIGHTINGS = ("uniform", "t", "ghuber")  # kernels take the index
 
 
 class MatchingLoss(NamedTuple):
@@ -152,21 +150,29 @@ def _(x0, *_) -> Tensor:
     return x0.new_empty(x0.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    """Keeps what the backward reads, all of it inputs but four slopes per sample: neither awm's old
-    velocity nor an anchor that pulls at nothing.
+def _kept(
+    slopes, velocity, x0, sigma, row, source: Noise, old_velocity, velocity_ref, velocity_ema,
+    ref_coef, ema_coef, nft, kernel,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """What `_backward` takes after the gradient: tensors, and settings. They are inputs, but for
+    four slopes per sample: neither awm's old velocity nor an anchor that pulls at nothing.
     """
-    velocity, x0, sigma, _, row, noise, sample_id, step, old, ref, ema, *settings = inputs
-    seed, step_value, nft, _, ref_coef, ema_coef, *_, kernel = settings
-    ctx.save_for_backward(
-        output[-1], velocity, x0, sigma, row, noise, sample_id, step,
-        old if nft else None, ref if ref_coef else None, ema if ema_coef else None,
+    tensors = (
+        slopes, velocity, x0, sigma, row, source.given, source.sample_id, source.step,
+        old_velocity if nft else None, velocity_ref if ref_coef else None,
+        velocity_ema if ema_coef else None,
     )  # fmt: skip
-    ctx.settings = (seed, step_value, nft, kernel)
+    return tensors, (source.seed, source.step_value, nft, kernel)
 
 
 def _set_up(ctx, inputs, output) -> None:
-    _save(ctx, inputs, output)
+    velocity, x0, sigma, _, row, noise, sample_id, step, *anchors = inputs[:11]
+    seed, step_value, nft, _, ref_coef, ema_coef, *_, kernel = inputs[11:]
+    source = Noise(noise, seed, sample_id, step, step_value)
+    tensors, ctx.settings = _kept(
+        output[-1], velocity, x0, sigma, row, source, *anchors, ref_coef, ema_coef, nft, kernel
+    )
+    ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -225,6 +231,19 @@ def matching_loss(
         ValueError, TypeError naming the argument; BackendError where the named backend cannot
         serve.
     """
+    nft, anchors = objective == "nft", (old_velocity, velocity_ref, velocity_ema)
+    if kernels := direct(backend):
+        if noise is not None and type(step) is int and step == 0:
+            step = None  # a default does not go against `noise`
+        output = kernels.matching_forward(
+            velocity, x0, sigma, advantage, row, noise, seed, sample_id, step,
+            objective, weighting, *anchors, ref_coef, ema_coef, clip_low, clip_high, reduction,
+        )  # fmt: skip
+        if output is not None:
+            source = as_taken(noise, seed, sample_id, step)
+            return _with_gradient(
+                output, velocity, x0, None, row, source, *anchors, ref_coef, ema_coef, nft, "native"
+            )  # no sigma: the slopes have it
     _check_choices(objective, weighting, reduction, clip_low, clip_high)
     check_latent("velocity", velocity)
     for name, value in zip(
@@ -245,10 +264,8 @@ def matching_loss(
     source = _check_noise(noise, seed, sample_id, step, x0)
     dtype = compute_dtype(velocity, x0, noise, old_velocity, velocity_ref, velocity_ema)
     sigma, advantage = _per_sample(sigma, x0, dtype), advantage.detach().to(dtype).contiguous()
-    anchors = (old_velocity, velocity_ref, velocity_ema)
     coefficients = (float(ref_coef), float(ema_coef), float(clip_low), float(clip_high), reduction)
     kernel = _best(velocity.device, dtype, backend)
-    nft = objective == "nft"
     if kernel == "reference":
         inputs = (velocity, x0, sigma, advantage, row, source, nft, weighting, *anchors)
         return MatchingLoss(*reference.matching_loss(*inputs, *coefficients))
@@ -261,11 +278,18 @@ def matching_loss(
         output = _forward_op(velocity, *others)
         return MatchingLoss(*output[:-1])
     output = _forward(velocity, *others)
+    return _with_gradient(
+        output, velocity, x0, sigma, row, source, *anchors, ref_coef, ema_coef, nft, kernel
+    )
+
+
+def _with_gradient(output, velocity, *kept) -> MatchingLoss:
+    """A kernel's output; kept: the arguments of `_kept` after the velocity."""
+    loss, *statistics, slopes = output
     if velocity.requires_grad and torch.is_grad_enabled():
-        return MatchingLoss(
-            EagerLoss.apply(velocity, others, output, (_save, _backward)), *output[1:-1]
-        )
-    return MatchingLoss(*output[:-1])
+        tensors, settings = _kept(slopes, velocity, *kept)
+        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings))
+    return MatchingLoss(loss, *statistics)
 
 
 def add_noise(

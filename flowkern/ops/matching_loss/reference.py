@@ -11,6 +11,7 @@ from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.philox import reference_normal
 
 GHUBER_EPS = 1e-10
+WEIGHTINGS = ("uniform", "t", "ghuber")  # kernels take the index
 
 
 def noise_of(source: Noise, x0: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,13 +15,13 @@ differences, because log_prob - old_log_prob has float32 steps as large as the c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkern.ops._common.arguments import (
+    NO_NOISE,
     Noise,
     check_guidance,
     check_index,
@@ -33,7 +33,7 @@ from flowkern.ops._common.arguments import (
     compute_dtype,
     is_number,
 )
-from flowkern.ops._common.autograd import EagerLoss
+from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
     Impl,
     by_device,
@@ -44,6 +44,7 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
+from flowkern.ops._common.native_cpu import as_taken, direct
 from flowkern.schedules import Coefficients
 
 from . import native_impl, reference
@@ -66,17 +67,15 @@ class PolicyLoss(NamedTuple):
 _CUDA = "flowkern.ops.policy_loss.cuda_impl"
 _TRITON = "flowkern.ops.policy_loss.triton_impl"
 
-
-def _native(name: str) -> Callable:
-    return by_device(getattr(native_impl, name), lazily(_CUDA, name))
-
-
 _IMPLS = (
-    Impl("native", _native("forward"), native_why_not),
+    Impl("native", by_device(native_impl.forward, _CUDA), native_why_not),
     Impl("triton", lazily(_TRITON, "forward"), triton_why_not),
     Impl("reference", reference.policy_loss, no_objection),  # its gradient is autograd's
 )
-_BACKWARD = {"native": _native("backward"), "triton": lazily(_TRITON, "backward")}
+_BACKWARD = {
+    "native": by_device(native_impl.backward, _CUDA),
+    "triton": lazily(_TRITON, "backward"),
+}
 _FORWARD = {impl.name: impl.call for impl in _IMPLS}
 
 
@@ -133,21 +132,30 @@ def _(grad, slopes, velocity, *_) -> Tensor:
     return velocity.new_empty(velocity.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    """Keeps what the backward reads, all of it inputs but two slopes per sample: no old velocity
-    for the gradient of a given x_next's sde ratio, no reference that pulls at nothing.
+def _kept(
+    slopes, velocity, x_t, x_next, rows, row, old_velocity, source: Noise, velocity_uncond,
+    velocity_ref, guidance_scale, guard, kernel,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """What `_backward` takes after the gradient: tensors, and settings. They are inputs, but for
+    two slopes per sample: no old velocity for the gradient of a given x_next's sde ratio.
     """
-    velocity, x_t, x_next, rows, row, old, noise, sample_id, step, uncond, ref, *rest = inputs
-    kl_coef, seed, step_value, guidance_scale, guard, kl_value, *_, kernel = rest[3:]
-    ctx.save_for_backward(
-        output[-1], velocity, x_t, x_next, rows, row, old if guard or x_next is None else None,
-        noise, sample_id, step, uncond, None if kl_coef is None and kl_value == 0 else ref,
+    old = old_velocity if guard or x_next is None else None
+    tensors = (
+        slopes, velocity, x_t, x_next, rows, row, old, source.given, source.sample_id, source.step,
+        velocity_uncond, velocity_ref,
     )  # fmt: skip
-    ctx.settings = (seed, step_value, guidance_scale, guard, kernel)
+    return tensors, (source.seed, source.step_value, guidance_scale, guard, kernel)
 
 
 def _set_up(ctx, inputs, output) -> None:
-    _save(ctx, inputs, output)
+    velocity, x_t, x_next, rows, row, old, noise, sample_id, step, uncond, ref, *rest = inputs
+    kl_coef, seed, step_value, guidance_scale, guard, kl_value, *_, kernel = rest[3:]
+    tensors, ctx.settings = _kept(
+        output[-1], velocity, x_t, x_next, rows, row, old,
+        Noise(noise, seed, sample_id, step, step_value), uncond,
+        None if kl_coef is None and kl_value == 0 else ref, guidance_scale, guard, kernel,
+    )  # fmt: skip
+    ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros in place of the gradients that these do not have
 
@@ -209,6 +217,20 @@ def policy_loss(
         ValueError, TypeError naming the argument; BackendError where the named backend cannot
         serve.
     """
+    if kernels := direct(backend):
+        output = kernels.policy_forward(
+            velocity, x_t, x_next, c_rows, advantage, row, old_velocity, old_log_prob,
+            noise, seed, sample_id, step, velocity_uncond, guidance_scale, velocity_ref,
+            kl_coef, step_weight, clip_low, clip_high, ratio, reduction,
+        )  # fmt: skip
+        if output is not None:
+            source = NO_NOISE if x_next is not None else as_taken(noise, seed, sample_id, step)
+            has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
+            return _with_gradient(
+                output, velocity, x_t, x_next, c_rows.table, row, old_velocity, source,
+                velocity_uncond, velocity_ref if has_kl else None, guidance_scale,
+                ratio == "guard", "native",
+            )  # fmt: skip
     latents = {
         "velocity": velocity, "x_t": x_t, "old_velocity": old_velocity,
         "velocity_ref": velocity_ref, "velocity_uncond": velocity_uncond,
@@ -254,7 +276,7 @@ def policy_loss(
             clip_low, clip_high, ratio == "guard", reduction,
         )  # fmt: skip
         return PolicyLoss(*reference.policy_loss(*inputs))
-    source = source or Noise()
+    source = source or NO_NOISE
     others = (
         x_t, x_next, table, row, old_velocity, source.given, source.sample_id,
         source.step, velocity_uncond, velocity_ref, advantage, old_log_prob, step_weight, kl_coef,
@@ -266,11 +288,20 @@ def policy_loss(
         output = _forward_op(velocity, *others)
         return PolicyLoss(*output[:-1])
     output = _forward(velocity, *others)
+    return _with_gradient(
+        output, velocity, x_t, x_next, table, row, old_velocity, source, velocity_uncond,
+        None if kl_coef is None and kl_value == 0 else velocity_ref, float(guidance_scale),
+        ratio == "guard", kernel,
+    )  # fmt: skip
+
+
+def _with_gradient(output, velocity, *kept) -> PolicyLoss:
+    """A kernel's output; kept: the arguments of `_kept` after the velocity."""
+    loss, *statistics, slopes = output
     if velocity.requires_grad and torch.is_grad_enabled():
-        return PolicyLoss(
-            EagerLoss.apply(velocity, others, output, (_save, _backward)), *output[1:-1]
-        )
-    return PolicyLoss(*output[:-1])
+        tensors, settings = _kept(slopes, velocity, *kept)
+        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings))
+    return PolicyLoss(loss, *statistics)
 
 
 def _best(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:

@@ -12,7 +12,7 @@ Source: Flow-GRPO (arXiv 2505.05470) and its relatives; docs/ops/sde_step.md has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from flowkern.ops._common.arguments import (
     check_rows,
     compute_dtype,
 )
-from flowkern.ops._common.autograd import refuse_second_derivative
+from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
     Impl,
     by_device,
@@ -38,6 +38,7 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
+from flowkern.ops._common.native_cpu import direct, increment_version
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
@@ -45,26 +46,24 @@ from . import native_impl, reference
 _CUDA = "flowkern.ops.sde_step.cuda_impl"
 _TRITON = "flowkern.ops.sde_step.triton_impl"
 
-
-def _native(name: str) -> Callable:
-    return by_device(getattr(native_impl, name), lazily(_CUDA, name))
-
-
 _DRAW = (
-    Impl("native", _native("draw"), native_why_not),
+    Impl("native", by_device(native_impl.draw, _CUDA), native_why_not),
     Impl("triton", lazily(_TRITON, "draw"), triton_why_not),
     Impl("reference", reference.draw, no_objection),
 )
 _REPLAY = (
-    Impl("native", _native("replay"), native_why_not),
+    Impl("native", by_device(native_impl.replay, _CUDA), native_why_not),
     Impl("triton", lazily(_TRITON, "replay"), triton_why_not),
     Impl("reference", reference.replay, no_objection),
 )
 _REPLAY_BACKWARD = (
-    Impl("native", _native("replay_backward"), native_why_not),
+    Impl("native", by_device(native_impl.replay_backward, _CUDA), native_why_not),
     Impl("triton", lazily(_TRITON, "replay_backward"), triton_why_not),
     Impl("reference", reference.replay_backward, no_objection),
 )
+
+
+_GRADIENT = {impl.name: impl.call for impl in _REPLAY_BACKWARD}
 
 
 @torch.library.custom_op("flowkern::sde_draw", mutates_args=("x_next", "log_prob", "x0"))
@@ -164,27 +163,6 @@ def _backward(ctx, grad: Tensor):
 _replay_op.register_autograd(_backward, setup_context=_save_inputs)
 
 
-class _EagerReplay(torch.autograd.Function):
-    """The op without the dispatcher, which costs as much as its kernels at image size.
-
-    What has no gradient comes as one tuple, and without a setup_context: both cost at every call.
-    """
-
-    @staticmethod
-    def forward(ctx, velocity: Tensor, x_t: Tensor, others: tuple, dtype: torch.dtype) -> Tensor:
-        inputs = (x_t, velocity, *others)
-        _save_inputs(ctx, inputs, None)
-        ctx.dtype = dtype
-        return choose(_REPLAY, x_t.device, dtype, ctx.backend).call(*inputs[:-1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        x_t, *tensors = ctx.saved_tensors
-        impl = choose(_REPLAY_BACKWARD, x_t.device, ctx.dtype, ctx.backend)
-        return impl.call(grad.contiguous(), x_t, *tensors, ctx.guidance_scale), None, None, None
-
-
 def sde_step(
     x_t: Tensor,
     velocity: Tensor,
@@ -225,6 +203,15 @@ def sde_step(
         ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
             named cannot serve.
     """
+    if kernels := direct(backend):
+        drawn = kernels.sde_draw(
+            x_t, velocity, c_rows, velocity_uncond, guidance_scale, history,
+            noise, seed, sample_id, step, out, out_dtype, True, False,
+        )  # fmt: skip
+        if drawn is not None:
+            if out is not None:
+                increment_version((out,))
+            return drawn[:2]
     latents = _latents(x_t, velocity, velocity_uncond, history, noise)
     dtype = _check_output(latents, out_dtype, out)
     _check_step(velocity, c_rows, velocity_uncond, guidance_scale, history)
@@ -271,6 +258,15 @@ def ode_step(
         x_next (B, *D); with return_x0 also x0 = x_t - sigma velocity (B, *D) in the dtype of
         x_next, from the same pass: the next edge's history.
     """
+    if kernels := direct(backend):
+        drawn = kernels.sde_draw(
+            x_t, velocity, m_rows, velocity_uncond, guidance_scale, history,
+            None, None, None, None, out, out_dtype, False, return_x0,
+        )  # fmt: skip
+        if drawn is not None:
+            if out is not None:
+                increment_version((out,))
+            return drawn[::2] if return_x0 else drawn[0]
     latents = _latents(x_t, velocity, velocity_uncond, history)
     dtype = _check_output(latents, out_dtype, out)
     _check_step(velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
@@ -309,6 +305,12 @@ def sde_log_prob(
     d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
     is saved.
     """
+    if kernels := direct(backend):
+        inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
+        log_prob = kernels.sde_replay(*inputs)
+        if log_prob is not None:
+            saved = (x_t, velocity, x_next, c_rows.table, velocity_uncond)
+            return _with_gradient(log_prob, saved, guidance_scale, "native")
     if isinstance(c_rows, Coefficients) and c_rows.num_history:
         raise ValueError("c_rows: a replay takes one-step rows, got rows with history weights")
     dtype = check_latents(_latents(x_t, velocity, velocity_uncond) | {"x_next": x_next})
@@ -317,9 +319,21 @@ def sde_log_prob(
     inputs = (x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale))
     if is_tracing(x_t, velocity, x_next, velocity_uncond):
         return _replay_op(*inputs, backend)
-    if velocity.requires_grad and torch.is_grad_enabled():
-        return _EagerReplay.apply(velocity, x_t, (*inputs[2:], backend), dtype)
-    return choose(_REPLAY, x_t.device, dtype, backend).call(*inputs)
+    impl = choose(_REPLAY, x_t.device, dtype, backend)
+    with torch.no_grad():  # the gradient is the kernel's
+        log_prob = impl.call(*inputs)
+    return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name)
+
+
+def _with_gradient(log_prob: Tensor, saved: tuple, guidance_scale: float, kernel: str) -> Tensor:
+    """The replay's result with its gradient, without the dispatcher: that costs as much as kernels
+    do at image size.
+    """
+    velocity = saved[1]
+    if not (velocity.requires_grad and torch.is_grad_enabled()):
+        return log_prob
+    backward = _GRADIENT[kernel]
+    return EagerGradient.apply(velocity, saved, (log_prob, backward, (guidance_scale,)))
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:

@@ -7,22 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern.ops._common import native
-from flowkern.ops._common.arguments import STREAMS, Noise, per_sample_contiguous
-from flowkern.ops._common.native import address, latent
-
-
-def _common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows) -> tuple:
-    """The arguments that all kernels share; `rows` has stride 0 where one edge serves all
-    samples.
-    """
-    batch = x_t.shape[0]
-    row_stride = 0 if rows.ndim == 1 else rows.stride(0)
-    return (
-        batch, x_t.numel() // batch,
-        latent(x_t), latent(velocity), latent(x_next), latent(velocity_uncond),
-        float(guidance_scale), rows.data_ptr(), row_stride, torch.get_num_threads(),
-    )  # fmt: skip
+from flowkern.ops._common import native_cpu
+from flowkern.ops._common.arguments import Noise
 
 
 def draw(
@@ -41,50 +27,26 @@ def draw(
         if log_prob is not None:
             log_prob.copy_(rows[..., 4])
         return
-    # Bound to names until the kernel returns: it sees addresses only.
-    x_t, velocity = per_sample_contiguous(x_t), per_sample_contiguous(velocity)
-    velocity_uncond, noise = _contiguous(velocity_uncond), _contiguous(source.given)
-    history = [per_sample_contiguous(earlier) for earlier in history]
-    rows = rows.contiguous()
-    native.cpu().sde_draw(
-        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),
-        latent(noise), latent(x0), tuple(map(latent, history)),
-        source.seed & (2**64 - 1),
-        address(source.sample_id), address(source.step), source.step_value,
-        STREAMS["step"], address(log_prob),
+    written = native_cpu.run(
+        "sde_draw", x_t, velocity, rows, velocity_uncond, guidance_scale, [*history],
+        *native_cpu.noise(source), x_next, None, log_prob, x0,
     )  # fmt: skip
+    for out, result in zip((x_next, log_prob, x0), written, strict=True):
+        if result is not out:  # a compiler may lay it out in another way: a copy was written
+            out.copy_(result)
 
 
 def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
-    log_prob = torch.empty(x_t.shape[0], dtype=torch.float32)
     if x_t.numel() == 0:
-        return log_prob.copy_(rows[..., 4])
-    x_t, velocity, x_next, velocity_uncond = map(
-        _contiguous, (x_t, velocity, x_next, velocity_uncond)
+        return torch.empty(x_t.shape[0], dtype=torch.float32, device="cpu").copy_(rows[..., 4])
+    return native_cpu.run(
+        "sde_replay", x_t, velocity, x_next, rows, velocity_uncond, guidance_scale
     )
-    rows = rows.contiguous()
-    native.cpu().sde_replay(
-        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),
-        log_prob.data_ptr(),
-    )
-    return log_prob
 
 
 def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
-    grad_velocity = torch.empty(velocity.shape, dtype=velocity.dtype)
     if x_t.numel() == 0:
-        return grad_velocity
-    x_t, velocity, x_next, velocity_uncond = map(
-        _contiguous, (x_t, velocity, x_next, velocity_uncond)
+        return torch.empty(velocity.shape, dtype=velocity.dtype, device="cpu")
+    return native_cpu.run(
+        "sde_replay_backward", grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale
     )
-    rows = rows.contiguous()
-    grad = grad.contiguous()
-    native.cpu().sde_replay_backward(
-        *_common(x_t, velocity, x_next, velocity_uncond, guidance_scale, rows),
-        grad.data_ptr(), latent(grad_velocity),
-    )  # fmt: skip
-    return grad_velocity
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else per_sample_contiguous(x)

@@ -1,0 +1,400 @@
+// What kernels take, read out of the tensors and numbers of a Python call.
+//
+// Tensors are read through DLPack's C exchange API: address, shape, strides and dtype in one call of torch's, which allocates
+// nothing; through their attributes where torch is older than that. Either way no torch is needed to build.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "chunks_cpu.h"
+
+namespace py = pybind11;
+
+// The layouts of DLPack, major version 1 (https://dmlc.github.io/dlpack), as far as they are used here.
+namespace dlpack {
+constexpr int32_t kCpu = 1;
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+struct Device {
+  int32_t type, index;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;  // of an older version
+  void *allocate, *from_object, *to_object;
+  int (*view)(void* object, Tensor* out);  // borrows; 0, or -1 and a Python error
+  void* stream;
+};
+}  // namespace dlpack
+
+// What is asked of torch, handed over once by flowkern.ops._common.native.
+struct Torch {
+  PyObject *tensor, *parameter, *coefficients;  // types; subclasses may hide that there is no memory
+  PyObject *empty, *get_num_threads, *cpu;
+  PyObject* dtypes[6];  // of Element
+  const dlpack::ExchangeApi* exchange;
+};
+inline Torch torch{};
+
+enum class Element : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3, int64 = 4, boolean = 5, other = 6 };
+
+struct View : dlpack::Tensor {
+  std::vector<int64_t> kept;  // shape and strides, where torch does not lend its own
+
+  Element element() const {
+    if (dtype.lanes != 1) return Element::other;
+    if (dtype.code == dlpack::kBfloat && dtype.bits == 16) return Element::bfloat16;
+    if (dtype.code == dlpack::kInt && dtype.bits == 64) return Element::int64;
+    if (dtype.code != dlpack::kFloat) return Element::other;
+    return dtype.bits == 32 ? Element::float32 : dtype.bits == 16 ? Element::float16 : dtype.bits == 64 ? Element::float64 : Element::other;
+  }
+  // Elements from dimension `first` on lie one after the other.
+  bool is_packed(int first) const {
+    int64_t expected = 1;
+    bool is_dense = true;
+    for (int d = ndim - 1; d >= first; --d) {
+      is_dense &= shape[d] == 1 || strides[d] == expected;
+      expected *= shape[d];
+    }
+    return is_dense || expected == 0;
+  }
+  template <class T>
+  T* at() const {
+    return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset);
+  }
+};
+
+inline void view_by_attributes(PyObject* object, View& out) {
+  const py::handle x(object);
+  const py::tuple shape = x.attr("shape"), strides = x.attr("stride")();
+  const auto dtype = x.attr("dtype");
+  static constexpr dlpack::DataType kTypes[] = {
+      {dlpack::kFloat, 32, 1}, {dlpack::kBfloat, 16, 1}, {dlpack::kFloat, 16, 1}, {dlpack::kFloat, 64, 1}, {dlpack::kInt, 64, 1}};
+  out.dtype = {};
+  for (int j = 0; j < 5; ++j)
+    if (dtype.ptr() == torch.dtypes[j]) out.dtype = kTypes[j];
+  out.data = reinterpret_cast<void*>(x.attr("data_ptr")().cast<uintptr_t>());
+  out.device = {x.attr("is_cpu").cast<bool>() ? dlpack::kCpu : 0, 0};
+  out.ndim = int32_t(shape.size());
+  out.byte_offset = 0;
+  for (const py::tuple& values : {shape, strides})
+    for (const py::handle value : values) out.kept.push_back(value.cast<int64_t>());
+  out.shape = out.kept.data();
+  out.strides = out.kept.data() + out.ndim;
+}
+
+// An error where the tensor has no memory, or no strides.
+inline void view_of(PyObject* x, View& out) {
+  if (!torch.exchange) return view_by_attributes(x, out);
+  if (torch.exchange->view(x, &out) != 0) throw py::error_already_set();
+}
+
+// Reads the arguments of one call. What a kernel cannot take as it is makes the call one that is not served: nothing is run,
+// Python gets None, and looks closer: it copies, converts or says what is wrong.
+class Reader {
+ public:
+  // `last`, after the arguments of the call, is there where Python has checked them: True makes an error of what is not served.
+  explicit Reader(PyObject* last) : is_checked_(last != nullptr), explains_(last == Py_True) {}
+
+  bool serves = true;
+  int64_t size = 0;  // elements of one sample, once the first latent is read
+
+  void require(bool is_true, const char* what) {  // the name of an argument
+    if (!is_true) refuse<py::value_error>(std::string(what) + ": not as the kernels read it");
+  }
+  template <class Error>
+  void refuse(const std::string& what) {
+    serves = false;
+    if (explains_) throw Error(what);
+  }
+
+  // The first latent: its shape is that of all others but for the number of samples, which it gives.
+  Latent first_latent(PyObject* x, int64_t& rows, const char* name) {
+    const Latent latent = this->latent(x, -1, name);
+    if (serves) rows = first_->shape[0];
+    return latent;
+  }
+  // (rows, *D), each sample contiguous.
+  Latent latent(PyObject* x, int64_t rows, const char* name) {
+    View& v = views_[count_];
+    if (!serves || !view(x, v) || v.ndim < 2 || int(v.element()) > int(Element::float16)) return refused(name);
+    if (v.shape[0] > 0 && !v.is_packed(1)) return refused(name);
+    if (!first_) {
+      first_ = &v;
+      size = 1;
+      for (int d = 1; d < v.ndim; ++d) size *= v.shape[d];
+    } else if (v.ndim != first_->ndim || v.shape[0] != rows || std::memcmp(v.shape + 1, first_->shape + 1, (v.ndim - 1) * 8) != 0) {
+      return refused(name);
+    }
+    if (count_ < kLatents - 1) ++count_;
+    return {v.at<char>(), v.strides[0], DType(v.element())};
+  }
+  Latent optional_latent(PyObject* x, int64_t rows, const char* name) { return x == Py_None ? Latent{} : latent(x, rows, name); }
+
+  // A latent to be written, read after all others: contiguous, and either apart from each of them or one of them exactly.
+  Latent output(PyObject* x, int64_t rows, const char* name) {
+    const int others = count_;
+    const Latent out = latent(x, rows, name);
+    if (!serves) return {};
+    const View& v = views_[others];
+    const char *begin = out.data, *end = begin + rows * size * bytes_of(out.dtype);
+    bool is_safe = v.is_packed(0) && !is_true(x, "requires_grad");
+    for (int j = 0; j < others; ++j) {
+      const View& u = views_[j];
+      const int64_t bytes = bytes_of(DType(u.element()));
+      const int64_t span = u.is_packed(0) ? rows * size : (rows - 1) * u.strides[0] + size;
+      const char* first = u.at<char>();
+      const bool is_same = first == begin && u.element() == v.element() && std::memcmp(u.strides, v.strides, v.ndim * 8) == 0;
+      is_safe &= first >= end || first + span * bytes <= begin || is_same;
+    }
+    return is_safe ? out : refused(name);
+  }
+
+  // Contiguous (count,), or (count, columns): of float32 or int64.
+  template <class T>
+  T* vector(PyObject* x, int64_t count, const char* name, int64_t columns = 0) {
+    View v;
+    const Element wanted = std::is_same_v<std::remove_const_t<T>, float> ? Element::float32 : Element::int64;
+    const bool fits = serves && view(x, v) && v.element() == wanted && v.ndim == (columns ? 2 : 1) && v.shape[0] == count &&
+                      (!columns || v.shape[1] == columns) && v.is_packed(0);
+    require(fits, name);
+    return fits ? v.at<T>() : nullptr;
+  }
+  template <class T>
+  T* optional_vector(PyObject* x, int64_t count, const char* name) {
+    return x == Py_None ? nullptr : vector<T>(x, count, name);
+  }
+  // A gradient of float32 that comes in: (count,) of any stride, or one number for all.
+  const float* gradient(PyObject* x, int64_t count, int64_t& stride) {
+    View v;
+    const bool fits = serves && view(x, v) && v.element() == Element::float32 && (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
+    require(fits, "grad");
+    stride = fits && v.ndim ? v.strides[0] : 0;
+    return fits ? v.at<const float>() : nullptr;
+  }
+  // The velocity row of each sample: an index out of range would write past the gradient.
+  const int64_t* row(PyObject* x, int64_t rows, int64_t& batch) {
+    batch = rows;
+    if (x == Py_None) return nullptr;
+    View v;
+    const bool fits = serves && view(x, v) && v.ndim == 1;
+    require(fits, "row");
+    batch = fits ? v.shape[0] : 0;
+    const int64_t* row = fits ? vector<const int64_t>(x, batch, "row") : nullptr;
+    check_range(row, batch, rows, "row");
+    return row;
+  }
+
+  // Step coefficients: flowkern.schedules.Coefficients; their table where they are checked. A float64 table is rounded here.
+  const float* coefficients(PyObject* x, int64_t batch, int64_t& stride, int& num_history) {
+    constexpr int64_t kColumns = 9;
+    py::object table = py::reinterpret_borrow<py::object>(x);
+    num_history = 0;
+    if (Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(torch.coefficients)) {
+      num_history = int(integer(table.attr("num_history").ptr(), 0, 3, "num_history"));
+      table = table.attr("table");
+    } else {
+      require(is_checked_, "rows");
+    }
+    View v;
+    const bool fits = serves && view(table.ptr(), v) && v.ndim >= 1 && v.is_packed(v.ndim - 1) && v.shape[v.ndim - 1] == kColumns &&
+                      (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
+    require(fits && (v.element() == Element::float32 || v.element() == Element::float64), "rows");
+    if (!serves) return nullptr;
+    stride = v.ndim == 1 ? 0 : v.strides[0];
+    if (v.element() == Element::float32) return v.at<const float>();
+    for (int64_t b = 0; b < (v.ndim == 1 ? 1 : batch); ++b) {
+      const double* wide = v.at<const double>() + b * stride;
+      rounded_.insert(rounded_.end(), wide, wide + kColumns);
+    }
+    stride = v.ndim == 1 ? 0 : kColumns;
+    return rounded_.data();
+  }
+
+  // Python's own numbers; others are for Python to convert.
+  double number(PyObject* x, const char* name) {
+    double value = NAN;
+    if (PyFloat_CheckExact(x)) value = PyFloat_AS_DOUBLE(x);
+    if (PyLong_CheckExact(x)) value = PyLong_AsDouble(x);
+    if (PyErr_Occurred()) value = NAN, PyErr_Clear();
+    require(!std::isnan(value), name);
+    return value;
+  }
+  double number(PyObject* x, double least, double most, const char* name) {
+    const double value = number(x, name);
+    require(value >= least && value <= most, name);
+    return value;
+  }
+  // A finite scale, which is 1 where there is nothing to guide away from.
+  double guidance(PyObject* scale, PyObject* velocity_uncond) {
+    const double value = number(scale, "guidance_scale");
+    require(std::isfinite(value) && (velocity_uncond != Py_None || value == 1), "guidance_scale");
+    return value;
+  }
+  // A finite weight of something that may be absent, where the weight is 0.
+  double coefficient(PyObject* x, PyObject* of, const char* name) {
+    const double value = number(x, name);
+    require(std::isfinite(value) && value >= 0 && (of != Py_None || value == 0), name);
+    return value;
+  }
+  int64_t integer(PyObject* x, int64_t least, int64_t most, const char* name) {
+    int overflow = 1;
+    const int64_t value = PyLong_CheckExact(x) ? PyLong_AsLongLongAndOverflow(x, &overflow) : 0;
+    require(!overflow && value >= least && value <= most, name);
+    return value;
+  }
+  // Which of some words a string is.
+  int choice(PyObject* x, std::initializer_list<const char*> words, const char* name) {
+    int index = 0;
+    for (const char* word : words) {
+      if (PyUnicode_Check(x) && PyUnicode_CompareWithASCIIString(x, word) == 0) return index;
+      ++index;
+    }
+    require(false, name);
+    return 0;
+  }
+
+  // Philox noise from a seed of 64 bits, (batch,) ids, and a step: an integer, or (batch,).
+  NoiseKey key(PyObject* seed, PyObject* sample_id, PyObject* step, int64_t batch, uint32_t stream) {
+    constexpr int64_t kSteps = int64_t{1} << 28;
+    NoiseKey key{0, vector<const int64_t>(sample_id, batch, "sample_id"), nullptr, 0, stream};
+    if (PyLong_CheckExact(seed)) {
+      int overflow = 0;
+      key.seed = uint64_t(PyLong_AsLongLongAndOverflow(seed, &overflow));
+      if (overflow > 0) key.seed = PyLong_AsUnsignedLongLong(seed);
+      const bool fits = overflow >= 0 && !PyErr_Occurred();
+      PyErr_Clear();
+      require(fits, "seed");
+    } else {
+      require(false, "seed");
+    }
+    if (PyLong_CheckExact(step)) {
+      key.step_value = integer(step, 0, kSteps - 1, "step");
+    } else {
+      key.step = vector<const int64_t>(step, batch, "step");
+      check_range(key.step, batch, kSteps, "step");
+    }
+    return key;
+  }
+  // Noise given, or its key, which then is whole; neither where `sample_id` is None too.
+  NoiseKey noise(PyObject* given, PyObject* seed, PyObject* sample_id, PyObject* step, int64_t batch, uint32_t stream, Latent& latent) {
+    latent = optional_latent(given, batch, "noise");
+    if (given == Py_None && sample_id != Py_None) return key(seed, sample_id, step, batch, stream);
+    require(seed == Py_None && sample_id == Py_None && step == Py_None, "noise");
+    return {0, nullptr, nullptr, 0, stream};
+  }
+
+  const View& first() const { return *first_; }  // of a call that is served
+
+  static bool is_true(PyObject* x, const char* attribute) { return py::handle(x).attr(attribute).ptr() == Py_True; }
+
+ private:
+  static constexpr int kLatents = 12;
+  bool is_checked_, explains_;
+  int count_ = 0;
+  View views_[kLatents] = {};
+  const View* first_ = nullptr;
+  std::vector<float> rounded_;
+
+  Latent refused(const char* name) {
+    require(false, name);
+    return {};
+  }
+  bool view(PyObject* x, View& out) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+    if (type != torch.tensor && type != torch.parameter) return false;
+    try {
+      view_of(x, out);
+    } catch (const py::error_already_set&) {
+      if (explains_) throw;
+      return false;
+    }
+    if (out.device.type != dlpack::kCpu || (out.ndim > 0 && !out.strides)) return false;
+    return out.data || std::find(out.shape, out.shape + out.ndim, 0) != out.shape + out.ndim;
+  }
+  void check_range(const int64_t* index, int64_t batch, int64_t count, const char* name) {
+    for (int64_t b = 0; index && b < batch; ++b)
+      if (index[b] < 0 || index[b] >= count)
+        return refuse<py::index_error>(name + (": expected values in [0, " + std::to_string(count)) + "), got " +
+                                       std::to_string(index[b]));
+  }
+};
+
+// New tensors, on the CPU: the owner of one, and its address.
+struct Made {
+  py::object tensor;
+  char* data;
+};
+
+inline Made make(const int64_t* shape, int ndim, Element element) {
+  static PyObject* const kNames = py::make_tuple("dtype", "device").release().ptr();
+  std::vector<py::object> sizes(ndim);
+  std::vector<PyObject*> arguments(ndim + 3);
+  for (int d = 0; d < ndim; ++d) {
+    sizes[d] = py::int_(shape[d]);
+    arguments[d] = sizes[d].ptr();
+  }
+  const py::tuple none(0);  // no sizes are the shape of a number
+  const int positional = ndim ? ndim : 1;
+  if (!ndim) arguments[0] = none.ptr();
+  arguments[positional] = torch.dtypes[int(element)];
+  arguments[positional + 1] = torch.cpu;
+  PyObject* made = PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames);
+  if (!made) throw py::error_already_set();
+  View v;
+  auto tensor = py::reinterpret_steal<py::object>(made);
+  view_of(made, v);
+  return {tensor, v.at<char>()};
+}
+
+inline int num_threads() {
+  const auto count = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(torch.get_num_threads));
+  if (!count) throw py::error_already_set();
+  return int(PyLong_AsLong(count.ptr()));
+}
+
+// Runs a kernel without the interpreter's lock.
+template <class T>
+void run(void (*kernel)(const T&), const T& arguments) {
+  struct Unlocked {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Unlocked() { PyEval_RestoreThread(state); }
+  } unlocked;
+  kernel(arguments);
+}
+
+// A Python function of positional arguments.
+template <py::object (*call)(PyObject* const*, Reader&), int count>
+PyObject* function(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  if (given != count && given != count + 1) {
+    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", count, given);
+    return nullptr;
+  }
+  try {
+    Reader reader(given > count ? values[count] : nullptr);
+    return call(values, reader).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}

@@ -1,0 +1,67 @@
+"""Calls of the native CPU kernels (csrc/cpu_module.cpp).
+
+A kernel reads its arguments itself, in one crossing from Python: what a call costs before its data
+is touched, it costs in Python, above all where the caches are cold. What it does not take as it is
+it leaves alone, and returns None. So a verb has a straight way, `direct`, and a way that checks,
+explains, converts and ends in `run`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from . import native
+from .arguments import Noise, per_sample_contiguous
+
+_num_modes = torch._C._len_torch_dispatch_stack
+increment_version = torch._C._increment_version  # of a tuple; torch.autograd.graph's adds a frame
+
+
+def direct(backend: str | None) -> ModuleType | None:
+    """The kernels, for arguments that nobody has looked at: where they are the backend asked for,
+    and no compiler or mode must see more than they do.
+    """
+    if (backend is None or backend == "native") and not is_dynamo_compiling() and not _num_modes():
+        return native.cpu()
+    return None
+
+
+def run(name: str, *arguments):
+    """A kernel's result for checked arguments; what it cannot take as it is, it gets copied."""
+    kernel = getattr(native.cpu(), name)
+    result = kernel(*arguments, False)
+    if result is None:
+        result = kernel(*map(_plain, arguments), True)  # True: what is still wrong is an error
+    return result
+
+
+def _plain(x):
+    """A tensor, or each of a list, as kernels read it: no subclass, each sample contiguous."""
+    if isinstance(x, list):
+        return [_plain(one) for one in x]
+    if not isinstance(x, Tensor):
+        return x
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        x = x.as_subclass(Tensor)
+    return per_sample_contiguous(x) if x.ndim > 1 else x.contiguous()
+
+
+def as_taken(noise, seed, sample_id, step) -> Noise:
+    """The source of the noise that a kernel has taken from these arguments."""
+    if isinstance(step, Tensor):
+        return Noise(noise, seed, sample_id, step)
+    return Noise(noise, seed or 0, sample_id, None, step or 0)
+
+
+def noise(source: Noise | None) -> tuple:
+    """(noise, seed, sample_id, step) as kernels take them."""
+    if source is None or (source.given is None and source.sample_id is None):
+        return None, None, None, None
+    if source.given is not None:
+        return source.given, None, None, None
+    step = source.step_value if source.step is None else source.step
+    return None, source.seed, source.sample_id, step

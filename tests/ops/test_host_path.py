@@ -1,0 +1,338 @@
+"""The straight way into the CPU kernels: taken where it can be, and only the clock can tell."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flowkern as fk
+from flowkern.ops._common import native
+from flowkern.ops._common.dispatch import choose
+from flowkern.ops.matching_loss import api as matching_api
+from flowkern.ops.policy_loss import api as policy_api
+from flowkern.ops.sde_step import api as step_api
+from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
+
+pytestmark = pytest.mark.skipif(
+    fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
+)
+APIS = (step_api, policy_api, matching_api)
+C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)
+ROWS = C[torch.tensor([0, 4, 8])].to("cpu", torch.float32)
+MULTISTEP = multistep_coefficients((0.9, 0.8, 0.7), 2)
+G = torch.Generator().manual_seed(0)
+X, V, OLD, REF, NOISE, NEXT = torch.randn(6, 3, 5, 130, generator=G).unbind()
+A = torch.tensor([1.0, -0.5, 0.25])
+IDS, KEY = (
+    torch.tensor([3, 2**40, -7]),
+    {"seed": 2**64 - 5, "sample_id": torch.arange(3), "step": 9},
+)
+STEPS, ROW = torch.tensor([0, 5, 2**28 - 1]), torch.tensor([2, 0, 2])
+NOISY = {"noise": NOISE}
+
+
+def step(**change):
+    return lambda: fk.sde_step(**{"x_t": X, "velocity": V, "c_rows": ROWS} | KEY | change)
+
+
+def ode(**change):
+    return lambda: fk.ode_step(**{"x_t": X, "velocity": V, "m_rows": C[3]} | change)
+
+
+def replay(**change):
+    def call():
+        v = V.clone().requires_grad_()
+        log_prob = fk.sde_log_prob(
+            **{"x_t": X, "velocity": v, "x_next": NEXT, "c_rows": ROWS} | change
+        )
+        weight = torch.tensor([1.0, 2.0, 3.0])
+        return log_prob, *torch.autograd.grad((log_prob * weight).sum(), v)
+
+    return call
+
+
+def loss(function, arguments, change):
+    def call():
+        v = (OLD + 0.01 * V).to(change.get("dtype", torch.float32)).requires_grad_()
+        given = {k: x for k, x in change.items() if k != "dtype"}
+        out = function(v, **arguments | given)
+        return *out, *torch.autograd.grad(out.loss.sum(), v)
+
+    return call
+
+
+def policy(**change):
+    arguments = {"x_t": X, "x_next": NEXT, "c_rows": ROWS, "advantage": A, "old_velocity": OLD}
+    return loss(fk.policy_loss, arguments | {"clip_low": 0.9, "clip_high": 9.0}, change)
+
+
+def matching(**change):
+    arguments = {"x0": X, "sigma": torch.tensor([0.1, 0.5, 1.0]), "advantage": A}
+    return loss(
+        fk.matching_loss, arguments | {"old_velocity": OLD} | change.pop("source", NOISY), change
+    )
+
+
+HALF = {"x_t": X.half(), "velocity": V.bfloat16()}
+STRAIGHT = {
+    "draw": step(),
+    "draw, single edge in float64": step(c_rows=C[3]),
+    "draw, rows in float64": step(c_rows=C[torch.tensor([0, 4, 8])]),
+    "draw, steps of samples": step(step=STEPS, sample_id=IDS, seed=-3),
+    "draw, guided, noise given": lambda: fk.sde_step(
+        X, V, ROWS, NOISE, velocity_uncond=OLD, guidance_scale=3
+    ),
+    "draw, halves": step(**HALF, out_dtype=torch.bfloat16),
+    "draw, rows apart": step(x_t=torch.cat([X, V], 1)[:, 5:], velocity=V[:1].expand(3, 5, 130)),
+    "ode": ode(),
+    "ode, history, x0": ode(m_rows=MULTISTEP, history=[NOISE, OLD.half()], return_x0=True),
+    "ode, out": ode(out=torch.empty(3, 5, 130)),
+    "replay": replay(),
+    "replay, guided": replay(velocity_uncond=OLD, guidance_scale=2.5, x_next=NEXT.half()),
+    "policy": policy(),
+    "policy, on policy": policy(old_velocity=None),
+    "policy, KL, siblings": policy(row=ROW, velocity_ref=REF, kl_coef=0.1, reduction="none"),
+    "policy, weights": policy(step_weight=A + 2, kl_coef=A + 3, velocity_ref=REF, c_rows=C[3]),
+    "policy, guard, drawn again": policy(ratio="guard", x_next=None, **KEY),
+    "policy, noise given": policy(x_next=None, noise=NOISE, reduction="sum"),
+    "policy, recorded": policy(old_velocity=None, old_log_prob=A, dtype=torch.bfloat16),
+    "awm": matching(velocity_ref=REF, velocity_ema=V, ref_coef=0.1, ema_coef=1, row=ROW),
+    "awm, drawn again": matching(source=KEY, sigma=0.3, weighting="t", reduction="none"),
+    "nft": matching(objective="nft", dtype=torch.float16),
+    "nft, drawn again": matching(objective="nft", source=KEY | {"step": STEPS}),
+}
+ROUND_ABOUT = {
+    "permuted": step(x_t=X.transpose(1, 2).contiguous().transpose(1, 2)),
+    "sample_id of int32": step(sample_id=IDS.int()),
+    "sample_id in a list": step(sample_id=[1, 2, 3]),
+    "history in a range of its own": ode(history=__import__("collections").deque([X])),
+    "float64": step(x_t=X.double()),
+    "nothing": ode(x_t=X[:0], velocity=V[:0]),
+    "advantage of float64": policy(advantage=A.double()),
+    "row of int32": policy(row=ROW.int()),
+    "sigma, one tensor for all": matching(sigma=torch.tensor(0.5)),
+    "strided noise": matching(source={"noise": torch.stack([NOISE, NOISE], -1)[..., 0]}),
+    "noise and a step of 0": matching(source={"noise": NOISE, "step": 0}, objective="nft"),
+}
+WRONG = {
+    "no noise": step(seed=None, sample_id=None, step=None),
+    "seed of 65 bits": step(seed=2**64),
+    "no number": step(guidance_scale=float("nan"), velocity_uncond=OLD),
+    "scale beside 1, in float64 only": step(guidance_scale=1 + 1e-12),
+    "scale past float64": replay(guidance_scale=10**400, velocity_uncond=OLD),
+    "step past 28 bits": step(step=2**28),
+    "a step past 28 bits": step(step=STEPS + 1),
+    "a table": step(c_rows=ROWS.table),
+    "short history": ode(m_rows=MULTISTEP),
+    "history": replay(c_rows=MULTISTEP),
+    "rows": step(c_rows=C),
+    "shape": step(velocity=V[:, :4]),
+    "sample_id": step(sample_id=IDS[:2]),
+    "out overlaps": step(x_t=(lap := torch.randn(4, 5, 130))[:3], out=lap[1:]),
+    "out, strided": step(out=torch.empty(3, 130, 5).transpose(1, 2)),
+    "out with gradient": step(out=torch.empty(3, 5, 130, requires_grad=True)),
+    "out of another dtype": step(out=torch.empty(3, 5, 130), out_dtype=torch.float16),
+    "meta": step(velocity=V.to("meta")),
+    "row": policy(row=ROW + 1),
+    "both old": policy(old_log_prob=A),
+    "old for guard": policy(old_velocity=None, old_log_prob=A, ratio="guard"),
+    "no reference": policy(kl_coef=0.1),
+    "x_next and noise": policy(noise=NOISE),
+    "half states": policy(x_t=X.half(), x_next=None, **KEY),
+    "ratio": policy(ratio="sdf"),
+    "clip_low": policy(clip_low=1.0),
+    "advantage": policy(advantage=A[:2]),
+    "sigma": matching(sigma=torch.tensor([0.1, 0.2, 1.5])),
+    "sigma, NaN": matching(sigma=float("nan")),
+    "objective": matching(objective=1),
+    "no anchor": matching(ema_coef=1.0),
+    "noise and a key": matching(source=NOISY | KEY),
+    "noise and a step": matching(source=NOISY | {"step": 1}),
+}
+
+
+@contextlib.contextmanager
+def around(monkeypatch):
+    """Every call takes the way that checks."""
+    with monkeypatch.context() as patch:
+        for api in APIS:
+            patch.setattr(api, "direct", lambda backend: None)
+        yield
+
+
+@pytest.fixture
+def attributes_only():
+    """As with a torch from before DLPack's C exchange API."""
+    native.connect(native.cpu(), None)
+    yield
+    native.connect(native.cpu(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+
+class Watched:
+    """The kernels, with a count of the calls that each way served."""
+
+    def __init__(self):
+        self.taken, self.refused = 0, 0
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            result = getattr(native.cpu(), name)(*arguments)
+            self.taken += result is not None
+            self.refused += result is None
+            return result
+
+        return call
+
+
+def same(a, b):
+    a, b = ((x,) if isinstance(x, torch.Tensor) else x for x in (a, b))
+    return all(
+        x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
+        and x.requires_grad == y.requires_grad and torch.equal(x, y)
+        for x, y in zip(a, b, strict=True)
+    )  # fmt: skip
+
+
+def compare(call, monkeypatch) -> Watched:
+    """The call gives the same either way; returns what happened on the straight one."""
+    kernels = Watched()
+    with monkeypatch.context() as patch:
+        for api in APIS:
+            direct = api.direct
+            patch.setattr(api, "direct", lambda b, direct=direct: kernels if direct(b) else None)
+        straight = call()
+    with around(monkeypatch):
+        assert same(straight, call())
+    return kernels
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_the_straight_way_is_taken_and_gives_the_same(name, monkeypatch):
+    kernels = compare(STRAIGHT[name], monkeypatch)
+    assert (kernels.taken, kernels.refused) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ROUND_ABOUT)
+def test_what_needs_a_closer_look_gives_the_same(name, monkeypatch):
+    assert compare(ROUND_ABOUT[name], monkeypatch).taken == (name == "noise and a step of 0")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_those_of_the_way_that_checks(name, monkeypatch):
+    with pytest.raises(Exception) as straight:
+        WRONG[name]()
+    with around(monkeypatch), pytest.raises(Exception) as expected:
+        WRONG[name]()
+    assert straight.type is expected.type and str(straight.value) == str(expected.value)
+    assert straight.type is not RuntimeError or name == "out with gradient"
+
+
+@pytest.mark.parametrize("name", [*STRAIGHT, *ROUND_ABOUT])
+def test_without_the_exchange_api(name, monkeypatch, attributes_only):
+    call = (STRAIGHT | ROUND_ABOUT)[name]
+    kernels = compare(call, monkeypatch)
+    assert kernels.taken == (name in STRAIGHT or name == "noise and a step of 0")
+    got = call()
+    native.connect(native.cpu(), torch.Tensor.__dlpack_c_exchange_api__)
+    assert same(got, call())
+
+
+def test_without_the_module(monkeypatch, request):
+    expected = {name: call() for name, call in STRAIGHT.items()}
+    monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
+    choose.cache_clear()
+    request.addfinalizer(choose.cache_clear)
+    for name, call in STRAIGHT.items():
+        for x, y in zip(call(), expected[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-3)
+
+
+# ---- who must see more than the kernel ----
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_op():
+    for call, op in (
+        (step(), "sde_draw"),
+        (policy(), "policy_loss"),
+        (matching(), "matching_loss"),
+    ):
+        with Seen() as seen:
+            got = call()
+        assert f"flowkern.{op}.default" in seen.names and same(got, call())
+
+
+def test_a_subclass_is_not_read_past_its_back():
+    class Plain(torch.Tensor):
+        pass
+
+    kernels = native.cpu()
+    given = (X.as_subclass(Plain), V, ROWS, None, 1.0, (), NOISE, None, None, None, None, None)
+    assert kernels.sde_draw(*given, True, False) is None
+    got, log_prob = fk.sde_step(X.as_subclass(Plain), V, ROWS, NOISE)
+    assert same((got, log_prob), fk.sde_step(X, V, ROWS, NOISE))
+
+
+def test_a_functorch_tensor_has_no_memory_to_read():
+    """It passes for a plain tensor; reading it fails, and the way that checks says the rest."""
+    for transform, v in ((torch.func.vmap, V), (torch.func.grad, V[0])):
+        with pytest.raises(RuntimeError, match="data pointer"):
+            transform(lambda v: fk.sde_log_prob(X[0], v, NEXT[0], C[3]).sum())(v)
+
+
+def test_out_is_marked_as_written():
+    out = torch.empty_like(X)
+    for call in (step(out=out), ode(out=out)):
+        version = out._version
+        call()
+        assert out._version == version + 1
+
+
+def test_a_table_edited_between_the_passes_is_noticed():
+    rows = Coefficients(ROWS.table.clone())
+    v = V.clone().requires_grad_()
+    log_prob = fk.sde_log_prob(X, v, NEXT, rows)
+    rows.table.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
+
+
+@pytest.mark.parametrize("x_t", [X, X.transpose(1, 2).contiguous().transpose(1, 2)])
+def test_the_op_writes_to_any_layout(x_t):
+    """Compilers choose layouts; a kernel that copies what it cannot read must not lose a result."""
+    apart = [torch.empty(3, 130, 5).transpose(1, 2) for _ in range(2)]
+    source = (NOISE, 0, None, None, 0)
+    torch.ops.flowkern.sde_draw(
+        x_t, V, ROWS.table, None, 1.0, [], *source, apart[0], None, apart[1], "native"
+    )
+    assert torch.equal(apart[0], fk.sde_step(X, V, ROWS, NOISE)[0])
+    assert torch.equal(apart[1], fk.ode_step(X, V, ROWS, return_x0=True)[1])
+
+
+# ---- what a kernel says itself ----
+
+
+def test_a_kernel_called_past_the_verbs_checks_what_it_reads():
+    kernels, slopes, ones = native.cpu(), torch.zeros(3, 2), torch.ones(3)
+    none = (None,) * 4
+    call = (ones, slopes, V, X, NEXT, ROWS.table, ROW + 1, None, *none, None, 1.0, None, False)
+    assert kernels.policy_backward(*call, False) is None
+    with pytest.raises(IndexError, match=r"row: expected values in \[0, 3\), got 3"):
+        kernels.policy_backward(*call, True)
+    with pytest.raises(ValueError, match="slopes: not as the kernels read it"):
+        kernels.policy_backward(ones, slopes[:2], *call[2:6], None, *call[7:], True)
+    with pytest.raises(TypeError, match="expected 16 arguments, got 2"):
+        kernels.policy_backward(ones, slopes)
+    latent_first = (X, V, NEXT, ROWS.table, None, 1.0)
+    assert kernels.sde_replay(*latent_first) is None  # a table is for those who have checked it
+    assert kernels.sde_replay(*latent_first, False) is not None
