@@ -17,12 +17,11 @@ import yaml
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from flowkern.ops.policy_loss import PolicyLoss
 from flowkern.rewards import load_reward
 from flowkern.rl.advantage import zero_std_ratio
 from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
 from flowkern.rollout.engine import Velocity, slices
-from flowkern.train import checkpoint, distributed, lora, tracking
+from flowkern.train import checkpoint, distributed, lora, metrics, tracking
 from flowkern.train.config import Config, to_dict
 from flowkern.train.copies import Copies
 from flowkern.train.distributed import Laps, StopRequest
@@ -31,7 +30,6 @@ from flowkern.train.prompts import draw_prompts, read_prompts
 from flowkern.train.validation import Validation, evaluate
 
 EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
-STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl")
 Row = dict[str, Any]
 """A prompt with its metadata."""
 
@@ -94,7 +92,7 @@ class Trainer:
         advantage = self.credit(scores, rollout.plan)
         laps.mark()
         for share in self.split():
-            totals = torch.zeros(len(STATISTICS), device=self.device)
+            totals = torch.zeros(len(metrics.STATISTICS), device=self.device)
             calls = self.network_calls(rollout.plan, advantage, share)
             choices = len(share) * advantage.shape[2]
             for i, (site, prompt) in enumerate(calls):
@@ -102,7 +100,7 @@ class Trainer:
                 with self.accelerator.no_sync(self.trained) if calls[i + 1 :] else nullcontext():
                     out = self.objective(rows, self.learn, self.anchors())
                     self.accelerator.backward(out.loss / choices)
-                totals += summed(out)
+                totals += metrics.summed(out)
             updates.append(self.update(totals / choices))
             laps.mark()
         self.update_copies()
@@ -178,8 +176,8 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
         means = self.accelerator.reduce(means, "mean")
         *values, grad_norm = torch.cat([means, norm.reshape(1).to(means)]).tolist()
-        metrics = dict(zip(STATISTICS, values, strict=True))
-        loss, step = metrics.pop("loss"), self.global_step + 1
+        found = dict(zip(metrics.STATISTICS, values, strict=True))
+        loss, step = found.pop("loss"), self.global_step + 1
         is_scaled = self.accelerator.scaler is not None  # fp16 skips a step that overflowed
         for name, value in {"loss": loss, "gradient norm": 0.0 if is_scaled else grad_norm}.items():
             if not math.isfinite(value):
@@ -194,7 +192,7 @@ class Trainer:
         self.copies.weights_moved()
         if options.ema_decay is not None:
             self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
-        return {"step": step, **metrics, "grad_norm": grad_norm}
+        return {"step": step, **found, "grad_norm": grad_norm}
 
     def update_copies(self) -> None:
         """Once per rollout, after its optimizer steps."""
@@ -204,29 +202,10 @@ class Trainer:
     def report(
         self, plan: Plan, scores: dict[str, Tensor], updates: list[dict[str, float]], laps: Laps
     ) -> list[dict[str, float]]:
-        """The metrics of an iteration's steps; those of the rollout are in the first."""
-        (rollout, reward, *train), (sampled, _, *trained) = laps.seconds(), laps.counts()
-        naive = self.released_rows()
-        first = {f"reward/{name}": value.double().mean().item() for name, value in scores.items()}
-        first |= {
-            "zero_std_ratio": zero_std_ratio(scores["mean"], plan).item(),
-            "nfe/sample": sampled * self.world,
-            "nfe/naive_sample": naive[0],
-            "timing_s/rollout": rollout,
-            "timing_s/reward": reward,
-            "throughput/images_per_s": scores["mean"].numel() / (rollout + reward + sum(train)),
-        }
-        records = []
-        for i, (metrics, seconds, rows) in enumerate(zip(updates, train, trained, strict=True)):
-            records.append(metrics | (first if i == 0 else {}))
-            records[-1] |= {
-                "nfe/train": rows * self.world,
-                "nfe/naive_train": naive[1] // len(updates),
-                "timing_s/train": seconds,
-                "timing_s/step": seconds + (rollout + reward if i == 0 else 0),
-                "memory/peak_gb": tracking.peak_memory_gb(self.device),
-            }
-        return records
+        """The metrics of an iteration's optimizer steps."""
+        found = metrics.records(scores, updates, laps, self.released_rows(), self.world)
+        found[0]["zero_std_ratio"] = zero_std_ratio(scores["mean"], plan).item()
+        return [r | {"memory/peak_gb": tracking.peak_memory_gb(self.device)} for r in found]
 
     def released_rows(self) -> tuple[int, int]:
         """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
@@ -397,9 +376,3 @@ class Trainer:
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
-
-
-def summed(out: PolicyLoss) -> Tensor:
-    """STATISTICS over the rows of a micro-batch, on the device."""
-    parts = (out.loss, out.ratio, out.clipped_high, out.clipped_low, out.kl)
-    return torch.stack([part.detach().float().sum() for part in parts])

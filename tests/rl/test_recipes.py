@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowkern.rl import algorithms
-from flowkern.rl.algorithms import cost, names, recipe
+from flowkern.rl.algorithms import cost, mean_cost, names, recipe
 from flowkern.rollout import Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
 
@@ -72,7 +72,7 @@ def test_a_recipe_is_one_short_file():
     ],
 )
 def test_what_a_prompt_costs(name, options, ours, released):
-    mine, theirs = cost(recipe(name)(**options), sd3_sigmas)
+    mine, theirs = mean_cost(recipe(name)(**options), sd3_sigmas)
     assert (mine.sample, mine.train, mine.images) == ours
     assert (theirs.sample, theirs.train, theirs.images) == released
 
@@ -87,20 +87,20 @@ def test_a_window_costs_what_its_place_lets_samples_share():
         assert drawn_steps(plan)[1] == {(m, start + i) for m in range(12) for i in range(4)}
     for start in range(4):
         branched = recipe("flow_grpo_fast")(branching=True)
-        seed = next(s for s in range(99) if branched.drawn(0, s).start == start)
+        seed = next(s for s in range(99) if branched.window_start(0, s) == start)
         mine, theirs = branched.plan(sd3_sigmas, 0, seed).cost(), branched.released(0, seed)
         assert mine.sample == start + 1 + 24 * (9 - start) and mine.train == 1 + 24
         assert theirs.sample == start + 24 * (10 - start) and theirs.train == 48
 
 
 def test_flash_takes_less_than_half_of_the_released_calls():
-    mine, theirs = cost(recipe("mix_grpo_flash")(window_iterations=1), sd3_sigmas, range(20))
+    mine, theirs = mean_cost(recipe("mix_grpo_flash")(window_iterations=1), sd3_sigmas, range(20))
     assert (mine.sample, theirs.sample) == (pytest.approx(90.9), pytest.approx(205.2))
     assert mine.sample <= 0.5 * theirs.sample
     # The paper's own run: 15.6 calls per sample in the released loop ("16 on average").
-    mine, theirs = cost(recipe("mix_grpo_flash")(), sd3_sigmas, range(300))
+    mine, theirs = mean_cost(recipe("mix_grpo_flash")(), sd3_sigmas, range(300))
     assert (mine.sample, theirs.sample) == (pytest.approx(99.2), pytest.approx(15.6 * 12))
-    mine, theirs = cost(recipe("mix_grpo")(), sd3_sigmas, range(300))
+    mine, theirs = mean_cost(recipe("mix_grpo")(), sd3_sigmas, range(300))
     assert (mine.sample, theirs.sample) == (pytest.approx(228.5), 300)
 
 
@@ -127,11 +127,11 @@ def test_the_tree_follows_from_iteration_and_seed_alone(name):
 
 def test_the_random_windows_go_everywhere():
     fast, mixed = recipe("flow_grpo_fast")(), recipe("mix_grpo")(strategy="random")
-    assert {fast.drawn(i, 0).start for i in range(60)} == {0, 1, 2}
+    assert {fast.window_start(i) for i in range(60)} == {0, 1, 2}
     assert {mixed.window_start(i, 0) for i in range(300)} == set(range(20))
     for i in range(20):
         drawn, trained = drawn_steps(fast.plan(sd3_sigmas, i))
-        window = fast.drawn(i, 0)
+        window = range(start := fast.window_start(i), start + 3)
         assert drawn == trained == {(m, step) for m in range(24) for step in window}
     drawn, trained = drawn_steps(plan_of("flow_grpo_fast", window=0))
     assert drawn == trained == {(m, step) for m in range(24) for step in range(9)}
@@ -544,3 +544,23 @@ def test_short_grids_have_plans_too(name, steps):
     plan: Plan = plan_of(name, num_inference_steps=steps, **options)
     plan.check()
     assert plan.trained or plan.points
+
+
+def test_the_public_count():
+    for start in (0, 7, 19):
+        counts = cost("mix_grpo", window_start=start)
+        assert counts["sample"] == (start + 1) + 12 * (24 - start) and counts["naive_sample"] == 300
+        assert (counts["train"], counts["naive_train"], counts["decode"]) == (37, 48, 12)
+    assert cost("flow_grpo", group_size=8)["sample"] == 80
+    with pytest.raises(ValueError, match="window_start: got 20, which mix_grpo never reaches"):
+        cost("mix_grpo", window_start=20)
+
+
+def test_names_of_nothing_are_told_apart():
+    for name, message in (
+        ("no_such_module:Recipe", "there is no module no_such_module"),
+        ("math:Recipe", "math has no such class"),
+        ("math:pi", "expected a class derived from Recipe"),
+    ):
+        with pytest.raises(ValueError, match=f"algorithm.name: got '{name}', .*{message}"):
+            recipe(name)

@@ -23,7 +23,7 @@ from flowkern.rl.advantage import Credit
 from flowkern.rl.objectives import Objective, RatioClip
 from flowkern.rollout.engine import Guidance
 from flowkern.rollout.plan import Cost, Plan
-from flowkern.schedules import shifted_sigmas
+from flowkern.schedules import sd3_sigmas, shifted_sigmas
 
 __all__ = [
     "EvenGridRecipe",
@@ -31,6 +31,7 @@ __all__ = [
     "PolicyRecipe",
     "Recipe",
     "cost",
+    "mean_cost",
     "name_of",
     "names",
     "recipe",
@@ -74,6 +75,9 @@ class Recipe(ABC):
     sampler: ClassVar[str | None] = None
     """The copy that samples; None: the current weights."""
 
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """Other published settings, to be counted beside the defaults: name -> options."""
+
     def __post_init__(self) -> None:
         require(self, "above 0", "guidance_scale", "prompts_per_rollout", "updates_per_rollout")
         require(self, "above 0", "adv_clip_max")
@@ -96,6 +100,10 @@ class Recipe(ABC):
     @abstractmethod
     def released(self, iteration: int = 0, seed: int = 0) -> Cost:
         """What the authors' released loop takes per prompt, guidance not counted."""
+
+    def window_start(self, iteration: int = 0, seed: int = 0) -> int | None:
+        """The first drawn step of a rollout, where that moves."""
+        return None
 
     def guidance(self, uncond: int) -> Guidance | None:
         return None if self.guidance_scale == 1 else Guidance(self.guidance_scale, uncond)
@@ -178,12 +186,26 @@ def recipe(name: str) -> type[Recipe]:
     name: one of `names()`, or "module:Class" of your own.
     """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        return getattr(import_module(module), attribute)
+        return _own(name)
     if name not in names():
         known = ", ".join([*names(), '"module:Class"'])
         raise ValueError(f"algorithm.name: got {name!r}, expected one of {known}")
     return import_module(f"{__name__}.{name}").Recipe
+
+
+def _own(name: str) -> type[Recipe]:
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # the module is there, and lacks another
+        raise ValueError(f"algorithm.name: got {name!r}, but there is no module {module}") from None
+    except AttributeError:
+        raise ValueError(f"algorithm.name: got {name!r}, but {module} has no such class") from None
+    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
+        raise ValueError(f"algorithm.name: got {name!r}, expected a class derived from Recipe")
+    return kind
 
 
 def name_of(recipe: Recipe) -> str:
@@ -193,13 +215,33 @@ def name_of(recipe: Recipe) -> str:
     return name if package == __name__ else f"{module}:{kind}"
 
 
-def cost(recipe: Recipe, grid: Grid, iterations: range = range(1)) -> tuple[Cost, Cost]:
+def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[str, float]:
+    """Network calls per prompt of an algorithm at its paper's defaults, guidance not counted.
+
+    window_start: where its window begins; None: where it begins in the first rollout. overrides:
+    fields of its recipe.
+    Returns sample, train (rows forward of the trained network), decode (images), and naive_sample,
+    naive_train, which the authors' released loop takes.
+    """
+    chosen, iteration = recipe(name)(**overrides), 0
+    if window_start is not None:
+        while chosen.window_start(iteration) != window_start:
+            if (iteration := iteration + 1) == 10_000:
+                raise ValueError(f"window_start: got {window_start}, which {name} never reaches")
+    ours, theirs = mean_cost(chosen, sd3_sigmas, range(iteration, iteration + 1))
+    counts = {"sample": ours.sample, "train": ours.train, "decode": ours.images}
+    return counts | {"naive_sample": theirs.sample, "naive_train": theirs.train}
+
+
+def mean_cost(
+    recipe: Recipe, grid: Grid, iterations: range = range(1), seed: int = 0
+) -> tuple[Cost, Cost]:
     """Per prompt, guidance not counted: what this package takes and what the released loop takes.
 
     Means over the rollouts `iterations`, whose plans may differ.
     """
-    ours = [recipe.plan(grid, i).cost() for i in iterations]
-    theirs = [recipe.released(i) for i in iterations]
+    ours = [recipe.plan(grid, i, seed).cost() for i in iterations]
+    theirs = [recipe.released(i, seed) for i in iterations]
     return Cost.mean(ours), Cost.mean(theirs)
 
 

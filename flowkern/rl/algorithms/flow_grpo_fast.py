@@ -8,6 +8,7 @@ same for the whole group and on every rank; the released loop draws one per rank
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from flowkern.rl.algorithms import Grid, require, shared_random, windowed
@@ -30,6 +31,7 @@ class Recipe(FlowGRPO):
     """One root per prompt, from which the samples part at the window's start."""
     train_num_steps: int = 2
     """The window of the branching form."""
+    forms = MappingProxyType({"branching": {"branching": True}})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,22 +42,25 @@ class Recipe(FlowGRPO):
             got = getattr(self, name)
             raise ValueError(f"{name}: got {got}, expected at most {steps // 2}, half the steps")
 
-    def drawn(self, iteration: int, seed: int) -> range:
-        """The steps of the window."""
-        size = self.train_num_steps if self.branching else self.window
-        if size == 0:
-            return range(self.num_inference_steps - 1)
-        last = self.num_inference_steps // 2 - size
-        start = shared_random(seed, iteration).randint(0, last)
-        return range(start, start + size)
+    @property
+    def num_drawn(self) -> int:
+        """Steps of the window."""
+        steps = self.train_num_steps if self.branching else self.window
+        return steps or self.num_inference_steps - 1
+
+    def window_start(self, iteration: int = 0, seed: int = 0) -> int:
+        last = self.num_inference_steps // 2 - self.num_drawn
+        return shared_random(seed, iteration).randint(0, max(0, last))
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
         plan, sigmas = Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps).tolist()
-        window, sde = self.drawn(iteration, seed), (self.sde_type, self.noise_level)
+        start, sde = self.window_start(iteration, seed), (self.sde_type, self.noise_level)
+        window = range(start, start + self.num_drawn)
         tail = sigmas[window.stop + 1 :]
         return windowed(plan, sigmas, window, tail, sde, self.group_size, self.branching)
 
     def released(self, iteration: int = 0, seed: int = 0) -> Cost:
-        size, steps, window = self.group_size, self.num_inference_steps, self.drawn(iteration, seed)
-        shared = window.start if self.branching else 0  # as far as the samples are one
-        return Cost(shared + size * (steps - shared), size * len(window), size)
+        size, steps = self.group_size, self.num_inference_steps
+        # As far as the samples are one.
+        shared = self.window_start(iteration, seed) if self.branching else 0
+        return Cost(shared + size * (steps - shared), size * self.num_drawn, size)

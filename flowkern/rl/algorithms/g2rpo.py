@@ -8,6 +8,7 @@ with those of the same step and step size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from flowkern.rl.advantage import Credit
@@ -30,6 +31,7 @@ class Recipe(EvenGridRecipe):
     """The step sizes that a branch is followed with; the paper has [1, 2, 3]."""
     over_leaves: Literal["sum", "mean"] = "sum"
     """Of the advantages of a branch's images; released: the sum, which grows with their number."""
+    forms = MappingProxyType({"as in the paper": {"granularities": [1, 2, 3]}})
 
     def __post_init__(self) -> None:
         super().__post_init__()

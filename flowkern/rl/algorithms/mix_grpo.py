@@ -44,7 +44,7 @@ class Recipe(EvenGridRecipe):
         if self.window > (most := self.num_inference_steps - 2):
             raise ValueError(f"window: got {self.window}, expected at most {most}, all but 2 steps")
 
-    def window_start(self, iteration: int, seed: int) -> int:
+    def window_start(self, iteration: int = 0, seed: int = 0) -> int:
         """The first step of the window; its last start leaves the grid's last two steps out."""
         start, last = 0, self.num_inference_steps - 2 - self.window
         if self.strategy == "random":

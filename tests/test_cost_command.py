@@ -1,0 +1,145 @@
+"""`flowkern cost` prints the counts that the papers' defaults lead to."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowkern.cli import main
+
+ROOT = Path(__file__).parents[1]
+# sampling here and released, saved, training here and released, images
+DEFAULTS = {
+    "awm": "336 336 0% 144 144 24",
+    "dance_grpo": "181 192 6% 103 108 12",
+    "diffusion_nft": "240 240 0% 216 216 24",
+    "flow_grpo": "240 240 0% 216 216 24",
+    "flow_grpo_fast": "240 240 0% 72 72 24",
+    "flow_grpo_fast, branching": "171 194 12% 25 48 24",
+    "g2rpo": "1496 1792 17% 8 8 192",
+    "g2rpo, as in the paper": "1700 2188 22% 8 8 288",
+    "grpo_guard": "240 240 0% 216 216 24",
+    "mix_grpo": "289 300 4% 37 48 12",
+    "mix_grpo_flash": "121 132 8% 37 48 12",
+    "mix_grpo_flash_star": "73 84 13% 37 48 12",
+    "temp_flow_grpo": "1116 1116 0% 36 216 216",
+}
+MEANS = {
+    "dance_grpo": "181 192 6% 102 108 12",
+    "flow_grpo_fast, branching": "181.5 204.5 11% 25 48 24",
+    "mix_grpo": "228.5 300 24% 37 48 12",
+    "mix_grpo_flash": "99.2 187.2 47% 37 48 12",
+}
+
+
+def printed(capsys, *arguments):
+    """{(name, "" or what the mean is of): its numbers} of the table."""
+    assert main(["cost", *arguments]) == 0
+    note, head, *lines = capsys.readouterr().out.splitlines()
+    assert "guidance not counted" in note
+    assert head.split() == "sampling released saved training released images".split()
+    assert {len(line) for line in lines} == {len(head)}, "columns are aligned"
+    out, name = {}, ""
+    for line in lines:
+        words = line.split()
+        label = " ".join(words[:-6])
+        name = name if line.startswith(" ") else label
+        out[name, label if line.startswith(" ") else ""] = " ".join(words[-6:])
+    return out
+
+
+def test_every_algorithm_at_its_papers_defaults(capsys):
+    found = printed(capsys)
+    assert found == {(name, ""): row for name, row in DEFAULTS.items()} | {
+        (name, "mean of 300"): row for name, row in MEANS.items()
+    }
+
+
+def test_only_the_algorithms_named(capsys):
+    found = printed(capsys, "mix_grpo", "awm")
+    assert [name for name, _ in found] == ["mix_grpo", "mix_grpo", "awm"]
+    assert main(["cost", "mix_gppo"]) == 1
+    error = capsys.readouterr().err
+    assert "got 'mix_gppo', expected" in error and "mix_grpo_flash_star" in error
+
+
+def test_a_configuration_with_overrides(capsys):
+    pytest.importorskip("yaml")
+    path = str(ROOT / "configs/digits/g2rpo.yaml")
+    paper = ["num_inference_steps=16", "branch_steps=8", "group_size=12"]
+    for sizes, row in (("[1, 2]", DEFAULTS["g2rpo"]), ("[1,2,3]", "1700 2188 22% 8 8 288")):
+        options = [f"algorithm.{option}" for option in (*paper, f"granularities={sizes}")]
+        assert printed(capsys, "--config", path, *options) == {("g2rpo", ""): row}
+
+
+def test_the_mean_of_a_short_run_is_of_its_own_rollouts(capsys):
+    pytest.importorskip("yaml")
+    options = ["algorithm.window_iterations=1", "algorithm.group_size=12", "train.steps=8"]
+    path = str(ROOT / "configs/digits/mix_grpo.yaml")
+    found = printed(capsys, "--config", path, *options, "algorithm.updates_per_rollout=4")
+    # Starts 0 and 1: (c + 1) + 12 (24 - c) each.
+    assert found["mix_grpo", "mean of 2"].startswith("283.5 300 6% 37 48")
+    assert main(["cost", "--config", path, "train.stepz=1"]) == 1
+    assert "train.stepz: unknown key" in capsys.readouterr().err
+
+
+def test_it_needs_torch_alone():
+    """Neither rich nor the trainer's libraries are required for the papers' numbers."""
+    absent = ["rich", "yaml", "diffusers", "transformers", "accelerate", "peft", "matplotlib"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+sys.stdout.isatty = lambda: True
+from flowkern.cli import main
+sys.exit(main(["cost", "temp_flow_grpo"]))
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    row = run.stdout.splitlines()[-1].split()
+    assert row == ["temp_flow_grpo", *DEFAULTS["temp_flow_grpo"].split()]
+
+
+def pairs(name, place):
+    """What the docs say of an algorithm: here / released, of the first rollout and of the mean."""
+    found = [table[name].split()[place] for table in (DEFAULTS, MEANS) if name in table]
+    return list(dict.fromkeys(" / ".join(pair) for pair in found))
+
+
+def test_the_docs_show_these_numbers():
+    said = {}
+    for line in (ROOT / "docs/algorithms.md").read_text().splitlines():
+        if line.startswith("| ") and " / " in line:
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            said.setdefault(re.search(r"`(\w+)`", cells[0])[1], cells[5:7])
+    assert said.keys() == {name for name in DEFAULTS if "," not in name}
+    for name, (sampling, training) in said.items():
+        assert sampling == ", mean ".join(pairs(name, slice(0, 2))), name
+        assert training == ", mean ".join(pairs(name, slice(3, 5))), name
+
+    section = (ROOT / "README.md").read_text().split("## Algorithms")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\w.*) \| (.* / .*) \| (.* / .*) \|$", section, re.MULTILINE)
+    names = {name.replace("_", ""): name for name in DEFAULTS}
+    for title, sampling, training in rows:
+        name = re.sub(r" \(.*|, mean.*|-", "", title).replace("*", "star").lower()
+        at = -1 if "mean" in title else 0
+        assert sampling == pairs(names[name], slice(0, 2))[at], title
+        assert training in pairs(names[name], slice(3, 5)), title
+    assert len(rows) == 10
+
+
+def test_the_recipe_in_the_docs_costs_what_it_says(capsys, tmp_path, monkeypatch):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/algorithms.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "fork.py").write_text(blocks[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(compile(blocks[1], "docs/algorithms.md", "exec"), {})
+    printed_cost = capsys.readouterr().out.strip()
+    assert printed_cost == re.search(r"# (Cost\(.*\))", blocks[1])[1]
+    found = printed(capsys, "fork:Recipe")
+    assert found["fork:Recipe", ""] == "115 160 28% 1 16 16"
+    del sys.modules["fork"]
