@@ -345,12 +345,16 @@ py::object matching_backward(PyObject* const* v, Reader& read) {
 // What the kernels need of torch; `exchange` is the capsule of torch.Tensor.__dlpack_c_exchange_api__, or None.
 void connect(py::object tensor, py::object parameter, py::object coefficients, py::object empty, py::object get_num_threads,
              py::object cpu, py::tuple dtypes, py::object exchange) {
+  torch.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   torch.tensor = tensor.release().ptr();  // for the life of the process
   torch.parameter = parameter.release().ptr();
   torch.coefficients = coefficients.release().ptr();
   torch.empty = empty.release().ptr();
   torch.get_num_threads = get_num_threads.release().ptr();
   torch.cpu = cpu.release().ptr();
+  torch.num_history = PyUnicode_InternFromString("num_history");  // Python remembers where attributes are by the name's address
+  torch.table = PyUnicode_InternFromString("table");
+  torch.requires_grad = PyUnicode_InternFromString("requires_grad");
   for (int j = 0; j < 6; ++j) torch.dtypes[j] = py::object(dtypes[j]).release().ptr();
   torch.exchange = nullptr;
   if (exchange.is_none()) return;

@@ -42,7 +42,7 @@ class Coefficients:
                 f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
                 f"got {tuple(table.shape)}"
             )
-        self.table = table.contiguous()  # kernels read rows by address
+        self.table = table.contiguous().resolve_neg()  # kernels read rows by address
         self.num_history = num_history  # earlier x0 predictions the rows weigh; ops check it
         self._converted: dict[tuple, Coefficients] = {}
 

@@ -46,7 +46,7 @@ struct ExchangeApi {
 // What is asked of torch, handed over once by flowkern.ops._common.native.
 struct Torch {
   PyObject *tensor, *parameter, *coefficients;  // types; subclasses may hide that there is no memory
-  PyObject *empty, *get_num_threads, *cpu;
+  PyObject *empty, *get_num_threads, *cpu, *is_neg, *num_history, *table, *requires_grad;
   PyObject* dtypes[6];  // of Element
   const dlpack::ExchangeApi* exchange;
 };
@@ -99,6 +99,12 @@ inline void view_by_attributes(PyObject* object, View& out) {
   out.strides = out.kept.data() + out.ndim;
 }
 
+// What a call of Python's gave, or its error.
+inline py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
 // An error where the tensor has no memory, or no strides.
 inline void view_of(PyObject* x, View& out) {
   if (!torch.exchange) return view_by_attributes(x, out);
@@ -133,7 +139,7 @@ class Reader {
   // (rows, *D), each sample contiguous.
   Latent latent(PyObject* x, int64_t rows, const char* name) {
     View& v = views_[count_];
-    if (!serves || !view(x, v) || v.ndim < 2 || int(v.element()) > int(Element::float16)) return refused(name);
+    if (!serves || !view(x, v, name) || v.ndim < 2 || int(v.element()) > int(Element::float16)) return refused(name);
     if (v.shape[0] > 0 && !v.is_packed(1)) return refused(name);
     if (!first_) {
       first_ = &v;
@@ -154,7 +160,7 @@ class Reader {
     if (!serves) return {};
     const View& v = views_[others];
     const char *begin = out.data, *end = begin + rows * size * bytes_of(out.dtype);
-    bool is_safe = v.is_packed(0) && !is_true(x, "requires_grad");
+    bool is_safe = v.is_packed(0) && !requires_grad(x);
     for (int j = 0; j < others; ++j) {
       const View& u = views_[j];
       const int64_t bytes = bytes_of(DType(u.element()));
@@ -171,19 +177,18 @@ class Reader {
   T* vector(PyObject* x, int64_t count, const char* name, int64_t columns = 0) {
     View v;
     const Element wanted = std::is_same_v<std::remove_const_t<T>, float> ? Element::float32 : Element::int64;
-    const bool fits = serves && view(x, v) && v.element() == wanted && v.ndim == (columns ? 2 : 1) && v.shape[0] == count &&
-                      (!columns || v.shape[1] == columns) && v.is_packed(0);
+    const bool fits = serves && view(x, v, name) && v.element() == wanted && v.ndim == (columns ? 2 : 1) &&
+                      v.shape[0] == count && (!columns || v.shape[1] == columns) && v.is_packed(0);
     require(fits, name);
     return fits ? v.at<T>() : nullptr;
   }
   template <class T>
-  T* optional_vector(PyObject* x, int64_t count, const char* name) {
-    return x == Py_None ? nullptr : vector<T>(x, count, name);
-  }
+  T* optional_vector(PyObject* x, int64_t count, const char* name) { return x == Py_None ? nullptr : vector<T>(x, count, name); }
   // A gradient of float32 that comes in: (count,) of any stride, or one number for all.
   const float* gradient(PyObject* x, int64_t count, int64_t& stride) {
     View v;
-    const bool fits = serves && view(x, v) && v.element() == Element::float32 && (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
+    const bool fits = serves && view(x, v, "grad") && v.element() == Element::float32 &&
+                      (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
     require(fits, "grad");
     stride = fits && v.ndim ? v.strides[0] : 0;
     return fits ? v.at<const float>() : nullptr;
@@ -193,7 +198,7 @@ class Reader {
     batch = rows;
     if (x == Py_None) return nullptr;
     View v;
-    const bool fits = serves && view(x, v) && v.ndim == 1;
+    const bool fits = serves && view(x, v, "row") && v.ndim == 1;
     require(fits, "row");
     batch = fits ? v.shape[0] : 0;
     const int64_t* row = fits ? vector<const int64_t>(x, batch, "row") : nullptr;
@@ -207,14 +212,14 @@ class Reader {
     py::object table = py::reinterpret_borrow<py::object>(x);
     num_history = 0;
     if (Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(torch.coefficients)) {
-      num_history = int(integer(table.attr("num_history").ptr(), 0, 3, "num_history"));
-      table = table.attr("table");
+      num_history = int(integer(checked(PyObject_GetAttr(x, torch.num_history)).ptr(), 0, 3, "num_history"));
+      table = checked(PyObject_GetAttr(x, torch.table));
     } else {
       require(is_checked_, "rows");
     }
     View v;
-    const bool fits = serves && view(table.ptr(), v) && v.ndim >= 1 && v.is_packed(v.ndim - 1) && v.shape[v.ndim - 1] == kColumns &&
-                      (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
+    const bool fits = serves && view(table.ptr(), v, "rows") && v.ndim >= 1 && v.is_packed(v.ndim - 1) &&
+                      v.shape[v.ndim - 1] == kColumns && (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
     require(fits && (v.element() == Element::float32 || v.element() == Element::float64), "rows");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
@@ -301,8 +306,7 @@ class Reader {
   }
 
   const View& first() const { return *first_; }  // of a call that is served
-
-  static bool is_true(PyObject* x, const char* attribute) { return py::handle(x).attr(attribute).ptr() == Py_True; }
+  static bool requires_grad(PyObject* x) { return checked(PyObject_GetAttr(x, torch.requires_grad)).ptr() == Py_True; }
 
  private:
   static constexpr int kLatents = 12;
@@ -312,21 +316,23 @@ class Reader {
   const View* first_ = nullptr;
   std::vector<float> rounded_;
 
-  Latent refused(const char* name) {
-    require(false, name);
-    return {};
-  }
-  bool view(PyObject* x, View& out) const {
+  Latent refused(const char* name) { return require(false, name), Latent{}; }
+  bool view(PyObject* x, View& out, const char* name) {
     PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
     if (type != torch.tensor && type != torch.parameter) return false;
     try {
       view_of(x, out);
+      // Its values may be those in memory with the other sign, which DLPack does not tell.
+      if (checked(PyObject_CallOneArg(torch.is_neg, x)).ptr() != Py_False) return false;
     } catch (const py::error_already_set&) {
       if (explains_) throw;
       return false;
     }
     if (out.device.type != dlpack::kCpu || (out.ndim > 0 && !out.strides)) return false;
-    return out.data || std::find(out.shape, out.shape + out.ndim, 0) != out.shape + out.ndim;
+    // Without memory the address is null, or an offset from it: no system maps the lowest 64 KiB.
+    if (reinterpret_cast<uintptr_t>(out.data) >= 65536) return true;
+    if (std::find(out.shape, out.shape + out.ndim, 0) != out.shape + out.ndim) return true;
+    return refuse<py::value_error>(std::string(name) + ": expected a tensor with memory, got freed storage, or none"), false;
   }
   void check_range(const int64_t* index, int64_t batch, int64_t count, const char* name) {
     for (int64_t b = 0; index && b < batch; ++b)
@@ -355,19 +361,13 @@ inline Made make(const int64_t* shape, int ndim, Element element) {
   if (!ndim) arguments[0] = none.ptr();
   arguments[positional] = torch.dtypes[int(element)];
   arguments[positional + 1] = torch.cpu;
-  PyObject* made = PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames);
-  if (!made) throw py::error_already_set();
+  const auto tensor = checked(PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames));
   View v;
-  auto tensor = py::reinterpret_steal<py::object>(made);
-  view_of(made, v);
+  view_of(tensor.ptr(), v);
   return {tensor, v.at<char>()};
 }
 
-inline int num_threads() {
-  const auto count = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(torch.get_num_threads));
-  if (!count) throw py::error_already_set();
-  return int(PyLong_AsLong(count.ptr()));
-}
+inline int num_threads() { return int(PyLong_AsLong(checked(PyObject_CallNoArgs(torch.get_num_threads)).ptr())); }
 
 // Runs a kernel without the interpreter's lock.
 template <class T>

@@ -17,6 +17,7 @@ from flowkern.schedules import Coefficients
 from .dispatch import is_tracing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED = torch.strided
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_STEP = 2**28
 STREAMS = {"init": 0, "step": 1, "match": 2}
@@ -28,6 +29,8 @@ def check_latent(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout is not STRIDED:
+        raise TypeError(f"{name}: expected a dense tensor, got the layout {x.layout}")
     if like is None:
         if x.ndim < 2:
             raise ValueError(
@@ -51,7 +54,7 @@ def check_latents(named: Mapping[str, Tensor]) -> torch.dtype:
         if first is None:
             check_latent(name, x)
             first, shape, device = x, x.shape, x.device
-        elif not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        elif not isinstance(x, Tensor) or x.dtype not in FLOATS or x.layout is not STRIDED:
             check_latent(name, x)
         elif x.shape != shape or x.device != device:
             check_latent(name, x, first)
@@ -84,7 +87,7 @@ def check_index(name: str, index: Tensor, count: int, device: torch.device) -> T
     if count == 0 and len(index):
         raise IndexError(f"{name}: expected no values where there are no rows, got {len(index)}")
     _check_range(name, index, count)
-    return index.long().contiguous()
+    return packed(index, torch.int64)
 
 
 def check_fraction(name: str, x: Tensor) -> None:
@@ -151,9 +154,15 @@ def check_rows(
 
 def per_sample_contiguous(x: Tensor) -> Tensor:
     """`x` where each sample is contiguous (whatever lies between samples), else a copy."""
+    x = x.resolve_neg()
     if x.is_contiguous() or x.shape[0] == 0 or x[0].is_contiguous():
         return x
     return x.contiguous()
+
+
+def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of `x`, without gradient, one after the other in memory of `dtype`."""
+    return x.detach().to(dtype).contiguous().resolve_neg()  # a view may hold the other sign
 
 
 def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, velocity: Tensor) -> None:
@@ -173,6 +182,8 @@ def check_out(out: Tensor, inputs: Iterable[Tensor]) -> None:
         raise ValueError("out: expected a tensor that requires no gradient")
     if is_tracing(out):
         return  # traced tensors have no addresses
+    if out.is_neg():
+        raise ValueError("out: expected memory to write, got a negated view")
     begin = out.data_ptr()
     end = begin + out.nbytes
     for x in inputs:
@@ -251,6 +262,4 @@ def _ids(name: str, value, batch: int, device: torch.device) -> Tensor:
         raise ValueError(f"{name}: expected shape ({batch},), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    if value.dtype == torch.int64 and value.is_contiguous():
-        return value
-    return value.long().contiguous()
+    return packed(value, torch.int64)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .dispatch import BackendError, is_in_func
 
 
 class EagerGradient(torch.autograd.Function):
@@ -17,18 +20,31 @@ class EagerGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, velocity: Tensor, saved: tuple, rest: tuple[Tensor, Callable, tuple]
+        ctx, velocity: Tensor, saved: tuple, rest: tuple[Tensor, Callable, tuple, str]
     ) -> Tensor:
-        """rest: the output, backward(grad, *saved, *settings), and its settings."""
+        """rest: the output, backward(grad, *saved, *settings), its settings, and the backend."""
         ctx.save_for_backward(*saved)
-        output, ctx.backward_pass, ctx.settings = rest
+        output, ctx.backward_pass, ctx.settings, ctx.backend = rest
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # with create_graph the result would pass for a constant
-            raise RuntimeError(
-                "the kernels have no second derivative; with create_graph=True use "
-                "backend='reference'"
-            )
+        if torch.is_grad_enabled() or is_in_func() or forward_ad._current_level >= 0:
+            _check_derivatives(ctx.backend)
+        if grad.is_neg():
+            grad = grad.resolve_neg()
         return ctx.backward_pass(grad, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+def _check_derivatives(backend: str) -> None:
+    """What a kernel makes of a gradient would pass for a constant."""
+    if backend == "reference":
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the kernels have no second derivative; with create_graph=True use backend='reference'"
+        )
+    raise BackendError(
+        "grad: the kernels' backward pass has no forward mode, nor torch.func (vmap); "
+        "use backend='reference'"
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from . import native
 
@@ -28,24 +29,36 @@ class BackendError(RuntimeError):
 
 @functools.cache  # asked at every call; nothing that the answer rests on changes in a process
 def choose(
-    impls: Sequence[Impl], device: torch.device, dtype: torch.dtype, backend: str | None
+    impls: Sequence[Impl],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+    transformed: bool = False,
 ) -> Impl:
     """The best of `impls` that can serve (on the CPU the first), or the one named `backend`.
 
-    `dtype` is float64 where any input is, else float32. Raises ValueError for an unknown name,
-    BackendError with the reason where the named one, or every one, cannot serve.
+    `dtype` is float64 where any input is, else float32; `transformed` is `is_transformed()`. Raises
+    ValueError for an unknown name, BackendError with the reason where the named one, or every one,
+    cannot serve.
     """
+
+    def why_not(impl: Impl) -> str | None:
+        if transformed and impl.name != "reference":
+            return (
+                "its kernels have no forward mode and cannot see into what torch.func wraps; "
+                "use backend='reference'"
+            )
+        return impl.why_not(device, dtype)
+
     if backend is None:
         for impl in best_first(impls, device):
-            if impl.why_not(device, dtype) is None and not (
-                impl.name == "triton" and interpreting()
-            ):
+            if why_not(impl) is None and not (impl.name == "triton" and interpreting()):
                 return impl
-        reasons = {impl.name: impl.why_not(device, dtype) for impl in impls}
+        reasons = {impl.name: why_not(impl) for impl in impls}
         raise BackendError(f"no backend can serve {dtype} on {device}: {reasons}")
     for impl in impls:
         if impl.name == backend:
-            reason = impl.why_not(device, dtype)
+            reason = why_not(impl)
             if reason is not None:
                 raise BackendError(
                     f"backend={backend!r} cannot serve {dtype} on {device}: {reason}"
@@ -118,6 +131,16 @@ def is_tracing(*tensors: torch.Tensor | None) -> bool:
         if t is not None and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return True
     return False
+
+
+is_in_func = torch._C._are_functorch_transforms_active
+
+
+def is_transformed() -> bool:
+    """Whether forward mode or a torch.func transform is under way: kernels read memory alone, and
+    would drop a tangent, or find none where a tensor stands for another. The reference serves.
+    """
+    return is_in_func() or forward_ad._current_level >= 0  # spelled out where a frame is too much
 
 
 def by_device(cpu: Callable, cuda_module: str) -> Callable:

@@ -73,8 +73,16 @@ def cuda() -> ModuleType:
 
 def latent(x: Tensor | None) -> tuple[int, int, int] | None:
     """(address, elements from sample to sample, dtype code), as the kernels take a latent."""
-    return None if x is None else (x.data_ptr(), x.stride(0), _DTYPE_CODES[x.dtype])
+    return None if x is None else (address(x), x.stride(0), _DTYPE_CODES[x.dtype])
 
 
 def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    if x is None:
+        return 0
+    found = x.data_ptr()
+    if found < 65536 and x.numel():  # null, or an offset from it
+        raise ValueError(
+            f"expected tensors with memory, got one of shape {tuple(x.shape)} of freed storage, "
+            "or none"
+        )
+    return found

@@ -18,6 +18,7 @@ from .dispatch import (
     Impl,
     choose,
     is_tracing,
+    is_transformed,
     lazily,
     native_why_not,
     no_objection,
@@ -193,8 +194,10 @@ def philox_normal(
         device = torch.device("cuda", torch.cuda.current_device())
     key = check_key(seed, sample_id, step, shape[0], device)
     number = STREAMS[stream]
-    if is_tracing(key.sample_id, key.step):
+    transformed = is_transformed()
+    if is_tracing(key.sample_id, key.step) and not transformed:
         return _normal_op(
             list(shape), key.seed, key.sample_id, key.step, key.step_value, number, backend
         )
-    return choose(_IMPLS, device, torch.float32, backend).call(shape, key, number, device)
+    impl = choose(_IMPLS, device, torch.float32, backend, transformed)
+    return impl.call(shape, key, number, device)

@@ -33,6 +33,7 @@ from flowkern.ops._common.arguments import (
     check_per_sample,
     compute_dtype,
     is_number,
+    packed,
 )
 from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
@@ -40,6 +41,7 @@ from flowkern.ops._common.dispatch import (
     by_device,
     choose,
     is_tracing,
+    is_transformed,
     lazily,
     native_why_not,
     no_objection,
@@ -66,7 +68,6 @@ _BACKWARD = {
 _ADD_NOISE = {
     "native": by_device(native_impl.add_noise, _CUDA),
     "triton": lazily(_TRITON, "add_noise"),
-    "reference": reference.add_noise,
 }
 
 
@@ -263,9 +264,9 @@ def matching_loss(
     check_per_sample("advantage", advantage, x0.shape[0], x0.device)
     source = _check_noise(noise, seed, sample_id, step, x0)
     dtype = compute_dtype(velocity, x0, noise, old_velocity, velocity_ref, velocity_ema)
-    sigma, advantage = _per_sample(sigma, x0, dtype), advantage.detach().to(dtype).contiguous()
+    sigma, advantage = _per_sample(sigma, x0, dtype), packed(advantage, dtype)
     coefficients = (float(ref_coef), float(ema_coef), float(clip_low), float(clip_high), reduction)
-    kernel = _best(velocity.device, dtype, backend)
+    kernel = _best(velocity.device, dtype, backend, is_transformed())
     if kernel == "reference":
         inputs = (velocity, x0, sigma, advantage, row, source, nft, weighting, *anchors)
         return MatchingLoss(*reference.matching_loss(*inputs, *coefficients))
@@ -288,7 +289,7 @@ def _with_gradient(output, velocity, *kept) -> MatchingLoss:
     loss, *statistics, slopes = output
     if velocity.requires_grad and torch.is_grad_enabled():
         tensors, settings = _kept(slopes, velocity, *kept)
-        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings))
+        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings, kept[-1]))
     return MatchingLoss(loss, *statistics)
 
 
@@ -310,17 +311,19 @@ def add_noise(
     source = _check_noise(noise, seed, sample_id, step, x0)
     dtype = compute_dtype(x0, noise)
     sigma = _per_sample(sigma, x0, dtype)
-    kernel = _best(x0.device, dtype, backend)
+    kernel = _best(x0.device, dtype, backend, is_transformed())
+    if kernel == "reference":
+        return reference.add_noise(x0, sigma, source)
     key = (source.sample_id, source.step, source.seed, source.step_value)
     arguments = (x0.detach(), sigma, None if noise is None else noise.detach(), *key, kernel)
-    if kernel != "reference" and is_tracing(x0, sigma, noise, source.sample_id, source.step):
+    if is_tracing(x0, sigma, noise, source.sample_id, source.step):
         return _add_noise_op(*arguments)
     return _add_noise(*arguments)
 
 
-def _best(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+def _best(device: torch.device, dtype: torch.dtype, backend: str | None, transformed: bool) -> str:
     """The name of the implementation; compilers take it as it is."""
-    return choose(_IMPLS, device, dtype, backend).name
+    return choose(_IMPLS, device, dtype, backend, transformed).name
 
 
 # What torch.compiler.assume_constant_result sets; calling that imports the compiler, and triton.
@@ -364,7 +367,7 @@ def _per_sample(sigma: float | Tensor, x0: Tensor, dtype: torch.dtype) -> Tensor
             sigma = sigma.expand(x0.shape[0])
         check_per_sample("sigma", sigma, x0.shape[0], x0.device)
         check_fraction("sigma", sigma)
-        return sigma.detach().to(dtype).contiguous()
+        return packed(sigma, dtype)
     if not (is_number(sigma) and 0 <= sigma <= 1):
         raise ValueError(f"sigma: expected a number in [0, 1] or (B,), got {sigma!r}")
     return torch.full((x0.shape[0],), float(sigma), dtype=dtype, device=x0.device)

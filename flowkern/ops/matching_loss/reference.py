@@ -19,12 +19,13 @@ def noise_of(source: Noise, x0: Tensor, dtype: torch.dtype) -> Tensor:
     noise = source.given
     if noise is None:
         noise = reference_normal(x0.shape, source, STREAMS["match"], x0.device)
-    return noise.detach().to(dtype)
+    return noise.to(dtype)
 
 
 def add_noise(x0: Tensor, sigma: Tensor, source: Noise) -> Tensor:
     t = _wide(sigma, x0)
-    return ((1 - t) * x0.detach() + t * noise_of(source, x0, sigma.dtype)).to(x0.dtype)
+    with torch.no_grad():  # and not of detached tensors: a forward-mode tangent passes
+        return ((1 - t) * x0 + t * noise_of(source, x0, sigma.dtype)).to(x0.dtype)
 
 
 def matching_loss(
@@ -46,7 +47,7 @@ def matching_loss(
 
     v = samples(velocity)
     v_old = v.detach() if old_velocity is None else samples(old_velocity.detach())
-    u = noise_of(source, x0, dtype) - x0.detach().to(dtype)
+    u = (noise_of(source, x0, dtype) - x0.to(dtype)).detach()
     if nft:
         matching = _nft(v, v_old, u, sigma, advantage)
         loss, log_ratio = 5 * matching, torch.zeros_like(sigma)

@@ -32,6 +32,7 @@ from flowkern.ops._common.arguments import (
     check_rows,
     compute_dtype,
     is_number,
+    packed,
 )
 from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
@@ -39,6 +40,7 @@ from flowkern.ops._common.dispatch import (
     by_device,
     choose,
     is_tracing,
+    is_transformed,
     lazily,
     native_why_not,
     no_objection,
@@ -265,10 +267,10 @@ def policy_loss(
             "c_rows: rows with history weights are deterministic solver steps and are not trained"
         )
     advantage, old_log_prob, step_weight, kl_coef = (
-        None if value is None else value.detach().to(dtype).contiguous()
+        None if value is None else packed(value, dtype)
         for value in (advantage, old_log_prob, step_weight, kl_coef)
     )
-    kernel = _best(device, dtype, backend)
+    kernel = _best(device, dtype, backend, is_transformed())
     if kernel == "reference":
         inputs = (
             velocity, x_t, x_next, table, advantage, row, old_velocity, old_log_prob, source,
@@ -300,13 +302,13 @@ def _with_gradient(output, velocity, *kept) -> PolicyLoss:
     loss, *statistics, slopes = output
     if velocity.requires_grad and torch.is_grad_enabled():
         tensors, settings = _kept(slopes, velocity, *kept)
-        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings))
+        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings, kept[-1]))
     return PolicyLoss(loss, *statistics)
 
 
-def _best(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+def _best(device: torch.device, dtype: torch.dtype, backend: str | None, transformed: bool) -> str:
     """The name of the implementation; compilers take it as it is."""
-    return choose(_IMPLS, device, dtype, backend).name
+    return choose(_IMPLS, device, dtype, backend, transformed).name
 
 
 # What torch.compiler.assume_constant_result sets; calling that imports the compiler, and triton.

@@ -33,6 +33,7 @@ from flowkern.ops._common.dispatch import (
     by_device,
     choose,
     is_tracing,
+    is_transformed,
     lazily,
     native_why_not,
     no_objection,
@@ -219,19 +220,9 @@ def sde_step(
     x_next = _empty(x_t, out_dtype) if out is None else out
     log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
     _draw(
-        x_t,
-        velocity,
-        c_rows,
-        velocity_uncond,
-        guidance_scale,
-        history,
-        source,
-        x_next,
-        log_prob,
-        None,
-        dtype,
-        backend,
-    )
+        x_t, velocity, c_rows, velocity_uncond, guidance_scale, history, source,
+        x_next, log_prob, None, dtype, backend,
+    )  # fmt: skip
     return x_next, log_prob
 
 
@@ -273,19 +264,9 @@ def ode_step(
     x_next = _empty(x_t, out_dtype) if out is None else out
     x0 = torch.empty_like(x_next) if return_x0 else None
     _draw(
-        x_t,
-        velocity,
-        m_rows,
-        velocity_uncond,
-        guidance_scale,
-        history,
-        Noise(),
-        x_next,
-        None,
-        x0,
-        dtype,
-        backend,
-    )
+        x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, Noise(),
+        x_next, None, x0, dtype, backend,
+    )  # fmt: skip
     return (x_next, x0) if return_x0 else x_next
 
 
@@ -317,9 +298,15 @@ def sde_log_prob(
     _check_step(velocity, c_rows, velocity_uncond, guidance_scale, ())
     rows = check_rows("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
     inputs = (x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale))
-    if is_tracing(x_t, velocity, x_next, velocity_uncond):
+    transformed = is_transformed()
+    if is_tracing(x_t, velocity, x_next, velocity_uncond) and not transformed:
         return _replay_op(*inputs, backend)
-    impl = choose(_REPLAY, x_t.device, dtype, backend)
+    impl = choose(_REPLAY, x_t.device, dtype, backend, transformed)
+    if transformed:  # the reference, which torch differentiates
+        x_t, x_next, uncond = (
+            None if x is None else x.detach() for x in (x_t, x_next, velocity_uncond)
+        )
+        return impl.call(x_t, velocity, x_next, rows, uncond, inputs[-1])
     with torch.no_grad():  # the gradient is the kernel's
         log_prob = impl.call(*inputs)
     return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name)
@@ -333,7 +320,7 @@ def _with_gradient(log_prob: Tensor, saved: tuple, guidance_scale: float, kernel
     if not (velocity.requires_grad and torch.is_grad_enabled()):
         return log_prob
     backward = _GRADIENT[kernel]
-    return EagerGradient.apply(velocity, saved, (log_prob, backward, (guidance_scale,)))
+    return EagerGradient.apply(velocity, saved, (log_prob, backward, (guidance_scale,), kernel))
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:
@@ -387,7 +374,9 @@ def _draw(
     name = "c_rows" if log_prob is not None else "m_rows"
     table = check_rows(name, rows, x_t.shape[0], x_t.device, dtype)
     scale = float(guidance_scale)
-    if is_tracing(x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next):
+    tensors = (x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next)
+    transformed = is_transformed()
+    if is_tracing(*tensors) and not transformed:
         x_t, velocity, *history = (t.detach() for t in (x_t, velocity, *history))
         if velocity_uncond is not None:
             velocity_uncond = velocity_uncond.detach()
@@ -395,5 +384,6 @@ def _draw(
         _draw_op(*inputs, *source, x_next, log_prob, x0, backend)
         return
     inputs = (x_t, velocity, table, velocity_uncond, scale, history)
-    choose(_DRAW, x_t.device, dtype, backend).call(*inputs, source, x_next, log_prob, x0)
+    impl = choose(_DRAW, x_t.device, dtype, backend, transformed)
+    impl.call(*inputs, source, x_next, log_prob, x0)
     torch.autograd.graph.increment_version(x_next)  # a graph that saved `out` must notice
