@@ -34,13 +34,14 @@ class Way:
     """An iteration, again and again from the same step of the run; the first on given noise."""
 
     def __init__(self, loop, trainer, rows: tuple[int, int]):
-        self.loop, self.trainer, self.rows, self.start = loop, trainer, rows, trainer.global_step
+        self.loop, self.trainer, self.rows = loop, trainer, rows
+        self.start = trainer.global_step, trainer.iteration
         sampled, trained = rows
         # In rows forward; backward counts two.
         self.work = sampled + trained * (1 + 2 / trainer.objective.forwards)
 
     def __call__(self) -> tuple[torch.Tensor]:
-        self.trainer.global_step = self.start
+        self.trainer.global_step, self.trainer.iteration = self.start
         self.loop.step()
         if self.loop.rows != self.rows:
             raise RuntimeError(f"{self.loop.rows} network rows, expected {self.rows}")
@@ -131,7 +132,8 @@ def _trainer(name: str, folder: str, *more: str):
     path = ROOT / "configs" / "digits" / f"{name}.yaml"
     trainer = Trainer(load_config(path, [*overrides, *more]))
     updates = trainer.recipe.updates_per_rollout
-    trainer.global_step = trainer.config.train.steps // 2 // updates * updates
+    trainer.iteration = trainer.config.train.steps // 2 // updates
+    trainer.global_step = trainer.iteration * updates
     return trainer
 
 

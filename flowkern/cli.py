@@ -114,7 +114,7 @@ def _sample(options: argparse.Namespace) -> int:
     from flowkern.train.loading import load_pipeline
     from flowkern.train.lora import attach_lora
     from flowkern.train.tracking import save_grid, save_image
-    from flowkern.train.validation import sample_images
+    from flowkern.train.validation import SAMPLE_ITERATION, sample_images
 
     found = [find_checkpoint(str(path)) for path in checkpoints(options.checkpoint)[-1:]]
     directory = found[0] if found else find_checkpoint(str(options.checkpoint))
@@ -128,7 +128,7 @@ def _sample(options: argparse.Namespace) -> int:
     images = sample_images(
         model,
         [options.prompt] * options.num_images,
-        prompt_ids(0, torch.zeros_like(member)) + member,
+        prompt_ids(SAMPLE_ITERATION, torch.zeros_like(member)) + member,
         seed=options.seed,
         num_inference_steps=config.validation.num_inference_steps if steps is None else steps,
         guidance_scale=config.validation.guidance_scale if scale is None else scale,

@@ -36,8 +36,8 @@ class Credit:
     best_of: int | None = None
     """Train on this many of a group, half of them the best, half the worst; None: on all."""
     mix: Literal["reward", "advantage", "sum"] = "reward"
-    """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
-    own."""
+    """Several rewards: one advantage of their weighted sum, or the weighted mean (weights over the
+    sum of their sizes, so that a negative one stays a penalty) or sum of their own."""
     over_leaves: Literal["sum", "mean"] = "sum"
     """A choice gets the sum or the mean of the advantages of the leaves it leads to."""
 
@@ -56,7 +56,7 @@ class Credit:
         if self.mix == "reward":
             parts = [(1.0, sum(w * scores[name].double() for name, w in weights.items()))]
         else:
-            total = sum(weights.values()) if self.mix == "advantage" else 1.0
+            total = sum(map(abs, weights.values())) if self.mix == "advantage" else 1.0
             parts = [(w / total, scores[name]) for name, w in weights.items()]
         leaf = sum(
             weight * group_advantage(reward.flatten(), group.flatten(), **options)
@@ -73,7 +73,8 @@ class Credit:
             below = plan.below().to(leaf).T
             mean = below / below.sum(0)
             choice = leaf @ (mean if self.over_leaves == "mean" else below)
-            kept = kept @ mean
+            # Of a choice's leaves, those that are kept speak for it.
+            kept = (kept @ below) / ((kept > 0).to(leaf) @ below).clamp(min=1)
         return choice.clamp(-self.limit, self.limit) * self.scale * kept
 
 
@@ -94,7 +95,10 @@ def group_advantage(
     """
     _check(reward, group)
     value = reward.double()
-    counts = _rank(value, group) >= _size(group) * trimmed_ratio - 1e-9
+    size = _size(group)
+    dropped = (size.double() * trimmed_ratio + 1e-9).floor()
+    dropped = dropped.minimum(size - 1.0)  # never a whole group
+    counts = _rank(value, group) >= dropped
     mean, std, index = _statistics(value, group, unbiased, counts)
     if global_std:
         spread = _statistics(value, torch.zeros_like(group), unbiased, counts)[1]

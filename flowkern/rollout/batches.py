@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flowkern.rollout.engine import Rollout
+from flowkern.rollout.engine import Rollout, moved
 from flowkern.rollout.plan import Plan
 from flowkern.schedules import Coefficients
 
@@ -143,16 +143,17 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
     device = source.prompt_id.device
     leaf = torch.tensor([leaf for leaf, _ in plan.points])
     sigma = torch.tensor([sigma for _, sigma in plan.points], dtype=torch.float64)
-    where, leaf_of = prompt.to(device), leaf[site].to(device)
+    leaf_of = leaf[site]
+    where, leaf_of, step = (moved(value, device) for value in (prompt, leaf_of, site))
     return PointBatch(
         x0=rollout.latents[where, leaf_of],
-        sigma=sigma[site].to(device, source.precision),
+        sigma=moved(sigma[site], device, source.precision),
         prompt=where,
-        advantage=advantage[prompt, site].to(device, source.precision),
+        advantage=moved(advantage[prompt, site], device, source.precision),
         key={
             "seed": source.seed,
             "sample_id": source.prompt_id[where] + leaf_of,
-            "step": site.to(device),
+            "step": step,
         },
     )
 
@@ -164,24 +165,24 @@ def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) ->
     row = torch.arange(len(site)).repeat_interleave(count[site])
     within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
     choice = edges.order[first[site][row] + within]
-    origin = torch.tensor([rollout.kept[i] for i in edges.origins])[site].to(device)
-    where, of_row = prompt.to(device), row.to(device)
-    noise = edges.noise[choice].to(device)
+    origin = moved(torch.tensor([rollout.kept[i] for i in edges.origins])[site], device)
+    where, of_row = moved(prompt, device), moved(row, device)
+    noise = moved(edges.noise[choice], device)
     x_next = None
     if not rollout.is_redrawn:
-        end = torch.tensor([rollout.kept[i] for i in edges.ends])[choice].to(device)
+        end = moved(torch.tensor([rollout.kept[i] for i in edges.ends])[choice], device)
         x_next = rollout.states[end, where[of_row]]
     old = rollout.velocity
     return StepBatch(
         x_t=rollout.states[origin, where],
-        sigma=edges.sigma[site].to(device, source.precision),
+        sigma=moved(edges.sigma[site], device, source.precision),
         prompt=where,
         row=None if len(row) == len(site) else of_row,
-        coefficients=Coefficients(edges.table[choice]).to(device),
-        advantage=advantage[prompt[row], choice].to(device, source.precision),
-        weight=edges.weight[choice].to(device, source.precision),
+        coefficients=Coefficients(moved(edges.table[choice], device, source.precision)),
+        advantage=moved(advantage[prompt[row], choice], device, source.precision),
+        weight=moved(edges.weight[choice], device, source.precision),
         x_next=x_next,
-        old_velocity=None if old is None else old[site.to(device), where],
+        old_velocity=None if old is None else old[moved(site, device), where],
         key={
             "seed": source.seed,
             "sample_id": source.prompt_id[where[of_row]] + noise[:, 0],

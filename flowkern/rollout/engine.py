@@ -61,9 +61,10 @@ class Source:
         """Of noise levels, coefficients and advantages."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def empty(self, *rows: int) -> Tensor:
-        """States to be written, (*rows, *D)."""
-        return torch.empty(*rows, *self.shape, dtype=self.dtype, device=self.prompt_id.device)
+    def empty(self, *rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """States to be written, (*rows, *D); dtype: if another than theirs."""
+        device = self.prompt_id.device
+        return torch.empty(*rows, *self.shape, dtype=dtype or self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Rollout:
     kept: dict[int, int]
     """Node -> its place in `states`."""
     velocity: Tensor | None
-    """(O, P, *D): guided, at the plan's origins, of the weights that sampled; None unless kept."""
+    """(O, P, *D): guided, at the plan's origins, of the weights that sampled, in the precision of
+    the step kernel; None unless kept."""
     is_redrawn: bool
     """Is x_next drawn again from its seed, with `velocity`, where training needs it?"""
 
@@ -146,13 +148,16 @@ def _empty(plan: Plan, source: Source, keep_velocity: bool) -> Rollout:
     # A velocity per origin and a seed, in place of the states of many siblings.
     is_redrawn = source.dtype == torch.float32 and 2 * len(origins) < len(kept)
     kept = sorted(origins) if is_redrawn else kept
+    velocity = None
+    if is_redrawn or keep_velocity:
+        velocity = source.empty(len(origins), prompts, dtype=source.precision)
     return Rollout(
         plan,
         source,
         latents=source.empty(prompts, len(plan.leaves)),
         states=source.empty(len(kept), prompts),
         kept={node: place for place, node in enumerate(kept)},
-        velocity=source.empty(len(origins), prompts) if is_redrawn or keep_velocity else None,
+        velocity=velocity,
         is_redrawn=is_redrawn,
     )
 
@@ -243,10 +248,11 @@ class _Call:
         )
 
     def _rows(self, table: Coefficients, index: Tensor) -> Coefficients:
-        return table[index].to(self.x_t.device, self.source.precision)
+        rows = moved(table.table[index], self.x_t.device, self.source.precision)
+        return Coefficients(rows, table.num_history)
 
     def _move(self, value: Tensor) -> Tensor:
-        return value.to(self.x_t.device, non_blocking=True)
+        return moved(value, self.x_t.device)
 
     def _index(self, index: Tensor) -> slice | Tensor:
         """Rows that follow each other as a slice, which copies nothing."""
@@ -254,6 +260,11 @@ class _Call:
         if torch.equal(index, torch.arange(first, first + len(index))):
             return slice(first, first + len(index))
         return self._move(index)
+
+
+def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """From the host; converted there, so that the copy waits for nothing on the device."""
+    return value.to(dtype or value.dtype).to(device, non_blocking=True)
 
 
 def guided(velocity: Tensor, velocity_uncond: Tensor | None = None, guidance_scale: float = 1.0):

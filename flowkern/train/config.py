@@ -61,6 +61,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("weights: got none, expected at least one reward")
+        if not any(self.weights.values()):
+            raise ValueError("weights: got 0 for every reward, expected one that counts")
         twice = sorted(set(self.weights) & set(self.report))
         if twice:
             raise ValueError(f"report: {twice[0]!r} is in reward.weights already")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,16 +49,16 @@ class Copies:
         for weight, other in zip(self._parameters, self._copies[name], strict=True):
             weight.data, other.data = other.data, weight.data
 
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        return self._copies
+    def state_dict(self) -> dict[str, Any]:
+        return {"copies": self._copies, "current": sorted(self._current)}
 
-    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        if state.keys() != self._copies.keys():
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        stored_copies, self._current = state["copies"], set(state["current"])
+        if stored_copies.keys() != self._copies.keys():
             raise ValueError(
-                f"train.resume_from_checkpoint: has the weight copies {sorted(state)}, expected "
-                f"{sorted(self._copies)}, those of this configuration"
+                f"train.resume_from_checkpoint: has the weight copies {sorted(stored_copies)}, "
+                f"expected {sorted(self._copies)}, those of this configuration"
             )
         for name, copy in self._copies.items():
-            for tensor, stored in zip(copy, state[name], strict=True):
+            for tensor, stored in zip(copy, stored_copies[name], strict=True):
                 tensor.copy_(stored)
-        self._current.clear()

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from flowkern.train.config import Config, ConfigError
@@ -26,6 +26,8 @@ def make_accelerator(config: Config) -> Accelerator:
         mixed_precision=config.train.mixed_precision,
         log_with=tracker,
         project_dir=config.output_dir,
+        # Frozen, and as large as pos_embed; DDP otherwise sends them at every optimizer step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if tracker and not accelerator.log_with:
         raise ConfigError(f"train.report_to: {tracker!r} is not installed here")

@@ -10,13 +10,15 @@ from torch import Tensor
 from flowkern.ops.policy_loss import PolicyLoss
 from flowkern.train.distributed import Laps
 
-STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl")
+STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "trained")
+"""The last is how many choices went through the network: those that teach nothing are left out."""
 
 
 def summed(out: PolicyLoss) -> Tensor:
     """STATISTICS over the choices of a micro-batch, on the device."""
     parts = (out.loss, out.ratio, out.clipped_high, out.clipped_low, out.kl)
-    return torch.stack([part.detach().float().sum() for part in parts])
+    sums = [part.detach().float().sum() for part in parts]
+    return torch.stack([*sums, torch.full_like(sums[0], len(out.ratio))])
 
 
 def records(

@@ -38,7 +38,8 @@ class Trainer:
     """Everything a run holds. `run` does all of it; `step` is one iteration."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.recipe, self.global_step = config, config.algorithm, 0
+        self.config, self.recipe = config, config.algorithm
+        self.global_step = self.iteration = 0  # optimizer steps and rollouts so far
         self.output_dir = Path(config.output_dir)
         self.accelerator = distributed.make_accelerator(config)
         self.device = self.accelerator.device
@@ -103,13 +104,9 @@ class Trainer:
                 totals += metrics.summed(out)
             updates.append(self.update(totals / choices))
             laps.mark()
+        self.iteration += 1
         self.update_copies()
         return self.report(rollout.plan, scores, updates, laps)
-
-    @property
-    def iteration(self) -> int:
-        """The number of rollouts so far."""
-        return self.global_step // self.recipe.updates_per_rollout
 
     def draw_prompts(self) -> list[Row]:
         """This rank's prompts of the iteration, P."""
@@ -128,7 +125,8 @@ class Trainer:
             Source(seed, prompt_ids(self.iteration, self.slots), model.latent_shape(*size)),
             self.config.train.max_batch,
             guidance=recipe.guidance(uncond=len(prompts)),
-            keep_velocity=recipe.updates_per_rollout > 1,  # the weights move in between
+            # Where the weights move in between, or never were those that sampled.
+            keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
         )
 
     def score(self, rollout: Rollout, prompts: Sequence[Row]) -> dict[str, Tensor]:
@@ -177,7 +175,9 @@ class Trainer:
         means = self.accelerator.reduce(means, "mean")
         *values, grad_norm = torch.cat([means, norm.reshape(1).to(means)]).tolist()
         found = dict(zip(metrics.STATISTICS, values, strict=True))
-        loss, step = found.pop("loss"), self.global_step + 1
+        loss, trained, step = found.pop("loss"), found.pop("trained"), self.global_step + 1
+        for name in ("ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower"):
+            found[name] /= trained  # there is none of those left out
         is_scaled = self.accelerator.scaler is not None  # fp16 skips a step that overflowed
         for name, value in {"loss": loss, "gradient norm": 0.0 if is_scaled else grad_norm}.items():
             if not math.isfinite(value):
@@ -318,7 +318,9 @@ class Trainer:
                 "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler,
                 "copies": self.copies,
             }  # fmt: skip
-            state = {"step": self.global_step} | {n: p.state_dict() for n, p in parts.items()}
+            state = {"step": self.global_step, "iteration": self.iteration} | {
+                n: p.state_dict() for n, p in parts.items()
+            }
             torch.save(
                 state | ({"scaler": scaler.state_dict()} if scaler else {}), partial / "state.pt"
             )
@@ -339,7 +341,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if (path := directory / f"random-{self.rank}.pt").is_file():  # none for ranks that are new
             checkpoint.load_random_state(path)
-        self.global_step = state["step"]
+        self.global_step, self.iteration = state["step"], state["iteration"]
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "validation.jsonl"):
                 checkpoint.truncate_lines(self.output_dir / name, self.global_step)

@@ -18,7 +18,8 @@ from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.prompts import read_prompts
 
-RESERVED_ITERATION = 2**ITERATION_BITS - 1  # never a training rollout's
+# Never a training rollout's: of validation, and of the sample command.
+RESERVED_ITERATION, SAMPLE_ITERATION = 2**ITERATION_BITS - 1, 2**ITERATION_BITS - 2
 
 
 class Validation:

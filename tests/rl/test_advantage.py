@@ -165,3 +165,45 @@ def test_groups_without_a_spread_are_counted():
     plan = tree()
     reward = torch.tensor([[1.0, 5, 1, 6], [2, 3, 2, 3], [0.1, 0, 0.2, 1]])
     assert zero_std_ratio(reward, plan) == pytest.approx(3 / 6)
+
+
+def chain(members: int) -> Plan:
+    plan = Plan()
+    for member in range(members):
+        node = plan.draw(plan.root(member), 0.5, "flow_sde", 0.7, member, is_trained=True)
+        plan.leaf(plan.step(node, 0.0))
+    return plan
+
+
+@pytest.mark.parametrize("mix", ["reward", "advantage", "sum"])
+def test_a_negative_weight_is_a_penalty(mix):
+    scores = {"good": [[0.0, 0, 1, 1]], "bad": [[0.0, 1, 2, 3]]}
+    alone = advantages(scores, {"bad": -1.0}, plan=chain(4), mix=mix)
+    assert alone[0, 0] > alone[0, 1] > alone[0, 3]
+    mixed = advantages(scores, {"good": 1.0, "bad": -1.0}, plan=chain(4), mix=mix)
+    assert mixed[0, 2] > mixed[0, 3] and torch.isfinite(mixed).all()
+
+
+def test_trimming_rounds_down_and_never_takes_a_whole_group():
+    reward, group = torch.arange(12.0), torch.zeros(12, dtype=torch.int64)
+    one_dropped = (reward - reward[1:].mean()) / reward[1:].std(correction=0)
+    actual = group_advantage(reward, group, trimmed_ratio=0.1, eps=0.0)
+    torch.testing.assert_close(actual, one_dropped.double())
+    assert torch.isfinite(group_advantage(reward[:4], group[:4], trimmed_ratio=0.9)).all()
+
+
+def test_leaves_that_are_kept_speak_for_their_choice():
+    # Both images of the first draw's branch are among the extremes of one group only.
+    plan = Plan()
+    for member in range(4):
+        node = plan.draw(plan.root(member), 0.5, "flow_sde", 0.7, member, is_trained=True)
+        for group in range(2):
+            end = plan.step(node, 0.25 / (1 + group))
+            plan.leaf(plan.step(end, 0.0), group=group)
+    scores = {"a": [[0.0, 1, 1, 0, 2, 3, 3, 2]]}  # leaf 2 m + group
+    actual = advantages(scores, plan=plan, best_of=2, limit=50.0)
+    by_group = [np.array([0.0, 1, 2, 3]), np.array([1.0, 0, 3, 2])]
+    unit = [(r - r.mean()) / r.std() for r in by_group]
+    kept = [np.array([1, 0, 0, 1]), np.array([0, 1, 1, 0])]
+    expected = 2 * sum(u * k for u, k in zip(unit, kept, strict=True))
+    torch.testing.assert_close(actual, torch.from_numpy(expected)[None])

@@ -195,3 +195,14 @@ def test_too_small_a_batch_is_refused():
     for guidance, least in ((None, 1), (Guidance(2.0, UNCOND), 2)):
         with pytest.raises(ValueError, match=f"max_batch: got {least - 1}, expected at least"):
             run(make_tree(), field, make_source(), least - 1, guidance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocities_are_kept_in_the_precision_of_the_step(dtype):
+    """Rounded to the dtype of the states they would move the ratio by more than a clip range."""
+    source, guidance = make_source(dtype=dtype), Guidance(2.5, UNCOND)
+    rollout = run(make_tree(), field, source, 7, guidance, keep_velocity=True)
+    assert rollout.states.dtype == dtype and rollout.velocity.dtype == torch.float32
+    assert not torch.equal(rollout.velocity, rollout.velocity.to(dtype).float())
+    rows = batch(rollout, torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.ones(3, 8))
+    assert rows.sigma.dtype == rows.advantage.dtype == torch.float32

@@ -131,7 +131,9 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
         expected = lines(straight.output_dir / file)
         assert lines(directory / file) == expected and len(expected) >= 2
     states = [
-        torch.load(trainer.output_dir / "checkpoint-4/state.pt", weights_only=True)["copies"]
+        torch.load(trainer.output_dir / "checkpoint-4/state.pt", weights_only=True)["copies"][
+            "copies"
+        ]
         for trainer in (straight, again)
     ]
     assert states[0].keys() == states[1].keys() == {*straight.recipe.copies, "evaluated"}
@@ -139,3 +141,29 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
         assert all(map(torch.equal, copy, states[1][key])), key
     averaged = directory / "checkpoint-4/ema/adapter_model.safetensors"
     assert averaged.read_bytes() != (averaged.parents[1] / averaged.name).read_bytes()
+
+
+def test_ratios_are_means_over_what_was_trained(small):
+    """And not over what was left out because it teaches nothing."""
+    tree = to_dict(small("dance_grpo"))
+    tree["algorithm"] |= {"group_size": 4, "best_of": 2}
+    record = Trainer(from_dict(tree)).step()[0]
+    assert record["ratio_mean"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_recipe_of_ones_own_may_sample_with_a_copy(small, tmp_path, monkeypatch):
+    """The ratio is then that to the copy, in the first update too."""
+    (tmp_path / "trailing.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Recipe(Base):\n"
+        "    copies = {'old': lambda n: 0.9}\n"
+        "    sampler = 'old'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = to_dict(small("flow_grpo", learning_rate=2e-2))
+    tree["algorithm"] |= {"name": "trailing:Recipe", "updates_per_rollout": 1}
+    trainer = Trainer(from_dict(tree))
+    ratios = [trainer.step()[0]["ratio_mean"] for _ in range(3)]
+    assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-5

@@ -14,10 +14,10 @@ def test_a_copy_is_a_running_mean_and_knows_when_it_is_current():
     copies.weights_moved()
     assert not copies.is_current("old")
     copies.update("mean", 0.75)
-    assert torch.equal(copies.state_dict()["mean"][0], torch.tensor([2.0, 3.0]))
+    assert torch.equal(copies.state_dict()["copies"]["mean"][0], torch.tensor([2.0, 3.0]))
     copies.update("old", 0.0)
     assert copies.is_current("old") and not copies.is_current("mean")
-    assert torch.equal(copies.state_dict()["old"][0], weight)
+    assert torch.equal(copies.state_dict()["copies"]["old"][0], weight)
 
 
 def test_a_network_runs_with_a_copy_and_gets_its_own_weights_back():
@@ -38,7 +38,7 @@ def test_a_network_runs_with_a_copy_and_gets_its_own_weights_back():
 def test_a_checkpoint_of_other_copies_is_refused():
     copies = Copies([torch.zeros(2)], ["old"])
     with pytest.raises(ValueError, match=r"weight copies \['ema'\], expected \['old'\]"):
-        copies.load_state_dict({"ema": [torch.zeros(2)]})
+        copies.load_state_dict({"copies": {"ema": [torch.zeros(2)]}, "current": []})
 
 
 def test_the_mean_that_is_evaluated_takes_one_step_per_optimizer_step(tiny):
@@ -62,6 +62,6 @@ def test_the_mean_that_is_evaluated_takes_one_step_per_optimizer_step(tiny):
     for n, weight in enumerate(weights[1:], start=1):
         decay = min((1 + n) / (10 + n), 0.2)
         expected = decay * expected + (1 - decay) * weight
-    actual = trainer.copies.state_dict()[EVALUATED][1]
+    actual = trainer.copies.state_dict()["copies"][EVALUATED][1]
     torch.testing.assert_close(actual, expected)
     assert len(weights) == 3 and not torch.equal(actual, weights[-1])

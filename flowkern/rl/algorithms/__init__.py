@@ -151,6 +151,11 @@ class EvenGridRecipe(PolicyRecipe):
         super().__post_init__()
         require(self, "above 0", "shift", "best_of")
         require(self, "from 0 to below 1", "trimmed_ratio")
+        if self.best_of is not None and (self.best_of % 2 or self.best_of > self.group_size):
+            raise ValueError(
+                f"best_of: got {self.best_of}, expected an even number, at most group_size, "
+                f"{self.group_size}"
+            )
 
     def levels(self, grid: Grid, first: int = 0, points: int | None = None) -> list[float]:
         """Noise levels from place `first` of the grid to its end, falling.

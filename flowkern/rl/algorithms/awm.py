@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Literal
 
 from flowkern.rl.advantage import Credit
 from flowkern.rl.algorithms import Grid, require, shared_random
@@ -40,15 +39,16 @@ class Recipe(Base):
     """Of the squared distance to the reference's velocity; 0.003 for OCR, 1e-4 for PickScore."""
     ema_coef: float = 1.0
     """Of the squared distance to the velocity of a copy that trails the weights."""
-    copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType(
-        {"ema": lambda n: min(0.3, 0.001 * n)}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "above 0", "num_train_timesteps")
         require(self, "above 0 to 1", "timestep_fraction")
         require(self, "at least 0", "noise_level", "ref_coef", "ema_coef")
+
+    @property
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
+        return {"ema": lambda n: min(0.3, 0.001 * n), "old": lambda n: 0.0}
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
         plan, chance, steps = Plan(), shared_random(seed, iteration), self.num_inference_steps
@@ -71,8 +71,8 @@ class Recipe(Base):
         return Credit(global_std=True, limit=self.adv_clip_max, scale=1 / self.adv_clip_max)
 
     def objective(self, uncond: int) -> Matching:
-        ema = {"ema": "ema", "ema_coef": self.ema_coef}
-        return Matching("awm", self.weighting, ref_coef=self.ref_coef, **ema)
+        old = None if self.updates_per_rollout == 1 else "old"  # one is on policy, as released
+        return Matching("awm", self.weighting, old, self.ref_coef, "ema", self.ema_coef)
 
     def released(self, iteration: int = 0, seed: int = 0) -> Cost:
         size = self.group_size

@@ -1,0 +1,146 @@
+"""The benchmark of the algorithms counts what is called and says what its curves say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("diffusers")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import algorithms  # noqa: E402
+import plot_algorithms as curves  # noqa: E402
+
+from flowkern.rl.algorithms import names  # noqa: E402
+from flowkern.train.config import load_config  # noqa: E402
+
+CONFIGS = sorted((ROOT / "configs/digits").glob("*.yaml"))
+TINY = (
+    "algorithm.prompts_per_rollout=2",
+    "algorithm.group_size=2",
+    "algorithm.updates_per_rollout=1",
+    "train.steps=1",
+)
+
+
+def run(name, seed, rewards, judges=None, **more):
+    """A run whose evaluations lie 100 forward-equivalents and a second apart."""
+    judges = judges or rewards
+    points = [
+        {
+            "forward_equivalents": 100 * i,
+            "seconds": float(i),
+            "iterations": i,
+            "sample": 40 * i,
+            "train_forward": 20 * i,
+            "train_gradient": 20 * i,
+            "reward": reward,
+            "judge": judge,
+            "distance": 2.0 + 0.1 * i,
+        }
+        for i, (reward, judge) in enumerate(zip(rewards, judges, strict=True))
+    ]
+    row = {"name": name, "seed": seed, "overrides": [], "learning_rate": 3e-3}
+    return row | {"curve": points, "images_per_iteration": 8, "optimizer_steps": 4} | more
+
+
+def test_every_algorithm_has_a_configuration_and_a_line():
+    assert [path.stem for path in CONFIGS] == names()
+    assert {entry.config for entry in algorithms.ENTRIES.values()} == set(names())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_differ_in_the_algorithm_alone(path):
+    config = load_config(path)
+    assert config.train.learning_rate in algorithms.LEARNING_RATES
+    tree, other = (yaml.safe_load(p.read_text()) for p in (path, path.with_name("flow_grpo.yaml")))
+    assert tree["algorithm"]["name"] == path.stem
+    for each in (tree, other):
+        for key in ("algorithm", "output_dir"):
+            del each[key]
+        for key in ("steps", "learning_rate", "checkpointing_steps"):
+            del each["train"][key]
+        del each["validation"]["steps"]
+    assert tree == other
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_guided", "g2rpo", "awm"])
+def test_rows_are_counted_as_the_plan_predicts(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    trainer = algorithms._trainer(algorithms.Job(name, 3, 1, TINY))
+    counter = algorithms.Counter(trainer)
+    for _ in range(2):
+        algorithms.evaluate(trainer)  # not counted
+        counter.add(*algorithms.timed(trainer.step))
+    recipe, now = trainer.recipe, counter.now
+    plans = [recipe.plan(trainer.model.sigmas, i, 3).cost() for i in range(2)]
+    sampled, sites = (2 * sum(getattr(plan, k) for plan in plans) for k in ("sample", "train"))
+    # In the first rollout AWM's running mean equals the weights, and is not called.
+    skipped = sites / 2 if name == "awm" else 0
+    assert now["sample"] == sampled * (1 if recipe.guidance_scale == 1 else 2)
+    assert now["train_gradient"] == sites
+    assert now["train_forward"] == sites * trainer.objective.forwards - skipped
+    total = now["sample"] + now["train_forward"] + 2 * now["train_gradient"]
+    assert counter.total == now["forward_equivalents"] == total
+    assert counter.images == plans[0].images
+
+
+def test_a_job_is_the_same_again_and_ends_at_its_budget():
+    job = algorithms.Job("flow_grpo", 3, 150, (*TINY, "algorithm.num_inference_steps=3"), points=2)
+    first, second = job.run(), job.run()
+    for row in (first, second):
+        for point in row["curve"]:
+            del point["seconds"]
+    assert first == second
+    taken = curves.column(first, "forward_equivalents")
+    assert taken[0] == 0 and taken[-1] >= 150 > taken[-2]
+    assert len(first["traces"]["grad_norm"]) == first["curve"][-1]["iterations"]
+
+
+def test_levels_are_interpolated_and_must_be_reached_by_all():
+    a, b = run("a", 0, [0.5, 0.7, 0.66, 0.9]), run("a", 1, [0.5, 0.6, 0.7, 0.72])
+    assert curves.to_reach(a, 0.6) == pytest.approx(50)
+    assert curves.to_reach(a, 0.7, "seconds") == pytest.approx(1)
+    assert curves.to_reach(a, 0.8) == pytest.approx(200 + 100 * 0.14 / 0.24)
+    assert curves.to_reach(a, 0.4) == 0
+    assert curves.to_reach(b, 0.8) is None
+    assert curves.mean_to_reach([a, b], 0.6) == pytest.approx(75)
+    assert curves.mean_to_reach([a, b], 0.8) is None
+    assert curves.common_level([a], [b]) == 0.7
+    assert curves.common_level([a], [run("c", 0, [0.5, 0.5])]) is None
+    assert curves.at(b, "reward", 150) == pytest.approx(0.65)
+
+
+def test_learning_is_judged_by_both_margins():
+    margin = algorithms.MARGIN
+    fine = run("a", 0, [0.5, 0.5 + margin], [0.5, 0.5 + margin])
+    short = run("b", 0, [0.5, 0.49 + margin], [0.5, 0.9])
+    hacked = run("c", 0, [0.5, 0.8], [0.5, 0.5 + 0.79 * 0.3])
+    crashed = run("d", 1, [0.5, 0.9], failed="step 3: the loss is nan")
+    bad = algorithms.failures([fine, short, hacked, crashed])
+    assert [text.split(",")[0] for text in bad] == ["b", "c", "d"]
+    assert "+0.140" in bad[0] and "nan" in bad[2]
+
+
+def test_claims_follow_from_the_curves():
+    slow, fast = [0.5, 0.6, 0.7, 0.8], [0.5, 0.8, 0.9, 0.9]
+    rows = [run("flow_grpo", s, slow) for s in range(2)] + [run("awm", s, fast) for s in range(2)]
+    (claim,) = algorithms.claims({"runs": rows})
+    assert "to 0.80: 3.0 times by count" in claim[1]
+
+
+def test_a_result_is_drawn_and_printed(tmp_path, capsys):
+    machine = {"processor": "cpu", "torch": "2", "commit": "abc", "flowkern": "0", "utc": "now"}
+    result = {
+        "machine": machine | {"dirty": False},
+        "labels": {"a": "A"},
+        "settings": {"seeds": [0, 1], "processes": 2},
+        "seconds": 1.0,
+        "runs": [run("a", s, [0.5, 0.8]) for s in range(2)] + [run("b", 0, [0.5, 0.4])],
+    }
+    result["runs"].append({"name": "c", "seed": 0, "overrides": [], "curve": [], "failed": "no"})
+    algorithms._report(result, tmp_path / "algorithms.json")
+    assert (tmp_path / "algorithms.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "0.50 to 0.800" in printed and "0.50 to 0.400" in printed
