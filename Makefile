@@ -1,4 +1,4 @@
-# make speed | test | train | lint | fuzz | sanitize | gpu | wheel.   VENV=none uses the Python that is there and installs nothing.
+# make speed | algorithms | test | train | lint | fuzz | sanitize | gpu | wheel.   VENV=none uses the Python that is there and installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 FLOWKERN_BUILD ?= auto
@@ -12,10 +12,13 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(FLOWKERN_BUILD)
 endif
 
-.PHONY: speed test train lint fuzz sanitize gpu wheel native clean
+.PHONY: speed algorithms test train lint fuzz sanitize gpu wheel native clean
 
 speed: $(READY)
 	$(RUN) benchmarks/speed.py $(ARGS)
+
+algorithms: $(READY)
+	$(RUN) benchmarks/algorithms.py $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)

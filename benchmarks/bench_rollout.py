@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from harness import ROOT, Case, Contender, describe_machine, device_slug, run_case
 
-PROMPTS = {"flow_grpo": 8, "mix_grpo": 8, "mix_grpo_flash": 8, "temp_flow_grpo": 4, "g2rpo": 4}
+PROMPTS = {"flow_grpo": 8, "mixgrpo": 8, "mixgrpo_flash": 8, "tempflow_grpo": 4, "g2rpo": 4}
 SAMPLE, GROUP, PROMPT = (
     f"plain PyTorch, one {unit} at a time" for unit in ("sample", "group", "prompt")
 )
-AS_RELEASED = {"flow_grpo": GROUP, "temp_flow_grpo": GROUP}  # the others: one sample at a time
+AS_RELEASED = {"flow_grpo": GROUP, "tempflow_grpo": GROUP}  # the others: one sample at a time
 
 
 class Way:

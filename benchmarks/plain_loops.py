@@ -295,5 +295,5 @@ class G2RPO(PlainLoop):
             yield Move(slot, step, trunk[i], x_next, probability, groups, rewards)
 
 
-LOOPS = {"flow_grpo": FlowGRPO, "mix_grpo": MixGRPO, "mix_grpo_flash": MixGRPO}
-LOOPS |= {"temp_flow_grpo": TempFlowGRPO, "g2rpo": G2RPO}
+LOOPS = {"flow_grpo": FlowGRPO, "mixgrpo": MixGRPO, "mixgrpo_flash": MixGRPO}
+LOOPS |= {"tempflow_grpo": TempFlowGRPO, "g2rpo": G2RPO}

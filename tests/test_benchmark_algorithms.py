@@ -9,6 +9,8 @@ import yaml
 pytest.importorskip("diffusers")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import algorithm_runs  # noqa: E402
+import algorithm_tables  # noqa: E402
 import algorithms  # noqa: E402
 import plot_algorithms as curves  # noqa: E402
 
@@ -47,13 +49,13 @@ def run(name, seed, rewards, judges=None, **more):
 
 def test_every_algorithm_has_a_configuration_and_a_line():
     assert [path.stem for path in CONFIGS] == names()
-    assert {entry.config for entry in algorithms.ENTRIES.values()} == set(names())
+    assert {entry.config for entry in algorithm_runs.ENTRIES.values()} == set(names())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_differ_in_the_algorithm_alone(path):
     config = load_config(path)
-    assert config.train.learning_rate in algorithms.LEARNING_RATES
+    assert config.train.learning_rate in algorithm_runs.LEARNING_RATES
     tree, other = (yaml.safe_load(p.read_text()) for p in (path, path.with_name("flow_grpo.yaml")))
     assert tree["algorithm"]["name"] == path.stem
     for each in (tree, other):
@@ -68,11 +70,11 @@ def test_configurations_differ_in_the_algorithm_alone(path):
 @pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_guided", "g2rpo", "awm"])
 def test_rows_are_counted_as_the_plan_predicts(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    trainer = algorithms._trainer(algorithms.Job(name, 3, 1, TINY))
-    counter = algorithms.Counter(trainer)
+    trainer = algorithm_runs._trainer(algorithm_runs.Job(name, 3, 1, TINY))
+    counter = algorithm_runs.Counter(trainer)
     for _ in range(2):
-        algorithms.evaluate(trainer)  # not counted
-        counter.add(*algorithms.timed(trainer.step))
+        algorithm_runs.evaluate(trainer)  # not counted
+        counter.add(*algorithm_runs.timed(trainer.step))
     recipe, now = trainer.recipe, counter.now
     plans = [recipe.plan(trainer.model.sigmas, i, 3).cost() for i in range(2)]
     sampled, sites = (2 * sum(getattr(plan, k) for plan in plans) for k in ("sample", "train"))
@@ -87,7 +89,9 @@ def test_rows_are_counted_as_the_plan_predicts(name, monkeypatch):
 
 
 def test_a_job_is_the_same_again_and_ends_at_its_budget():
-    job = algorithms.Job("flow_grpo", 3, 150, (*TINY, "algorithm.num_inference_steps=3"), points=2)
+    job = algorithm_runs.Job(
+        "flow_grpo", 3, 150, (*TINY, "algorithm.num_inference_steps=3"), points=2
+    )
     first, second = job.run(), job.run()
     for row in (first, second):
         for point in row["curve"]:
@@ -113,7 +117,7 @@ def test_levels_are_interpolated_and_must_be_reached_by_all():
 
 
 def test_learning_is_judged_by_both_margins():
-    margin = algorithms.MARGIN
+    margin = algorithm_runs.MARGIN
     fine = run("a", 0, [0.5, 0.5 + margin], [0.5, 0.5 + margin])
     short = run("b", 0, [0.5, 0.49 + margin], [0.5, 0.9])
     hacked = run("c", 0, [0.5, 0.8], [0.5, 0.5 + 0.79 * 0.3])
@@ -126,7 +130,7 @@ def test_learning_is_judged_by_both_margins():
 def test_claims_follow_from_the_curves():
     slow, fast = [0.5, 0.6, 0.7, 0.8], [0.5, 0.8, 0.9, 0.9]
     rows = [run("flow_grpo", s, slow) for s in range(2)] + [run("awm", s, fast) for s in range(2)]
-    (claim,) = algorithms.claims({"runs": rows})
+    (claim,) = algorithm_tables.claims({"runs": rows})
     assert "to 0.80: 3.0 times by count" in claim[1]
 
 
@@ -140,7 +144,7 @@ def test_a_result_is_drawn_and_printed(tmp_path, capsys):
         "runs": [run("a", s, [0.5, 0.8]) for s in range(2)] + [run("b", 0, [0.5, 0.4])],
     }
     result["runs"].append({"name": "c", "seed": 0, "overrides": [], "curve": [], "failed": "no"})
-    algorithms._report(result, tmp_path / "algorithms.json")
+    algorithm_tables.report(result, tmp_path / "algorithms.json")
     assert (tmp_path / "algorithms.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "0.50 to 0.800" in printed and "0.50 to 0.400" in printed

@@ -22,16 +22,16 @@ DEFAULTS = {
     "g2rpo": "1496 1792 17% 8 8 192",
     "g2rpo, as in the paper": "1700 2188 22% 8 8 288",
     "grpo_guard": "240 240 0% 216 216 24",
-    "mix_grpo": "289 300 4% 37 48 12",
-    "mix_grpo_flash": "121 132 8% 37 48 12",
-    "mix_grpo_flash_star": "73 84 13% 37 48 12",
-    "temp_flow_grpo": "1116 1116 0% 36 216 216",
+    "mixgrpo": "289 300 4% 37 48 12",
+    "mixgrpo_flash": "121 132 8% 37 48 12",
+    "mixgrpo_flash_star": "73 84 13% 37 48 12",
+    "tempflow_grpo": "1116 1116 0% 36 216 216",
 }
 MEANS = {
     "dance_grpo": "181 192 6% 102 108 12",
     "flow_grpo_fast, branching": "181.5 204.5 11% 25 48 24",
-    "mix_grpo": "228.5 300 24% 37 48 12",
-    "mix_grpo_flash": "99.2 187.2 47% 37 48 12",
+    "mixgrpo": "228.5 300 24% 37 48 12",
+    "mixgrpo_flash": "99.2 187.2 47% 37 48 12",
 }
 
 
@@ -59,11 +59,11 @@ def test_every_algorithm_at_its_papers_defaults(capsys):
 
 
 def test_only_the_algorithms_named(capsys):
-    found = printed(capsys, "mix_grpo", "awm")
-    assert [name for name, _ in found] == ["mix_grpo", "mix_grpo", "awm"]
+    found = printed(capsys, "mixgrpo", "awm")
+    assert [name for name, _ in found] == ["mixgrpo", "mixgrpo", "awm"]
     assert main(["cost", "mix_gppo"]) == 1
     error = capsys.readouterr().err
-    assert "got 'mix_gppo', expected" in error and "mix_grpo_flash_star" in error
+    assert "got 'mix_gppo', expected" in error and "mixgrpo_flash_star" in error
 
 
 def test_a_configuration_with_overrides(capsys):
@@ -78,10 +78,10 @@ def test_a_configuration_with_overrides(capsys):
 def test_the_mean_of_a_short_run_is_of_its_own_rollouts(capsys):
     pytest.importorskip("yaml")
     options = ["algorithm.window_iterations=1", "algorithm.group_size=12", "train.steps=8"]
-    path = str(ROOT / "configs/digits/mix_grpo.yaml")
+    path = str(ROOT / "configs/digits/mixgrpo.yaml")
     found = printed(capsys, "--config", path, *options, "algorithm.updates_per_rollout=4")
     # Starts 0 and 1: (c + 1) + 12 (24 - c) each.
-    assert found["mix_grpo", "mean of 2"].startswith("283.5 300 6% 37 48")
+    assert found["mixgrpo", "mean of 2"].startswith("283.5 300 6% 37 48")
     assert main(["cost", "--config", path, "train.stepz=1"]) == 1
     assert "train.stepz: unknown key" in capsys.readouterr().err
 
@@ -94,13 +94,13 @@ import sys
 sys.modules.update(dict.fromkeys({absent!r}))
 sys.stdout.isatty = lambda: True
 from flowkern.cli import main
-sys.exit(main(["cost", "temp_flow_grpo"]))
+sys.exit(main(["cost", "tempflow_grpo"]))
 """
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     row = run.stdout.splitlines()[-1].split()
-    assert row == ["temp_flow_grpo", *DEFAULTS["temp_flow_grpo"].split()]
+    assert row == ["tempflow_grpo", *DEFAULTS["tempflow_grpo"].split()]
 
 
 def pairs(name, place):

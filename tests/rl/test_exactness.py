@@ -279,21 +279,21 @@ CASES = {
         lambda sigmas, steps: naive.dance_grpo(sigmas, steps), UNBIASED,
         grid=shifted, best_of=2, unit=8 / 2,
     ),
-    "mix_grpo": policy(
-        "mix_grpo", {"num_inference_steps": 8, "window": 2, "window_iterations": 5},
+    "mixgrpo": policy(
+        "mixgrpo", {"num_inference_steps": 8, "window": 2, "window_iterations": 5},
         lambda sigmas, _: naive.window(sigmas, range(2, 4), 3, "flow_sde", 0.7),
         UNBIASED, grid=shifted, iteration=10,
     ),
-    "mix_grpo_flash": policy(
-        "mix_grpo_flash", {"num_inference_steps": 12, "window": 2, "window_iterations": 5},
+    "mixgrpo_flash": policy(
+        "mixgrpo_flash", {"num_inference_steps": 12, "window": 2, "window_iterations": 5},
         lambda *_: naive.flash(12, range(1, 3), 3, 0.4), UNBIASED, iteration=5,
     ),
-    "mix_grpo_flash_star": policy(
-        "mix_grpo_flash_star", {"num_inference_steps": 25},
+    "mixgrpo_flash_star": policy(
+        "mixgrpo_flash_star", {"num_inference_steps": 25},
         lambda *_: naive.flash(25, range(4), 3, 0.2), UNBIASED, iteration=200,
     ),
-    "temp_flow_grpo": policy(
-        "temp_flow_grpo", GUIDED | {"num_seeds": 2},
+    "tempflow_grpo": policy(
+        "tempflow_grpo", GUIDED | {"num_seeds": 2},
         lambda sigmas, _: naive.tempflow(sigmas, 2, 3), POPULATION, kl_coef=0.05,
     ),
     **{f"g2rpo, {sizes}": policy(
@@ -390,10 +390,10 @@ def test_a_rollout_that_teaches_nothing_is_one_call_per_rank(name):
 
 def test_states_that_are_drawn_again_in_float32_give_the_gradient():
     """In float32 the states of many siblings are not kept, but drawn again from their keys."""
-    case, slots = CASES["temp_flow_grpo"], torch.tensor(SLOTS)
+    case, slots = CASES["tempflow_grpo"], torch.tensor(SLOTS)
     source = Source(SEED, prompt_ids(0, slots), SHAPE)
     assert run(case.plan, Network(0).float().of(slots), source, 1000).is_redrawn
-    found, exact = engine(case, dtype=torch.float32), whole("temp_flow_grpo")
+    found, exact = engine(case, dtype=torch.float32), whole("tempflow_grpo")
     error = (found.gradients - exact.gradients).norm(dim=1) / exact.gradients.norm(dim=1)
     assert (error < 1e-5).all(), error
     assert found.clipped == exact.clipped

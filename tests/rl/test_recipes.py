@@ -60,10 +60,10 @@ def test_a_recipe_is_one_short_file():
         ("flow_grpo_fast", {"window": 0}, (240, 216, 24), (240, 216, 24)),
         ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
         ("dance_grpo", {"timestep_fraction": 1.0}, (181, 169, 12), (192, 180, 12)),
-        ("mix_grpo", {}, (289, 37, 12), (300, 48, 12)),
-        ("mix_grpo_flash", {}, (121, 37, 12), (132, 48, 12)),
-        ("mix_grpo_flash_star", {}, (73, 37, 12), (84, 48, 12)),
-        ("temp_flow_grpo", {}, (1116, 36, 216), (1116, 216, 216)),
+        ("mixgrpo", {}, (289, 37, 12), (300, 48, 12)),
+        ("mixgrpo_flash", {}, (121, 37, 12), (132, 48, 12)),
+        ("mixgrpo_flash_star", {}, (73, 37, 12), (84, 48, 12)),
+        ("tempflow_grpo", {}, (1116, 36, 216), (1116, 216, 216)),
         ("g2rpo", {}, (1496, 8, 192), (1792, 8, 193)),
         ("g2rpo", {"granularities": [1, 2, 3]}, (1700, 8, 288), (2188, 8, 289)),
         ("g2rpo", {"granularities": [1]}, (1112, 8, 96), (1216, 8, 97)),
@@ -78,7 +78,7 @@ def test_what_a_prompt_costs(name, options, ours, released):
 
 
 def test_a_window_costs_what_its_place_lets_samples_share():
-    every = recipe("mix_grpo")(window_iterations=1)
+    every = recipe("mixgrpo")(window_iterations=1)
     for start in range(20):
         plan = every.plan(sd3_sigmas, start)
         assert every.window_start(start, 0) == start
@@ -94,13 +94,13 @@ def test_a_window_costs_what_its_place_lets_samples_share():
 
 
 def test_flash_takes_less_than_half_of_the_released_calls():
-    mine, theirs = mean_cost(recipe("mix_grpo_flash")(window_iterations=1), sd3_sigmas, range(20))
+    mine, theirs = mean_cost(recipe("mixgrpo_flash")(window_iterations=1), sd3_sigmas, range(20))
     assert (mine.sample, theirs.sample) == (pytest.approx(90.9), pytest.approx(205.2))
     assert mine.sample <= 0.5 * theirs.sample
     # The paper's own run: 15.6 calls per sample in the released loop ("16 on average").
-    mine, theirs = mean_cost(recipe("mix_grpo_flash")(), sd3_sigmas, range(300))
+    mine, theirs = mean_cost(recipe("mixgrpo_flash")(), sd3_sigmas, range(300))
     assert (mine.sample, theirs.sample) == (pytest.approx(99.2), pytest.approx(15.6 * 12))
-    mine, theirs = mean_cost(recipe("mix_grpo")(), sd3_sigmas, range(300))
+    mine, theirs = mean_cost(recipe("mixgrpo")(), sd3_sigmas, range(300))
     assert (mine.sample, theirs.sample) == (pytest.approx(228.5), 300)
 
 
@@ -113,20 +113,20 @@ def test_the_tree_follows_from_iteration_and_seed_alone(name):
 
     def tree(state, iteration=3, seed=5):
         random.seed(state), np.random.seed(state), torch.manual_seed(state)
-        options = {"strategy": "random"} if name == "mix_grpo" else {}
+        options = {"strategy": "random"} if name == "mixgrpo" else {}
         plan = plan_of(name, iteration, seed, **options)
         edges = [node.edge.table.tolist() for node in plan.nodes if node.parent >= 0]
         return [replace(node, edge=None) for node in plan.nodes], edges, plan.groups, plan.points
 
     assert tree(0) == tree(1)
-    if name in ("flow_grpo_fast", "dance_grpo", "mix_grpo", "awm", "diffusion_nft"):
+    if name in ("flow_grpo_fast", "dance_grpo", "mixgrpo", "awm", "diffusion_nft"):
         for other in ({"iteration": 4}, {"seed": 6}):
             key, value = next(iter(other.items()))
             assert any(tree(0, **{key: value + i}) != tree(0) for i in range(3)), key
 
 
 def test_the_random_windows_go_everywhere():
-    fast, mixed = recipe("flow_grpo_fast")(), recipe("mix_grpo")(strategy="random")
+    fast, mixed = recipe("flow_grpo_fast")(), recipe("mixgrpo")(strategy="random")
     assert {fast.window_start(i) for i in range(60)} == {0, 1, 2}
     assert {mixed.window_start(i, 0) for i in range(300)} == set(range(20))
     for i in range(20):
@@ -145,7 +145,7 @@ def test_the_random_windows_go_everywhere():
 @pytest.mark.parametrize("stride", [0, 1, 4])
 def test_the_window_is_whole_at_any_iteration(strategy, roll_back, stride):
     """Released, it is cut short from place 20 on, and empty at the end."""
-    it = recipe("mix_grpo")(strategy=strategy, roll_back=roll_back, stride=stride)
+    it = recipe("mixgrpo")(strategy=strategy, roll_back=roll_back, stride=stride)
     starts = [it.window_start(i, 1) for i in range(1500)]
     assert min(starts) >= 0 and max(starts) <= 19
     for start in {*starts}:
@@ -158,7 +158,7 @@ def test_the_window_is_whole_at_any_iteration(strategy, roll_back, stride):
 
 def test_windows_move_as_the_strategy_says():
     def stays(iterations=2000, **options):
-        it = recipe("mix_grpo")(**options)
+        it = recipe("mixgrpo")(**options)
         starts = [it.window_start(i, 0) for i in range(iterations)]
         moves = [i for i, (a, b) in enumerate(pairwise(starts), start=1) if a != b]
         return [b - a for a, b in pairwise([0, *moves])], starts
@@ -178,7 +178,7 @@ def test_windows_move_as_the_strategy_says():
 @pytest.mark.parametrize("start", range(20))
 def test_the_tail_of_flash_ends_in_an_image(ratio, start):
     """The one-point tail: released, no step was left at L >= 21 (16 at .2), and the image noisy."""
-    plan = plan_of("mix_grpo_flash", start, window_iterations=1, tail_ratio=ratio)
+    plan = plan_of("mixgrpo_flash", start, window_iterations=1, tail_ratio=ratio)
     last = start + 3
     points = max(2, int(max((25 - last) * ratio, 1)))
     u = [(1 - (last + 1) / 25) * (1 - i / (points - 1)) for i in range(points)]
@@ -196,12 +196,12 @@ def test_the_tail_of_flash_ends_in_an_image(ratio, start):
 
 def test_a_tail_on_the_models_own_grid():
     grid = sd3_sigmas(25).tolist()
-    own = plan_of("mix_grpo_flash", shift=None, tail_ratio=None)
+    own = plan_of("mixgrpo_flash", shift=None, tail_ratio=None)
     assert path(own, 0) == grid and own.nodes[-2].edge.num_history == 1
-    levels = path(plan_of("mix_grpo_flash", shift=None), 0)[4:]
+    levels = path(plan_of("mixgrpo_flash", shift=None), 0)[4:]
     assert len(levels) == 8 and levels[-1] == 0
     assert levels == pytest.approx(np.interp(np.linspace(4, 25, 8), range(26), grid))
-    plain = plan_of("mix_grpo")
+    plain = plan_of("mixgrpo")
     assert path(plain, 0) == EVEN_GRID
     assert {node.edge.num_history for node in plain.nodes[1:]} == {0}, "Euler"
 
@@ -315,7 +315,7 @@ def test_nft_matches_nine_of_ten_levels_of_every_image():
 )
 def test_noise_aware_weights_follow_from_the_grid(grid, noise_level, constant):
     """Released, the constant is 2.25 or 1.73 whatever the grid."""
-    plan = plan_of("temp_flow_grpo", grid=grid, noise_level=noise_level)
+    plan = plan_of("tempflow_grpo", grid=grid, noise_level=noise_level)
     trained = [plan.nodes[i] for i in plan.trained]
     for node in trained:
         assert node.weight / std(node) == pytest.approx(constant, abs=5e-5)
@@ -325,7 +325,7 @@ def test_noise_aware_weights_follow_from_the_grid(grid, noise_level, constant):
         table = [1.575, 1.672, 1.206, 1.003, 0.882, 0.794, 0.718, 0.635, 0.507]
         released = [2.25 * std(node) for node in trained[:54:6]]
         assert released == pytest.approx(table, abs=5e-4)
-    other = plan_of("temp_flow_grpo", grid=lambda steps: shifted_sigmas(steps, 1.0), kl_coef=0.0)
+    other = plan_of("tempflow_grpo", grid=lambda steps: shifted_sigmas(steps, 1.0), kl_coef=0.0)
     weights = {other.nodes[i].depth: other.nodes[i].weight for i in other.trained}
     assert sum(weights.values()) / 9 == pytest.approx(1, abs=1e-12)
 
@@ -337,7 +337,7 @@ def test_the_weights_of_all_others():
             if name == "grpo_guard":
                 dt = node.sigma - plan.nodes[node.parent].sigma
                 assert node.weight == pytest.approx(-1 / dt)
-            elif name != "temp_flow_grpo":
+            elif name != "tempflow_grpo":
                 assert node.weight == 1
 
 
@@ -366,10 +366,10 @@ def all_rows(rollout):
     return pair % sites, pair // sites, torch.ones(2, len(rollout.plan.trained))
 
 
-@pytest.mark.parametrize("name", ["flow_grpo", "temp_flow_grpo", "mix_grpo"])
+@pytest.mark.parametrize("name", ["flow_grpo", "tempflow_grpo", "mixgrpo"])
 def test_the_kl_has_its_dt(name):
     """Released Flow-GRPO divides by 2 g^2 instead of 2 std^2 = 2 g^2 (-dt)."""
-    options = {"window": 2} if name == "mix_grpo" else {}
+    options = {"window": 2} if name == "mixgrpo" else {}
     rollout = rollout_of(name, kl_coef=0.5, **options)
     rows = batch(rollout, *all_rows(rollout))
     anchors = {"reference": velocity_of(0.7)}
@@ -384,7 +384,7 @@ def test_the_kl_has_its_dt(name):
     # On policy the policy term is -weight A: the step weight leaves the KL alone.
     policy = -(rows.weight * rows.advantage).sum()
     torch.testing.assert_close(out.loss, policy + 0.5 * kl.sum(), rtol=1e-9, atol=0)
-    if name == "temp_flow_grpo":
+    if name == "tempflow_grpo":
         assert rows.weight.std() > 0.1
 
 
@@ -420,10 +420,10 @@ STATISTICS = {
     "flow_grpo_fast": (0, 1e-4, True, 1.0),
     "grpo_guard": (0, 1e-4, False, 1.0),
     "dance_grpo": (1, 1e-8, False, 1.0),
-    "mix_grpo": (1, 1e-8, False, 1.0),
-    "mix_grpo_flash": (1, 1e-8, False, 1.0),
-    "mix_grpo_flash_star": (1, 1e-8, False, 1.0),
-    "temp_flow_grpo": (0, 1e-4, False, 1.0),
+    "mixgrpo": (1, 1e-8, False, 1.0),
+    "mixgrpo_flash": (1, 1e-8, False, 1.0),
+    "mixgrpo_flash_star": (1, 1e-8, False, 1.0),
+    "tempflow_grpo": (0, 1e-4, False, 1.0),
     "g2rpo": (1, 1e-8, False, 1.0),
     "awm": (0, 1e-4, True, 0.2),
     "diffusion_nft": (0, 1e-4, True, 0.2),
@@ -462,10 +462,10 @@ def test_each_algorithm_has_its_own_statistics(name):
 def test_seed_groups_stay_seed_groups():
     """Released, they hang on one rank holding one seed: gathered first, they turn into prompt
     groups, and a lucky seed is praised for its luck."""
-    plan = plan_of("temp_flow_grpo")
+    plan = plan_of("tempflow_grpo")
     assert len({*plan.groups}) == 36 and plan.groups == sorted(plan.groups)
     luck = torch.tensor(plan.groups).double().expand(3, -1)  # depends on seed and step alone
-    credit = recipe("temp_flow_grpo")().credit()
+    credit = recipe("tempflow_grpo")().credit()
     assert not credit({"toy": luck}, {"toy": 1.0}, plan).any()
     siblings = torch.tensor(plan.trained).view(36, 6)
     for group in siblings.tolist():
@@ -493,8 +493,8 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
     steps = [plan.nodes[i].member for i in plan.trained]
     kept = {member for member, a in zip(steps, advantage[0].tolist(), strict=True) if a}
     assert kept == {0, 1, 10, 11}
-    assert recipe("mix_grpo")(trimmed_ratio=0.25).credit().trimmed_ratio == 0.25
-    assert recipe("mix_grpo")().credit().mix == "advantage"
+    assert recipe("mixgrpo")(trimmed_ratio=0.25).credit().trimmed_ratio == 0.25
+    assert recipe("mixgrpo")().credit().mix == "advantage"
 
 
 # ---- options are checked by name ----
@@ -512,11 +512,11 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
         ),
         ("dance_grpo", {"timestep_fraction": 1.2}, "timestep_fraction: got 1.2, expected"),
         ("dance_grpo", {"shift": 0.0}, "shift: got 0.0, expected a number above 0"),
-        ("mix_grpo", {"window": 24}, "window: got 24, expected at most 23"),
-        ("mix_grpo", {"stride": -1}, "stride: got -1"),
-        ("mix_grpo", {"trimmed_ratio": 1.0}, "trimmed_ratio: got 1.0"),
-        ("mix_grpo_flash", {"tail_ratio": 0.0}, "tail_ratio: got 0.0"),
-        ("temp_flow_grpo", {"num_seeds": 0}, "num_seeds: got 0"),
+        ("mixgrpo", {"window": 24}, "window: got 24, expected at most 23"),
+        ("mixgrpo", {"stride": -1}, "stride: got -1"),
+        ("mixgrpo", {"trimmed_ratio": 1.0}, "trimmed_ratio: got 1.0"),
+        ("mixgrpo_flash", {"tail_ratio": 0.0}, "tail_ratio: got 0.0"),
+        ("tempflow_grpo", {"num_seeds": 0}, "num_seeds: got 0"),
         ("g2rpo", {"granularities": []}, r"granularities: got \[\], expected different"),
         ("g2rpo", {"granularities": [2, 2]}, r"granularities: got \[2, 2\], expected different"),
         ("g2rpo", {"granularities": [0, 1]}, r"granularities: got \[0, 1\]"),
@@ -548,12 +548,12 @@ def test_short_grids_have_plans_too(name, steps):
 
 def test_the_public_count():
     for start in (0, 7, 19):
-        counts = cost("mix_grpo", window_start=start)
+        counts = cost("mixgrpo", window_start=start)
         assert counts["sample"] == (start + 1) + 12 * (24 - start) and counts["naive_sample"] == 300
         assert (counts["train"], counts["naive_train"], counts["decode"]) == (37, 48, 12)
     assert cost("flow_grpo", group_size=8)["sample"] == 80
-    with pytest.raises(ValueError, match="window_start: got 20, which mix_grpo never reaches"):
-        cost("mix_grpo", window_start=20)
+    with pytest.raises(ValueError, match="window_start: got 20, which mixgrpo never reaches"):
+        cost("mixgrpo", window_start=20)
 
 
 def test_names_of_nothing_are_told_apart():

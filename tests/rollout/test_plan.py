@@ -17,8 +17,8 @@ FORMS = [
     ("flow_grpo_fast", {"branching": True}),
     ("flow_grpo_fast", {"window": 0}),
     ("dance_grpo", {"init_same_noise": False}),
-    ("mix_grpo", {"strategy": "random", "init_same_noise": False}),
-    ("mix_grpo_flash", {"tail_order": 3, "tail_ratio": 1.0}),
+    ("mixgrpo", {"strategy": "random", "init_same_noise": False}),
+    ("mixgrpo_flash", {"tail_order": 3, "tail_ratio": 1.0}),
     ("g2rpo", {"granularities": [1, 2, 3], "num_inference_steps": 10, "shift": None}),
 ]
 

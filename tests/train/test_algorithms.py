@@ -35,10 +35,10 @@ SMALL = {
     "flow_grpo_fast": {"num_inference_steps": 6, "window": 2},
     "g2rpo": {"num_inference_steps": 6, "branch_steps": 2, "granularities": [1, 2, 3]},
     "grpo_guard": {"num_inference_steps": 3},
-    "mix_grpo": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
-    "mix_grpo_flash": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
-    "mix_grpo_flash_star": {"num_inference_steps": 16, "window": 2},
-    "temp_flow_grpo": {"num_inference_steps": 3, "num_seeds": 2},
+    "mixgrpo": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
+    "mixgrpo_flash": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
+    "mixgrpo_flash_star": {"num_inference_steps": 16, "window": 2},
+    "tempflow_grpo": {"num_inference_steps": 3, "num_seeds": 2},
 }
 
 

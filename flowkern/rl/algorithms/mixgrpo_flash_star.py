@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowkern.rl.algorithms.mix_grpo_flash import Recipe as MixGRPOFlash
+from flowkern.rl.algorithms.mixgrpo_flash import Recipe as MixGRPOFlash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flowkern.rl.algorithms import Grid, require
-from flowkern.rl.algorithms.mix_grpo import Recipe as MixGRPO
+from flowkern.rl.algorithms.mixgrpo import Recipe as MixGRPO
 from flowkern.rollout.plan import Cost
 
 

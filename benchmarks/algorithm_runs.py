@@ -1,0 +1,288 @@
+"""Training runs of the algorithms on the demo model, with every network row counted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from statistics import mean, median
+
+import torch
+from harness import ROOT
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: a configuration, and what differs from it."""
+
+    label: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    is_variant: bool = False
+    """Not one that --quick asks to learn."""
+
+
+CONFIGS = ROOT / "configs" / "digits"
+TUNED = ("train.learning_rate=6e-3",)  # for this budget; the configuration's is for a longer run
+PAPERS_SETTING = ("algorithm.guidance_scale=2.0", "algorithm.kl_coef=0.004")
+ENTRIES = {
+    "flow_grpo": Entry("Flow-GRPO", "flow_grpo", TUNED),
+    "flow_grpo_guided": Entry(
+        "Flow-GRPO, guidance and KL", "flow_grpo", (*TUNED, *PAPERS_SETTING), is_variant=True
+    ),
+    "flow_grpo_fast": Entry("Flow-GRPO-Fast", "flow_grpo_fast"),
+    "grpo_guard": Entry("GRPO-Guard", "grpo_guard"),
+    "dance_grpo": Entry("DanceGRPO", "dance_grpo"),
+    "mixgrpo": Entry("MixGRPO", "mixgrpo"),
+    "mixgrpo_flash": Entry("MixGRPO-Flash", "mixgrpo_flash"),
+    "mixgrpo_flash_star": Entry("MixGRPO-Flash*", "mixgrpo_flash_star"),
+    "tempflow_grpo": Entry("TempFlow-GRPO", "tempflow_grpo"),
+    "g2rpo": Entry("G2RPO", "g2rpo"),
+    "awm": Entry("AWM", "awm"),
+    "diffusion_nft": Entry("DiffusionNFT", "diffusion_nft"),
+}
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+TUNING_SEED = 1000  # never one of those that are reported
+BUDGET, QUICK_BUDGET = 100_000, 100_000
+IMAGES, EVALUATION_STEPS, EVALUATION_SEED = 240, 10, 2**40
+POINTS = 8  # of a curve, beside its start
+MARGIN, JUDGED = 0.15, 0.8
+Row = dict
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, for a process of the pool."""
+
+    name: str
+    seed: int
+    budget: int
+    overrides: tuple[str, ...] = ()
+    points: int = POINTS
+    is_quick: bool = False
+    """Stop as soon as an evaluation passes what --quick asks for."""
+
+    def run(self) -> Row:
+        """The run as a row of the JSON; what stopped it early, if anything, is in "failed"."""
+        trainer = _trainer(self)
+        counter = Counter(trainer)
+        curve = [counter.now | evaluate(trainer)]
+        traces: list[dict[str, float]] = []
+        failed = None
+        while counter.total < self.budget:
+            try:
+                records, seconds = timed(trainer.step)
+            except FloatingPointError as error:
+                failed = str(error)
+                break
+            counter.add(records, seconds)
+            traces.append(_trace(records))
+            if counter.total >= min(len(curve) * self.budget / self.points, self.budget):
+                curve.append(counter.now | evaluate(trainer))
+                if self.is_quick and has_learned(curve):
+                    break
+        recipe, steps = trainer.recipe, trainer.global_step
+        return {
+            "name": self.name, "seed": self.seed, "overrides": list(self.overrides),
+            "learning_rate": trainer.config.train.learning_rate,
+            "images_per_iteration": recipe.prompts_per_rollout * int(counter.images),
+            "optimizer_steps": steps, "curve": curve, "traces": _columns(traces),
+            **({} if failed is None else {"failed": failed}),
+        }  # fmt: skip
+
+
+class Counter:
+    """What a run has taken so far."""
+
+    def __init__(self, trainer) -> None:
+        self.now = dict.fromkeys(("iterations", "sample", "train_forward", "train_gradient"), 0)
+        self.now |= {"forward_equivalents": 0, "seconds": 0.0}
+        self.images = 0
+        self._plan_images = lambda: len(trainer.recipe.plan(trainer.model.sigmas).leaves)
+        self._with_gradient = 0
+        trainer.network.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _, args, kwargs) -> None:
+        """Rows that will go backward; all rows are in the trainer's metrics."""
+        self._with_gradient += len(kwargs["hidden_states"]) if torch.is_grad_enabled() else 0
+
+    @property
+    def total(self) -> int:
+        return self.now["forward_equivalents"]
+
+    def add(self, records: Sequence[dict[str, float]], seconds: float) -> None:
+        """An iteration's metrics."""
+        self.images = self.images or self._plan_images()
+        now, rows = dict(self.now), sum(record["nfe/train"] for record in records)
+        now["iterations"] += 1
+        now["sample"] += records[0]["nfe/sample"]
+        now["train_gradient"] = self._with_gradient
+        now["train_forward"] += rows
+        now["forward_equivalents"] = now["sample"] + now["train_forward"] + 2 * self._with_gradient
+        now["seconds"] += seconds
+        self.now = now
+
+
+def has_learned(curve: list[dict[str, float]]) -> bool:
+    """Has the reward risen by MARGIN, and the judge by JUDGED of that gain?"""
+    reward, judge = (curve[-1][key] - curve[0][key] for key in ("reward", "judge"))
+    return reward >= MARGIN and judge >= JUDGED * reward
+
+
+def timed(call: Callable):
+    """What a call returns, and the processor seconds it took."""
+    begin = time.process_time()
+    return call(), time.process_time() - begin
+
+
+def _trainer(job: Job):
+    """The trainer of a job; it writes no files unless it is `run`."""
+    from flowkern.train.config import load_config
+    from flowkern.train.trainer import Trainer
+
+    torch.set_num_threads(1)
+    entry = ENTRIES[job.name]
+    os.chdir(ROOT)  # the configurations' paths are relative to it
+    config = load_config(
+        CONFIGS / f"{entry.config}.yaml", [*entry.overrides, *job.overrides, f"seed={job.seed}"]
+    )
+    return Trainer(config)
+
+
+def evaluate(trainer) -> dict[str, float]:
+    """Held-out prompts from the same noise every time, without randomness and guidance."""
+    found = _scores(trainer, 1.0)
+    guidance = trainer.recipe.guidance_scale
+    if guidance != 1:  # what the algorithm samples with
+        found |= {f"guided_{name}": v for name, v in _scores(trainer, guidance).items()}
+    return found
+
+
+def _scores(trainer, guidance_scale: float) -> dict[str, float]:
+    from flowkern.rollout import prompt_ids
+    from flowkern.train.prompts import read_prompts
+    from flowkern.train.validation import RESERVED_ITERATION, evaluate, sample_images
+
+    rows = read_prompts(trainer.config.data.test_prompts)
+    rows = [rows[i % len(rows)] for i in range(IMAGES)]
+    trainer.model.network = trainer.network
+    images = sample_images(
+        trainer.model,
+        [row["prompt"] for row in rows],
+        prompt_ids(RESERVED_ITERATION, torch.arange(IMAGES)),
+        seed=EVALUATION_SEED,
+        num_inference_steps=EVALUATION_STEPS,
+        guidance_scale=guidance_scale,
+        max_batch=IMAGES,
+    )
+    found = evaluate(trainer.rewards, images, rows)
+    names = {"reward": "digits_classifier", "judge": "digits_judge", "distance": "distance_to_real"}
+    return {name: round(found[key].mean().item(), 5) for name, key in names.items()}
+
+
+TRACED = ("ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "grad_norm")
+
+
+def _trace(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """An iteration in a few numbers: means over its optimizer steps."""
+    first = records[0]
+    trace = {"rollout_reward": first["reward/mean"], "zero_std_ratio": first["zero_std_ratio"]}
+    trace |= {name: mean(record[name] for record in records) for name in TRACED}
+    return {name: float(f"{value:.5g}") for name, value in trace.items()}
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+# ---- what an iteration costs ----
+
+COST_OVERRIDES = ("algorithm.num_inference_steps=25",)
+COSTED = ("dance_grpo", "mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star")
+COST_ROUNDS = 3
+COST_ROLLOUTS = range(60)  # at the demo's pace the windows move as far as in the papers' 300
+
+
+def iteration_costs() -> list[Row]:
+    """The algorithms of the cost claims at the papers' 25 steps, equal images, in turns.
+
+    Seconds are of the first iterations, where the window is at its start; forward-equivalents are
+    means over a whole run, by counting the plans.
+    """
+    from flowkern.rl.algorithms import mean_cost
+
+    _quiet()
+    trainers = {name: _trainer(Job(name, TUNING_SEED, 0, COST_OVERRIDES)) for name in COSTED}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for i in range(1 + COST_ROUNDS):
+        for name, trainer in trainers.items():
+            taken = timed(trainer.step)[1]
+            if i:  # the first warms up
+                seconds[name].append(taken)
+    rows = []
+    for name, trainer in trainers.items():
+        recipe = trainer.recipe
+        prompts, forwards = recipe.prompts_per_rollout, trainer.objective.forwards
+        first, whole = (
+            mean_cost(recipe, trainer.model.sigmas, r)[0] for r in (range(1), COST_ROLLOUTS)
+        )
+        counts = [prompts * (c.sample + (forwards + 2) * c.train) for c in (first, whole)]
+        rows.append({
+            "name": name, "images": prompts * whole.images, "seconds": median(seconds[name]),
+            "forward_equivalents_first": counts[0], "forward_equivalents_run": counts[1],
+            "rollouts": len(COST_ROLLOUTS),
+        })  # fmt: skip
+    return rows
+
+
+# ---- many runs ----
+
+
+def run_all(
+    jobs: Sequence[Job], processes: int, each: Callable[[list[Row]], None] = lambda rows: None
+) -> list[Row]:
+    """Every job; as one ends, a line is printed and `each` gets the rows so far."""
+    done: dict[Job, Row] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
+        futures = {pool.submit(job.run): job for job in jobs}
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                row = future.result()
+            except Exception as error:  # one that cannot run is a row that says so
+                row = {"name": job.name, "seed": job.seed, "overrides": list(job.overrides)}
+                row |= {"curve": [], "failed": f"{type(error).__name__}: {error}"}
+            done[job] = row
+            print(_line(row, f"{len(done)} of {len(jobs)}"), file=sys.stderr, flush=True)
+            each([done[job] for job in jobs if job in done])
+    return [done[job] for job in jobs]
+
+
+def _quiet() -> None:
+    """In a process of the pool: one thread, no progress bars."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _line(row: Row, count: str) -> str:
+    what = " ".join((row["name"], f"seed {row['seed']}", *row["overrides"]))
+    if not row["curve"]:
+        return f"  {count}: {what}: {row['failed']}"
+    start, end = row["curve"][0], row["curve"][-1]
+    found = ", ".join(
+        f"{key} {start[key]:.3f} to {end[key]:.3f}" for key in ("reward", "judge", "distance")
+    )
+    best = max(point["reward"] for point in row["curve"])
+    failed = f"; {row['failed']}" if "failed" in row else ""
+    return (
+        f"  {count}: {what}: {found} (best reward {best:.3f}); {end['iterations']} iterations, "
+        f"{end['forward_equivalents'] / 1000:.0f}k, {end['seconds']:.0f} s{failed}"
+    )
