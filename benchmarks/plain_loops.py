@@ -13,6 +13,7 @@ B samples of a move, R rows of its network call.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Move:
     weight: float = 1.0
 
 
-class PlainLoop:
+class PlainLoop(ABC):
     """`step()` does what the trainer's `step()` does. A subclass says how a prompt is sampled."""
 
     def __init__(self, trainer, batch_size: int, noise: Noise | None = None):
@@ -73,9 +74,9 @@ class PlainLoop:
             self.update([move for move in moves if move.slot in slots])
         self.rows, self.noise = (sampled - before, self.model.rows - sampled), None
 
+    @abstractmethod
     def rollout(self, slot: int, row: dict) -> Iterator[Move]:
         """The trained steps of a prompt's samples, rewarded."""
-        raise NotImplementedError
 
     # ---- sampling ----
 

@@ -167,3 +167,13 @@ def test_a_recipe_of_ones_own_may_sample_with_a_copy(small, tmp_path, monkeypatc
     trainer = Trainer(from_dict(tree))
     ratios = [trainer.step()[0]["ratio_mean"] for _ in range(3)]
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-5
+
+
+def test_a_resume_with_other_updates_draws_no_noise_again(small):
+    """The iteration is counted, and does not follow from the optimizer steps."""
+    tree = to_dict(small("flow_grpo", steps=2, checkpointing_steps=2))
+    tree["algorithm"]["updates_per_rollout"] = 1
+    Trainer(from_dict(tree)).run()
+    resumed = Trainer(small("flow_grpo", resume_from_checkpoint="latest"))
+    resumed.begin()
+    assert resumed.global_step == resumed.iteration == 2
