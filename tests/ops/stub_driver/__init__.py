@@ -1,4 +1,4 @@
-"""A CUDA driver that records launches and runs nothing, and tensors of the CPU that pass for CUDA's.
+"""A CUDA driver that records launches and runs nothing, and tensors of the CPU that pass for its.
 
     driver = stub_driver.load(folder)           # builds libcuda.so.1 there, with gcc, and loads it
     with stub_driver.tensors_on_cuda(), stub_driver.triton_on(driver, folder):
