@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("diffusers")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -31,7 +31,8 @@ ITERATION_BITS, PROMPT_BITS, MEMBER_BITS = 24, 16, 23  # 63 bits: ids stay posit
 def prompt_ids(iteration: int, slots: Tensor) -> Tensor:
     """Ids (P,) int64 of the prompts in an iteration's slots (P,); with a member added, of samples.
 
-    An id never repeats within a run, however its samples are batched or sharded.
+    An id never repeats within a run, however its samples are batched or sharded. slots: on the
+    host, as a device would be waited for.
     """
     highest = int(slots.max()) if len(slots) else 0
     for name, value, bits in (
@@ -124,12 +125,13 @@ def run(
             break
         x_next = source.empty(len(following.nodes), prompts)
         memory = [source.empty(int((wave.memory >= 0).sum()), prompts), *memory[: MAX_HISTORY - 1]]
+        tables = _Tables(wave, source)
         for part in slices(len(wave.sigma) * prompts, max_batch // per_node):
-            call = _Call(wave, part, x.flatten(0, 1)[part], source, backend)
+            call = _Call(wave, tables, part, x.flatten(0, 1)[part], source, backend)
             call.ask(velocity, guidance)
             call.record(rollout.velocity, memory[0])
-            for launch in wave.launches:
-                call.go(launch, memory[1:], x_next)
+            for which in range(len(wave.launches)):
+                call.go(which, memory[1:], x_next)
         x = x_next
     return rollout
 
@@ -181,19 +183,48 @@ def _record(rollout: Rollout, wave: Wave, x: Tensor) -> None:
             rollout.states[rollout.kept[node]] = x[position]
 
 
+class _Tables:
+    """What the calls of a wave index, for every row (W * P) or edge of a prompt (C * P): on the
+    device once per rollout, so that a call copies next to nothing from the host.
+    """
+
+    def __init__(self, wave: Wave, source: Source):
+        device, prompts = source.prompt_id.device, len(source.prompt_id)
+
+        def each(value: Tensor) -> Tensor:
+            return moved(value, device, source.precision).repeat_interleave(prompts, 0)
+
+        def ids(launch: Launch) -> Tensor | None:
+            if launch.member is None:
+                return None
+            return (source.prompt_id + moved(launch.member, device)[:, None]).flatten()
+
+        self.sigma = each(wave.sigma)
+        self.prompt = torch.arange(prompts, device=device).repeat(len(wave.sigma))
+        self.to_clean = each(wave.to_clean.table)
+        self.launches = [(each(launch.table.table), ids(launch)) for launch in wave.launches]
+
+
 class _Call:
     """One network call: rows `part` of a wave, and the steps that leave them."""
 
-    def __init__(self, wave: Wave, part: slice, x_t: Tensor, source: Source, backend: str | None):
-        self.wave, self.part, self.x_t, self.source, self.backend = wave, part, x_t, source, backend
-        self.prompts = len(source.prompt_id)
+    def __init__(
+        self,
+        wave: Wave,
+        tables: _Tables,
+        part: slice,
+        x_t: Tensor,
+        source: Source,
+        backend: str | None,
+    ):
+        self.wave, self.tables, self.part, self.x_t = wave, tables, part, x_t
+        self.source, self.backend, self.prompts = source, backend, len(source.prompt_id)
         row = torch.arange(part.start, part.stop)
         self.node, self.prompt = row // self.prompts, row % self.prompts
 
     def ask(self, velocity: Velocity, guidance: Guidance | None) -> None:
         """The velocity of all rows, and with guidance that without a prompt."""
-        x_t, prompt = self.x_t, self._move(self.prompt)
-        sigma = self._move(self.wave.sigma[self.node].to(self.source.precision))
+        x_t, prompt, sigma = self.x_t, self.tables.prompt[self.part], self.tables.sigma[self.part]
         self.velocity, self.options = None, {}
         if guidance is None:
             self.velocity = velocity(x_t, sigma, prompt)
@@ -211,7 +242,7 @@ class _Call:
             self._put(memory, self.wave.memory, self._clean)
 
     def _clean(self) -> Tensor:
-        return self._step(slice(None), self._rows(self.wave.to_clean, self.node))
+        return self._step(slice(None), Coefficients(self.tables.to_clean[self.part]))
 
     def _put(self, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
         place = places[self.node]
@@ -220,8 +251,9 @@ class _Call:
             rows = place[here] * self.prompts + self.prompt[here]
             target.flatten(0, 1)[self._index(rows)] = value()[self._index(here)]
 
-    def go(self, launch: Launch, memory: list[Tensor], x_next: Tensor) -> None:
+    def go(self, which: int, memory: list[Tensor], x_next: Tensor) -> None:
         """Walk the edges of a launch that leave these rows, into x_next (W, P, *D)."""
+        launch, (table, ids) = self.wave.launches[which], self.tables.launches[which]
         edge, prompt, row = launch.within(self.part, self.prompts)
         if not len(edge):
             return
@@ -231,11 +263,11 @@ class _Call:
                 earlier.flatten(0, 1)[self._index(places[edge] * self.prompts + prompt)]
                 for places, earlier in zip(launch.history, memory, strict=False)
             ]
-        if launch.member is not None:
-            ids = self.source.prompt_id[self._move(prompt)] + self._move(launch.member[edge])
-            options |= {"seed": self.source.seed, "sample_id": ids, "step": self.wave.depth}
+        entry = self._index(edge * self.prompts + prompt)
+        if ids is not None:
+            options |= {"seed": self.source.seed, "sample_id": ids[entry], "step": self.wave.depth}
         target = self._index(launch.child[edge] * self.prompts + prompt)
-        coefficients = self._rows(launch.table, edge)
+        coefficients = Coefficients(table[entry], launch.table.num_history)
         x_next.flatten(0, 1)[target] = self._step(self._index(row), coefficients, **options)
 
     def _step(self, rows: slice | Tensor, coefficients: Coefficients, **options) -> Tensor:
@@ -247,19 +279,12 @@ class _Call:
             sde_step(*inputs, **options)[0] if "seed" in options else ode_step(*inputs, **options)
         )
 
-    def _rows(self, table: Coefficients, index: Tensor) -> Coefficients:
-        rows = moved(table.table[index], self.x_t.device, self.source.precision)
-        return Coefficients(rows, table.num_history)
-
-    def _move(self, value: Tensor) -> Tensor:
-        return moved(value, self.x_t.device)
-
     def _index(self, index: Tensor) -> slice | Tensor:
         """Rows that follow each other as a slice, which copies nothing."""
         first = int(index[0])
         if torch.equal(index, torch.arange(first, first + len(index))):
             return slice(first, first + len(index))
-        return self._move(index)
+        return moved(index, self.x_t.device)
 
 
 def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

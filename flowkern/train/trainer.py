@@ -20,7 +20,7 @@ from torch import Tensor
 from flowkern.rewards import load_reward
 from flowkern.rl.advantage import zero_std_ratio
 from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
-from flowkern.rollout.engine import Velocity, slices
+from flowkern.rollout.engine import Velocity, moved, slices
 from flowkern.train import checkpoint, distributed, lora, metrics, tracking
 from flowkern.train.config import Config, to_dict
 from flowkern.train.copies import Copies
@@ -37,7 +37,8 @@ Row = dict[str, Any]
 class Trainer:
     """Everything a run holds. `run` does all of it; `step` is one iteration."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, model: Any = None) -> None:
+        """model: an adapter that is in memory, on the device, in place of model.path's."""
         self.config, self.recipe = config, config.algorithm
         self.global_step = self.iteration = 0  # optimizer steps and rollouts so far
         self.output_dir = Path(config.output_dir)
@@ -46,14 +47,14 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.prompts = read_prompts(config.data.train_prompts)
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
-        self.slots = distributed.share(count, self.rank, self.world, updates).to(self.device)
+        self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
         draw_prompts(len(self.prompts), count, config.seed, 0)  # refuses too many, before loading
-        self._load()
+        self._load(model)
 
-    def _load(self) -> None:
+    def _load(self, model: Any) -> None:
         config, options = self.config, self.config.train
         torch.manual_seed(config.seed)
-        self.model: Any = load_pipeline(config, self.device)
+        self.model: Any = load_pipeline(config, self.device) if model is None else model
         self.recipe.plan(self.model.sigmas)  # refused before anything is written
         if config.model.gradient_checkpointing:
             self.model.network.enable_gradient_checkpointing()
@@ -119,10 +120,11 @@ class Trainer:
         recipe, model, seed = self.recipe, self.model, self.config.seed
         self.conditioning = model.encode([row["prompt"] for row in prompts] + [""])
         size = self.config.model.height, self.config.model.width
+        ids = moved(prompt_ids(self.iteration, self.slots), self.device)
         return run(
             recipe.plan(model.sigmas, self.iteration, seed),
             self.velocity_of(recipe.sampler),
-            Source(seed, prompt_ids(self.iteration, self.slots), model.latent_shape(*size)),
+            Source(seed, ids, model.latent_shape(*size)),
             self.config.train.max_batch,
             guidance=recipe.guidance(uncond=len(prompts)),
             # Where the weights move in between, or never were those that sampled.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowkern.rewards import Reward
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
-from flowkern.rollout.engine import ITERATION_BITS
+from flowkern.rollout.engine import ITERATION_BITS, moved
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.prompts import read_prompts
@@ -52,7 +52,7 @@ class Validation:
         images = sample_images(
             self.model,
             [row["prompt"] for row in rows],
-            prompt_ids(RESERVED_ITERATION, torch.tensor(mine, device=device)),
+            moved(prompt_ids(RESERVED_ITERATION, torch.tensor(mine)), device),
             seed=self.config.seed,
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,

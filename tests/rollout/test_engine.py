@@ -1,11 +1,16 @@
 """The rollout engine: its samples are those of the plainest recursion, however they are batched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import flowkern as fk
-from flowkern.rollout import Guidance, Plan, Source, batch, network_rows, prompt_ids, run
+from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
+from flowkern.rl.objectives import RatioClip
+from flowkern.rollout import Guidance, Plan, Source, batch, engine, network_rows, prompt_ids, run
 from flowkern.rollout.batches import site_of
+from flowkern.rollout.engine import moved
 from flowkern.schedules import sd3_sigmas
 
 SHAPE, SEED, UNCOND = (2, 4, 4), 11, 3
@@ -206,3 +211,37 @@ def test_velocities_are_kept_in_the_precision_of_the_step(dtype):
     assert not torch.equal(rollout.velocity, rollout.velocity.to(dtype).float())
     rows = batch(rollout, torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.ones(3, 8))
     assert rows.sigma.dtype == rows.advantage.dtype == torch.float32
+
+
+@pytest.mark.parametrize("max_batch", [1000, 7])
+def test_nothing_of_a_rollout_or_of_its_loss_is_read_on_the_host(max_batch):
+    """A device that keeps no values stands in for one that is waited for: what reads it raises."""
+    plan, scale, on_host = make_tree(), Guidance(2.5, UNCOND), make_source()
+    source = replace(on_host, prompt_id=on_host.prompt_id.to("meta"))
+    rollout = run(plan, field, source, max_batch, guidance=scale, keep_velocity=True)
+    weight = torch.ones((), device="meta", requires_grad=True)
+    objective = RatioClip(1e-2, 1e-2, kl_coef=0.1, guidance=scale)
+    advantage = torch.linspace(-1, 1, 3 * len(plan.trained)).view(1, 3, -1)
+    for site, prompt in network_rows(plan, advantage, 0, max_batch, needs_all=True):
+        rows = batch(rollout, site, prompt, advantage[0])
+        out = objective(rows, lambda *x: weight * field(*x), {"reference": field})
+        out.loss.backward()
+    with pytest.raises(RuntimeError):
+        rollout.latents.flatten()[0].item()
+
+
+def test_tables_are_moved_once_per_rollout_not_once_per_call(monkeypatch):
+    moves = []
+
+    def counted(value, *arguments):
+        moves.append(value.shape)
+        return moved(value, *arguments)
+
+    monkeypatch.setattr(engine, "moved", counted)
+    counts = []
+    for max_batch in (1000, 3):
+        moves.clear()
+        plan = FlowGRPO(num_inference_steps=4, group_size=3).plan(sd3_sigmas)
+        run(plan, field, make_source(), max_batch)
+        counts.append(len(moves))
+    assert counts[0] == counts[1] > 0

@@ -13,7 +13,11 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
-from flowkern.train import checkpoint, tracking
+from flowkern.models import Conditioning
+from flowkern.rollout import batch
+from flowkern.train import checkpoint, metrics, tracking
+from flowkern.train import trainer as trainer_module
+from flowkern.train.loading import load_pipeline
 from flowkern.train.trainer import Trainer
 
 EVERY_STEP = {
@@ -220,3 +224,34 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
         share(10, 0, 3, 1)
     with pytest.raises(ValueError, match="prompts_per_rollout: got 241, expected at most the 240"):
         Trainer(tiny("algorithm.prompts_per_rollout=241"))
+
+
+def test_the_host_waits_for_no_result_between_the_rewards_and_the_update(tiny, monkeypatch):
+    """On a device that keeps no values: what asks for one raises."""
+    trainer = Trainer(tiny("algorithm.kl_coef=0.1", "algorithm.guidance_scale=2.0"))
+    encode, device = trainer.model.encode, torch.device("meta")
+
+    def encoded(prompts):
+        found = encode(prompts)
+        return Conditioning(found.tokens.to(device), found.pooled.to(device))
+
+    trainer.network.to(device)
+    monkeypatch.setattr(trainer, "device", device)
+    monkeypatch.setattr(trainer.model, "encode", encoded)
+    rollout = trainer.sample(trainer.draw_prompts())
+    assert rollout.latents.device == device
+    advantage = torch.randn(1, len(trainer.slots), len(rollout.plan.trained))
+    (share,) = trainer.split()
+    for site, prompt in trainer.network_calls(rollout.plan, advantage, share):
+        rows = batch(rollout, site, share[prompt], advantage[0])
+        out = trainer.objective(rows, trainer.learn, trainer.anchors())
+        trainer.accelerator.backward(out.loss)
+        assert metrics.summed(out).device == device
+
+
+def test_a_model_in_memory_takes_the_place_of_a_directory(tiny, monkeypatch):
+    config = tiny()
+    model = load_pipeline(config, "cpu")
+    monkeypatch.setattr(trainer_module, "load_pipeline", None)
+    trainer = Trainer(config, model)
+    assert trainer.model is model and trainer.step()[0]["ratio_mean"] == 1
