@@ -94,13 +94,13 @@ py::object sde_draw(PyObject* const* v, Reader& read) {
     read.require(stored < Element::float64, "out_dtype");
   }
   if (is_given(x_next)) {
-    s.x_next = read.output(x_next, s.batch, "out");
+    s.x_next = read.output(x_next, s.batch, "out", {s.x_t.data, s.velocity.data, s.noise.data}, s.key);
     read.require(!is_given(dtype) || Element(s.x_next.dtype) == stored, "out_dtype");
     stored = Element(s.x_next.dtype);
   }
   const bool makes_log_prob = PyBool_Check(log_prob), makes_x0 = PyBool_Check(x0);
   if (!makes_log_prob) s.log_prob = read.optional_vector<float>(log_prob, s.batch, "log_prob");
-  if (!makes_x0 && is_given(x0)) s.x0 = read.output(x0, s.batch, "x0");
+  if (!makes_x0 && is_given(x0)) s.x0 = read.output(x0, s.batch, "x0", {}, s.key);
   if (!read.serves) return py::none();
 
   const View& like = read.first();

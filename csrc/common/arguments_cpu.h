@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -153,22 +154,27 @@ class Reader {
   }
   Latent optional_latent(PyObject* x, int64_t rows, const char* name) { return x == Py_None ? Latent{} : latent(x, rows, name); }
 
-  // A latent to be written, read after all others: contiguous, and either apart from each of them or one of them exactly.
-  Latent output(PyObject* x, int64_t rows, const char* name) {
+  // A latent to be written, read after all others: contiguous, and apart from all that is read, but that it may be one of those
+  // latents that start at `in_place`, element for element.
+  Latent output(PyObject* x, int64_t rows, const char* name, std::initializer_list<const char*> in_place, const NoiseKey& key) {
     const int others = count_;
     const Latent out = latent(x, rows, name);
     if (!serves) return {};
     const View& v = views_[others];
     const char *begin = out.data, *end = begin + rows * size * bytes_of(out.dtype);
+    const bool may_be_input = std::find(in_place.begin(), in_place.end(), begin) != in_place.end();
+    const auto is_apart = [=](const void* data, int64_t bytes) {
+      const char* first = static_cast<const char*>(data);
+      return !first || first >= end || first + bytes <= begin;
+    };
     bool is_safe = v.is_packed(0) && !requires_grad(x);
     for (int j = 0; j < others; ++j) {
       const View& u = views_[j];
-      const int64_t bytes = bytes_of(DType(u.element()));
       const int64_t span = u.is_packed(0) ? rows * size : (rows - 1) * u.strides[0] + size;
-      const char* first = u.at<char>();
-      const bool is_same = first == begin && u.element() == v.element() && std::memcmp(u.strides, v.strides, v.ndim * 8) == 0;
-      is_safe &= first >= end || first + span * bytes <= begin || is_same;
+      const bool is_same = may_be_input && u.at<char>() == begin && u.element() == v.element() && u.is_packed(0);
+      is_safe &= is_same || is_apart(u.at<char>(), span * bytes_of(DType(u.element())));
     }
+    is_safe &= is_apart(table_, table_bytes_) && is_apart(key.sample_id, rows * 8) && is_apart(key.step, rows * 8);
     return is_safe ? out : refused(name);
   }
 
@@ -223,6 +229,8 @@ class Reader {
     require(fits && (v.element() == Element::float32 || v.element() == Element::float64), "rows");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
+    table_ = v.at<const char>();
+    table_bytes_ = (stride * (batch - 1) + kColumns) * (v.element() == Element::float32 ? 4 : 8);
     if (v.element() == Element::float32) return v.at<const float>();
     for (int64_t b = 0; b < (v.ndim == 1 ? 1 : batch); ++b) {
       const double* wide = v.at<const double>() + b * stride;
@@ -314,6 +322,8 @@ class Reader {
   int count_ = 0;
   View views_[kLatents] = {};
   const View* first_ = nullptr;
+  const char* table_ = nullptr;  // of the coefficients
+  int64_t table_bytes_ = 0;
   std::vector<float> rounded_;
 
   Latent refused(const char* name) { return require(false, name), Latent{}; }

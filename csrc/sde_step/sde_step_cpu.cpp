@@ -78,14 +78,20 @@ void for_chunks(int64_t batch, int64_t size, int threads, const StepArguments* f
   }
 }
 
-// Writes value(i) to x_next and returns the sum of squares of what is stored, after rounding, minus mean(i).
+// Writes value(i) to x_next and returns the sum of squares of what is stored, after rounding, minus mean(i). Both read their inputs
+// before element i is written, which may be an element of theirs: a draw in place.
 template <class Value, class Mean, class Ahead>
 FK_INLINE double store(const StepArguments& s, int64_t sample, int64_t first, int64_t count, Buffers& buffers, Value value, Mean mean,
                        Ahead ahead) {
   char* stored = s.x_next.at(sample, first);
   if (s.x_next.dtype == DType::float32) {
     float* out = reinterpret_cast<float*>(stored);
-    return sum_of_squares(count, [=](int64_t i) { return (out[i] = value(i)) - mean(i); }, ahead);
+    const auto residual = [=](int64_t i) __attribute__((always_inline)) {
+      const float next = value(i), center = mean(i);
+      out[i] = next;
+      return next - center;
+    };
+    return sum_of_squares(count, residual, ahead);
   }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) buffers.next[i] = value(i);

@@ -1,6 +1,7 @@
 """What callers do by mistake or to the limit: no crash, and no wrong answer without a word."""
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -39,14 +40,47 @@ def test_rows_in_any_layout():
     assert torch.equal(op, expected[1])
 
 
-def test_out_that_overlaps_an_input_is_refused():
-    memory = torch.randn(130)
-    x_t = memory[:128].view(2, 64)
-    with pytest.raises(ValueError, match="out: overlaps an input"):
-        fk.sde_step(x_t, V, C[0], **KEY, out=memory[2:].view(2, 64))
-    shared = torch.randn(2, 64)
-    with pytest.raises(ValueError, match="out: overlaps an input"):
-        fk.ode_step(shared[:1].expand(2, 64), V, C[0], out=shared)
+MEMORY = torch.zeros(4, 64)  # `out` is its middle
+HALVES = MEMORY.view(torch.bfloat16)
+ACROSS = [  # arguments that lie across it, or are it where they may not be
+    ("x_t", MEMORY[:2]),
+    ("x_t", MEMORY[2:3].expand(2, 64)),
+    ("x_t", MEMORY.view(-1)[65:193].view(2, 64)),
+    ("x_t", MEMORY.view(-1)[64:].view(64, 3)[:, :2].t()),
+    ("velocity", HALVES[1:2].view(2, 64)),
+    ("velocity", MEMORY.view(2, 128)[:, :64]),
+    ("noise", MEMORY[2:]),
+    ("velocity_uncond", MEMORY[1:3]),
+    ("history[0]", MEMORY[1:3]),
+    ("sample_id", MEMORY[1].view(torch.int64)[:2]),
+    ("sample_id", MEMORY[2].view(torch.int32)[-2:]),
+    ("step", MEMORY[2].view(torch.int64)[-2:]),
+    ("c_rows", Coefficients(MEMORY.view(-1)[50:68].view(2, 9))),
+    ("c_rows", Coefficients(MEMORY.view(torch.float64).view(-1)[90:99])),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ACROSS)
+def test_out_that_overlaps_an_input_is_refused(name, value, backend):
+    """Whatever is read: every latent, ids, steps, coefficients."""
+    arguments = {"x_t": X, "velocity": V, "c_rows": C[0], "backend": backend}
+    change = {"history": [value]} if name == "history[0]" else {name: value}
+    change |= {"guidance_scale": 2.0} if name == "velocity_uncond" else {}
+    arguments |= change | ({} if name == "noise" else KEY | change)
+    before = MEMORY.clone()
+    with pytest.raises(ValueError, match=f"^out: overlaps {re.escape(name)}; expected memory"):
+        fk.sde_step(**arguments, out=MEMORY[1:3])
+    keyed = {"noise", "seed", "sample_id", "step"}
+    if name not in keyed:
+        called = name.replace("c_rows", "m_rows")
+        with pytest.raises(ValueError, match=f"^out: overlaps {re.escape(called)}; expected"):
+            arguments["m_rows"] = arguments.pop("c_rows")
+            step = {n: v for n, v in arguments.items() if n not in keyed}
+            fk.ode_step(**step, out=MEMORY[1:3])
+    assert torch.equal(MEMORY, before)
+
+
+def test_out_that_cannot_be_written_is_refused():
     with pytest.raises(ValueError, match="out: expected a tensor that requires no gradient"):
         fk.ode_step(X, V, C[0], out=torch.empty(2, 64, requires_grad=True))
     trajectory = torch.randn(3, 2, 64)  # neighbors in one buffer are apart

@@ -51,6 +51,27 @@ def noise_of(arguments, seed=3):
     )
 
 
+@pytest.fixture
+def instruction_sets():
+    """Goes through those that this build and processor serve; the widest is in use afterwards."""
+    kernels = native.cpu()
+    names = ["baseline", "avx2", "avx512"]
+
+    def each():
+        if kernels is None:
+            yield "none"
+            return
+        widest = kernels.isa()
+        try:
+            for isa in names[: names.index(widest) + 1]:
+                kernels.use_isa(isa)
+                yield isa
+        finally:
+            kernels.use_isa(widest)
+
+    return each
+
+
 # ---- against the truth ----
 
 
@@ -239,24 +260,17 @@ def test_noise_does_not_depend_on_the_batch(backend):
         assert torch.equal(alone, whole[i : i + 1])
 
 
-def test_instruction_sets_agree_to_the_bit():
-    kernels = native.cpu()
-    if kernels is None:
+def test_instruction_sets_agree_to_the_bit(instruction_sets):
+    if native.cpu() is None:
         pytest.skip(native.why_not())
-    widest, results = kernels.isa(), []
-    try:
-        for isa in ["baseline", "avx2", "avx512"][
-            : ["baseline", "avx2", "avx512"].index(widest) + 1
-        ]:
-            kernels.use_isa(isa)
-            for dtype in DTYPES:
-                arguments = problem((3, 1, 2057), dtype=dtype, uncond=True)
-                x_next, log_prob = fk.sde_step(**arguments, **key(3), backend="native")
-                velocity = arguments.pop("velocity").requires_grad_()
-                fk.sde_log_prob(velocity=velocity, x_next=x_next, **arguments).sum().backward()
-                results.append((isa, x_next, log_prob, velocity.grad))
-    finally:
-        kernels.use_isa(widest)
+    results = []
+    for isa in instruction_sets():
+        for dtype in DTYPES:
+            arguments = problem((3, 1, 2057), dtype=dtype, uncond=True)
+            x_next, log_prob = fk.sde_step(**arguments, **key(3), backend="native")
+            velocity = arguments.pop("velocity").requires_grad_()
+            fk.sde_log_prob(velocity=velocity, x_next=x_next, **arguments).sum().backward()
+            results.append((isa, x_next, log_prob, velocity.grad))
     for (_, *first), (isa, *other) in itertools.product(results[:3], results[3:]):
         if first[0].dtype == other[0].dtype:
             assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True)), isa
@@ -298,14 +312,52 @@ def test_ode_step_with_history(dtype):
 # ---- outputs, devices, backends, compilers ----
 
 
-def test_out_is_written_in_place_and_may_be_the_input(backend):
-    arguments = problem((3, 4, 16, 16))
-    expected, _ = fk.sde_step(**arguments, **key(3), backend=backend)
-    out = torch.empty_like(expected)
-    x_next, _ = fk.sde_step(**arguments, **key(3), out=out, backend=backend)
-    assert x_next is out and torch.equal(out, expected)
-    fk.sde_step(**arguments, **key(3), out=arguments["x_t"], backend=backend)
-    assert torch.equal(arguments["x_t"], expected)
+def in_place(call, arguments, name, **options):
+    """`call`, all of its results, with `out` a copy of the argument `name`."""
+    out = arguments[name].clone()
+    results = call(**arguments | {name: out}, out=out, **options)
+    assert results[0] is out
+    return results
+
+
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("uncond", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_draw_in_place_is_the_draw(dtype, uncond, history, backend, instruction_sets):
+    """x_next, log_prob and x0 have the bits of a draw into new memory, where `out` is an input."""
+    for _ in instruction_sets():
+        for shape in ((3, 4, 16, 16), (2, 1), (2, 1061), (1, 17_000)):
+            step = problem(shape, dtype=dtype, uncond=uncond, history=history)
+            given = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            for noise, names in (
+                (key(shape[0]), ("x_t", "velocity")),
+                ({"noise": given}, ("x_t", "velocity", "noise")),
+            ):
+                options = step | noise
+                expected = fk.sde_step(**options, backend=backend)
+                out = torch.full_like(expected[0], torch.nan)
+                into = fk.sde_step(**options, out=out, backend=backend)
+                assert into[0] is out and all(map(torch.equal, into, expected))
+                for name in names:
+                    got = in_place(fk.sde_step, options, name, backend=backend)
+                    assert all(map(torch.equal, got, expected)), name
+            step["m_rows"] = step.pop("c_rows")
+            expected = fk.ode_step(**step, return_x0=True, backend=backend)
+            for name in ("x_t", "velocity"):
+                got = in_place(fk.ode_step, step, name, return_x0=True, backend=backend)
+                assert all(map(torch.equal, got, expected)), name
+
+
+def test_compiled_draws_in_place(backend):
+    arguments = problem((3, 4, 33))
+    rows = arguments["c_rows"].to(dtype=torch.float32)
+
+    def draw(x, v):
+        return fk.sde_step(x, v, rows, **key(3), out=x, backend=backend)
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    results = [run(arguments["x_t"].clone(), arguments["velocity"]) for run in (draw, compiled)]
+    assert all(map(torch.equal, *results))
 
 
 def test_named_backend_serves_or_refuses():

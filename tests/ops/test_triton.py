@@ -93,6 +93,12 @@ def test_draw_rounds_as_the_reference(dtypes):
         given, expected = both(fk.sde_step, **arguments, noise=noise)
         assert torch.equal(given[0], keyed[0]) and torch.equal(given[1], keyed[1])
         assert given[0].dtype == out_dtype and same_rounding(given[0], expected[0])
+        for name in ("x_t", "velocity", "noise"):  # in place
+            whole = arguments | {"noise": noise}
+            out = whole[name].clone()
+            if out.dtype == out_dtype:
+                got = fk.sde_step(**whole | {name: out}, out=out, backend="triton")
+                assert torch.equal(out, given[0]) and torch.equal(got[1], given[1]), name
         if not history:  # a replay has none: the truth is the float64 replay of what was stored
             wide = {k: v.double() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
             wide |= {k: arguments[k] for k in ("c_rows", "guidance_scale") if k in arguments}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -174,8 +174,10 @@ def check_guidance(velocity_uncond: Tensor | None, guidance_scale: float, veloci
         raise ValueError(f"velocity_uncond: needed for guidance_scale={guidance_scale}, got None")
 
 
-def check_out(out: Tensor, inputs: Iterable[Tensor]) -> None:
-    """`out` is written while inputs are read: it is one of them, element for element, or apart."""
+def check_out(out: Tensor, latents: Mapping[str, Tensor], others: Mapping[str, object]) -> None:
+    """`out` is written while inputs are read: apart from all of them, or x_t, velocity or noise,
+    element for element. others: what else is read, tensors among them.
+    """
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
     if out.requires_grad:
@@ -186,16 +188,21 @@ def check_out(out: Tensor, inputs: Iterable[Tensor]) -> None:
         raise ValueError("out: expected memory to write, got a negated view")
     begin = out.data_ptr()
     end = begin + out.nbytes
-    for x in inputs:
+    in_place = {latents[n].data_ptr() for n in ("x_t", "velocity", "noise") if n in latents}
+    for name, x in {**latents, **others}.items():
+        x = x.table if isinstance(x, Coefficients) else x
+        if not isinstance(x, Tensor) or x.numel() == 0:
+            continue
         first, span = x.data_ptr(), x.nbytes
         if not x.is_contiguous():
             steps = zip(x.shape, x.stride(), strict=True)
             span = (sum((n - 1) * stride for n, stride in steps) + 1) * x.element_size()
-        is_apart = first >= end or first + span <= begin or x.numel() == 0
-        if not is_apart and (first, x.stride(), x.dtype) != (begin, out.stride(), out.dtype):
+        is_same = first == begin and x.dtype == out.dtype and x.is_contiguous()
+        is_same &= begin in in_place and name in latents
+        if first < end and begin < first + span and not is_same:
             raise ValueError(
-                f"out: overlaps an input of strides {x.stride()}; expected memory of its own, or "
-                "exactly an input's"
+                f"out: overlaps {name}; expected memory of its own, or exactly that of x_t, "
+                "velocity or noise"
             )
 
 

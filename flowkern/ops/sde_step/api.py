@@ -193,8 +193,9 @@ def sde_step(
             (velocity - uncond).
         history: earlier x0 predictions, most recent first, for the rows of a multistep solver: up
             to three of (B, *D).
-        out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), written instead of a new
-            tensor.
+        out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), contiguous, written
+            instead of a new tensor. It may be x_t, velocity or noise itself (a draw in place), and
+            overlaps nothing else that is read.
         backend: "native" | "triton" | "reference"; None takes the best that can serve.
 
     Returns:
@@ -217,6 +218,8 @@ def sde_step(
     dtype = _check_output(latents, out_dtype, out)
     _check_step(velocity, c_rows, velocity_uncond, guidance_scale, history)
     source = check_noise(noise, seed, sample_id, step, x_t)
+    if out is not None:
+        check_out(out, latents, {"c_rows": c_rows, "sample_id": sample_id, "step": step})
     x_next = _empty(x_t, out_dtype) if out is None else out
     log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
     _draw(
@@ -261,6 +264,8 @@ def ode_step(
     latents = _latents(x_t, velocity, velocity_uncond, history)
     dtype = _check_output(latents, out_dtype, out)
     _check_step(velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
+    if out is not None:
+        check_out(out, latents, {"m_rows": m_rows})
     x_next = _empty(x_t, out_dtype) if out is None else out
     x0 = torch.empty_like(x_next) if return_x0 else None
     _draw(
@@ -355,7 +360,6 @@ def _check_output(
     if out is not None:
         if out_dtype is not None and out_dtype != out.dtype:
             raise TypeError(f"out: expected out_dtype {out_dtype}, got {out.dtype}")
-        check_out(out, latents.values())
     elif out_dtype is not None and out_dtype not in FLOATS:
         raise TypeError(
             f"out_dtype: expected float32, bfloat16, float16 or float64, got {out_dtype}"
