@@ -4,14 +4,13 @@ formulas in plain PyTorch, eager and compiled.
 
 from __future__ import annotations
 
+import device_time
 import torch
-from harness import Case, Contender, ours
+from harness import IMAGE, Case, Contender, ours, random_source, rotating, video
 from rivals import compiled
 
 import flowkern as fk
 
-IMAGE = (8, 65_536)
-VIDEO = (4, 2_096_640)
 CLIP = {"clip_low": 0.9, "clip_high": 9.0}  # nothing is clipped: every row has a gradient
 COEFS = {"ref_coef": 1e-3, "ema_coef": 1.0}
 WIDE = ("x0", "advantage", "noise", "old_velocity", "velocity_ref", "velocity_ema")
@@ -83,22 +82,28 @@ class ReusedBuffers:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    result = [_case(device, "awm", IMAGE), _case(device, "nft", IMAGE)]
-    result += [_noised(device, IMAGE, given) for given in (True, False)]
+    def of(make, *arguments) -> Case:
+        return rotating(make, device, *arguments)
+
+    result = [of(_case, objective, IMAGE) for objective in ("awm", "nft")]
+    result += [of(_noised, IMAGE, given) for given in (True, False)]
     if not quick:
-        result += [_case(device, o, IMAGE, torch.bfloat16) for o in ("awm", "nft")]
-        result.append(_case(device, "awm", VIDEO))
-        if device.type == "cuda":
-            result.append(_case(device, "nft", VIDEO))
+        result += [of(_case, objective, IMAGE, torch.bfloat16) for objective in ("awm", "nft")]
+        result.append(of(_case, "awm", video(device)))
+    if not quick and device_time.applies(device):
+        result += [of(_case, "nft", video(device)), of(_case, "awm", video(device), torch.bfloat16)]
+        result.append(of(_noised, IMAGE, False, torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16):
+            result.append(of(_noised, video(device), False, dtype))
     return result
 
 
 def _case(device, objective: str, shape, dtype=torch.float32) -> Case:
-    g = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(shape, generator=g).to(device, dtype)  # noqa: E731
+    draw = random_source(shape, device, dtype)
     key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
     old, x0 = draw(), draw()
-    noise = fk.philox_normal(shape, **key, stream="match").to(dtype)
+    backend = "reference" if device.type == "cuda" else None  # no kernel before its check
+    noise = fk.philox_normal(shape, **key, stream="match", backend=backend).to(dtype)
     v = (old + 1e-2 * draw()).requires_grad_()
     sigma = torch.linspace(0.1, 0.9, shape[0], device=device)
     advantage = torch.linspace(-1, 0.9, shape[0], device=device)
@@ -115,9 +120,7 @@ def _case(device, objective: str, shape, dtype=torch.float32) -> Case:
     fk.matching_loss(wide, sigma=sigma, **doubles).loss.backward()
 
     def with_gradient(loss):
-        v.grad = None
-        loss().backward()
-        return (v.grad,)
+        return torch.autograd.grad(loss(), v)
 
     def run_ours(backend=None, **source):
         options = source | kernel | {"backend": backend}
@@ -156,9 +159,8 @@ def _case(device, objective: str, shape, dtype=torch.float32) -> Case:
     )
 
 
-def _noised(device, shape, is_given: bool) -> Case:
-    g = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(shape, generator=g).to(device)  # noqa: E731
+def _noised(device, shape, is_given: bool, dtype=torch.float32) -> Case:
+    draw = random_source(shape, device, dtype)
     x0, noise = draw(), draw()
     sigma = torch.linspace(0.1, 0.9, shape[0], device=device)
     key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
@@ -172,7 +174,7 @@ def _noised(device, shape, is_given: bool) -> Case:
     def check_drawn(x_t):
         """By how many standard errors the noise in x_t is not standard normal."""
         wide = sigma[:, None].double()
-        drawn, n = (x_t - (1 - wide) * x0) / wide, x_t.numel()
+        drawn, n = (x_t.double() - (1 - wide) * x0) / wide, x_t.numel()
         in_errors = (drawn.mean() * n**0.5, (drawn.var() - 1) * (n / 2) ** 0.5)
         return max(abs(float(e)) for e in in_errors)
 
@@ -180,22 +182,23 @@ def _noised(device, shape, is_given: bool) -> Case:
         plain, reused, rest = plain_noised, buffers.noised, (x0, noise, sigma)
     else:
         plain, reused, rest = plain_noised_anew, buffers.noised_anew, (x0, sigma)
-    contenders = [
-        *ours(device, lambda backend: (fk.add_noise(x0, sigma, **source, backend=backend),)),
-        Contender("eager, buffers reused", lambda: (reused(*rest),)),
-        Contender("eager", lambda: (plain(*rest),)),
-        Contender("torch.compile", compiled(lambda *t: (plain(*t),), *rest)),
-    ]
-    if not is_given:
+    contenders = ours(device, lambda backend: (fk.add_noise(x0, sigma, **source, backend=backend),))
+    if dtype == torch.float32:
+        contenders += [
+            Contender("eager, buffers reused", lambda: (reused(*rest),)),
+            Contender("eager", lambda: (plain(*rest),)),
+            Contender("torch.compile", compiled(lambda *t: (plain(*t),), *rest)),
+        ]
+    if dtype == torch.float32 and not is_given:
         code = compiled(lambda *t: (plain(*t),), *rest, fallback_random=True)
         contenders.append(Contender("torch.compile, fallback_random", code))
     return Case(
         "matching_loss",
-        f"add_noise{', noise given' if is_given else ''}, image",
+        f"add_noise{', noise given' if is_given else ''}, {'image' if shape == IMAGE else 'video'}",
         shape,
-        "float32",
+        str(dtype).removeprefix("torch."),
         contenders,
         check_given if is_given else check_drawn,
         1e-6 if is_given else 5.0,
-        (3 if is_given else 2) * x0.numel() * 4,  # x0 and the noise given; x_t
+        (3 if is_given else 2) * x0.numel() * x0.element_size(),  # x0 and the noise given; x_t
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 
+import device_time
 import torch
-from harness import Case, Contender, ours
+from harness import IMAGE, Case, Contender, ours, random_source, rotating, video
 from rivals import compiled
 
 import flowkern as fk
 from flowkern.schedules import sd3_sigmas, step_coefficients
 
-IMAGE = (8, 65_536)
-VIDEO = (4, 2_096_640)
 CLIP = {"clip_low": 0.99, "clip_high": 1.0}  # nothing is clipped: every row has a gradient
 
 
@@ -41,29 +40,38 @@ def plain_loss_with_kl(v, x, x_next, old_log_prob, advantage, a, b, k, c, row, v
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    result = [
-        _case(device, "off policy, image", IMAGE),
-        _case(device, "on policy, image", IMAGE, is_on_policy=True),
-    ]
+    def of(name, shape, **options) -> Case:
+        return rotating(_case, device, name, shape, **options)
+
+    off, bf16 = "off policy, image", {"dtype": torch.bfloat16}
+    result = [of(off, IMAGE), of("on policy, image", IMAGE, is_on_policy=True)]
     if not quick:
         result += [
-            _case(device, "off policy, image", IMAGE, dtype=torch.bfloat16),
-            _case(device, "4 rows of 6 siblings, KL", (4, 65_536), siblings=6),
-            _case(device, "off policy, video", VIDEO),
+            of(off, IMAGE, **bf16),
+            of("4 rows of 6 siblings, KL", (4, IMAGE[1]), siblings=6),
         ]
+        result.append(of("off policy, video", video(device)))
+    if not quick and device_time.applies(device):
+        result.append(of("off policy, video", video(device), **bf16))
+        for size, shape in (("image", IMAGE), ("video", video(device))):
+            for dtype in (torch.float32, torch.bfloat16):
+                result.append(of(f"off policy, {size}", shape, dtype=dtype, is_forward=True))
     return result
 
 
-def _case(device, name, shape, dtype=torch.float32, is_on_policy=False, siblings=1) -> Case:
-    g = torch.Generator().manual_seed(0)
+def _case(
+    device, name, shape, dtype=torch.float32, is_on_policy=False, siblings=1, is_forward=False
+) -> Case:
+    draw = random_source(shape, device, dtype)
     rows, batch = shape[0], shape[0] * siblings
-    x, old, drift, ref = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(4))
+    x, old, drift, ref = (draw() for _ in range(4))
     v = (old if is_on_policy else (old + 1e-3 * drift).to(dtype)).clone().requires_grad_()
     row = torch.arange(rows, device=device).repeat_interleave(siblings)
     table = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[(row % 9).cpu()]
     table = table.to(device, torch.float32)
     key = {"seed": 1, "sample_id": torch.arange(batch, device=device), "step": 3}
-    x_next, old_log_prob = fk.sde_step(x[row], old[row], table, **key)
+    backend = "reference" if device.type == "cuda" else None  # no kernel before its check
+    x_next, old_log_prob = fk.sde_step(x[row], old[row], table, **key, backend=backend)
     advantage = torch.linspace(-1, 1, batch, device=device)
 
     kernel = {"old_velocity": None if is_on_policy else old} | CLIP
@@ -77,12 +85,11 @@ def _case(device, name, shape, dtype=torch.float32, is_on_policy=False, siblings
     wide = v.detach().double().requires_grad_()
     doubles = {n: t.double() if n in WIDE and t is not None else t for n, t in kernel.items()}
     inputs = (x.double(), x_next.double(), table, advantage.double())
-    fk.policy_loss(wide, *inputs, **doubles).loss.backward()
+    true_loss = fk.policy_loss(wide, *inputs, **doubles).loss
+    (truth,) = (true_loss,) if is_forward else torch.autograd.grad(true_loss, wide)
 
     def with_gradient(loss):
-        v.grad = None
-        loss().backward()
-        return (v.grad,)
+        return (loss(),) if is_forward else torch.autograd.grad(loss(), v)
 
     def loss(backend):
         inputs = (v, x, x_next, table, advantage)
@@ -96,14 +103,15 @@ def _case(device, name, shape, dtype=torch.float32, is_on_policy=False, siblings
             Contender("eager", lambda: with_gradient(lambda: plain(*arguments)), note),
             Contender("torch.compile", lambda: with_gradient(run), note),
         ]
-    check = lambda grad: float((grad - wide.grad).abs().max() / wide.grad.abs().max())  # noqa: E731
-    name = f"forward + backward, {name}"
+    largest = 1.0 if is_forward else truth.abs().max()  # the losses of a batch nearly cancel
+    check = lambda found: float((found - truth).abs().max() / largest)  # noqa: E731
+    name = f"forward{'' if is_forward else ' + backward'}, {name}"
     case = Case("policy_loss", name, shape, str(dtype).removeprefix("torch."), contenders, check)
-    case.allowed = 1e-3 if dtype == torch.float32 else 1e-2
+    case.allowed = 1e-5 if is_forward else 1e-3 if dtype == torch.float32 else 1e-2
     # Each pass reads what it uses, the backward writes one gradient.
     once = rows * (2 if is_on_policy else 3) + batch + (rows if siblings > 1 else 0)
     forward = 0 if is_on_policy else once
-    backward = rows * (2 + (siblings > 1)) + batch + rows
+    backward = 0 if is_forward else rows * (2 + (siblings > 1)) + batch + rows
     case.bytes_moved = (forward + backward) * math.prod(shape[1:]) * x.element_size()
     return case
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import ROOT, Case, Contender, describe_machine, device_slug, run_case
+from harness import ROOT, Case, Contender, describe_machine, results_folder, run_case
 
 PROMPTS = {"flow_grpo": 8, "mixgrpo": 8, "mixgrpo_flash": 8, "tempflow_grpo": 4, "g2rpo": 4}
 SAMPLE, GROUP, PROMPT = (
@@ -147,7 +147,7 @@ def _plain(trainer, name: str, batch_size: int, cost) -> Way:
 
     def noise(slot, members, step, stream):
         shape = (len(members), *trainer.model.latent_shape())
-        sample_id = ids[slot] + torch.tensor(members, device=ids.device)
+        sample_id = (ids[slot] + torch.tensor(members)).to(trainer.device)
         return philox_normal(shape, trainer.config.seed, sample_id, step, stream)
 
     return Way(LOOPS[name](trainer, batch_size, noise), trainer, _rows(trainer, cost))
@@ -170,9 +170,8 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe_machine(device)
     result = {"machine": machine, "command": " ".join(sys.argv), "rows": []}
-    slug = device_slug(device, machine)
     name = f"rollout{'-quick' if options.quick else ''}.json"
-    path = options.json or ROOT / "benchmarks" / "results" / slug / name
+    path = options.json or results_folder(device, machine) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     print(f"flowkern {machine['flowkern']} at {machine['commit']} on {where}")

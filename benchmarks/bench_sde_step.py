@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
+import device_time
 import torch
-from harness import Case, Contender, ours
+from harness import IMAGE, Case, Contender, ours, random_source, rotating, video
 from rivals import compiled
 
 import flowkern as fk
 from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
-
-IMAGE = (8, 65_536)  # eight latents of a 512-pixel image
-VIDEO = (4, 2_096_640)  # four latents of a video
-
 
 # ---- the rivals: the same formula in PyTorch ----
 
@@ -22,6 +19,12 @@ VIDEO = (4, 2_096_640)  # four latents of a video
 def plain_draw(x, v, a, b, std, k, c):
     mean = a * x + b * v
     x_next = mean + std * torch.randn_like(x)
+    return x_next, (-k * (x_next - mean) ** 2 + c).mean(1)
+
+
+def plain_draw_given(x, v, noise, a, b, std, k, c):
+    mean = a * x + b * v
+    x_next = mean + std * noise
     return x_next, (-k * (x_next - mean) ** 2 + c).mean(1)
 
 
@@ -76,8 +79,7 @@ class ReusedBuffers:
 
 class Inputs:
     def __init__(self, shape, dtype, device):
-        g = torch.Generator().manual_seed(0)
-        draw = lambda: torch.randn(shape, generator=g).to(device, dtype)  # noqa: E731
+        draw = random_source(shape, device, dtype)
         self.x, self.v, self.noise = draw(), draw(), draw()
         steps = torch.arange(shape[0]) % 9
         self.grid = sd3_sigmas(10).to(device, torch.float32)
@@ -92,7 +94,9 @@ class Inputs:
         )
         self.key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
         self.out = torch.empty_like(self.x)
-        self.x_next, self.log_prob = fk.sde_step(self.x, self.v, self.rows, **self.key)
+        backend = "reference" if device.type == "cuda" else None  # no kernel before its check
+        step = fk.sde_step(self.x, self.v, self.rows, **self.key, backend=backend)
+        self.x_next, self.log_prob = step
 
     def truth(self, x_next):
         """The log-probability of x_next in float64."""
@@ -113,29 +117,19 @@ class Inputs:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    result = [
-        _draw(Inputs(IMAGE, torch.float32, device)),
-        _draw_given(Inputs(IMAGE, torch.float32, device)),
-    ]
-    result += [
-        _replay(Inputs(IMAGE, torch.float32, device)),
-        _replay_gradient(Inputs(IMAGE, torch.float32, device)),
-    ]
+    def of(make, shape, dtype=torch.float32) -> Case:
+        return rotating(make, shape, dtype, device)
+
+    if device_time.applies(device) and not quick:
+        sizes = itertools.product((IMAGE, video(device)), (torch.float32, torch.bfloat16))
+        verbs = (_draw, _draw_given, _replay, _replay_gradient, _third_order)
+        return [of(verb, *size) for size in sizes for verb in verbs] + [of(_normals, IMAGE)]
+    result = [of(verb, IMAGE) for verb in (_draw, _draw_given, _replay, _replay_gradient)]
     if not quick:
-        result += [
-            _draw(Inputs(IMAGE, torch.bfloat16, device)),
-            _replay(Inputs(IMAGE, torch.bfloat16, device)),
-        ]
-        result += [
-            _draw(Inputs(VIDEO, torch.float32, device)),
-            _replay(Inputs(VIDEO, torch.bfloat16, device)),
-        ]
-    result += [_third_order(device), _normals(device)]
-    if device.type == "cuda":
-        host = _draw(Inputs(IMAGE, torch.float32, device))
-        host.name, host.is_host_time, host.bytes_moved = "draw, image: host time", True, 0
-        result.append(host)
-    return [*result, _replay(Inputs(VIDEO, torch.float32, device))]
+        result += [of(_draw, IMAGE, torch.bfloat16), of(_replay, IMAGE, torch.bfloat16)]
+        result += [of(_draw, video(device)), of(_replay, video(device), torch.bfloat16)]
+    result += [of(_third_order, IMAGE), of(_normals, IMAGE)]
+    return [*result, of(_replay, video(device))]
 
 
 def _case(name, i: Inputs, contenders, check, streams, reads=()) -> Case:
@@ -145,11 +139,13 @@ def _case(name, i: Inputs, contenders, check, streams, reads=()) -> Case:
     case = Case(
         "sde_step", f"{name}, {size}", tuple(i.x.shape), dtype, contenders, check, 2e-5, moved
     )
-    case.bandwidth, case.reads = "read" if reads else "copy", reads
+    if not device_time.applies(i.x.device):  # there reading is as fast as copying
+        case.bandwidth, case.reads = "read" if reads else "copy", reads
     return case
 
 
-def _draw(i: Inputs) -> Case:
+def _draw(shape, dtype, device) -> Case:
+    i = Inputs(shape, dtype, device)
     scalars, buffers = (i.a, i.b, i.std, i.k, i.c), ReusedBuffers(i.x)
     published = (i.x, i.v, i.timestep, i.grid, i.timesteps, 0.7)
     draw = lambda backend: fk.sde_step(  # noqa: E731
@@ -160,7 +156,7 @@ def _draw(i: Inputs) -> Case:
         contenders += [
             Contender("eager, buffers reused", lambda: buffers.draw(i.x, i.v, *scalars)),
             Contender("eager", lambda: plain_draw(i.x, i.v, *scalars)),
-            Contender("the published scripts", lambda: published_draw(*published)),
+            Contender("the published scripts", lambda: published_draw(*published), waits=True),
             Contender("torch.compile", compiled(plain_draw, i.x, i.v, *scalars)),
             Contender(
                 "torch.compile, fallback_random",
@@ -170,25 +166,23 @@ def _draw(i: Inputs) -> Case:
     return _case("draw", i, contenders, i.check_draw, 3)
 
 
-def _draw_given(i: Inputs) -> Case:
-    def plain(x, v, noise, a, b, std, k, c):
-        mean = a * x + b * v
-        x_next = mean + std * noise
-        return x_next, (-k * (x_next - mean) ** 2 + c).mean(1)
-
+def _draw_given(shape, dtype, device) -> Case:
+    i = Inputs(shape, dtype, device)
     arguments = (i.x, i.v, i.noise, i.a, i.b, i.std, i.k, i.c)
     draw = lambda backend: fk.sde_step(  # noqa: E731
         i.x, i.v, i.rows, noise=i.noise, out=i.out, backend=backend
     )
-    contenders = [
-        *ours(i.x.device, draw),
-        Contender("eager", lambda: plain(*arguments)),
-        Contender("torch.compile", compiled(plain, *arguments)),
-    ]
+    contenders = ours(i.x.device, draw)
+    if dtype == torch.float32:
+        contenders += [
+            Contender("eager", lambda: plain_draw_given(*arguments)),
+            Contender("torch.compile", compiled(plain_draw_given, *arguments)),
+        ]
     return _case("draw, noise given", i, contenders, i.check_draw, 4)
 
 
-def _replay(i: Inputs) -> Case:
+def _replay(shape, dtype, device) -> Case:
+    i = Inputs(shape, dtype, device)
     arguments, buffers = (i.x, i.v, i.x_next, i.a, i.b, i.k, i.c), ReusedBuffers(i.x)
     replay = lambda backend: (  # noqa: E731
         fk.sde_log_prob(i.x, i.v, i.x_next, i.rows, backend=backend),
@@ -203,28 +197,30 @@ def _replay(i: Inputs) -> Case:
     return _case("replay", i, contenders, i.check_replay, 3, (i.x, i.v, i.x_next))
 
 
-def _replay_gradient(i: Inputs) -> Case:
+def _replay_gradient(shape, dtype, device) -> Case:
+    i = Inputs(shape, dtype, device)
     v = i.v.clone().requires_grad_()
     truth = i.v.double().requires_grad_()
     wide = [t.double() for t in (i.x_next, i.a, i.b, i.k, i.c)]
     plain_replay(i.x.double(), truth, *wide).sum().backward()
 
     def with_gradient(log_prob):
-        v.grad = None
-        log_prob().sum().backward()
-        return (v.grad,)
+        return torch.autograd.grad(log_prob().sum(), v)
 
     arguments = (i.x, v, i.x_next, i.a, i.b, i.k, i.c)
     replay = lambda backend: with_gradient(  # noqa: E731
         lambda: fk.sde_log_prob(i.x, v, i.x_next, i.rows, backend=backend)
     )
-    contenders = [
-        *ours(i.x.device, replay),
-        Contender("eager", lambda: with_gradient(lambda: plain_replay(*arguments))),
-        Contender("torch.compile", _compiled_gradient(with_gradient, arguments)),
-    ]
+    contenders = ours(i.x.device, replay)
+    if dtype == torch.float32:
+        contenders += [
+            Contender("eager", lambda: with_gradient(lambda: plain_replay(*arguments))),
+            Contender("torch.compile", _compiled_gradient(with_gradient, arguments)),
+        ]
     check = lambda grad: float((grad - truth.grad).abs().max() / truth.grad.abs().max())  # noqa: E731
-    return _case("replay + gradient", i, contenders, check, 7)
+    case = _case("replay + gradient", i, contenders, check, 7)
+    case.allowed = case.allowed if dtype == torch.float32 else 1e-2
+    return case
 
 
 def _compiled_gradient(with_gradient, arguments):
@@ -268,9 +264,9 @@ class DiffusersThirdOrder:
         return s.step(self.v, s.timesteps[3], self.x).prev_sample, s.model_outputs[-1]
 
 
-def _third_order(device) -> Case:
-    g = torch.Generator().manual_seed(0)
-    x, v, m1, m2 = (torch.randn(IMAGE, generator=g).to(device) for _ in range(4))
+def _third_order(shape, dtype, device) -> Case:
+    draw = random_source(shape, device, dtype)
+    x, v, m1, m2 = (draw() for _ in range(4))
     sigmas = sd3_sigmas(10).tolist()[1:]
     rows = multistep_coefficients(sigmas[1:5], 3).to(device, torch.float32)
     log_snr = [math.log((1 - s) / s) for s in sigmas[1:5]]
@@ -283,26 +279,31 @@ def _third_order(device) -> Case:
         return fk.ode_step(x, v, rows, history=(m1, m2), return_x0=True, out=out, backend=backend)
 
     arguments = (x, v, m1, m2, *scalars)
-    contenders = [
-        *ours(device, step),
-        Contender("eager", lambda: plain_third_order(*arguments)),
-        Contender("torch.compile", compiled(plain_third_order, *arguments)),
-    ]
-    try:
-        contenders.append(Contender("diffusers", DiffusersThirdOrder(sigmas, x, v, (m1, m2))))
-    except ImportError:
-        pass  # a kernel machine may have torch alone
+    contenders = ours(device, step)
+    if dtype == torch.float32:
+        contenders += [
+            Contender("eager", lambda: plain_third_order(*arguments)),
+            Contender("torch.compile", compiled(plain_third_order, *arguments)),
+        ]
+        try:
+            contenders.append(Contender("diffusers", DiffusersThirdOrder(sigmas, x, v, (m1, m2))))
+        except ImportError:
+            pass  # a kernel machine may have torch alone
     check = lambda x_next, x0: float((x_next - truth).abs().max())  # noqa: E731
-    case = Case("sde_step", "ode, third order", IMAGE, "float32", contenders, check, 1e-4)
-    case.bytes_moved = 6 * x.numel() * 4  # x, velocity, two of history; x_next, x0
+    size = "" if shape == IMAGE else ", video"
+    name = str(dtype).removeprefix("torch.")
+    case = Case("sde_step", f"ode, third order{size}", shape, name, contenders, check, 1e-4)
+    if dtype != torch.float32:
+        case.allowed = 0.05  # half of the last place of a number up to 16
+    case.bytes_moved = 6 * x.numel() * x.element_size()  # x, velocity, two of history; x_next, x0
     return case
 
 
 # ---- the noise by itself ----
 
 
-def _normals(device) -> Case:
-    ids, out = torch.arange(IMAGE[0], device=device), torch.empty(IMAGE, device=device)
+def _normals(shape, dtype, device) -> Case:
+    ids, out = torch.arange(shape[0], device=device), torch.empty(shape, device=device)
 
     def check(normals):
         n = normals.numel()
@@ -310,8 +311,8 @@ def _normals(device) -> Case:
         return max(abs(float(m)) for m in moments)  # in standard errors
 
     contenders = [
-        *ours(device, lambda backend: (fk.philox_normal(IMAGE, 1, ids, 3, backend=backend),)),
-        Contender("torch.randn", lambda: (torch.randn(IMAGE, device=device),)),
+        *ours(device, lambda backend: (fk.philox_normal(shape, 1, ids, 3, backend=backend),)),
+        Contender("torch.randn", lambda: (torch.randn(shape, device=device),)),
         Contender("torch.randn, buffer reused", lambda: (out.normal_(),)),
     ]
-    return Case("noise", "normals", IMAGE, "float32", contenders, check, 5.0, out.numel() * 4)
+    return Case("noise", "normals", shape, "float32", contenders, check, 5.0, out.numel() * 4)

@@ -2,11 +2,13 @@
 
 A case is gated on correctness, then its contenders are called in turns, round after round, each in
 another order, so that whatever else the machine does falls on all of them alike. Buffers are
-allocated before. Reported: the 20th, 50th and 80th percentile.
+allocated before. Reported: the 20th, 50th and 80th percentile. Kernels on a CUDA device are timed
+as device_time.py says.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import random
@@ -16,10 +18,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import device_time
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 YARDSTICK = "torch.sum of the same data"
+# Eight latents of a 512-pixel image.
+IMAGE = (8, 4_096 if device_time.IS_REHEARSAL else 65_536)
+
+
+def video(device: torch.device) -> tuple[int, int]:
+    """Latents of a video: four, or on CUDA eight."""
+    size = 20_480 if device_time.IS_REHEARSAL else 2_096_640
+    return (8 if device_time.applies(device) else 4), size
+
+
+def random_source(shape, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """Normals of a seed, other ones at each call; drawn where they will be."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda: torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 @dataclass
@@ -29,6 +46,7 @@ class Contender:
     name: str
     run: Callable
     note: str = ""
+    waits: bool = False  # for the device, within a call: a graph cannot hold it
 
 
 def ours(device: torch.device, call: Callable, note: str = "") -> list[Contender]:
@@ -61,30 +79,20 @@ class Case:
     bandwidth: str = "copy"  # which bandwidth bytes_moved compares with: "copy" | "read"
     reads: Sequence[torch.Tensor] = ()  # summed in turn with the contenders: the read bandwidth
     rounds: int | None = None
-    is_host_time: bool = False  # on CUDA: until the call returns, not until its work is done
+    again: Callable[[], Case] | None = None  # the same on other memory
 
 
 class Clock:
-    """Milliseconds of a call: the host's clock, or a CUDA device's events after a cache flush."""
+    """Milliseconds of a call by the host's clock; on CUDA until its work is done."""
 
-    def __init__(self, device: torch.device, is_host_time: bool = False):
-        self.device, self.is_host_time = device, is_host_time
-        if device.type == "cuda":
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    def __init__(self, device: torch.device):
+        self.device = device
 
     def __call__(self, run: Callable) -> float:
-        if self.device.type == "cuda" and self.is_host_time:
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "cuda":
-            self.cache.zero_()
-            self.start.record()
-            run()
-            self.end.record()
-            self.end.synchronize()
-            return self.start.elapsed_time(self.end)
         begin = time.perf_counter_ns()
         run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return (time.perf_counter_ns() - begin) / 1e6
 
 
@@ -136,9 +144,7 @@ def run_case(
         rows.append(row)
     if case.reads:
         runs[YARDSTICK] = lambda: [x.sum() for x in case.reads]
-    timed = (
-        interleaved(runs, Clock(device, case.is_host_time), seconds, case.rounds) if runs else {}
-    )
+    timed = _timed(case, runs, device, seconds) if runs else {}
     if case.reads:
         row = {"op": case.op, "case": case.name, "backend": YARDSTICK, "shape": list(case.shape)}
         rows.append(row | {"dtype": case.dtype, "note": "a yardstick, not a rival"})
@@ -159,10 +165,36 @@ def run_case(
     return rows
 
 
+def _timed(case: Case, runs: dict[str, Callable], device, seconds: float) -> dict[str, dict]:
+    """By the clock that suits: kernels on a CUDA device from graphs, on copies of the case."""
+    if case.again is None or not device_time.applies(device):
+        return interleaved(runs, Clock(device), seconds, case.rounds)
+    more = device_time.copies(case.bytes_moved, device) - 1
+    others = [case.again() for _ in range(more)]
+    calls = {name: [run] for name, run in runs.items()}
+    for other in others:
+        for contender in other.contenders:
+            if contender.name in calls:
+                calls[contender.name].append(contender.run)
+        if other.reads:
+            calls[YARDSTICK].append(lambda other=other: [x.sum() for x in other.reads])
+    waiting = {contender.name for contender in case.contenders if contender.waits}
+    return device_time.measure(calls, device, seconds, waiting)
+
+
+def rotating(make: Callable[..., Case], *arguments, **options) -> Case:
+    """The case that `make` makes, which knows how to be made again."""
+    case = make(*arguments, **options)
+    case.again = functools.partial(make, *arguments, **options)
+    return case
+
+
 def measure_bandwidths(
     device: torch.device, seconds: float, elements: int = 4 * 2_096_640
 ) -> dict[str, float]:
     """GB/s of a copy (bytes read and written) and of a read (torch.sum), at video size."""
+    if device_time.applies(device):
+        return device_time.bandwidths(device)
     x, y = torch.randn(elements, device=device), torch.empty(elements, device=device)
     timed = interleaved(
         {"copy": lambda: y.copy_(x), "read": lambda: x.sum()}, Clock(device), seconds
@@ -205,6 +237,14 @@ def describe_machine(device: torch.device) -> dict:
         "dirty": bool(_git("status", "--porcelain", "-uno")),
     }
     return about
+
+
+def results_folder(device: torch.device, machine: dict) -> Path:
+    """Where results go: the folder that FLOWKERN_RESULTS names, else one for what they were
+    measured on.
+    """
+    named = os.environ.get("FLOWKERN_RESULTS")
+    return Path(named) if named else ROOT / "benchmarks/results" / device_slug(device, machine)
 
 
 def device_slug(device: torch.device, machine: dict) -> str:

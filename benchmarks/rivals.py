@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
+
+# A pool of compilers is for many kernels; these are few, and its start costs seconds.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def compiled(function: Callable, *arguments, fallback_random: bool = False) -> Callable[[], tuple]:

@@ -1,9 +1,11 @@
 """What flowkern buys on this machine, against eager PyTorch and torch.compile.
 
     python benchmarks/speed.py [--device cpu|cuda] [--quick] [--json PATH]
+        [--kernels] [--no-compile] [--only WORDS] [--leave-out OP:BACKEND,...] [--seconds S]
 
 Kernels, and one whole training step. Every timing is gated on correctness, contenders take turns,
-and nothing in the table is typed by hand. Writes a JSON file and, beside it, a PNG chart.
+and nothing in the table is typed by hand. Writes a JSON file after each case, into the folder that
+FLOWKERN_RESULTS names or benchmarks/results, and at the end a PNG chart beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import ROOT, describe_machine, device_slug, measure_bandwidths, run_case
+from harness import describe_machine, measure_bandwidths, results_folder, run_case
 
 SECTIONS = {
     "Kernels": ("bench_sde_step", "bench_policy_loss", "bench_matching_loss"),
@@ -29,7 +31,7 @@ def main() -> int:
     device = torch.device(options.device)
     begin = time.perf_counter()
     machine = describe_machine(device)
-    seconds = 0.8 if options.quick else 1.0 if device.type == "cuda" else 3.0
+    seconds = options.seconds or (0.3 if device.type == "cuda" else 0.8 if options.quick else 3.0)
     bandwidths = measure_bandwidths(device, seconds)
     _print_head(machine, bandwidths)
     result = {
@@ -42,12 +44,17 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_good = True
     for section, modules in SECTIONS.items():
+        if options.kernels and section != "Kernels":
+            continue
         _print_section(section)
         for module in modules:
             found = importlib.import_module(module).cases(device, options.quick)
             if not found:
                 print(f"skipped: {module} needs the trainer's libraries (pip install '.[train]')")
             for case in found:
+                if options.only not in case.name:
+                    continue
+                _leave_out(case, options)
                 measured = run_case(case, device, seconds, bandwidths)
                 _print_case(case, measured)
                 result["rows"] += measured
@@ -70,17 +77,35 @@ def _arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="fewer cases, shorter timings: a smoke test"
     )
     parser.add_argument("--json", type=Path, help="where the results go; the chart goes beside")
+    parser.add_argument("--kernels", action="store_true", help="not the training step")
+    parser.add_argument("--no-compile", action="store_true", help="no torch.compile")
+    parser.add_argument("--only", default="", help="cases whose name has these words")
+    parser.add_argument(
+        "--leave-out", type=lambda text: set(filter(None, text.split(","))), default=set(),
+        metavar="OP:BACKEND,...", help="kernels that are not to be called, such as noise:triton",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, help="of timing per case")
     return parser.parse_args()
 
 
+def _leave_out(case, options: argparse.Namespace) -> None:
+    """Drop the contenders that are not wanted; where a kernel is left out, so is the own choice."""
+    out = {f"flowkern, {name}" for op, name in map(_pair, options.leave_out) if op == case.op}
+    names = out | ({"flowkern"} if out else set())
+
+    def is_wanted(name: str) -> bool:
+        return name not in names and not (options.no_compile and "torch.compile" in name)
+
+    case.contenders = [c for c in case.contenders if is_wanted(c.name)]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    op, _, backend = text.partition(":")
+    return op, backend
+
+
 def _default_path(device: torch.device, machine: dict, quick: bool) -> Path:
-    return (
-        ROOT
-        / "benchmarks"
-        / "results"
-        / device_slug(device, machine)
-        / f"speed{'-quick' if quick else ''}.json"
-    )
+    return results_folder(device, machine) / f"speed{'-quick' if quick else ''}.json"
 
 
 def _chart(result: dict, path: Path) -> str:
@@ -125,15 +150,23 @@ def _print_case(case, rows: list[dict]) -> None:
     dtype = "" if case.dtype == "float32" else f", {case.dtype}"
     print(f"{case.name}{dtype}  {' x '.join(map(str, case.shape))}")
     for row in rows:
-        if "failed" in row:
-            print(f"  {row['backend']:34}{row['failed']}")
+        if "failed" in row or "ms_p50" not in row:
+            why = row.get("failed") or row.get("not_captured", "")
+            print(f"  {row['backend']:34}{why}{_host_time(row)}")
             continue
         times = " ".join(f"{row[p]:9.3f}" for p in ("ms_p20", "ms_p50", "ms_p80"))
         moved = (
             f"{row['gb_per_s']:8.1f} {row['of_bandwidth']:8.0%}" if "gb_per_s" in row else " " * 17
         )
         factor = f"{row['flowkern_is_faster_by']:6.1f} x" if "flowkern_is_faster_by" in row else ""
-        print(f"  {row['backend']:34}{times}     {moved}  {factor}".rstrip(), flush=True)
+        print(
+            f"  {row['backend']:34}{times}     {moved}  {factor}{_host_time(row)}".rstrip(),
+            flush=True,
+        )
+
+
+def _host_time(row: dict) -> str:
+    return f"  host {1e3 * row['host_ms_p50']:.1f} us" if "host_ms_p50" in row else ""
 
 
 if __name__ == "__main__":
