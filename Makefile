@@ -47,9 +47,11 @@ sanitize: $(READY)
 	$(WATCHED_PYTHON) scripts/fuzz_kernels.py --calls $(CALLS) $(ARGS)
 	$(WATCHED_PYTHON) -P -m pytest -q -p no:cacheprovider tests/ops/test_properties.py tests/ops/test_hazards.py -k "not compil"
 
-# Tests, benchmark and compute-sanitizer on a CUDA device, with the Python that is there; 8 minutes at most.
+# On a CUDA device, with the Python that is there: PART=A kernels, B a large model, C tools; docs/gpu.md. 12 minutes at most for all.
+# GPU_REHEARSE=1 walks the same way on the CPU at a tiny size.
+PART ?= all
 gpu:
-	@PYTHON=$(PYTHON) scripts/gpu.sh
+	$(PYTHON) scripts/gpu $(PART)
 
 # A manylinux wheel with the CPU kernels, tested where nothing of the tree is in reach; it goes to dist/.
 wheel: $(READY)

@@ -89,7 +89,7 @@ def _case(
     (truth,) = (true_loss,) if is_forward else torch.autograd.grad(true_loss, wide)
 
     def with_gradient(loss):
-        return (loss(),) if is_forward else torch.autograd.grad(loss(), v)
+        return (loss().detach(),) if is_forward else torch.autograd.grad(loss(), v)
 
     def loss(backend):
         inputs = (v, x, x_next, table, advantage)

@@ -109,6 +109,8 @@ def _default_path(device: torch.device, machine: dict, quick: bool) -> Path:
 
 
 def _chart(result: dict, path: Path) -> str:
+    if not any("flowkern_is_faster_by" in row for row in result["rows"]):
+        return " (no chart: no rival)"
     try:
         from plot import plot
 

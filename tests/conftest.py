@@ -1,5 +1,8 @@
 """Fixtures shared by the suite."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +16,25 @@ def poisoned_empty():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def leave_after_a_fault(request):
+    """A fault of a kernel spoils its process: every later test would fail, and the cause drown. So
+    each GPU test waits for its kernels. After a fault a worker of xdist leaves, upon which xdist
+    names the test and starts another worker; a run without workers ends there.
+    """
+    yield
+    if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{request.node.nodeid}: the device is lost: {str(error).splitlines()[0]}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(message, returncode=1)
+        print(message, file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(params=["native", "reference"])

@@ -10,103 +10,25 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.schedules import sd3_sigmas, step_coefficients
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parent)]
 import fuzz_kernels as fuzz  # noqa: E402
+from calls import GRID, VERBS, Arguments, call  # noqa: E402
 
 BACKENDS = [name for name in ("triton", "native") if fk.backends("cuda")[name] is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DEVICE = torch.device("cuda", torch.cuda.current_device())
-GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)
-B, D = 8, 65_536
 
 
-class Arguments:
-    """Of every verb, in memory that stays, as a CUDA graph needs it."""
-
-    def __init__(self, batch=B, size=D, dtype=torch.float32):
-        self.shape = (batch, size)
-        self.rows = GRID[torch.arange(batch) % 9].to(DEVICE, torch.float32)
-        ids = torch.arange(batch, device=DEVICE) * 977 + 5
-        self.key = {"seed": 3, "sample_id": ids, "step": 4}
-        self.noise, self.x, self.old, self.ref = (self.random(i, dtype) for i in range(4))
-        self.v = (self.old.float() + 1e-3 * self.random(4)).to(dtype).requires_grad_()
-        self.x_next = fk.sde_step(self.x, self.old, self.rows, **self.key, backend="reference")[0]
-        self.advantage = torch.linspace(-1, 1, batch, device=DEVICE)
-        self.sigma = torch.linspace(0.1, 0.9, batch, device=DEVICE)
-        self.one = torch.ones((), device=DEVICE)
-        self.of_samples = torch.linspace(-1, 2, batch, device=DEVICE)
-
-    def random(self, seed, dtype=torch.float32):
-        return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)).to(
-            DEVICE, dtype
-        )
-
-    def renew(self, seed):
-        with torch.no_grad():
-            for i, x in enumerate((self.x, self.v, self.noise)):
-                x.copy_(self.random(10 * seed + i))
-
-    def inputs(self):
-        return [self.noise, self.x, self.old, self.ref, self.v, self.x_next]
-
-
-def policy(p, backend, **more):
-    given = {"x_next": p.x_next, "old_velocity": p.old} | more
-    x_next, clip = given.pop("x_next"), {"clip_low": 0.5, "clip_high": 0.5}
-    return fk.policy_loss(p.v, p.x, x_next, p.rows, p.advantage, **given, **clip, backend=backend)
-
-
-def matching(p, backend, **more):
-    return fk.matching_loss(p.v, p.x, p.sigma, p.advantage, **p.key, **more, backend=backend)
-
-
-def trained(p, out):
-    return (*out, *torch.autograd.grad(out.loss, p.v, p.one))
-
-
-def replayed(p, backend):
-    log_prob = fk.sde_log_prob(p.x, p.v, p.x_next, p.rows, backend=backend)
-    return log_prob, *torch.autograd.grad(log_prob, p.v, p.of_samples)
-
-
-# name: (call, launches): one per draw, at most two per direction of a loss.
-VERBS = {
-    "draw": (lambda p, b: fk.sde_step(p.x, p.v, p.rows, **p.key, backend=b), 1),
-    "draw, noise given": (lambda p, b: fk.sde_step(p.x, p.v, p.rows, p.noise, backend=b), 1),
-    "ode": (lambda p, b: fk.ode_step(p.x, p.v, p.rows, return_x0=True, backend=b), 1),
-    "replay": (
-        lambda p, b: (fk.sde_log_prob(p.x, p.v.detach(), p.x_next, p.rows, backend=b),),
-        1,
-    ),
-    "replay, gradient": (replayed, 2),
-    "policy": (lambda p, b: policy(p, b), 2),
-    "policy, gradient": (lambda p, b: trained(p, policy(p, b)), 4),
-    "policy, drawn again": (lambda p, b: trained(p, policy(p, b, x_next=None, **p.key)), 4),
-    "policy, guard, KL": (
-        lambda p, b: trained(p, policy(p, b, ratio="guard", velocity_ref=p.ref, kl_coef=0.04)),
-        4,
-    ),
-    "matching": (lambda p, b: matching(p, b, old_velocity=p.old), 2),
-    "matching, gradient": (lambda p, b: trained(p, matching(p, b, old_velocity=p.old)), 4),
-    "matching, nft": (
-        lambda p, b: trained(p, matching(p, b, objective="nft", velocity_ref=p.ref, ref_coef=0.1)),
-        4,
-    ),
-    "add_noise": (lambda p, b: (fk.add_noise(p.x, p.sigma, **p.key, backend=b),), 1),
-    "philox_normal": (lambda p, b: (fk.philox_normal(p.shape, **p.key, backend=b),), 1),
-}
 every_verb = pytest.mark.parametrize("verb", VERBS)
 
 
-def call(verb, p, backend):
-    """The results, by this backend: every op has its kernel, a refusal is a failure."""
-    return tuple(VERBS[verb][0](p, backend))
+def make(batch=8, size=65_536, dtype=torch.float32):
+    return Arguments(DEVICE, batch, size, dtype)
 
 
 # ---- the numbers ----
@@ -150,7 +72,7 @@ def test_noise_has_the_bits_of_the_cpu(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_replay_is_the_draw_bit_for_bit_in_any_batch(backend, dtype):
-    p = Arguments(6, 70_001, dtype)
+    p = make(6, 70_001, dtype)
     velocity = p.v.detach()
     x_next, drawn = fk.sde_step(p.x, velocity, p.rows, **p.key, backend=backend)
     order = torch.tensor([3, 0, 5, 1, 4, 2], device=DEVICE)
@@ -163,7 +85,7 @@ def test_a_replay_is_the_draw_bit_for_bit_in_any_batch(backend, dtype):
 @every_backend
 @every_verb
 def test_the_same_bits_each_time(verb, backend):
-    p = Arguments()
+    p = make()
     first = call(verb, p, backend)
     for _ in range(5):
         again = call(verb, p, backend)
@@ -174,7 +96,7 @@ def test_the_same_bits_each_time(verb, backend):
 @every_backend
 def test_two_streams_at_once(backend):
     """What kernels keep between launches is kept per stream."""
-    p, q = Arguments(), Arguments()
+    p, q = make(), make()
     q.renew(1)
     expected = [[call(verb, x, backend) for verb in ("draw", "policy, gradient")] for x in (p, q)]
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -214,7 +136,7 @@ def test_more_elements_than_32_bits_count(backend):
 @every_verb
 def test_in_a_cuda_graph(verb, backend):
     """Captured once, replayed on new values: as the eager call, each time."""
-    p = Arguments()
+    p = make()
     call(verb, p, backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -234,7 +156,7 @@ def test_in_a_cuda_graph(verb, backend):
 @every_backend
 @every_verb
 def test_no_synchronization(verb, backend):
-    p = Arguments()
+    p = make()
     call(verb, p, backend)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -247,7 +169,7 @@ def test_no_synchronization(verb, backend):
 @every_backend
 @every_verb
 def test_number_of_launches(verb, backend):
-    p = Arguments()
+    p = make()
     launches = None
     for _ in range(2):  # the profiler's first run may miss what it is still setting up for
         call(verb, p, backend)
@@ -266,7 +188,7 @@ def test_number_of_launches(verb, backend):
 @every_backend
 @pytest.mark.parametrize("verb", [v for v, (_, n) in VERBS.items() if n == 4])
 def test_peak_memory_is_the_inputs_and_one_gradient(verb, backend):
-    p = Arguments(8, 2**18)
+    p = make(8, 2**18)
     call(verb, p, backend)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -279,7 +201,7 @@ def test_peak_memory_is_the_inputs_and_one_gradient(verb, backend):
 @every_backend
 def test_compiles_whole(backend):
     """torch.compile with fullgraph, forward and backward, gives the eager results."""
-    p = Arguments(4, 4096)
+    p = make(4, 4096)
 
     def train(v):
         x_next, drawn = fk.sde_step(p.x, v.detach(), p.rows, **p.key, backend=backend)
@@ -300,7 +222,7 @@ def test_compiles_whole(backend):
 
 
 def test_errors_name_the_device():
-    p = Arguments(2, 8)
+    p = make(2, 8)
     with pytest.raises(ValueError, match=f"velocity: expected device {DEVICE}, got cpu"):
         fk.sde_step(p.x, p.v.detach().cpu(), p.rows, **p.key)
     with pytest.raises(ValueError, match=f"c_rows: expected device {DEVICE}, got cpu"):

@@ -1,0 +1,70 @@
+"""The kernels and the trainer on a CUDA device: make gpu PART=A | B | C | all.
+
+    python scripts/gpu PART [PART...]
+
+A: versions, build, each call once, tests, timings. B: a whole iteration of a large model. C:
+memcheck, the profiler, torch.compile. Each part has a limit, and so has each of its steps; results
+go to the folder that FLOWKERN_RESULTS names, as they come. GPU_REHEARSE=1 walks the same way on
+the CPU at a tiny size. Nothing is installed; wheels that scripts/gpu/wheels.py put into
+build/wheels are unpacked beside. docs/gpu.md says what to make of the results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from steps import ROOT, Steps
+from wheels import unpack
+
+PARTS = {"A": ("part_a", 400), "B": ("part_b", 200), "C": ("part_c", 130)}
+
+
+def main(arguments: list[str]) -> int:
+    names = [*PARTS] if arguments in ([], ["all"]) else arguments
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        print(f"PART: got {unknown[0]!r}, expected A, B, C or all", file=sys.stderr)
+        return 2
+    # A limit from outside ends the steps, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    results = Path(os.environ.get("FLOWKERN_RESULTS") or ROOT / "build/gpu").resolve()
+    prepare(results)
+    good = True
+    for name in names:
+        module, seconds = PARTS[name]
+        begin, steps = time.monotonic(), Steps(name, seconds, results)
+        importlib.import_module(module).run(steps)
+        print(f"[{name}] {time.monotonic() - begin:.0f} s of at most {seconds}", flush=True)
+        good &= steps.is_good
+    print(f"results: {results}")
+    return 0 if good else 1
+
+
+def prepare(results: Path) -> None:
+    """The environment of every step."""
+    carried = unpack(ROOT / "build/wheels", ROOT / "build/site")
+    paths = [*map(str, carried), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PATH": os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]),
+        "PYTHONUNBUFFERED": "1",
+        "FLOWKERN_RESULTS": str(results),
+    }
+    if "FLOWKERN_COMMIT" not in os.environ:
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        try:
+            found = subprocess.run(git, capture_output=True, text=True)
+        except OSError:
+            return
+        if found.returncode == 0:
+            os.environ["FLOWKERN_COMMIT"] = found.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

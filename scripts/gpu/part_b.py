@@ -1,0 +1,12 @@
+"""Part B: whole iterations of a large model, flowkern and the plain loop on the same images."""
+
+from __future__ import annotations
+
+from steps import IS_REHEARSAL, PYTHON, Steps
+
+
+def run(steps: Steps) -> None:
+    command = [PYTHON, "benchmarks/bench_sd35.py", "--json", steps.results / "e2e.json"]
+    if IS_REHEARSAL:
+        command += ["--device", "cpu", "--tiny", "--rollouts", "1"]
+    steps.run("e2e", 195, command)
