@@ -137,7 +137,10 @@ class PolicyLoss(Op):
 
         per_residual = over_std * (1 / size) if is_guard else k * b * (2 / size)
         slope = grad * scale_of(p) * weight * ratio.slope * per_residual
-        gradient = unless_zero(rows.wide(slope), e if is_guard else residual)
+        # On policy no sum has looked at the data, so what is not finite comes through any slope.
+        is_on_policy = old is None and p.get("old_log_prob") is None
+        term = (lambda x, y: x * y) if is_on_policy else unless_zero
+        gradient = term(rows.wide(slope), e if is_guard else residual)
         if ref is not None:
             slope = grad * scale_of(p) * coefficient * over_std * over_std * (1 / size)
             gradient = gradient + unless_zero(rows.wide(slope), v - ref)

@@ -61,6 +61,10 @@ struct PolicySample {
   float slopes[2];  // gradient = grad (slopes[0] residual + slopes[1] (velocity - velocity_ref))
 };
 
+// A slope of +0: what it multiplies is not read, and its term is 0 whatever comes in. Of clipped samples, and of an advantage of 0
+// where the sums were finite. Where no sum has looked at the data, a slope that vanishes is -0: it is multiplied, so that NaN passes.
+FK_INLINE bool is_silent(float slope) { return slope == 0 && copysignf(1.0f, slope) > 0; }
+
 // A sample's loss and slopes from its sums over D: ratio_sum of ratio_term, kl_sum of kl_term.
 FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum,
                                      float advantage, float old_log_prob, float step_weight, float kl_coef) {
@@ -81,7 +85,9 @@ FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row
   const double policy = -double(advantage) * (1.0 + expm1(clamped)) * step_weight;
   // d policy / d log_ratio is policy itself; a tie keeps it.
   const double residual_factor = s.guard ? (noisy ? row.b / double(row.std) : 0.0) : 2.0 * double(row.k) * row.b;
-  out.slopes[0] = clipped ? 0.0f : float(policy * residual_factor * s.slope_scale);
+  const float slope = float(policy * residual_factor * s.slope_scale);
+  const bool has_seen = s.ratio != Ratio::on_policy && (noisy || !s.guard);
+  out.slopes[0] = slope != 0 && !clipped ? slope : has_seen || clipped ? 0.0f : -0.0f;
 
   const double b_over_std = noisy ? row.b / double(row.std) : 0.0;  // std == 0: no density, no KL
   const double kl = b_over_std * b_over_std / 2 * (kl_sum / size);

@@ -158,12 +158,11 @@ void policy_backward(const PolicyArguments& given) {
   PolicyArguments p = given;
   const bool from_old = p.settings.guard && p.old_velocity.data;  // a guarded residual is that of the old mean
   if (from_old && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
-  // A slope of 0 is a clipped sample: 0 whatever comes in.
   const auto weight = [&p](int64_t sample, int which) {
     const float slope = p.slopes[2 * sample + which];
-    return slope == 0 ? 0.0f : p.grad[sample * p.grad_stride] * slope;
+    return is_silent(slope) ? 0.0f : p.grad[sample * p.grad_stride] * slope;
   };
-  const Siblings siblings(p.rows, p.batch, p.row, [=](int64_t sample) { return weight(sample, 0) != 0; });
+  const Siblings siblings(p.rows, p.batch, p.row, [&p](int64_t sample) { return !is_silent(p.slopes[2 * sample]); });
   std::vector<double> kl_weight(p.rows);  // the KL's term is the row's: one weight for all its samples
   if (p.velocity_ref.data)
     for (int64_t b = 0; b < p.batch; ++b) kl_weight[p.row ? p.row[b] : b] += weight(b, 1);

@@ -140,10 +140,9 @@ __global__ void __launch_bounds__(256) policy_forward_kernel(const __grid_consta
   sum_siblings<kPolicySums>(launch.walk, tile, p.scratch, used, only, fetch, term, finish);
 }
 
-// A slope of 0 is a clipped sample: 0 whatever comes in.
 FK_DEVICE float weight(const PolicyArguments& p, int64_t sample, int which) {
   const float slope = p.slopes[2 * sample + which];
-  return slope == 0 ? 0.0f : p.grad[sample * p.grad_stride] * slope;
+  return is_silent(slope) ? 0.0f : p.grad[sample * p.grad_stride] * slope;
 }
 
 // Nothing is read until a slope asks for it.
@@ -161,10 +160,11 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
     const int64_t mine = base + lane_index();
     const bool member = is_member(launch.walk, tile.row, mine);
     const float slope = member ? weight(p, mine, 0) : 0.0f;
+    const bool is_read = member && !is_silent(p.slopes[2 * mine]);
     const float kl_slope = member && p.velocity_ref.data ? weight(p, mine, 1) : 0.0f;
     for (unsigned left = __ballot_sync(kAllLanes, kl_slope != 0); left; left &= left - 1)
       kl_weight += __shfl_sync(kAllLanes, kl_slope, __ffs(left) - 1);
-    for (unsigned left = __ballot_sync(kAllLanes, slope != 0); left; left &= left - 1) {
+    for (unsigned left = __ballot_sync(kAllLanes, is_read); left; left &= left - 1) {
       const int lane = __ffs(left) - 1;
       const float scale = __shfl_sync(kAllLanes, slope, lane);
       if (!is_loaded) row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);

@@ -257,6 +257,35 @@ def test_only_the_velocity_of_a_policy_loss_has_a_gradient():
     assert leaves["x_t"].grad is None and leaves["x_next"].grad is None and advantage.grad is None
 
 
+WITHOUT_SLOPE = {
+    "advantage": {"advantage": torch.zeros(2)},
+    "weight": {"step_weight": torch.zeros(2)},
+    "guarded": {"advantage": -torch.zeros(2), "ratio": "guard"},
+    "no noise": {"c_rows": C[9].to(dtype=torch.float32), "ratio": "guard"},  # std made 0 below
+    "siblings": {"advantage": torch.tensor([0.0, 0.0]), "row": torch.tensor([1, 1])},
+}
+
+
+@pytest.mark.parametrize("where", ["velocity", "x_next", "x_t"])
+@pytest.mark.parametrize("case", WITHOUT_SLOPE)
+def test_nan_passes_where_nothing_is_learned_on_policy(case, where, backend):
+    """The ratio is 1 without a look at the data: 0 times NaN must not come out as 0."""
+    tensors = {"velocity": V.clone(), "x_t": X.clone(), "x_next": NOISE.clone()}
+    tensors[where][1, 5] = torch.nan
+    p = {"c_rows": C[3], "advantage": torch.ones(2)} | WITHOUT_SLOPE[case]
+    if case == "no noise":
+        table = p["c_rows"].table.clone()
+        table[2:5] = 0
+        p["c_rows"] = Coefficients(table)
+    velocity = tensors["velocity"].requires_grad_()
+    loss = fk.policy_loss(**tensors, **p, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert gradient[1, 5].isnan()
+    assert (gradient[0] == 0).all()
+    if backend != "reference":  # whose ratio is NaN, and with it the whole sample
+        assert gradient.isnan().sum() == 1 and (gradient.nan_to_num() == 0).all()
+
+
 def test_policy_loss_of_edges_without_noise_and_of_nothing():
     last = step_coefficients(sd3_sigmas(10), "cps", 0.8)[9]
     a = torch.ones(2)

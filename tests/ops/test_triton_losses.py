@@ -332,6 +332,15 @@ def test_on_policy_ratio_is_exactly_one():
 
 
 @pytest.mark.parametrize("ratio", ["sde", "guard"])
+def test_nan_passes_where_nothing_is_learned_on_policy(ratio):
+    arguments = policy_problem(3, 300, ratio=ratio) | {"old_velocity": None}
+    arguments["advantage"] = torch.zeros(3, device=DEVICE)
+    arguments["x_next"][1, 290] = torch.nan
+    _, gradient = differentiated(fk.policy_loss, arguments, 1.0)
+    assert gradient[1, 290].isnan() and gradient.isnan().sum() == 1 and not gradient[0].any()
+
+
+@pytest.mark.parametrize("ratio", ["sde", "guard"])
 def test_drawn_again_is_as_stored(ratio):
     arguments = policy_problem(4, 600, ratio=ratio)
     arguments["c_rows"].table[2] = step_coefficients(sd3_sigmas(10), "ode", 0.0).table[4].float()

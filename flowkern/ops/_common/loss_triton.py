@@ -61,8 +61,15 @@ def next_sample(row_ptr, slopes_ptr, SLOPES: tl.constexpr, row, after, place):
 def _has_slope(slopes_ptr, SLOPES: tl.constexpr, sample, mask):
     has_slope = sample < 0
     for j in tl.static_range(SLOPES):
-        has_slope |= tl.load(slopes_ptr + sample * SLOPES + j, mask=mask, other=0.0) != 0
+        slope = tl.load(slopes_ptr + sample * SLOPES + j, mask=mask, other=0.0)
+        has_slope |= ~is_silent(slope)
     return has_slope
+
+
+@triton.jit
+def is_silent(slope):
+    """+0: what it multiplies is not read; -0 is multiplied, so that NaN passes (policy_loss.h)."""
+    return slope.to(tl.int32, bitcast=True) == 0
 
 
 @triton.jit

@@ -120,8 +120,9 @@ def _statistics(
         if EMA:
             ema = mean_of(scratch, FIRST_ANCHOR + REF, sample, place)
             loss += coefs[1] * ema
-        tl.store(slopes_ptr + sample * 4, slope * share)
-        tl.store(slopes_ptr + sample * 4 + 1, minus_slope * share)
+        # Not -0, which would be read: matching looks at all data.
+        tl.store(slopes_ptr + sample * 4, tl.where(slope != 0, slope * share, 0.0))
+        tl.store(slopes_ptr + sample * 4 + 1, tl.where(minus_slope != 0, minus_slope * share, 0.0))
         tl.store(slopes_ptr + sample * 4 + 2, zero + coefs[0] * share)
         tl.store(slopes_ptr + sample * 4 + 3, zero + coefs[1] * share)
         tl.store(log_ratio_ptr + sample, log_ratio)

@@ -19,6 +19,7 @@ from flowkern.ops._common.loss_triton import (
     chunk_sum,
     clipped_policy,
     finish,
+    is_silent,
     log_clip,
     loss_outputs,
     loss_scratch,
@@ -131,7 +132,14 @@ def _statistics(
             kl = scale / 2 * mean_of(scratch, OFF_POLICY, sample, place)
             loss += coef * kl
             kl_slope = coef * scale
-        tl.store(slopes_ptr + sample * 2, slope * inner)
+        # A slope that vanishes is silent where a sum has seen the data; else it is -0, by bits:
+        # Triton takes a -0.0 for 0.
+        is_seen = (sample >= 0) & OFF_POLICY
+        if GUARD:
+            is_seen &= std != 0
+        vanished = tl.where(is_seen, 0, -2147483648).to(tl.float32, bitcast=True)
+        slope = (slope * inner).to(tl.float32)
+        tl.store(slopes_ptr + sample * 2, tl.where(slope != 0, slope, vanished))
         tl.store(slopes_ptr + sample * 2 + 1, kl_slope * inner)
         tl.store(log_ratio_ptr + sample, log_ratio)
         tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
@@ -213,7 +221,7 @@ def _backward_kernel(
             step = rows_ptr + sample * row_stride
             grad = tl.load(grad_ptr + sample * grad_stride)
             slope = tl.load(slopes_ptr + sample * 2)
-            read = tl.where(slope != 0, count, 0)
+            read = tl.where(is_silent(slope), 0, count)
             mean_old = step_mean(step, x, v_old)
             std = tl.load(step + 2)
             residual = _next(x_next, source, mean_old, std, sample, first, read, STREAM, BLOCK)
