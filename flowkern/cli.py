@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowkern.train.errors import RunError
+
 ROLLOUTS = 300
 
 
@@ -18,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return options.command(options)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (RunError, ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.traceback:
             raise
         message = " ".join(str(error).split())

@@ -1,146 +1,164 @@
-"""Checkpoints: directories checkpoint-N that are whole or not there.
+"""Checkpoints: directories checkpoint-N that are whole or not there, and can tell whether they are.
 
-One holds the adapter (for peft and for diffusers), the optimizer, the random state of every rank,
-the step and the configuration. It is written under another name and renamed when complete.
+One holds the adapter (for peft and for diffusers), the optimizer, the copies of the weights, the
+place in the run, the configuration, and a manifest of sizes and SHA-256. It is written under
+another name and renamed when complete; it is removed by renaming it first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import random
 import re
 import shutil
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+from flowkern.train.config import ConfigError
+from flowkern.train.durable import DELETED, PARTIAL, replace, set_aside, sync
 
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+def step_of(path: Path) -> int:
+    """N of checkpoint-N."""
+    return int(_NAME.fullmatch(path.name)[1])
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
 
 
 def find_checkpoint(name: str, output_dir: str | Path = ".") -> Path | None:
-    """The checkpoint called `name`: a directory, or "latest" of output_dir (None if it has none).
+    """The checkpoint called `name`: a directory, or "latest", the newest sound one of output_dir
+    (None if it has none at all). What is passed over is named on stderr.
 
-    Raises FileNotFoundError for a directory that is no checkpoint.
+    Raises ConfigError for a directory that is no checkpoint or a broken one, and for "latest" where
+    every checkpoint is broken.
     """
-    if name == "latest":
-        return next(reversed(checkpoints(output_dir)), None)
-    path = Path(name)
-    if not (path / "state.pt").is_file():
-        raise FileNotFoundError(
-            f"train.resume_from_checkpoint: {name!r} is no checkpoint; expected a directory "
-            'checkpoint-N of a run, or "latest"'
+    if name != "latest":
+        path = Path(name)
+        if not path.is_dir() or not _NAME.fullmatch(path.resolve().name):
+            raise ConfigError(
+                f"train.resume_from_checkpoint: {name!r} is no checkpoint; expected a directory "
+                'checkpoint-N of a run, or "latest"'
+            )
+        if fault := broken(path):
+            raise ConfigError(f"train.resume_from_checkpoint: {name!r} is broken: {fault}")
+        return path
+    faults = []
+    for path in reversed(checkpoints(output_dir)):
+        fault = broken(path)
+        if fault is None:
+            return path
+        faults.append(f"{path} is broken: {fault}")
+        print(f"{faults[-1]}; passed over", file=sys.stderr, flush=True)
+    if faults:
+        raise ConfigError(
+            f"train.resume_from_checkpoint: no checkpoint of {str(output_dir)!r} is whole: "
+            f"{faults[0]}; train.overwrite_output_dir=true starts anew"
         )
-    return path
+    return None
 
 
-def partial_path(output_dir: str | Path, step: int) -> Path:
-    """Where checkpoint-`step` is written before `commit` gives it its name."""
-    return Path(output_dir) / f"checkpoint-{step}.partial"
+def broken(directory: Path) -> str | None:
+    """The first file that is not as it was written, and what is wrong with it; None: all are."""
+    try:
+        files = json.loads((directory / MANIFEST).read_bytes())["files"]
+        entries = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was written"
+    for name, size, digest in entries:
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _digest(path) != digest:
+            return f"{name} is not what was written (SHA-256)"
+    return None
 
 
-def begin(directory: Path) -> None:
-    """Make the directory of `partial_path`, empty."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+def write(
+    output_dir: Path, step: int, fill: Callable[[Path], None], limit: int | None = None
+) -> Path:
+    """Make checkpoint-`step` of what `fill` writes into a directory, and remove the oldest others
+    beyond `limit`.
 
-
-def commit(directory: Path, limit: int | None) -> Path:
-    """Make a filled directory a checkpoint, and remove the oldest others beyond `limit`."""
-    for path in [*directory.iterdir(), directory]:
-        _sync(path)  # its bytes before its name
-    final = directory.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(directory, final)
-    _sync(final.parent)
-    for old in checkpoints(final.parent)[: -limit if limit else 0]:
-        if old != final:
-            shutil.rmtree(old)
+    Raises OSError, of one line, where it cannot be written; nothing of it stays then.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        _seal(partial)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # Writers in C++ say only that they failed; what the system said comes with it.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(
+            f"{final} cannot be written: {' '.join(str(cause).split())}; what was written of it "
+            "is removed"
+        ) from error
+    doomed = [set_aside(final)] if final.exists() else []
+    os.replace(partial, final)
+    sync(output_dir)
+    others = [path for path in checkpoints(output_dir) if path != final]
+    if limit is not None:
+        doomed += [set_aside(path) for path in others[: max(0, len(others) + 1 - limit)]]
+    _remove(doomed)
     return final
 
 
-def discard_later(output_dir: str | Path, step: int) -> None:
-    """Remove the checkpoints beyond `step`: a run that resumes there abandons them."""
-    for path in checkpoints(output_dir):
-        if int(_NAME.fullmatch(path.name)[1]) > step:
-            shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_random_state(path: Path) -> None:
-    """This rank's generators; the noise needs none, but a reward of the user's own may."""
-    name, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
+def _seal(directory: Path) -> None:
+    """The manifest of a filled directory, and all of it on the disk."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    manifest = {
+        path.relative_to(directory).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": _digest(path),
+        }
+        for path in files
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, path)
+    for path in files:
+        sync(path)
+    replace(directory / MANIFEST, json.dumps({"files": manifest}, indent=1))
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync(path)
 
 
-def load_random_state(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def discard(output_dir: Path, after: int = -1) -> None:
+    """Remove the checkpoints of steps beyond `after`.
 
-
-def truncate_lines(path: Path, step: int) -> None:
-    """Drop what a .jsonl file says of steps after `step`, and a line that was cut short."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            is_later = json.loads(line)["step"] > step
-        except json.JSONDecodeError:
-            break
-        if is_later:
-            break
-        kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
-def prepare_output_dir(output_dir: str | Path, resumed: Path | None, overwrite: bool) -> None:
-    """Make the run directory; resumed: the checkpoint that the run continues, if any.
-
-    Raises FileExistsError where it holds another run.
+    The newest loses its name first: whenever this ends, the latest is one of the run as it was.
     """
-    directory = Path(output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    if resumed is not None and resumed.resolve().parent == directory.resolve():
-        return
-    if not ((directory / "metrics.jsonl").exists() or checkpoints(directory)):
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"output_dir: {str(output_dir)!r} holds a run already; continue it with "
-            "train.resume_from_checkpoint=latest, replace it with train.overwrite_output_dir=true, "
-            "or name another"
-        )
-    for name in ("samples", *(path.name for path in directory.glob("checkpoint-*"))):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "validation.jsonl", "reward_curve.png"):
-        (directory / name).unlink(missing_ok=True)
+    later = [path for path in reversed(checkpoints(output_dir)) if step_of(path) > after]
+    doomed = [set_aside(path) for path in later]
+    sync(output_dir)
+    _remove(doomed)
+
+
+def tidy(output_dir: Path) -> None:
+    """Remove what a killed process left of checkpoints that were not there yet, or no longer."""
+    for ending in (PARTIAL, DELETED):
+        _remove(output_dir.glob(f"checkpoint-*{ending}"))
+
+
+def _remove(directories: Iterable[Path]) -> None:
+    for path in directories:
+        shutil.rmtree(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,9 @@ class Copies:
         self._copies = {name: [p.detach().clone() for p in parameters] for name in names}
         self._current = set(self._copies)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._copies
+
     def is_current(self, name: str) -> bool:
         """Is the copy known to be equal to the weights?"""
         return name in self._current

@@ -1,19 +1,21 @@
-"""Processes: this one's share of the work, signals that ask it to stop, an orderly exit."""
+"""Processes: this one's share of the work, what is done once for all of them, an orderly exit."""
 
 from __future__ import annotations
 
-import os
-import signal
+import random
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from flowkern.train.config import Config, ConfigError
+from flowkern.train.errors import RunError
+from flowkern.train.stop import Stop
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -48,58 +50,68 @@ def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:
     return torch.arange(prompts).view(updates, world, -1)[:, rank].flatten()
 
 
-def agree(accelerator: Accelerator, status: int) -> int:
-    """The largest `status` of all ranks: a signal may reach them in different iterations."""
-    if accelerator.num_processes == 1:
-        return status
-    return int(gather(accelerator, torch.tensor([status], device=accelerator.device)).max())
+def gather(
+    accelerator: Accelerator, compute: Callable[[], Tensor], shape: tuple[int, int]
+) -> Tensor:
+    """The rows of `compute`, of this shape, of all ranks, in rank order, float64 on the host: the
+    one wait of a rollout.
+
+    What it raises on one rank ends all of them, which otherwise would wait for its rows for ever.
+    """
+    failure = None
+    try:
+        table = compute().double()
+    except Stop:
+        raise
+    except BaseException as raised:
+        if accelerator.num_processes == 1:
+            raise
+        failure = raised
+        table = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
+    has_failed = table.new_full((len(table), 1), float(failure is not None))
+    table = accelerator.gather(torch.cat([table, has_failed], dim=1)).cpu()
+    if failure is not None:
+        raise failure
+    if table[:, -1].any():
+        rank = int(table[:, -1].argmax()) // shape[0]
+        raise RunError(f"process {rank} failed in a reward, and says which")
+    return table[:, :-1]
 
 
-def gather(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order, on the host: the one wait of a rollout."""
-    return accelerator.gather(value).cpu()
+def seed_generators(seed: int, number: int, rank: int) -> None:
+    """The global generators, for an iteration: the noise needs none, but a reward of the user's
+    own may. They follow from the arguments, so nothing of them has to be stored.
+    """
+    state = np.random.SeedSequence([seed, number, rank]).generate_state(2, np.uint64)
+    random.seed(int(state[0]))
+    np.random.seed(state[:1].view(np.uint32))
+    torch.manual_seed(int(state[1] >> np.uint64(1)))
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """What `function` returns on the main process, on every process. Its failure is raised there,
+    and ends the others without a word.
+    """
+    found: list[Any] = [None, 0]
+    error = None
+    if accelerator.is_main_process:
+        try:
+            found[0] = function()
+        except Exception as raised:
+            error, found[1] = raised, 2 if isinstance(raised, ConfigError) else 1
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    if error is not None:
+        raise error
+    if found[1]:
+        raise SystemExit(found[1])
+    return found[0]
 
 
 def finish(accelerator: Accelerator) -> None:
     """Leave together; without this a process group's exit may abort."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM as a request to finish the iteration; a second Ctrl-C exits at once.
-
-    A launcher passes one Ctrl-C on as SIGINT and SIGTERM, so SIGTERM never counts as the second.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, object] = {}
-        self._interrupts = 0
-
-    @property
-    def status(self) -> int:
-        """The exit status asked for: 128 + the signal, or 0."""
-        return 128 + self.signal if self.signal else 0
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            # No unwinding: a process group would wait for ranks that are gone.
-            os.write(2, b"\nstopped at once; the last checkpoint stands\n")
-            os._exit(128 + number)
-        if self.signal is None:
-            self.signal = number
-            os.write(2, b"\nfinishing this iteration, then saving; Ctrl-C again exits at once\n")
 
 
 class Laps:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flowkern.ops.policy_loss import PolicyLoss
+from flowkern.rl.advantage import zero_std_ratio
+from flowkern.rollout import Plan
 from flowkern.train.distributed import Laps
 
 STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "trained")
@@ -21,33 +24,46 @@ def summed(out: PolicyLoss) -> Tensor:
     return torch.stack([*sums, torch.full_like(sums[0], len(out.ratio))])
 
 
-def records(
-    scores: Mapping[str, Tensor],
-    updates: Sequence[dict[str, float]],
-    laps: Laps,
-    released_rows: tuple[int, int],
-    world: int,
-) -> list[dict[str, float]]:
-    """What the optimizer steps `updates` of an iteration report; the rollout's in the first.
+@dataclass
+class Progress:
+    """An iteration under way, as far as it will be reported."""
 
-    laps: of the rollout, the rewards, and each optimizer step. released_rows: of the authors' loop.
-    """
+    plan: Plan
+    scores: Mapping[str, Tensor]
+    """Of all ranks, (their prompts, L) each."""
+    laps: Laps
+    """The rollout, the rewards, and each of `updates`."""
+    released: tuple[int, int]
+    """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
+    is_first: bool
+    """Does the iteration's first optimizer step belong to `updates`? It reports the rollout."""
+    updates: list[dict[str, float]] = field(default_factory=list)
+    """What the finished optimizer steps report."""
+
+
+def records(progress: Progress, per_rollout: int, world: int) -> list[dict[str, float]]:
+    """A record per finished optimizer step, of the `per_rollout` that an iteration has."""
+    laps, scores = progress.laps, progress.scores
     (rollout, reward, *train), (sampled, _, *trained) = laps.seconds(), laps.counts()
+    sampling_rows, training_rows = progress.released
+    total = rollout + reward + per_rollout * sum(train) / len(train)
     first = {f"reward/{name}": value.double().mean().item() for name, value in scores.items()}
     first |= {
         "nfe/sample": sampled * world,
-        "nfe/naive_sample": released_rows[0],
+        "nfe/naive_sample": sampling_rows,
         "timing_s/rollout": rollout,
         "timing_s/reward": reward,
-        "throughput/images_per_s": scores["mean"].numel() / (rollout + reward + sum(train)),
+        "throughput/images_per_s": scores["mean"].numel() / total,
+        "zero_std_ratio": zero_std_ratio(scores["mean"], progress.plan).item(),
     }
     found = []
-    for i, (update, seconds, rows) in enumerate(zip(updates, train, trained, strict=True)):
-        found.append(update | (first if i == 0 else {}))
+    for i, (update, seconds, rows) in enumerate(zip(progress.updates, train, trained, strict=True)):
+        tells_rollout = i == 0 and progress.is_first
+        found.append(update | (first if tells_rollout else {}))
         found[-1] |= {
             "nfe/train": rows * world,
-            "nfe/naive_train": released_rows[1] // len(updates),
+            "nfe/naive_train": training_rows // per_rollout,
             "timing_s/train": seconds,
-            "timing_s/step": seconds + (rollout + reward if i == 0 else 0),
+            "timing_s/step": seconds + (rollout + reward if tells_rollout else 0),
         }
     return found

@@ -1,8 +1,7 @@
-"""What a run leaves for people: lines of JSON, a progress bar, sample grids, reward curves."""
+"""What a run leaves for people: a progress bar, sample grids, reward curves."""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import textwrap
@@ -14,16 +13,6 @@ import torch
 from torch import Tensor
 
 INK, ACCENT, SOFT = "#222222", "#1f5fa8", "#d9822b"
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """One JSON object, on disk when this returns from the process's side."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -105,7 +94,10 @@ def save_grid(
 def save_curves(
     path: Path, metrics: Sequence[dict], validation: Sequence[dict], optimized: Collection[str]
 ) -> None:
-    """A PNG with one panel per reward: training rollouts as a line, held-out prompts as dots."""
+    """A PNG with one panel per reward: training rollouts as a line, held-out prompts as dots.
+
+    Records of another kind, and values that are no numbers, are passed over.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -119,9 +111,8 @@ def save_curves(
     figure = Figure(figsize=(4.2 * len(names), 3.4), dpi=110, facecolor="white")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        drawn = [(record["step"], record[name]) for record in rollouts if name in record]
+        drawn, held_out = _points(rollouts, name), _points(validation, name)
         axes.plot(*zip(*drawn, strict=True), color=ACCENT, lw=1.6, label="training rollouts")
-        held_out = [(record["step"], record[name]) for record in validation if name in record]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color=SOFT, ms=5, label="held-out prompts")
         if all(0 <= value <= 1 for _, value in drawn):
@@ -136,6 +127,11 @@ def save_curves(
     panels[0].legend(frameon=False, fontsize=9, loc="lower right")
     figure.tight_layout()
     _save(figure, path)
+
+
+def _points(records: Sequence[dict], name: str) -> list[tuple[float, float]]:
+    found = [(record["step"], record.get(name)) for record in records]
+    return [(step, value) for step, value in found if isinstance(value, int | float)]
 
 
 def _save(figure, path: Path) -> None:

@@ -6,30 +6,31 @@ P prompts of a rollout, of this rank unless stated, each with L leaves and C tra
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from flowkern.rewards import load_reward
-from flowkern.rl.advantage import zero_std_ratio
 from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
 from flowkern.rollout.engine import Velocity, moved, slices
-from flowkern.train import checkpoint, distributed, lora, metrics, tracking
-from flowkern.train.config import Config, to_dict
+from flowkern.train import distributed, lora, metrics, tracking
+from flowkern.train.config import Config
 from flowkern.train.copies import Copies
-from flowkern.train.distributed import Laps, StopRequest
+from flowkern.train.distributed import Laps
 from flowkern.train.loading import load_pipeline
+from flowkern.train.metrics import Progress
+from flowkern.train.optimizer import make_optimizer, make_schedule, restore
 from flowkern.train.prompts import draw_prompts, read_prompts
+from flowkern.train.run import Run
+from flowkern.train.stop import StopRequest
 from flowkern.train.validation import Validation, evaluate
 
 EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
+SAMPLED = "sampled"  # that of those which drew the rollout, while optimizer steps follow it
 Row = dict[str, Any]
 """A prompt with its metadata."""
 
@@ -41,10 +42,14 @@ class Trainer:
         """model: an adapter that is in memory, on the device, in place of model.path's."""
         self.config, self.recipe = config, config.algorithm
         self.global_step = self.iteration = 0  # optimizer steps and rollouts so far
+        self.updates_done = 0  # optimizer steps of the rollout under way
+        self.is_whole = True  # no optimizer step is half done
+        self.progress: Progress | None = None
         self.output_dir = Path(config.output_dir)
         self.accelerator = distributed.make_accelerator(config)
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.stop = StopRequest(acts_alone=self.accelerator.is_main_process)
         self.prompts = read_prompts(config.data.train_prompts)
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
         self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
@@ -60,54 +65,74 @@ class Trainer:
             self.model.network.enable_gradient_checkpointing()
         self.network = lora.add_lora(self.model, config.lora)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            weight_decay=options.adam_weight_decay,
-            eps=options.adam_epsilon,
-        )
-        self.lr_scheduler = get_scheduler(
-            options.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=options.steps,
-        )
-        means = () if options.ema_decay is None else (EVALUATED,)
-        self.copies = Copies(self.parameters, (*self.recipe.copies, *means))
+        optimizer = make_optimizer(self.parameters, options)
+        self.lr_scheduler = make_schedule(optimizer, options)
+        self.copies = Copies(self.parameters, self._names_of_copies())
         # `trained` is `network` as gradients need it: wrapped for several processes.
         self.trained, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         names = [*config.reward.weights, *config.reward.report]
         self.rewards = {name: load_reward(name) for name in names}
         self.objective = self.recipe.objective(uncond=len(self.slots))
-        self.validation = Validation(config, self.accelerator, self.model, self.rewards)
+        self.validation = Validation(config, self.accelerator, self.model, self.rewards, self.stop)
+
+    def _names_of_copies(self) -> list[str]:
+        names = list(self.recipe.copies)
+        if self.evaluated is not None:
+            names.append(EVALUATED)
+        if self.recipe.updates_per_rollout > 1 and self.recipe.sampler is None:
+            names.append(SAMPLED)
+        return names
 
     # ---- one iteration ----
 
     def step(self) -> list[dict[str, float]]:
-        """A rollout and its optimizer steps; returns the metrics of each."""
-        laps, updates = Laps(self.device, lambda: self.model.rows), []
+        """A rollout and its optimizer steps, or those that are left of them after a resume, which
+        draws the rollout again; returns the metrics of each.
+        """
+        laps = Laps(self.device, lambda: self.model.rows)
+        decays = {name: decay(self.iteration + 1) for name, decay in self.recipe.copies.items()}
+        released = self.released_rows()
+        distributed.seed_generators(self.config.seed, self.iteration, self.rank)
+        if SAMPLED in self.copies and self.updates_done == 0:
+            self.copies.update(SAMPLED, 0.0)
         prompts = self.draw_prompts()
         rollout = self.sample(prompts)
         laps.mark()
         scores = self.score(rollout, prompts)
         advantage = self.credit(scores, rollout.plan)
         laps.mark()
-        for share in self.split():
-            totals = torch.zeros(len(metrics.STATISTICS), device=self.device)
-            calls = self.network_calls(rollout.plan, advantage, share)
-            choices = len(share) * advantage.shape[2]
-            for i, (site, prompt) in enumerate(calls):
-                rows = batch(rollout, site, share[prompt], advantage[self.rank])
-                with self.accelerator.no_sync(self.trained) if calls[i + 1 :] else nullcontext():
-                    out = self.objective(rows, self.learn, self.anchors())
-                    self.accelerator.backward(out.loss / choices)
-                totals += metrics.summed(out)
-            updates.append(self.update(totals / choices))
+        is_first = self.updates_done == 0
+        self.progress = Progress(rollout.plan, scores, laps, released, is_first)
+        for share in self.split()[self.updates_done :]:
+            self.stop.poll()
+            self.progress.updates.append(self.learn_from(rollout, share, advantage))
             laps.mark()
-        self.iteration += 1
-        self.update_copies()
-        return self.report(rollout.plan, scores, updates, laps)
+        with self.changing():
+            self.iteration, self.updates_done = self.iteration + 1, 0
+            for name, decay in decays.items():
+                self.copies.update(name, decay)
+        return self.report()
+
+    def learn_from(self, rollout: Rollout, share: Tensor, advantage: Tensor) -> dict[str, float]:
+        """One optimizer step, on the prompts `share` of every rank; returns what it reports."""
+        totals = torch.zeros(len(metrics.STATISTICS), device=self.device)
+        calls = self.network_calls(rollout.plan, advantage, share)
+        choices = len(share) * advantage.shape[2]
+        for i, (site, prompt) in enumerate(calls):
+            rows = batch(rollout, site, share[prompt], advantage[self.rank])
+            with self.accelerator.no_sync(self.trained) if calls[i + 1 :] else nullcontext():
+                out = self.objective(rows, self.learn, self.anchors())
+                self.accelerator.backward(out.loss / choices)
+            totals += metrics.summed(out)
+        teaches = self.objective.needs_all or bool(advantage[:, share].any())
+        return self.update(totals / choices, teaches)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around what must happen as a whole: a state in between is never saved."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     def draw_prompts(self) -> list[Row]:
         """This rank's prompts of the iteration, P."""
@@ -123,7 +148,7 @@ class Trainer:
         ids = moved(prompt_ids(self.iteration, self.slots), self.device)
         return run(
             recipe.plan(model.sigmas, self.iteration, seed),
-            self.velocity_of(recipe.sampler),
+            self.velocity_of(recipe.sampler or (SAMPLED if SAMPLED in self.copies else None)),
             Source(seed, ids, model.latent_shape(*size)),
             self.config.train.max_batch,
             guidance=recipe.guidance(uncond=len(prompts)),
@@ -133,26 +158,37 @@ class Trainer:
 
     def score(self, rollout: Rollout, prompts: Sequence[Row]) -> dict[str, Tensor]:
         """Every reward, and their weighted sum "mean", (all ranks' prompts, L), on the host."""
-        latents = rollout.latents.flatten(0, 1)
         leaves = len(rollout.plan.leaves)
-        rows, parts = [row for row in prompts for _ in range(leaves)], []
-        for part in slices(len(latents), self.config.train.max_batch):
-            found = evaluate(self.rewards, self.model.decode(latents[part]), rows[part])
-            parts.append(torch.stack([*found.values()], dim=1))
-        table = distributed.gather(self.accelerator, torch.cat(parts))
+        rows = [row for row in prompts for _ in range(leaves)]
+        table = distributed.gather(
+            self.accelerator,
+            lambda: self._score(rollout.latents.flatten(0, 1), rows),
+            shape=(len(rows), len(self.rewards)),
+        )
         scores = {
             name: value.view(-1, leaves)
             for name, value in zip(self.rewards, table.unbind(1), strict=True)
         }
-        for name, value in scores.items():
+        weights = self.config.reward.weights
+        mean = sum(weight * scores[name] for name, weight in weights.items())
+        for name, value in {**scores, "mean": mean}.items():
             bad = value[~torch.isfinite(value)].tolist()
             if bad:
                 raise FloatingPointError(
                     f"step {self.global_step + 1}: reward {name} is {bad[0]} for {len(bad)} of "
-                    f"{value.numel()} images; the last checkpoint stands"
+                    f"{value.numel()} images"
                 )
-        weights = self.config.reward.weights
-        return {"mean": sum(weight * scores[name] for name, weight in weights.items()), **scores}
+        return {"mean": mean, **scores}
+
+    def _score(self, latents: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Every reward of this rank's images, (B, rewards)."""
+        parts = []
+        for part in slices(len(latents), self.config.train.max_batch):
+            images = self.model.decode(latents[part])
+            with self.stop.in_reward():
+                found = evaluate(self.rewards, images, rows[part])
+            parts.append(torch.stack([*found.values()], dim=1))
+        return torch.cat(parts)
 
     def credit(self, scores: dict[str, Tensor], plan: Plan) -> Tensor:
         """The advantages of all ranks, (ranks, P, C); the same for any number of ranks."""
@@ -170,12 +206,21 @@ class Trainer:
         limit, needs_all = self.config.train.max_batch, self.objective.needs_all
         return network_rows(plan, advantage[:, share], self.rank, limit, needs_all)
 
-    def update(self, means: Tensor) -> dict[str, float]:
-        """The optimizer step; the only place in a step where the host waits for its results."""
-        options = self.config.train
-        norm = self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
-        means = self.accelerator.reduce(means, "mean")
-        *values, grad_norm = torch.cat([means, norm.reshape(1).to(means)]).tolist()
+    def update(self, means: Tensor, teaches: bool = True) -> dict[str, float]:
+        """The optimizer step; the only place in a step where the host waits for its results.
+
+        teaches: False where every advantage is zero and nothing else pulls; the step then counts,
+        and neither weight decay nor the optimizer's moments see it.
+        """
+        options, norm = self.config.train, means.new_zeros(1)
+        if teaches:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
+        sums = [means, self.stop.flags(self.device)] if self.world > 1 else [means]
+        sums = self.accelerator.reduce(torch.cat(sums), "mean")
+        grad_norm, *values = torch.cat([norm.reshape(1).to(means), sums]).tolist()
+        values, flags = values[: len(means)], values[len(means) :]
+        if flags:
+            self.stop.hear(flags)
         found = dict(zip(metrics.STATISTICS, values, strict=True))
         loss, trained, step = found.pop("loss"), found.pop("trained"), self.global_step + 1
         for name in ("ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower"):
@@ -184,35 +229,33 @@ class Trainer:
         for name, value in {"loss": loss, "gradient norm": 0.0 if is_scaled else grad_norm}.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"step {step}: the {name} is {value}; stopped before the weights moved, the "
-                    "last checkpoint stands; a lower train.learning_rate may help"
+                    f"step {step}: the {name} is {value}; stopped before the weights moved; a "
+                    "lower train.learning_rate may help"
                 )
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad()
-        self.global_step = step
-        self.copies.weights_moved()
-        if options.ema_decay is not None:
-            self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
+        with self.changing():
+            if teaches:
+                self.optimizer.step()
+                self.copies.weights_moved()
+            self.lr_scheduler.step()
+            self.optimizer.zero_grad()
+            self.global_step, self.updates_done = step, self.updates_done + 1
+            if options.ema_decay is not None:
+                self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
         return {"step": step, **found, "grad_norm": grad_norm}
 
-    def update_copies(self) -> None:
-        """Once per rollout, after its optimizer steps."""
-        for name, decay in self.recipe.copies.items():
-            self.copies.update(name, decay(self.iteration))
-
-    def report(
-        self, plan: Plan, scores: dict[str, Tensor], updates: list[dict[str, float]], laps: Laps
-    ) -> list[dict[str, float]]:
-        """The metrics of an iteration's optimizer steps."""
-        found = metrics.records(scores, updates, laps, self.released_rows(), self.world)
-        found[0]["zero_std_ratio"] = zero_std_ratio(scores["mean"], plan).item()
+    def report(self) -> list[dict[str, float]]:
+        """The metrics of the optimizer steps that were not reported yet."""
+        progress, self.progress = self.progress, None
+        if progress is None or not progress.updates:
+            return []
+        updates = self.recipe.updates_per_rollout
+        found = metrics.records(progress, updates, self.world)
         return [r | {"memory/peak_gb": tracking.peak_memory_gb(self.device)} for r in found]
 
     def released_rows(self) -> tuple[int, int]:
         """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
         recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
-        cost = recipe.released(self.iteration - 1, self.config.seed)
+        cost = recipe.released(self.iteration, self.config.seed)
         halves = 1 if recipe.guidance_scale == 1 else 2
         forwards = self.objective.forwards
         return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)
@@ -220,6 +263,7 @@ class Trainer:
     # ---- the velocity, as the step needs it ----
 
     def velocity(self, x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        self.stop.poll()
         return self.model.velocity(x_t, sigma, self.conditioning[prompt])
 
     def learn(self, x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
@@ -247,136 +291,41 @@ class Trainer:
         names = [n for n in self.objective.anchors if not copies.is_current(n)]
         return {name: self.velocity_of(name) for name in names}
 
-    # ---- the run ----
-
-    def run(self) -> int:
-        """Train until train.steps. Returns the exit status: 0, or 128 + a signal."""
-        total, status = self.config.train.steps, 0
-        self.begin()
-        bar = tracking.progress_bar(total, self.global_step, self.accelerator.is_main_process)
-        with StopRequest() as stop, bar:
-            if self.global_step == 0:
-                self.validate()
-            while self.global_step < total and not status:
-                before = self.global_step
-                records = self.step()
-                self.log(records)
-                bar.update(len(records))
-                bar.set_postfix(reward=f"{records[0]['reward/mean']:.3f}")
-                status = distributed.agree(self.accelerator, stop.status)
-                if self.is_due(self.config.validation.steps, before) and not status:
-                    self.validate()
-                if self.is_due(self.config.train.checkpointing_steps, before) or status:
-                    self.save()
-        self.say(
-            f"stopped after step {self.global_step}; continue with "
-            "train.resume_from_checkpoint=latest"
-            if status
-            else f"done: {self.global_step} steps in {self.output_dir}"
-        )
-        distributed.finish(self.accelerator)
-        return status
-
-    def is_due(self, every: int, before: int) -> bool:
-        """Has the iteration that began at `before` passed a multiple of `every`, or the end?"""
-        at_end = self.global_step >= self.config.train.steps
-        return at_end or self.global_step // every > before // every
-
-    def begin(self) -> None:
-        """The run directory, new or resumed."""
-        options, tree = self.config.train, to_dict(self.config)
-        found = None
-        if options.resume_from_checkpoint:
-            found = checkpoint.find_checkpoint(options.resume_from_checkpoint, self.output_dir)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            overwrite = options.overwrite_output_dir
-            checkpoint.prepare_output_dir(self.output_dir, found, overwrite)
-            text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-            (self.output_dir / "config.yaml").write_text(text)
-        self.accelerator.wait_for_everyone()
-        if found is not None:
-            self.resume(found)
-        if options.report_to:
-            self.accelerator.init_trackers("flowkern", config=tracking.flat(tree))
-
-    def save(self) -> None:
-        """checkpoint-N, whole or not at all."""
-        main = self.accelerator.is_main_process
-        partial = checkpoint.partial_path(self.output_dir, self.global_step)
-        if main:
-            checkpoint.begin(partial)
-        self.accelerator.wait_for_everyone()
-        checkpoint.save_random_state(partial / f"random-{self.rank}.pt")
-        if main:
-            lora.save_lora(self.network, self.model.pipeline, partial)
-            if self.evaluated is not None:
-                with self.copies.using(self.evaluated):
-                    lora.save_lora(self.network, self.model.pipeline, partial / "ema")
-            text = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
-            (partial / "config.yaml").write_text(text)
-            scaler = self.accelerator.scaler
-            parts = {
-                "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler,
-                "copies": self.copies,
-            }  # fmt: skip
-            state = {"step": self.global_step, "iteration": self.iteration} | {
-                n: p.state_dict() for n, p in parts.items()
-            }
-            torch.save(
-                state | ({"scaler": scaler.state_dict()} if scaler else {}), partial / "state.pt"
-            )
-        self.accelerator.wait_for_everyone()
-        if main:
-            checkpoint.commit(partial, self.config.train.checkpoints_total_limit)
-        self.draw_curves()
-        self.accelerator.wait_for_everyone()
-
-    def resume(self, directory: Path) -> None:
-        """Continue as if never stopped: metrics and checkpoints of later steps are dropped."""
-        lora.restore_lora(self.network, directory)
-        state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.copies.load_state_dict(state["copies"])
-        if "scaler" in state and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if (path := directory / f"random-{self.rank}.pt").is_file():  # none for ranks that are new
-            checkpoint.load_random_state(path)
-        self.global_step, self.iteration = state["step"], state["iteration"]
-        if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "validation.jsonl"):
-                checkpoint.truncate_lines(self.output_dir / name, self.global_step)
-            checkpoint.discard_later(self.output_dir, self.global_step)
-        self.say(f"resumed from {directory}")
-
-    def validate(self) -> None:
-        self.model.network = self.network
-        with self.copies.using(self.evaluated):
-            self.validation.run(self.global_step)
-        self.draw_curves()
+    # ---- what a checkpoint holds ----
 
     @property
     def evaluated(self) -> str | None:
         """The copy of the weights that is validated; None: the weights themselves."""
         return None if self.config.train.ema_decay is None else EVALUATED
 
-    def draw_curves(self) -> None:
-        """reward_curve.png of what is on disk."""
-        if self.accelerator.is_main_process:
-            lines = [self.output_dir / name for name in ("metrics.jsonl", "validation.jsonl")]
-            tracking.save_curves(
-                self.output_dir / "reward_curve.png",
-                *map(tracking.read_lines, lines),
-                optimized=self.config.reward.weights,
-            )
+    def save(self, directory: Path) -> None:
+        """The adapter, the mean that is validated, and state.pt. Nothing here needs other ranks."""
+        lora.save_lora(self.network, self.model.pipeline, directory)
+        if self.evaluated is not None:
+            with self.copies.using(self.evaluated):
+                lora.save_lora(self.network, self.model.pipeline, directory / "ema")
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.global_step,
+            "iteration": self.iteration,
+            "updates_done": self.updates_done,
+            "optimizer": self.optimizer.state_dict(),
+            "copies": self.copies.state_dict(),
+        } | ({"scaler": scaler.state_dict()} if scaler else {})
+        with (directory / "state.pt").open("wb") as file:
+            torch.save(state, file)
 
-    def log(self, records: Sequence[dict[str, float]]) -> None:
-        for record in records:
-            if self.accelerator.is_main_process:
-                tracking.append_line(self.output_dir / "metrics.jsonl", record)
-            self.accelerator.log(record, step=record["step"])
+    def load(self, directory: Path) -> None:
+        """The same on every rank, however many there are and were."""
+        state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+        self.copies.load_state_dict(state["copies"])
+        lora.restore_lora(self.network, directory)
+        self.global_step, self.iteration = state["step"], state["iteration"]
+        self.updates_done = state["updates_done"]
+        restore(self.optimizer, self.lr_scheduler, state["optimizer"], self.global_step)
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def say(self, message: str) -> None:
-        if self.accelerator.is_main_process:
-            print(message, file=sys.stderr, flush=True)
+    def run(self) -> int:
+        """Train until train.steps; see `Run.go`."""
+        return Run(self).go()

@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from flowkern.rl.algorithms import names
 from flowkern.train.config import from_dict, to_dict
+from flowkern.train.run import Run
 from flowkern.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,5 +176,5 @@ def test_a_resume_with_other_updates_draws_no_noise_again(small):
     tree["algorithm"]["updates_per_rollout"] = 1
     Trainer(from_dict(tree)).run()
     resumed = Trainer(small("flow_grpo", resume_from_checkpoint="latest"))
-    resumed.begin()
+    Run(resumed).begin()
     assert resumed.global_step == resumed.iteration == 2

@@ -51,8 +51,8 @@ def test_the_mean_that_is_evaluated_takes_one_step_per_optimizer_step(tiny):
     trainer = Trainer(tiny(*options))
     weights, update = [trainer.parameters[1].detach().clone()], trainer.update
 
-    def watched(means):
-        metrics = update(means)
+    def watched(*arguments):
+        metrics = update(*arguments)
         weights.append(trainer.parameters[1].detach().clone())
         return metrics
 

@@ -1,0 +1,96 @@
+"""Files that a kill or a power cut leaves whole: the old content, or the new, and nothing between.
+
+A reader of a .jsonl file takes what is a record and passes over the rest: people write into them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PARTIAL, DELETED = ".partial", ".deleted"
+"""Endings of what is not there yet, and of what is no longer there: never read, removed later."""
+
+
+def sync(path: Path) -> None:
+    """A file's bytes, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, content: bytes | str) -> None:
+    """Write a whole file."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Take a directory's name away in one step; returns where it now waits to be removed."""
+    doomed = path.with_name(path.name + DELETED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    return doomed
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """One JSON object, on the disk when this returns; a number that is not finite is null.
+
+    Where it cannot be written (a full disk) the file stays as it was.
+    """
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
+    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file: its objects with a "step"; other lines are passed over."""
+    if not path.is_file():
+        return []
+    records = (_record(line) for line in path.read_bytes().split(b"\n"))
+    return [record for record in records if record is not None]
+
+
+def truncate_lines(path: Path, step: int) -> None:
+    """Drop the records of steps after `step`, and a last line that was cut short; what else is
+    there stays.
+    """
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    lines, last = content.split(b"\n")[:-1], content.rpartition(b"\n")[2]
+    if _record(last) is not None:
+        lines.append(last)
+    kept = [line for line in lines if (_record(line) or {"step": step})["step"] <= step]
+    replace(path, b"".join(line + b"\n" for line in kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # also of bytes that are no text
+        return None
+    is_record = isinstance(found, dict) and type(found.get("step")) in (int, float)
+    return found if is_record else None
