@@ -18,7 +18,6 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from flowkern.rl.algorithms import names
 from flowkern.train.config import from_dict, to_dict
-from flowkern.train.run import Run
 from flowkern.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,13 +167,3 @@ def test_a_recipe_of_ones_own_may_sample_with_a_copy(small, tmp_path, monkeypatc
     trainer = Trainer(from_dict(tree))
     ratios = [trainer.step()[0]["ratio_mean"] for _ in range(3)]
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-5
-
-
-def test_a_resume_with_other_updates_draws_no_noise_again(small):
-    """The iteration is counted, and does not follow from the optimizer steps."""
-    tree = to_dict(small("flow_grpo", steps=2, checkpointing_steps=2))
-    tree["algorithm"]["updates_per_rollout"] = 1
-    Trainer(from_dict(tree)).run()
-    resumed = Trainer(small("flow_grpo", resume_from_checkpoint="latest"))
-    Run(resumed).begin()
-    assert resumed.global_step == resumed.iteration == 2
