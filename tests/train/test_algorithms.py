@@ -4,6 +4,7 @@ the same on two processes and after a resume.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from safetensors.torch import load_file
+
 from flowkern.rl.algorithms import names
 from flowkern.train.config import from_dict, to_dict
 from flowkern.train.trainer import Trainer
@@ -85,6 +88,22 @@ def one_step(config) -> dict[str, float]:
     return {k: v for r in records for k, v in r.items() if not k.startswith(loose)}
 
 
+def on_processes(count: int, program: str, directory: Path) -> None:
+    """Run a program, which may import this file, with the argument `directory`."""
+    (directory / "program.py").write_text(program)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(directory / "program.py"), str(directory)],
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_take_the_steps_of_one(small, tmp_path):
     for name in names():
         (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(small(name))))
@@ -99,21 +118,62 @@ def test_two_processes_take_the_steps_of_one(small, tmp_path):
         "import torch.distributed as group\n"
         "group.destroy_process_group()\n"
     )
-    (tmp_path / "two.py").write_text(program)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path)],
-        env=environment | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_processes(2, program, tmp_path)
     for name in names():
         one, two = one_step(small(name)), json.loads((tmp_path / f"{name}.two").read_text())
         assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
+
+
+def test_a_run_goes_on_with_any_number_of_processes(tiny, tmp_path, lines):
+    """From one process to two, from two to two, to one and to four; two to two bit for bit."""
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from flowkern.train.config import from_dict\n"
+        "from flowkern.train.run import Run\n"
+        "from flowkern.train.trainer import Trainer\n"
+        "for path in sorted(Path(sys.argv[1]).glob('*.json')):\n"
+        "    run = Run(Trainer(from_dict(json.loads(path.read_text()))))\n"
+        "    run.begin()\n"
+        "    run.advance()\n"
+        "import torch.distributed as group\n"
+        "group.barrier()\n"
+        "group.destroy_process_group()\n"
+    )
+
+    def config(name: str, origin: str | None = None):
+        options = (
+            [f"train.resume_from_checkpoint={tmp_path / origin / 'checkpoint-2'}"] if origin else []
+        )
+        return tiny("validation.num_prompts=4", "train.ema_decay=0.9", *options, name=name)
+
+    def on(count: int, **origins: str | None):
+        folder = tmp_path / f"on-{count}"
+        folder.mkdir()
+        for i, (name, origin) in enumerate(origins.items()):
+            tree = to_dict(config(name, origin))
+            (folder / f"{i}.json").write_text(json.dumps(tree))
+        on_processes(count, program, folder)
+
+    Trainer(config("one")).run()
+    on(2, two=None, two_two="two", one_two="one")
+    Trainer(config("two_one", "two")).run()
+    on(4, two_four="two")
+    straight = lines(tmp_path / "two/metrics.jsonl")
+    assert straight[2:] == lines(tmp_path / "two_two/metrics.jsonl")
+    paths = [
+        tmp_path / name / "checkpoint-4/ema/adapter_model.safetensors"
+        for name in ("two", "two_two")
+    ]
+    weights, same = map(load_file, paths)
+    assert all(torch.equal(same[key], value) for key, value in weights.items())
+    for name in ("one_two", "two_one", "two_four"):
+        for file in ("metrics.jsonl", "validation.jsonl"):
+            expected = [r for r in lines(tmp_path / "two" / file) if r["step"] > 2]
+            found = [r for r in lines(tmp_path / name / file) if r["step"] > 2]
+            assert len(found) == len(expected) > 0
+            for a, b in zip(expected, found, strict=True):
+                assert b == pytest.approx(a, rel=2e-3, abs=1e-6), name
 
 
 @pytest.mark.parametrize("name", ["awm", "diffusion_nft"])
@@ -121,10 +181,18 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
     extra = {"checkpointing_steps": 2, "ema_decay": 0.9}
     straight, resumed = (Trainer(small(name, run, **extra)) for run in ("straight", "resumed"))
     assert straight.run() == 0
-    resumed.run()
+    update = resumed.update
+
+    def asked_to_stop(*arguments):  # after the first of the second rollout's two updates
+        record = update(*arguments)
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    resumed.update = asked_to_stop
+    assert resumed.run() == 128 + signal.SIGTERM
     directory = resumed.output_dir
-    for folder in directory.glob("checkpoint-4"):
-        folder.rename(directory / "left")
+    assert (directory / "checkpoint-3").is_dir() and not (directory / "checkpoint-4").exists()
     again = Trainer(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
     again.run()
     for file in ("metrics.jsonl", "validation.jsonl"):
