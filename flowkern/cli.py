@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         parents=[common],
         help="train from a configuration",
-        description="Train from a configuration. Ctrl-C finishes the iteration, saves a checkpoint "
-        "and exits; a second Ctrl-C exits at once.",
+        description="Train from a configuration. Ctrl-C saves the last finished step and exits; a "
+        "second Ctrl-C exits at once.",
         epilog="Several processes: torchrun --standalone --nproc_per_node N scripts/train.py "
         "CONFIG.yaml, with ACCELERATE_USE_CPU=true where there is no GPU.",
     )
