@@ -118,8 +118,8 @@ def _sample(options: argparse.Namespace) -> int:
     from flowkern.train.tracking import save_grid, save_image
     from flowkern.train.validation import SAMPLE_ITERATION, sample_images
 
-    found = [find_checkpoint(str(path)) for path in checkpoints(options.checkpoint)[-1:]]
-    directory = found[0] if found else find_checkpoint(str(options.checkpoint))
+    is_run = bool(checkpoints(options.checkpoint))
+    directory = find_checkpoint("latest" if is_run else str(options.checkpoint), options.checkpoint)
     config = load_config(directory / "config.yaml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)

@@ -43,7 +43,7 @@ def find_checkpoint(name: str, output_dir: str | Path = ".") -> Path | None:
     """
     if name != "latest":
         path = Path(name)
-        if not path.is_dir() or not _NAME.fullmatch(path.resolve().name):
+        if not any((path / file).is_file() for file in (MANIFEST, "state.pt")):
             raise ConfigError(
                 f"train.resume_from_checkpoint: {name!r} is no checkpoint; expected a directory "
                 'checkpoint-N of a run, or "latest"'

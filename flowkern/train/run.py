@@ -79,24 +79,24 @@ class Run:
 
     def leave(self, error: BaseException) -> int:
         """Save what is finished. Returns the status that a signal asks for, or raises RunError."""
-        step, lost = self.trainer.global_step, ""
+        step, message, lost = self.trainer.global_step, describe(error), ""
         try:
             self.keep()
         except Exception as second:
-            lost = f"; {describe(second)}"
+            if describe(second) != message:
+                lost = f": {describe(second)}"
         if step == 0:
             kept = "no step was finished, so there is nothing to continue"
         elif self.saved == step:
             kept = "continue with train.resume_from_checkpoint=latest"
         else:
-            kept = f"the state of step {step} is lost, the last checkpoint stands{lost}"
+            kept = f"the last checkpoint stands, the state of step {step} is lost{lost}"
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.stop.signal:  # other processes may have gone already, and their work then fails
             self.say(f"stopped after step {step}; {kept}")
             return self.stop.status
-        message = describe(error)
-        if not message.startswith("step "):
+        if "step " not in message:
             message = f"step {step + 1}: {message}"
         raise RunError(f"{message}; {kept}") from error
 
@@ -115,7 +115,8 @@ class Run:
         found = distributed.on_main(self.accelerator, lambda: self._claim(tree))
         if found is not None:
             trainer.load(Path(found))
-            self.saved = self.logged = trainer.global_step
+            self.logged = trainer.global_step
+            self.saved = self.logged if self._is_mine(found) else 0
         distributed.on_main(self.accelerator, lambda: self._prepare(found, tree))
         if options.report_to:
             self.accelerator.init_trackers("flowkern", config=tracking.flat(tree))
@@ -140,7 +141,7 @@ class Run:
 
     def _prepare(self, found: str | None, tree: dict[str, Any]) -> None:
         options, step = self.config.train, self.trainer.global_step
-        if found is not None and Path(found).resolve().parent == self.output_dir.resolve():
+        if found is not None and self._is_mine(found):
             run_directory.resume(self.output_dir, Path(found), step, tree)
         else:
             is_restart = options.resume_from_checkpoint == "latest"
@@ -150,6 +151,10 @@ class Run:
             self.say(f"resumed from {found}")
             for key, (old, new) in self.taken.items():
                 self.say(f"  {key}: {old} until step {step}, {new} from there")
+
+    def _is_mine(self, found: str) -> bool:
+        """Is it a checkpoint of this directory, and not of a run that is taken further here?"""
+        return Path(found).resolve().parent == self.output_dir.resolve()
 
     def _prompts(self) -> dict[str, str | None]:
         """A digest of each file of prompts, wherever it lies."""
