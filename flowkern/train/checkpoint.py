@@ -97,6 +97,7 @@ def write(
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
+    handled = sys.exception()
     try:
         partial.mkdir(parents=True)
         fill(partial)
@@ -104,7 +105,8 @@ def write(
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # Writers in C++ say only that they failed; what the system said comes with it.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        context = error.__context__
+        cause = context if isinstance(context, OSError) and context is not handled else error
         raise OSError(
             f"{final} cannot be written: {' '.join(str(cause).split())}; what was written of it "
             "is removed"
