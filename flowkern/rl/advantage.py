@@ -1,6 +1,7 @@
 """Credit: rewards of groups become advantages. B samples; plain torch, in float64.
 
-A = clamp((r - mean of its group) / (std + eps), -limit, limit)
+A = clamp((r - mean of its group) / (std + eps), -limit, limit), and 0 where std < min_std: what is
+left there is rounding, and dividing by eps would make it a direction.
 
 P prompts, L leaves of each, C choices that are trained (edges, or points over the leaves).
 """
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from flowkern.rollout.plan import Plan
 
+LARGEST = 1e150
+"""Of a reward, in size: its square is still a float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Credit:
@@ -23,6 +27,8 @@ class Credit:
 
     eps: float = 1e-4
     """Added to the standard deviation."""
+    min_std: float = 1e-6
+    """A group whose standard deviation is below this, in units of the reward, teaches nothing."""
     limit: float = 5.0
     """Advantages are clamped to +-this, after all sums."""
     scale: float = 1.0
@@ -46,21 +52,12 @@ class Credit:
     ) -> Tensor:
         """Advantages (P, C) float64 of rewards (P, L) by name; the weighted ones count.
 
-        Raises ValueError for rewards that are not finite.
+        Raises what `group_advantage` does.
         """
         group = _groups(plan, len(scores[next(iter(weights))]))
-        options = {
-            "global_std": self.global_std, "unbiased": self.unbiased, "eps": self.eps,
-            "trimmed_ratio": self.trimmed_ratio,
-        }  # fmt: skip
-        if self.mix == "reward":
-            parts = [(1.0, sum(w * scores[name].double() for name, w in weights.items()))]
-        else:
-            total = sum(map(abs, weights.values())) if self.mix == "advantage" else 1.0
-            parts = [(w / total, scores[name]) for name, w in weights.items()]
         leaf = sum(
-            weight * group_advantage(reward.flatten(), group.flatten(), **options)
-            for weight, reward in parts
+            weight * _normalised(reward, group.flatten(), self)[0]
+            for weight, reward in self._compared(scores, weights)
         )
         kept = torch.ones_like(leaf)
         if self.best_of is not None:
@@ -77,6 +74,28 @@ class Credit:
             kept = (kept @ below) / ((kept > 0).to(leaf) @ below).clamp(min=1)
         return choice.clamp(-self.limit, self.limit) * self.scale * kept
 
+    def zero_std_ratio(
+        self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
+    ) -> float:
+        """The share of groups that teach nothing: no reward that is compared has a std in them."""
+        group = _groups(plan, len(scores[next(iter(weights))])).flatten()
+        is_flat = torch.stack(
+            [_normalised(reward, group, self)[1] for _, reward in self._compared(scores, weights)]
+        ).all(0)
+        keys, index = torch.unique(group, return_inverse=True)
+        return is_flat.new_zeros(len(keys)).index_put((index,), is_flat).double().mean().item()
+
+    def _compared(
+        self, scores: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> list[tuple[float, Tensor]]:
+        """What groups are compared by: rewards (P * L,), and what their advantages count."""
+        weights = {name: weight for name, weight in weights.items() if weight}
+        rewards = {name: _real(scores[name]).flatten() for name in weights}
+        if self.mix == "reward":
+            return [(1.0, sum(weight * rewards[name] for name, weight in weights.items()))]
+        total = sum(map(abs, weights.values())) if self.mix == "advantage" else 1.0
+        return [(weight / total, rewards[name]) for name, weight in weights.items()]
+
 
 def group_advantage(
     reward: Tensor,
@@ -85,26 +104,24 @@ def group_advantage(
     global_std: bool = False,
     unbiased: bool = False,
     eps: float = 1e-4,
+    min_std: float = 1e-6,
     trimmed_ratio: float = 0.0,
 ) -> Tensor:
     """Advantages (B,) float64 of rewards (B,) within groups; group: (B,) integer keys in any order.
 
-    The options are `Credit`'s. A group of one has std 0 either way. Without trimming, advantages
-    of a group sum to 0. Meant for the host: a few numbers per rollout, whose values are looked at.
-    Raises ValueError for rewards that are not finite: a mean would spread them over the group.
+    The options are `Credit`'s. Exactly 0 in a group whose standard deviation, or the one divided
+    by, is 0 or below min_std; a group of one has std 0 either way. Without trimming, advantages of
+    a group sum to 0. Rewards of any real dtype are compared in float64, as differences within
+    their group, so that 1e6 + 0.01 x teaches what x does. Meant for the host: a few numbers per
+    rollout, whose values are looked at.
+    Raises TypeError for complex rewards or float keys, and ValueError for rewards that are not
+    finite or above 1e150 in size: a mean would spread them over the group.
     """
-    _check(reward, group)
-    value = reward.double()
-    size = _size(group)
-    dropped = (size.double() * trimmed_ratio + 1e-9).floor()
-    dropped = dropped.minimum(size - 1.0)  # never a whole group
-    counts = _rank(value, group) >= dropped
-    mean, std, index = _statistics(value, group, unbiased, counts)
-    if global_std:
-        spread = _statistics(value, torch.zeros_like(group), unbiased, counts)[1]
-    else:
-        spread = std[index]
-    return (value - mean[index]) / (spread + eps)
+    options = Credit(
+        global_std=global_std, unbiased=unbiased, eps=eps, min_std=min_std,
+        trimmed_ratio=trimmed_ratio,
+    )  # fmt: skip
+    return _normalised(reward, group, options)[0]
 
 
 def keep_extremes(advantage: Tensor, group: Tensor, count: int) -> Tensor:
@@ -121,13 +138,6 @@ def keep_extremes(advantage: Tensor, group: Tensor, count: int) -> Tensor:
         )
     is_kept = (rank < count // 2) | (rank >= size - count // 2)
     return torch.where(is_kept, size / count, 0.0).to(advantage)
-
-
-def zero_std_ratio(reward: Tensor, plan: Plan) -> Tensor:
-    """The share of groups whose rewards (P, L) are all equal, (): they teach nothing."""
-    value, group = reward.double().flatten(), _groups(plan, len(reward)).flatten()
-    everything = torch.ones_like(value, dtype=torch.bool)
-    return (_statistics(value, group, False, everything)[1] == 0).double().mean()
 
 
 def _groups(plan: Plan, prompts: int) -> Tensor:
@@ -151,20 +161,46 @@ def _rank(value: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(place).index_put((order,), place)
 
 
+def _normalised(reward: Tensor, group: Tensor, options: Credit) -> tuple[Tensor, Tensor]:
+    """Advantages (B,) before the limit, and whether each one's group teaches nothing (B,)."""
+    value, size = _real(reward), _size(group)
+    _check(value, group)
+    dropped = (size.double() * options.trimmed_ratio + 1e-9).floor()
+    dropped = dropped.minimum(size - 1.0)  # never a whole group
+    counts = _rank(value, group) >= dropped
+    difference, std = _statistics(value, group, options.unbiased, counts)
+    spread = std
+    if options.global_std:
+        spread = _statistics(value, torch.zeros_like(group), options.unbiased, counts)[1]
+    smallest = std.minimum(spread)
+    is_flat = (smallest == 0) | (smallest < options.min_std)
+    return torch.where(is_flat, 0.0, difference / (spread + options.eps)), is_flat
+
+
 def _statistics(
     value: Tensor, group: Tensor, unbiased: bool, counts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (G,) and standard deviation (G,) per group of those that count, and each one's group."""
+) -> tuple[Tensor, Tensor]:
+    """Each sample's value - mean of its group (B,) and std of that (B,), over those that count."""
     keys, index = torch.unique(group, return_inverse=True)
     total = value.new_zeros(len(keys))
     number = total.index_add(0, index, counts.to(value))
-    # Shifted by one value of the group, so that equal rewards give a std of exactly 0.
-    origin = total.index_put((index[counts],), value[counts])
-    shifted = torch.where(counts, value - origin[index], 0.0)
-    mean = total.index_add(0, index, shifted) / number
-    square = torch.where(counts, shifted - mean[index], 0.0).square()
+    # Shifted by the group's least value: equal rewards give a std of exactly 0, and large ones
+    # keep what tells them apart.
+    countable = torch.where(counts, value, torch.inf)
+    origin = total.scatter_reduce(0, index, countable, "amin", include_self=False)
+    shifted = value - origin[index]
+    mean = total.index_add(0, index, torch.where(counts, shifted, 0.0)) / number
+    difference = shifted - mean[index]
+    square = torch.where(counts, difference, 0.0).square()
     variance = total.index_add(0, index, square) / (number - int(unbiased)).clamp(min=1)
-    return origin + mean, variance.sqrt(), index
+    return difference, variance.sqrt()[index]
+
+
+def _real(reward: Tensor) -> Tensor:
+    """In float64, which would drop the imaginary part without a word."""
+    if reward.is_complex():
+        raise TypeError(f"reward: got {reward.dtype}, expected real numbers")
+    return reward.double()
 
 
 def _check(reward: Tensor, group: Tensor) -> None:
@@ -173,11 +209,11 @@ def _check(reward: Tensor, group: Tensor) -> None:
             f"group: got shape {tuple(group.shape)} for reward {tuple(reward.shape)}, "
             "expected (B,) for both"
         )
-    if group.is_floating_point():
+    if group.is_floating_point() or group.is_complex():
         raise TypeError(f"group: got {group.dtype}, expected integer keys")
-    bad = (~torch.isfinite(reward)).nonzero().flatten().tolist()
+    bad = (~(reward.abs() <= LARGEST)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
             f"reward: got {float(reward[bad[0]])} for sample {bad[0]} ({len(bad)} of {len(reward)} "
-            "are not finite); expected finite rewards"
+            f"are not finite or too large); expected finite rewards up to {LARGEST:g} in size"
         )

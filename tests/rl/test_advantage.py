@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flowkern.rl.advantage import Credit, group_advantage, keep_extremes, zero_std_ratio
+from flowkern.rl.advantage import Credit, group_advantage, keep_extremes
+from flowkern.rl.algorithms import names, recipe
 from flowkern.rollout import Plan
+from flowkern.schedules import sd3_sigmas
 
 
 def rewards_and_groups():
@@ -29,20 +33,86 @@ def test_statistics_are_numpys(global_std, unbiased):
         assert abs(actual[group == int(key)].double().sum()) < 1e-5
 
 
-def test_equal_rewards_teach_nothing():
-    reward = torch.tensor([0.1] * 24 + [0.3, 0.4] + [0.7])
+OPTIONS = [
+    {"global_std": whole, "unbiased": unbiased, "eps": eps, "trimmed_ratio": trimmed}
+    for whole in (False, True)
+    for unbiased in (False, True)
+    for eps, trimmed in ((0.0, 0.0), (1e-8, 0.25), (1e-4, 0.0))
+]
+
+
+@pytest.mark.parametrize("level", [0.1, -7.0, 1e6 + 0.1, 1e30, -1e150, 2**53 - 1])
+def test_equal_rewards_teach_nothing_whatever_they_are(level):
+    """Not even by rounding, of huge ones, beside others that differ, or one by one."""
+    equal = torch.full((24,), level, dtype=torch.float64)
+    beside = torch.cat([equal, torch.tensor([0.3, 0.4]), torch.tensor([0.7])])
     group = torch.tensor([0] * 24 + [1, 1] + [2])
-    for unbiased in (False, True):
-        advantage = group_advantage(reward, group, unbiased=unbiased)
-        assert not advantage[:24].any(), "not even by rounding"
-        assert advantage[-1] == 0, "a group of one"
+    for options in OPTIONS:
+        for group_of_equals in (group[:24], torch.arange(24) // 5, torch.arange(24)):
+            assert not group_advantage(equal, group_of_equals, **options).any()
+        advantage = group_advantage(beside, group, **options)
+        assert not advantage[:24].any() and not advantage[26:].any()
+        if not options["global_std"]:
+            assert advantage[24:26].isfinite().all() and advantage[24:26].any()
+    rounded = 0.7 + 9e-7 * torch.linspace(-1, 1, 24).double()
+    for options in OPTIONS:
+        assert not group_advantage(rounded, group[:24], **options).any()
+        assert group_advantage(rounded, group[:24], min_std=0.0, **options).any()
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(OPTIONS),
+    st.lists(st.tuples(st.integers(-40, 40), st.integers(0, 3)), min_size=1, max_size=24),
+    st.integers(-(2**40), 2**40),
+    st.integers(-4, 20),
+    st.randoms(use_true_random=False),
+)
+def test_credit_looks_at_differences_within_groups(options, pairs, shift, power, chance):
+    reward, group = (torch.tensor(each) for each in zip(*pairs, strict=True))
+    own = shift * (1 + group)  # every group its own level; one of all, where the std is of all
+    level = torch.full_like(own, shift) if options["global_std"] else own
+    actual = group_advantage(reward, group, **options)
+    assert actual.dtype == torch.float64 and actual.isfinite().all()
+    assert torch.equal(group_advantage(reward + level, group, **options), actual)
+    assert torch.equal(group_advantage((reward + level).double(), group, **options), actual)
+    scaled = options | {"eps": options["eps"] * 2.0**power}
+    assert torch.equal(group_advantage(reward * 2.0**power, group, **scaled), actual)
+    order = list(range(len(pairs)))
+    chance.shuffle(order)
+    moved = group_advantage(reward[order], group[order], **options)
+    torch.testing.assert_close(moved, actual[order], rtol=1e-12, atol=1e-12)
+    for key in group.unique():
+        mine = group == key
+        if options["trimmed_ratio"] == 0:
+            assert abs(actual[mine].sum()) < 1e-9
+            assert bool(actual[mine].any()) == (len(reward[mine].unique()) > 1)
+        assert (reward[mine][:, None] < reward[mine]).logical_and(
+            actual[mine][:, None] > actual[mine]
+        ).sum() == 0, "a better sample never gets less"
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool", "float16", "float64"])
+def test_rewards_of_any_real_dtype_are_compared_in_float64(dtype):
+    small = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0])
+    reward, group = small.to(getattr(torch, dtype)), torch.arange(8) % 2
+    expected = group_advantage(small.double(), group)
+    assert expected.any() and torch.equal(group_advantage(reward, group), expected)
+    signal = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    actual = group_advantage(1e6 + 0.01 * signal, torch.arange(64) % 8, eps=0.0)
+    expected = group_advantage(signal, torch.arange(64) % 8, eps=0.0)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_bad_rewards_are_refused_by_name():
     group = torch.tensor([0, 0, 1])
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"reward: got (nan|inf) for sample 2 \(1 of 3"):
-            group_advantage(torch.tensor([0.0, 1.0, bad]), group)
+    for bad in (float("nan"), float("inf"), -float("inf"), 2e150):
+        with pytest.raises(ValueError, match=r"reward: got \S+ for sample 2 \(1 of 3"):
+            group_advantage(torch.tensor([0.0, 1.0, bad], dtype=torch.float64), group)
+    with pytest.raises(TypeError, match=r"reward: got torch\.complex64, expected real numbers"):
+        group_advantage(torch.tensor([0.0, 1, 1j]), group)
+    with pytest.raises(TypeError, match=r"reward: got torch\.complex64"):
+        Credit()({"a": torch.ones(1, 4) * 1j}, {"a": 1.0}, tree())
     with pytest.raises(ValueError, match=r"group: got shape \(3,\) for reward \(2,\)"):
         group_advantage(torch.zeros(2), group)
     with pytest.raises(TypeError, match=r"group: got torch\.float32, expected integer keys"):
@@ -95,7 +165,7 @@ def tree() -> Plan:
 
 
 def advantages(scores, weights=None, plan=None, **options):
-    scores = {name: torch.tensor(score, dtype=torch.float64) for name, score in scores.items()}
+    scores = {name: torch.as_tensor(score, dtype=torch.float64) for name, score in scores.items()}
     weights = weights or dict.fromkeys(scores, 1.0)
     return Credit(eps=0.0, **options)(scores, weights, plan or tree())
 
@@ -161,10 +231,37 @@ def test_credit_keeps_the_extremes_of_groups():
     assert limited.tolist() == [[-2, 0, 0, 2]], "the limit is on the advantage, not on the scale"
 
 
-def test_groups_without_a_spread_are_counted():
-    plan = tree()
-    reward = torch.tensor([[1.0, 5, 1, 6], [2, 3, 2, 3], [0.1, 0, 0.2, 1]])
-    assert zero_std_ratio(reward, plan) == pytest.approx(3 / 6)
+def test_groups_without_a_spread_are_counted_and_get_exactly_nothing():
+    plan, ratio = tree(), Credit(mix="advantage").zero_std_ratio
+    reward = torch.tensor([[1.0, 5, 1, 6], [2, 3, 2, 3], [0.1, 0, 0.1 + 9e-7, 1]])
+    reward = reward.double()
+    scores = {"a": reward, "b": reward * torch.tensor([[1.0], [0], [0]]), "c": reward.flip(1)}
+    assert ratio(scores, {"a": 1.0}, plan) == pytest.approx(4 / 6)
+    assert ratio(scores, {"a": 1.0, "b": 0.3}, plan) == pytest.approx(4 / 6)
+    assert ratio(scores, {"a": 1.0, "c": 0.0}, plan) == pytest.approx(4 / 6), "weight 0: watched"
+    assert ratio(scores, {"a": 1.0, "c": 1.0}, plan) == pytest.approx(2 / 6), "one of them teaches"
+    assert Credit(min_std=0.0).zero_std_ratio(scores, {"a": 1.0}, plan) == pytest.approx(3 / 6)
+    # (P, C): edges lead to leaves 0 1, 0, 2 3 and 2; leaves 0 and 2 are one group.
+    live = [[True, False, True, False], [False] * 4, [True, False, True, False]]
+    assert (advantages({"a": reward}) != 0).tolist() == live
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_has_a_least_standard_deviation(name):
+    """What rounding leaves of equal rewards is nothing to learn from, whatever eps is."""
+    with pytest.raises(ValueError, match="min_std: got -1, expected a number at least 0"):
+        recipe(name)(min_std=-1)
+    made = {least: recipe(name)(min_std=least) for least in (1e-6, 1e-8)}
+    plan = made[1e-6].plan(sd3_sigmas)
+    reward = 0.7 + 1e-7 * torch.randn(
+        2, len(plan.leaves), generator=torch.Generator().manual_seed(0)
+    )
+    scores, weights = {"toy": reward.double()}, {"toy": 1.0}
+    flat, dense = (made[least].credit() for least in made)
+    assert not flat(scores, weights, plan).any()
+    assert flat.zero_std_ratio(scores, weights, plan) == 1
+    assert dense(scores, weights, plan).any()
+    assert dense.zero_std_ratio(scores, weights, plan) == 0
 
 
 def chain(members: int) -> Plan:

@@ -68,6 +68,8 @@ class Recipe(ABC):
     """Optimizer steps per rollout; each sees its own share of the prompts."""
     adv_clip_max: float = 5.0
     """Advantages are clamped to +-this."""
+    min_std: float = 1e-6
+    """A group whose rewards have a standard deviation below this teaches nothing: advantage 0."""
 
     copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType({})
     """Other versions of the trained weights: name -> decay d after rollout number n = 1, 2, ...:
@@ -81,6 +83,7 @@ class Recipe(ABC):
     def __post_init__(self) -> None:
         require(self, "above 0", "guidance_scale", "prompts_per_rollout", "updates_per_rollout")
         require(self, "above 0", "adv_clip_max")
+        require(self, "at least 0", "min_std")
         require(self, "at least 2", "num_inference_steps", "group_size")
 
     @abstractmethod
@@ -92,6 +95,10 @@ class Recipe(ABC):
     @abstractmethod
     def credit(self) -> Credit:
         """How rewards become advantages."""
+
+    def group_credit(self, **options: Any) -> Credit:
+        """`Credit` of these options and of those that all recipes have."""
+        return Credit(limit=self.adv_clip_max, min_std=self.min_std, **options)
 
     @abstractmethod
     def objective(self, uncond: int) -> Objective:
@@ -174,9 +181,9 @@ class EvenGridRecipe(PolicyRecipe):
         return (shift * u / (1 + (shift - 1) * u)).tolist()
 
     def credit(self) -> Credit:
-        return Credit(
-            eps=1e-8, limit=self.adv_clip_max, unbiased=True, trimmed_ratio=self.trimmed_ratio,
-            best_of=self.best_of, mix=self.mix,
+        return self.group_credit(
+            eps=1e-8, unbiased=True, trimmed_ratio=self.trimmed_ratio, best_of=self.best_of,
+            mix=self.mix,
         )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class Recipe(Base):
         return plan
 
     def credit(self) -> Credit:
-        return Credit(global_std=True, limit=self.adv_clip_max, scale=1 / self.adv_clip_max)
+        return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
 
     def objective(self, uncond: int) -> Matching:
         return Matching("nft", old="old", ref_coef=self.ref_coef)

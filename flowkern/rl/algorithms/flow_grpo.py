@@ -42,7 +42,7 @@ class Recipe(PolicyRecipe):
         return plan
 
     def credit(self) -> Credit:
-        return Credit(global_std=self.global_std, limit=self.adv_clip_max)
+        return self.group_credit(global_std=self.global_std)
 
     def released(self, iteration: int = 0, seed: int = 0) -> Cost:
         size, steps = self.group_size, self.num_inference_steps

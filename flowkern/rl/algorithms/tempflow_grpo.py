@@ -53,7 +53,7 @@ class Recipe(PolicyRecipe):
         return plan
 
     def credit(self) -> Credit:
-        return Credit(limit=self.adv_clip_max)
+        return self.group_credit()
 
     def released(self, iteration: int = 0, seed: int = 0) -> Cost:
         steps, seeds, size = self.num_inference_steps, self.num_seeds, self.group_size
