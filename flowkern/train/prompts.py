@@ -2,36 +2,141 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flowkern.train.config import ConfigError
 
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Rows {"prompt": ..., metadata}: of a .jsonl file, or one per line of any other text file.
+Row = dict[str, Any]
+"""A prompt with its metadata."""
 
-    Raises FileNotFoundError, and ValueError naming the line that is not such a row.
+
+def read_prompts(path: str | Path, key: str = "prompts") -> list[Row]:
+    """Rows {"prompt": ..., metadata} of a file, read as what its name ends in, in any case:
+
+    .txt     one prompt per line
+    .jsonl   one object per line (.ndjson too)
+    .json    a list of objects
+    .csv     a header with a column "prompt"; the others are metadata, as text
+
+    Text is UTF-8, with a byte order mark or without; only a newline ends a line, so that what else
+    Unicode counts as one stays in a prompt. Blank lines are passed over.
+    key: where a configuration has the path. Raises ConfigError naming it, the file and the line for
+    what is no such file or row.
     """
     path, rows = Path(path), []
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts: no file {str(path)!r}")
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        row: Any = {"prompt": line.strip()}
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{path}, line {number}: got {line!r}, expected a string 'prompt'")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: holds no prompts")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        *most, last = READERS
+        raise ConfigError(f"{key}: got {str(path)!r}, expected {', '.join(most)} or {last}")
+    try:
+        for place, row in reader(_text(path)):
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise ValueError(f'{place}: got {row!r:.80}, expected a string "prompt"')
+            if any("\ud800" <= letter <= "\udfff" for letter in row["prompt"]):
+                raise ValueError(f"{place}: {row['prompt']!r:.80} has half of a surrogate pair")
+            rows.append(row)
+        if not rows:
+            raise ValueError("no prompts in it")
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {str(path)!r}, {error}") from None
     return rows
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: byte {data[error.start]:#04x} is no UTF-8 text") from None
+    if "\0" in text:
+        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a NUL is no text")
+    return text
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _from_text(text: str) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(text):
+        yield f"line {number}", {"prompt": line.strip(" \t\r")}
+
+
+def _from_json_lines(text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(text):
+        yield f"line {number}", _parsed(line, number)
+
+
+def _from_json(text: str) -> Iterator[tuple[str, Any]]:
+    rows = _parsed(text, 1) if text.strip() else []
+    if not isinstance(rows, list):
+        raise ValueError(f"line 1: got {rows!r:.80}, expected a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+def _from_csv(text: str) -> Iterator[tuple[str, Row]]:
+    table = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    header: list[str] = []
+    try:
+        for row in table:
+            place = f"line {table.line_num}"
+            if not any(cell.strip() for cell in row):
+                continue
+            if not header:
+                header = row
+                if "prompt" not in header or len({*header}) < len(header):
+                    raise ValueError(
+                        f'{place}: got columns {header}, expected a "prompt", each once'
+                    )
+            elif len(row) != len(header):
+                raise ValueError(f"{place}: got {len(row)} cells, expected {len(header)}")
+            else:
+                yield place, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"line {table.line_num}: {error}") from None
+
+
+READERS = {
+    ".txt": _from_text,
+    ".jsonl": _from_json_lines,
+    ".ndjson": _from_json_lines,
+    ".json": _from_json,
+    ".csv": _from_csv,
+}
+
+
+def _parsed(text: str, line: int) -> Any:
+    """JSON that begins in `line`."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        message = f"not JSON: {error.msg} at column {error.colno}"
+        raise ValueError(f"line {line - 1 + error.lineno}: {message}") from None
+    except RecursionError:
+        raise ValueError(f"line {line}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"line {line}: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def draw_prompts(available: int, count: int, seed: int, iteration: int) -> list[int]:
