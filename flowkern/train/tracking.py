@@ -5,13 +5,19 @@ from __future__ import annotations
 import resource
 import sys
 import textwrap
-from collections.abc import Collection, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+ENCODING: dict[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 95, "subsampling": 0}}
+DRAWN = {"Cs": "\ufffd", **dict.fromkeys(("Cc", "Cf", "Zl", "Zp"), " ")}
+"""Instead of letters of these categories: halves of surrogate pairs, and what only steers."""
 INK, ACCENT, SOFT = "#222222", "#1f5fa8", "#d9822b"
 
 
@@ -41,13 +47,24 @@ def progress_bar(total: int, initial: int, is_main: bool):
     return tqdm(total=total, initial=initial, disable=not is_main, desc="train", unit="step")
 
 
+def picture_format(path: Path) -> str:
+    """What a picture of this name is written as.
+
+    Raises ValueError for a name that does not end in .png, .jpg or .jpeg.
+    """
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise ValueError(f"output: got {str(path)!r}, expected a name in .png, .jpg or .jpeg")
+    return found
+
+
 def save_image(path: Path, image: Tensor) -> None:
-    """A PNG of one image (3, H, W) in [0, 1], pixel for pixel."""
+    """One image (3, H, W) in [0, 1], pixel for pixel, as PNG or JPEG by the path's suffix."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    pixels = _pixels(image).mul(255).round().byte()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    _save(lambda file, kind: picture.save(file, kind, **ENCODING[kind]), path)
 
 
 def save_grid(
@@ -57,38 +74,41 @@ def save_grid(
     scores: Sequence[float] = (),
     title: str = "",
 ) -> None:
-    """A PNG of images (B, 3, H, W) in [0, 1], with a caption and a score under each."""
+    """Images (B, 3, H, W) in [0, 1], with a caption and a score under each, as PNG or JPEG by the
+    path's suffix. Text of any kind is drawn as it stands, cut to what there is room for.
+    """
     from matplotlib.figure import Figure
 
     columns = min(len(images), 10 if len(images) > 24 else 5)
     rows = -(-len(images) // columns)
-    texts = [textwrap.fill(caption, 26, max_lines=3, placeholder=" …") for caption in captions]
+    texts = [_wrapped(caption, 26, lines=3) for caption in captions]
     lines = max(text.count("\n") + 1 for text in texts) + bool(scores)
-    head = 0.5 if title else 0.1
+    title = _wrapped(title, 18 * columns, lines=4)
+    head = 0.3 + 0.2 * (title.count("\n") + 1) if title else 0.1
     height = 1.5 + 0.17 * lines + 0.12  # of a cell, in inches
     size = (1.8 * columns, height * rows + head)
     figure = Figure(figsize=size, dpi=110, facecolor="white")
-    grid = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+    grid = _pixels(images).permute(0, 2, 3, 1).numpy()
     for i, text in enumerate(texts):
         row, column = divmod(i, columns)
         left, top = 1.8 * column + 0.15, size[1] - head - height * row
         box = (left / size[0], (top - 1.5) / size[1], 1.5 / size[0], 1.5 / size[1])
         axes = figure.add_axes(box)
-        axes.imshow(grid[i].clip(0, 1), interpolation="nearest")
+        axes.imshow(grid[i], interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color("#bbbbbb")
-        place = {"transform": figure.transFigure, "ha": "center", "va": "top"}
+        place = {"ha": "center", "va": "top", "parse_math": False}
         middle = (left + 0.75) / size[0]
         figure.text(middle, (top - 1.55) / size[1], text, fontsize=8, color=INK, **place)
         if scores:
             below = (top - 1.55 - 0.17 * (text.count("\n") + 1)) / size[1]
-            score = f"{scores[i]:.2f}"
+            score = f"{scores[i]:.2f}" if abs(scores[i]) < 1e6 else f"{scores[i]:.4g}"
             figure.text(middle, below, score, fontsize=9, color=ACCENT, weight="bold", **place)
     if title:
-        figure.text(0.5, 1 - 0.12 / size[1], title, fontsize=11, color=INK, ha="center", va="top")
-    _save(figure, path)
+        figure.text(0.5, 1 - 0.12 / size[1], title, fontsize=11, color=INK, **place)
+    _save_figure(figure, path)
 
 
 def save_curves(
@@ -119,14 +139,14 @@ def save_curves(
             axes.set_ylim(0, 1.02)
         reward = name.removeprefix("reward/")
         role = "optimized" if reward in (*optimized, "mean") else "reported only"
-        axes.set_title(f"{reward.replace('_', ' ')} ({role})", fontsize=11, color=INK)
+        title = f"{_wrapped(reward.replace('_', ' '), 30, lines=1)} ({role})"
+        axes.set_title(title, fontsize=11, color=INK, parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimizer steps")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=9, loc="lower right")
-    figure.tight_layout()
-    _save(figure, path)
+    _save_figure(figure, path, tight=True)
 
 
 def _points(records: Sequence[dict], name: str) -> list[tuple[float, float]]:
@@ -134,9 +154,38 @@ def _points(records: Sequence[dict], name: str) -> list[tuple[float, float]]:
     return [(step, value) for step, value in found if isinstance(value, int | float)]
 
 
-def _save(figure, path: Path) -> None:
+def _pixels(images: Tensor) -> Tensor:
+    """On the host, in [0, 1]; what is not a number is black."""
+    return images.detach().float().cpu().nan_to_num(0.0).clamp(0, 1)
+
+
+def _wrapped(text: str, width: int, lines: int) -> str:
+    """`text` in so many lines of so many letters, of characters that can be drawn."""
+    letters = [DRAWN.get(unicodedata.category(letter), letter) for letter in text[:1000]]
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in letters)
+    width = width * len(letters) // (len(letters) + wide) if letters else width
+    rows = textwrap.wrap("".join(letters), width)
+    if len(rows) > lines:
+        rows[lines - 1] = rows[lines - 1][: width - 2].rstrip() + " …"
+    return "\n".join(rows[:lines])
+
+
+def _save_figure(figure, path: Path, tight: bool = False) -> None:
+    with warnings.catch_warnings():
+        # A font lacks some of the world's letters, and draws a box: the picture says it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        if tight:
+            figure.tight_layout()
+        _save(lambda file, kind: figure.savefig(file, format=kind, pil_kwargs=ENCODING[kind]), path)
+
+
+def _save(write: Callable[[Path, str], None], path: Path) -> None:
     """Through a second name, so that a reader never sees half a picture."""
+    kind = picture_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    try:
+        write(partial, kind)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
