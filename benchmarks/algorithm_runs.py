@@ -68,6 +68,8 @@ class Job:
 
     def run(self) -> Row:
         """The run as a row of the JSON; what stopped it early, if anything, is in "failed"."""
+        from flowkern.rewards import RewardError
+
         trainer = _trainer(self)
         counter = Counter(trainer)
         curve = [counter.now | evaluate(trainer)]
@@ -76,7 +78,7 @@ class Job:
         while counter.total < self.budget:
             try:
                 records, seconds = timed(trainer.step)
-            except FloatingPointError as error:
+            except (FloatingPointError, RewardError) as error:
                 failed = str(error)
                 break
             counter.add(records, seconds)
@@ -165,7 +167,8 @@ def evaluate(trainer) -> dict[str, float]:
 def _scores(trainer, guidance_scale: float) -> dict[str, float]:
     from flowkern.rollout import prompt_ids
     from flowkern.train.prompts import read_prompts
-    from flowkern.train.validation import RESERVED_ITERATION, evaluate, sample_images
+    from flowkern.train.scoring import score
+    from flowkern.train.validation import RESERVED_ITERATION, sample_images
 
     rows = read_prompts(trainer.config.data.test_prompts)
     rows = [rows[i % len(rows)] for i in range(IMAGES)]
@@ -179,7 +182,7 @@ def _scores(trainer, guidance_scale: float) -> dict[str, float]:
         guidance_scale=guidance_scale,
         max_batch=IMAGES,
     )
-    found = evaluate(trainer.rewards, images, rows)
+    found = score(trainer.rewards, [(images, rows)]).rewards
     names = {"reward": "digits_classifier", "judge": "digits_judge", "distance": "distance_to_real"}
     return {name: round(found[key].mean().item(), 5) for name, key in names.items()}
 

@@ -1,17 +1,27 @@
 """Rewards: callables that score decoded images. This file has the protocol and the lookup by name.
 
-A reward is any callable ``f(images, prompts, metadata) -> Tensor``; a function in the user's own
+A reward is any callable ``f(images, prompts, metadata) -> scores``; a function in the user's own
 module serves as well as one from here.
 """
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
-__all__ = ["REWARDS", "Reward", "load_reward"]
+__all__ = ["REWARDS", "Reward", "RewardError", "Values", "load_reward"]
+
+Values = Tensor | np.ndarray | Sequence[float]
+"""One real number per image: (B,) of any dtype, or a list."""
+
+
+class RewardError(ValueError):
+    """A reward failed, or gave what is no score; the message begins with its key."""
 
 
 class Reward(Protocol):
@@ -19,8 +29,12 @@ class Reward(Protocol):
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> Tensor:
-        """images (B, C, H, W) in [0, 1], B prompts, B metadata rows -> (B,) float32."""
+    ) -> Values | tuple[Values, Mapping[str, Values]]:
+        """images (B, C, H, W) in [0, 1], B prompts, B metadata rows -> B finite scores; or those
+        and what else is to be reported of each image, by name.
+
+        The arguments are the reward's own: it may write into them.
+        """
         ...
 
 
@@ -36,8 +50,9 @@ def load_reward(name: str, **options: Any) -> Reward:
     """The reward called `name`: a key of `REWARDS`, or ``"module:attribute"`` of any module.
 
     A class is instantiated with `options`; a function is returned as it is and takes none.
-    Raises ValueError for a name that is neither and TypeError for options a function cannot take;
-    a missing module or attribute raises what Python's import raises.
+    Raises ValueError for a name that is neither, and TypeError for what cannot be called or is
+    asynchronous, or for options a function cannot take; a missing module or attribute raises what
+    Python's import raises.
     """
     target = REWARDS.get(name, name)
     module, colon, attribute = target.partition(":")
@@ -46,7 +61,11 @@ def load_reward(name: str, **options: Any) -> Reward:
         raise ValueError(f"name: got {name!r}, expected one of {known}, or 'module:attribute'")
     reward = getattr(import_module(module), attribute)
     if inspect.isclass(reward):
-        return reward(**options)
-    if options:
+        reward = reward(**options)
+    elif options:
         raise TypeError(f"options: {name!r} is no class and takes none, got {sorted(options)}")
+    if not callable(reward):
+        raise TypeError(f"name: {name!r} is {type(reward).__name__}, and cannot be called")
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        raise TypeError(f"name: {name!r} is asynchronous; expected a function that returns scores")
     return reward

@@ -46,7 +46,8 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train_prompts: str
-    """Prompts to train on: .jsonl rows of "prompt" and metadata for the rewards, or .txt lines."""
+    """Prompts to train on: .txt lines, or rows of "prompt" and metadata for the rewards as .jsonl,
+    .json or .csv."""
     test_prompts: str | None = None
     """Held-out prompts, in the same formats; None: no validation."""
 
@@ -63,6 +64,9 @@ class RewardConfig:
             raise ValueError("weights: got none, expected at least one reward")
         if not any(self.weights.values()):
             raise ValueError("weights: got 0 for every reward, expected one that counts")
+        for name, weight in self.weights.items():
+            if abs(weight) > 1e100:  # times a score it would be no number
+                raise ValueError(f"weights.{name}: got {weight}, expected at most 1e100 in size")
         twice = sorted(set(self.weights) & set(self.report))
         if twice:
             raise ValueError(f"report: {twice[0]!r} is in reward.weights already")

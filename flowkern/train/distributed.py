@@ -6,16 +6,19 @@ import random
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowkern.train.config import Config, ConfigError
-from flowkern.train.errors import RunError
+from flowkern.train.errors import RunError, describe
 from flowkern.train.stop import Stop
+
+Found = TypeVar("Found")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -50,32 +53,27 @@ def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:
     return torch.arange(prompts).view(updates, world, -1)[:, rank].flatten()
 
 
-def gather(
-    accelerator: Accelerator, compute: Callable[[], Tensor], shape: tuple[int, int]
-) -> Tensor:
-    """The rows of `compute`, of this shape, of all ranks, in rank order, float64 on the host: the
-    one wait of a rollout.
+def together(accelerator: Accelerator, work: Callable[[], Found]) -> list[Found]:
+    """What `work` returns on every rank, in rank order, on all of them.
 
-    What it raises on one rank ends all of them, which otherwise would wait for its rows for ever.
+    What it raises on one rank ends all of them, which otherwise would wait for it for ever.
     """
-    failure = None
+    if accelerator.num_processes == 1:
+        return [work()]
+    found, failure = None, None
     try:
-        table = compute().double()
+        found = work()
     except Stop:
         raise
     except BaseException as raised:
-        if accelerator.num_processes == 1:
-            raise
         failure = raised
-        table = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
-    has_failed = table.new_full((len(table), 1), float(failure is not None))
-    table = accelerator.gather(torch.cat([table, has_failed], dim=1)).cpu()
+    everyone = gather_object([(found, failure and describe(failure))])
     if failure is not None:
         raise failure
-    if table[:, -1].any():
-        rank = int(table[:, -1].argmax()) // shape[0]
-        raise RunError(f"process {rank} failed in a reward, and says which")
-    return table[:, :-1]
+    for rank, (_, message) in enumerate(everyone):
+        if message is not None:
+            raise RunError(f"process {rank}: {message}")
+    return [part for part, _ in everyone]
 
 
 def seed_generators(seed: int, number: int, rank: int) -> None:

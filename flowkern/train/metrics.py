@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from flowkern.ops.policy_loss import PolicyLoss
-from flowkern.rl.advantage import zero_std_ratio
-from flowkern.rollout import Plan
 from flowkern.train.distributed import Laps
 
 STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "trained")
@@ -28,9 +26,9 @@ def summed(out: PolicyLoss) -> Tensor:
 class Progress:
     """An iteration under way, as far as it will be reported."""
 
-    plan: Plan
-    scores: Mapping[str, Tensor]
-    """Of all ranks, (their prompts, L) each."""
+    rewards: Mapping[str, float]
+    """What the rollout's images, of all ranks, are worth."""
+    images: int
     laps: Laps
     """The rollout, the rewards, and each of `updates`."""
     released: tuple[int, int]
@@ -43,18 +41,17 @@ class Progress:
 
 def records(progress: Progress, per_rollout: int, world: int) -> list[dict[str, float]]:
     """A record per finished optimizer step, of the `per_rollout` that an iteration has."""
-    laps, scores = progress.laps, progress.scores
+    laps = progress.laps
     (rollout, reward, *train), (sampled, _, *trained) = laps.seconds(), laps.counts()
     sampling_rows, training_rows = progress.released
     total = rollout + reward + per_rollout * sum(train) / len(train)
-    first = {f"reward/{name}": value.double().mean().item() for name, value in scores.items()}
-    first |= {
+    first = {
+        **progress.rewards,
         "nfe/sample": sampled * world,
         "nfe/naive_sample": sampling_rows,
         "timing_s/rollout": rollout,
         "timing_s/reward": reward,
-        "throughput/images_per_s": scores["mean"].numel() / total,
-        "zero_std_ratio": zero_std_ratio(scores["mean"], progress.plan).item(),
+        "throughput/images_per_s": progress.images / total,
     }
     found = []
     for i, (update, seconds, rows) in enumerate(zip(progress.updates, train, trained, strict=True)):

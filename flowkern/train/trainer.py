@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkern.rewards import load_reward
 from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
 from flowkern.rollout.engine import Velocity, moved, slices
 from flowkern.train import distributed, lora, metrics, tracking
@@ -26,8 +25,9 @@ from flowkern.train.metrics import Progress
 from flowkern.train.optimizer import make_optimizer, make_schedule, restore
 from flowkern.train.prompts import draw_prompts, read_prompts
 from flowkern.train.run import Run
+from flowkern.train.scoring import Scores, load_rewards, score
 from flowkern.train.stop import StopRequest
-from flowkern.train.validation import Validation, evaluate
+from flowkern.train.validation import Validation
 
 EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
 SAMPLED = "sampled"  # that of those which drew the rollout, while optimizer steps follow it
@@ -50,7 +50,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.stop = StopRequest(acts_alone=self.accelerator.is_main_process)
-        self.prompts = read_prompts(config.data.train_prompts)
+        self.prompts = read_prompts(config.data.train_prompts, "data.train_prompts")
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
         self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
         draw_prompts(len(self.prompts), count, config.seed, 0)  # refuses too many, before loading
@@ -70,8 +70,7 @@ class Trainer:
         self.copies = Copies(self.parameters, self._names_of_copies())
         # `trained` is `network` as gradients need it: wrapped for several processes.
         self.trained, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        names = [*config.reward.weights, *config.reward.report]
-        self.rewards = {name: load_reward(name) for name in names}
+        self.rewards = load_rewards(config.reward)
         self.objective = self.recipe.objective(uncond=len(self.slots))
         self.validation = Validation(config, self.accelerator, self.model, self.rewards, self.stop)
 
@@ -98,11 +97,14 @@ class Trainer:
         prompts = self.draw_prompts()
         rollout = self.sample(prompts)
         laps.mark()
-        scores = self.score(rollout, prompts)
+        found, leaves = self.score(rollout, prompts), len(rollout.plan.leaves)
+        scores = {name: value.view(-1, leaves) for name, value in found.rewards.items()}
         advantage = self.credit(scores, rollout.plan)
         laps.mark()
-        is_first = self.updates_done == 0
-        self.progress = Progress(rollout.plan, scores, laps, released, is_first)
+        weights = self.config.reward.weights
+        flat = self.recipe.credit().zero_std_ratio(scores, weights, rollout.plan)
+        told = found.means() | {"zero_std_ratio": flat}
+        self.progress = Progress(told, len(found), laps, released, self.updates_done == 0)
         for share in self.split()[self.updates_done :]:
             self.stop.poll()
             self.progress.updates.append(self.learn_from(rollout, share, advantage))
@@ -156,39 +158,16 @@ class Trainer:
             keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
         )
 
-    def score(self, rollout: Rollout, prompts: Sequence[Row]) -> dict[str, Tensor]:
-        """Every reward, and their weighted sum "mean", (all ranks' prompts, L), on the host."""
-        leaves = len(rollout.plan.leaves)
-        rows = [row for row in prompts for _ in range(leaves)]
-        table = distributed.gather(
-            self.accelerator,
-            lambda: self._score(rollout.latents.flatten(0, 1), rows),
-            shape=(len(rows), len(self.rewards)),
+    def score(self, rollout: Rollout, prompts: Sequence[Row]) -> Scores:
+        """Of the images of all ranks, prompt by prompt."""
+        latents = rollout.latents.flatten(0, 1)
+        rows = [row for row in prompts for _ in rollout.plan.leaves]
+        parts = slices(len(latents), self.config.train.max_batch)
+        batches = ((self.model.decode(latents[part]), rows[part]) for part in parts)
+        found = distributed.together(
+            self.accelerator, lambda: score(self.rewards, batches, self.stop.in_reward)
         )
-        scores = {
-            name: value.view(-1, leaves)
-            for name, value in zip(self.rewards, table.unbind(1), strict=True)
-        }
-        weights = self.config.reward.weights
-        mean = sum(weight * scores[name] for name, weight in weights.items())
-        for name, value in {**scores, "mean": mean}.items():
-            bad = value[~torch.isfinite(value)].tolist()
-            if bad:
-                raise FloatingPointError(
-                    f"step {self.global_step + 1}: reward {name} is {bad[0]} for {len(bad)} of "
-                    f"{value.numel()} images"
-                )
-        return {"mean": mean, **scores}
-
-    def _score(self, latents: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Every reward of this rank's images, (B, rewards)."""
-        parts = []
-        for part in slices(len(latents), self.config.train.max_batch):
-            images = self.model.decode(latents[part])
-            with self.stop.in_reward():
-                found = evaluate(self.rewards, images, rows[part])
-            parts.append(torch.stack([*found.values()], dim=1))
-        return torch.cat(parts)
+        return Scores.joined(found)
 
     def credit(self, scores: dict[str, Tensor], plan: Plan) -> Tensor:
         """The advantages of all ranks, (ranks, P, C); the same for any number of ranks."""

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowkern.rewards import Reward
+from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
 from flowkern.rollout.engine import ITERATION_BITS, moved
 from flowkern.train import durable, tracking
 from flowkern.train.config import Config
-from flowkern.train.distributed import seed_generators
-from flowkern.train.errors import RunError
+from flowkern.train.distributed import seed_generators, together
 from flowkern.train.prompts import read_prompts
-from flowkern.train.stop import Stop, StopRequest
-
-Part = tuple[int, Tensor, dict[str, float]]
-"""A held-out prompt's place, its image (3, H, W), its scores."""
+from flowkern.train.scoring import KeyedReward, Scores, score
+from flowkern.train.stop import StopRequest
 
 # Never a training rollout's: of validation, and of the sample command.
 RESERVED_ITERATION, SAMPLE_ITERATION = 2**ITERATION_BITS - 1, 2**ITERATION_BITS - 2
@@ -37,60 +32,36 @@ class Validation:
         config: Config,
         accelerator: Accelerator,
         model: Any,
-        rewards: Mapping[str, Reward],
+        rewards: Mapping[str, KeyedReward],
         stop: StopRequest,
     ) -> None:
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.model, self.rewards = model, rewards
         path, count = config.data.test_prompts, config.validation.num_prompts
-        self.rows = read_prompts(path)[:count] if path else []
+        self.rows = read_prompts(path, "data.test_prompts")[:count] if path else []
 
     def run(self, step: int) -> None:
         """Write samples/step-N.png and append a line to validation.jsonl.
 
-        Raises FloatingPointError for a reward that is not finite.
+        Raises RewardError as `scoring.score` does, naming the step.
         """
         if not self.rows:
             return
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         seed_generators(self.config.seed, RESERVED_ITERATION, rank)
         mine = [i for i in range(len(self.rows)) if i % world == rank]
-        failure, parts = None, []
         try:
-            images, scores = self._sample(mine) if mine else (None, {})
-            parts = [(i, images[j], {n: scores[n][j] for n in scores}) for j, i in enumerate(mine)]
-        except Stop:
-            raise
-        except BaseException as raised:
-            if world == 1:
-                raise
-            failure = raised
-        if world > 1:
-            everyone = gather_object([(failure is None, parts)])
-            if failure is not None:
-                raise failure
-            failed = [rank for rank, (is_fine, _) in enumerate(everyone) if not is_fine]
-            if failed:
-                raise RunError(f"process {failed[0]} failed in validation, and says how")
-            parts = [part for _, theirs in everyone for part in theirs]
-        means = self._means(step, parts)
+            found = together(self.accelerator, lambda: self._sample(mine) if mine else None)
+        except RewardError as error:
+            raise RewardError(f"validation after step {step}: {error}") from error
         if self.accelerator.is_main_process:
-            self._write(step, sorted(parts, key=lambda part: part[0]), means)
+            images, scores = zip(*filter(None, found), strict=True)
+            order = torch.arange(len(self.rows))
+            order = torch.cat([order[first::world] for first in range(world)]).argsort()
+            self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
-    def _means(self, step: int, parts: Sequence[Part]) -> dict[str, float]:
-        means = {
-            f"reward/{name}": sum(scores[name] for _, _, scores in parts) / len(parts)
-            for name in parts[0][2]
-        }
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"validation after step {step}: the mean of {name} over {len(parts)} prompts "
-                    f"is {value}"
-                )
-        return means
-
-    def _sample(self, mine: list[int]) -> tuple[Tensor, dict[str, list[float]]]:
+    def _sample(self, mine: list[int]) -> tuple[Tensor, Scores]:
+        """The images and scores of the rows `mine`, on the host."""
         options, rows = self.config.validation, [self.rows[i] for i in mine]
         device = self.accelerator.device
         images = sample_images(
@@ -104,43 +75,21 @@ class Validation:
             size=(self.config.model.height, self.config.model.width),
             poll=self.stop.poll,
         )
-        with self.stop.in_reward():
-            scores = {n: v.tolist() for n, v in evaluate(self.rewards, images, rows).items()}
-        weights = self.config.reward.weights
-        mean = [sum(w * scores[n][i] for n, w in weights.items()) for i in range(len(rows))]
-        return images.cpu(), {"mean": mean, **scores}
+        return images.cpu(), score(self.rewards, [(images, rows)], self.stop.in_reward)
 
-    def _write(self, step: int, parts: Sequence[Part], means: dict[str, float]) -> None:
-        directory = Path(self.config.output_dir)
-        shown = parts[: self.config.validation.num_images]
+    def _write(self, step: int, images: Tensor, scores: Scores) -> None:
+        directory, means = Path(self.config.output_dir), scores.means()
+        shown = images[: self.config.validation.num_images]
         tracking.save_grid(
             directory / "samples" / f"step-{step}.png",
-            torch.stack([image for _, image, _ in shown]),
-            [self.rows[i]["prompt"] for i, _, _ in shown],
-            [scores["mean"] for _, _, scores in shown],
+            shown,
+            [row["prompt"] for row in self.rows[: len(shown)]],
+            scores.rewards["mean"][: len(shown)].tolist(),
             f"held-out prompts after {step} optimizer steps, "
-            f"mean reward {means['reward/mean']:.2f} over {len(parts)}",
+            f"mean reward {means['reward/mean']:.2f} over {len(images)}",
         )
         # Last: the line says that the validation is done.
         durable.append_line(directory / "validation.jsonl", {"step": step, **means})
-
-
-def evaluate(
-    rewards: Mapping[str, Reward], images: Tensor, rows: Sequence[dict[str, Any]]
-) -> dict[str, Tensor]:
-    """Every reward of every image: name -> (B,) float32, on the device of the images.
-
-    Raises ValueError for a reward that does not return one number per image.
-    """
-    prompts, scores = [row["prompt"] for row in rows], {}
-    for name, reward in rewards.items():
-        with torch.no_grad():
-            value = torch.as_tensor(reward(images, prompts, rows), dtype=torch.float32)
-        if value.shape != (len(images),):
-            shape = tuple(value.shape)
-            raise ValueError(f"reward {name!r}: returned shape {shape}, expected ({len(images)},)")
-        scores[name] = value.to(images.device)
-    return scores
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Where a run can stop, and that it goes on from there as if it never had."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -39,6 +40,10 @@ def wrapped(function, condition, before):
     return call
 
 
+def put(trainer, name, reward):
+    trainer.rewards[name] = dataclasses.replace(trainer.rewards[name], reward=reward)
+
+
 def ask(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -53,7 +58,7 @@ def in_reward(trainer):
         time.sleep(600)
 
     name, reward = next(iter(trainer.rewards.items()))
-    trainer.rewards[name] = wrapped(reward, lambda: trainer.iteration == 1, hang)
+    put(trainer, name, wrapped(reward, lambda: trainer.iteration == 1, hang))
 
 
 def in_second_update(trainer):
@@ -154,7 +159,7 @@ def of_reward(error):
                 raise error
             return torch.linspace(0, 1, len(images))
 
-        trainer.rewards["digits_judge"] = reward
+        put(trainer, "digits_judge", reward)
 
     return fail
 
@@ -167,16 +172,16 @@ def of_validation(trainer):
     def reward(images, prompts, metadata):
         return torch.full((len(images),), float("nan" if trainer.global_step == 2 else 1))
 
-    trainer.rewards["digits_judge"] = reward
+    put(trainer, "digits_judge", reward)
 
 
 @pytest.mark.parametrize(
     "fail, message",
     [
-        (of_reward(SystemExit(0)), "step 3: .*(SystemExit|digits_judge)"),
-        (of_reward(ZeroDivisionError("by zero")), "step 3: .*ZeroDivisionError.*by zero"),
+        (of_reward(SystemExit(0)), "step 3: reward.report.digits_judge: SystemExit: 0"),
+        (of_reward(ZeroDivisionError("no")), "step 3: reward.report.digits_judge: ZeroDivision"),
         (of_recipe, "step 3: KeyError: 'gone'"),
-        (of_validation, "validation after step 2: .*reward/digits_judge.* is nan"),
+        (of_validation, "validation after step 2: reward.report.digits_judge: nan for image 0"),
     ],
     ids=["exit", "exception", "recipe", "validation"],
 )
@@ -269,7 +274,7 @@ def test_a_batch_that_teaches_nothing_counts_and_moves_nothing(tiny, kl_coef):
     trainer = Trainer(tiny(*options, f"algorithm.kl_coef={kl_coef}"))
     trainer.step()
     for name in trainer.rewards:
-        trainer.rewards[name] = lambda images, prompts, metadata: torch.ones(len(images))
+        put(trainer, name, lambda images, prompts, metadata: torch.ones(len(images)))
     weights = [p.detach().clone() for p in trainer.parameters]
     moments = json.dumps([float(s["exp_avg_sq"].sum()) for s in trainer.optimizer.state.values()])
     (record,) = trainer.step()

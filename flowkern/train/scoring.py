@@ -1,0 +1,213 @@
+"""The rewards of a run: loaded by their keys, called with arguments of their own, checked.
+
+B images. Whatever a reward does wrong becomes a RewardError whose message begins with its key.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowkern.rewards import Reward, RewardError, load_reward
+from flowkern.rl.advantage import LARGEST
+from flowkern.train.config import ConfigError, RewardConfig
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KeyedReward:
+    """A reward, and where the configuration has it; called, it is that reward."""
+
+    key: str
+    weight: float
+    """In the weighted sum; 0: only reported."""
+    reward: Reward
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Row]) -> Any:
+        return self.reward(images, prompts, metadata)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of B images: (B,) float64 by name, on the host."""
+
+    rewards: dict[str, Tensor]
+    """Finite; "mean", the weighted sum, comes first."""
+    info: dict[str, Tensor]
+    """What rewards report beside, as "reward/entry"; NaN where an image has none."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Of all their images, in order."""
+        entries = dict.fromkeys(entry for part in parts for entry in part.info)
+        none = [torch.full((len(part),), torch.nan, dtype=torch.float64) for part in parts]
+        return cls(
+            {n: torch.cat([part.rewards[n] for part in parts]) for n in parts[0].rewards},
+            {
+                entry: torch.cat([p.info.get(entry, n) for p, n in zip(parts, none, strict=True)])
+                for entry in entries
+            },
+        )
+
+    def at(self, place: Tensor) -> Scores:
+        """Of the images there."""
+        return Scores(
+            {name: value[place] for name, value in self.rewards.items()},
+            {entry: value[place] for entry, value in self.info.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(self.rewards["mean"])
+
+    def means(self) -> dict[str, float]:
+        """As a record has them: "reward/name", and of the images that have it "info/name/entry"."""
+        means = {f"reward/{name}": value.mean().item() for name, value in self.rewards.items()}
+        known = {entry: v[v.abs() <= LARGEST] for entry, v in self.info.items()}
+        return means | {f"info/{e}": v.mean().item() for e, v in known.items() if len(v)}
+
+
+def load_rewards(config: RewardConfig) -> dict[str, KeyedReward]:
+    """The rewards of a configuration, by name: those that are optimized, then the others.
+
+    Raises ConfigError, naming the key, for one that is not there or cannot be made.
+    """
+    weights = config.weights | dict.fromkeys(config.report, 0.0)
+    found = {}
+    for name, weight in weights.items():
+        key = f"reward.{'weights' if name in config.weights else 'report'}.{name}"
+        try:
+            found[name] = KeyedReward(key, weight, load_reward(name))
+        except (Exception, SystemExit) as error:
+            is_said = isinstance(error, ValueError | TypeError | FileNotFoundError)
+            message = str(error).removeprefix("name: ") if is_said else _line(error)
+            raise ConfigError(f"{key}: {message}") from error
+    return found
+
+
+def evaluate(
+    rewards: Mapping[str, KeyedReward], images: Tensor, rows: Sequence[Row]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every reward of every image, by name, and what they report beside, as "reward/entry": (B,)
+    float64 each, on the device of the images; nothing waits for it.
+
+    Every reward gets images, prompts and rows of its own, to write into as it likes.
+    Raises RewardError for a reward that fails, leaves (sys.exit) or does not return one real number
+    per image. Whether they are finite is for `score` to see.
+    """
+    scores, info = {}, {}
+    for name, reward in rewards.items():
+        try:
+            mine, prompts = copy.deepcopy(list(rows)), [row["prompt"] for row in rows]
+            with torch.no_grad():
+                found = reward(images.clone(), prompts, mine)
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"{reward.key}: {_line(error)}") from error
+        entries: Mapping[Any, Any] = {}
+        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping):
+            found, entries = found
+        try:
+            scores[name] = _numbers(found, len(images)).to(images.device)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            what = " ".join(str(error).split())
+            raise RewardError(
+                f"{reward.key}: returned {what}; expected {len(images)} real numbers, one per image"
+            ) from error
+        for entry, value in entries.items():
+            try:
+                info[f"{name}/{entry}"] = _numbers(value, len(images)).to(images.device)
+            except (ValueError, TypeError, RuntimeError, OverflowError):
+                warnings.warn(
+                    f"{reward.key}: info {entry!r} is not one real number per image, and not "
+                    "reported",
+                    stacklevel=2,
+                )
+    return scores, info
+
+
+def score(
+    rewards: Mapping[str, KeyedReward],
+    batches: Iterable[tuple[Tensor, Sequence[Row]]],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Scores:
+    """`evaluate` of batches (images, rows), one after another, and the weighted sum.
+
+    around: makes what each call of `evaluate` runs in.
+    The host waits once, in the end. Raises what `evaluate` does, and RewardError for a score that
+    is not finite or above 1e150 in size, naming the image by its place in all batches.
+    """
+    rows: list[Row] = []
+    parts = []
+    for images, some in batches:
+        rows += some
+        with around():
+            parts.append(evaluate(rewards, images, some))
+    names = list(rewards)
+    entries = list(dict.fromkeys(entry for _, info in parts for entry in info))
+    columns = []
+    for values, info in parts:
+        none = torch.full_like(values[names[0]], torch.nan)
+        columns.append([values[n] for n in names] + [info.get(entry, none) for entry in entries])
+    found = torch.cat([torch.stack(part) for part in columns], dim=1).cpu()
+    values = dict(zip(names, found, strict=False))
+    for name, reward in rewards.items():
+        _check(reward.key, values[name], rows)
+    mean = sum(reward.weight * values[name] for name, reward in rewards.items() if reward.weight)
+    _check("reward.weights: their weighted sum", mean, rows)
+    return Scores({"mean": mean} | values, dict(zip(entries, found[len(names) :], strict=True)))
+
+
+def _numbers(found: Any, count: int) -> Tensor:
+    """(count,) float64 of a tensor, an array or a list, never its own memory.
+
+    Raises ValueError saying what it is instead.
+    """
+    if isinstance(found, list | tuple):
+        items = [item.item() if hasattr(item, "item") else item for item in found]
+        for i, item in enumerate(items):
+            if not isinstance(item, Real):
+                raise ValueError(f"{item!r:.80} in place {i} of a {type(found).__name__}")
+        value = torch.tensor([float(item) for item in items], dtype=torch.float64)
+    elif isinstance(found, Tensor):
+        value = found.detach()
+        if value.is_complex():
+            raise ValueError(f"a tensor of {value.dtype}")
+    elif hasattr(found, "__array__"):
+        array = np.asarray(found)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"an array of {array.dtype}")
+        value = torch.from_numpy(array.astype(np.float64))
+    else:
+        raise ValueError("None" if found is None else f"a {type(found).__name__}")
+    if value.shape != (count,):
+        raise ValueError(f"shape {tuple(value.shape)}")
+    return value.to(torch.float64, copy=True)
+
+
+def _check(key: str, value: Tensor, rows: Sequence[Row]) -> None:
+    bad = (~(value.abs() <= LARGEST)).nonzero().flatten().tolist()
+    if bad:
+        others = f", and of {len(bad) - 1} others" if bad[1:] else ""
+        raise RewardError(
+            f"{key}: {value[bad[0]].item():g} for image {bad[0]} of {len(value)}, prompt "
+            f"{rows[bad[0]]['prompt']!r:.80}{others}; expected finite numbers up to {LARGEST:g} in "
+            "size"
+        )
+
+
+def _line(error: BaseException) -> str:
+    """What was raised and where, on one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text:.300} (at {Path(frames[-1].filename).name}:{frames[-1].lineno})"
