@@ -83,7 +83,7 @@ class Credit:
             [_normalised(reward, group, self)[1] for _, reward in self._compared(scores, weights)]
         ).all(0)
         keys, index = torch.unique(group, return_inverse=True)
-        return is_flat.new_zeros(len(keys)).index_put((index,), is_flat).double().mean().item()
+        return float(is_flat.new_zeros(len(keys)).index_put((index,), is_flat).double().mean())
 
     def _compared(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float]
