@@ -1,1 +1,19 @@
 """What is learned from samples: advantages, objectives, and one recipe per algorithm."""
+
+from typing import TYPE_CHECKING
+
+from flowkern.lookup import lazily
+
+if TYPE_CHECKING:
+    from flowkern.rl.advantage import Credit
+    from flowkern.rl.objectives import Matching, Objective, RatioClip
+
+__all__ = ["Credit", "Matching", "Objective", "RatioClip"]
+
+_HOMES = {
+    "Credit": "flowkern.rl.advantage",
+    "Matching": "flowkern.rl.objectives",
+    "Objective": "flowkern.rl.objectives",
+    "RatioClip": "flowkern.rl.objectives",
+}
+__getattr__ = lazily(__name__, _HOMES)

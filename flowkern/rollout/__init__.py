@@ -1,8 +1,13 @@
 """Rollouts: what is sampled (plan), how it is run (engine), what of it is trained (batches)."""
 
-from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_rows
-from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
-from flowkern.rollout.plan import Cost, Plan
+from typing import TYPE_CHECKING
+
+from flowkern.lookup import lazily
+
+if TYPE_CHECKING:
+    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_rows
+    from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
+    from flowkern.rollout.plan import Cost, Plan
 
 __all__ = [
     "Cost",
@@ -17,3 +22,18 @@ __all__ = [
     "prompt_ids",
     "run",
 ]
+
+_HOMES = {
+    "Cost": "flowkern.rollout.plan",
+    "Guidance": "flowkern.rollout.engine",
+    "Plan": "flowkern.rollout.plan",
+    "PointBatch": "flowkern.rollout.batches",
+    "Rollout": "flowkern.rollout.engine",
+    "Source": "flowkern.rollout.engine",
+    "StepBatch": "flowkern.rollout.batches",
+    "batch": "flowkern.rollout.batches",
+    "network_rows": "flowkern.rollout.batches",
+    "prompt_ids": "flowkern.rollout.engine",
+    "run": "flowkern.rollout.engine",
+}
+__getattr__ = lazily(__name__, _HOMES)

@@ -76,6 +76,11 @@ class Guidance:
     uncond: int
     """The prompt that stands for none."""
 
+    @classmethod
+    def of(cls, scale: float, uncond: int) -> Guidance | None:
+        """None where `scale` asks for no guidance, which is up to 1: the one place that decides."""
+        return None if scale <= 1 else cls(scale, uncond)
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from flowkern.schedules import Coefficients, edge_coefficients, multistep_coefficients
 
+MAX_NODES = 2**20  # beyond it a plan takes minutes and gigabytes, and no network follows it
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -126,6 +128,8 @@ class Plan:
         self.points.append((leaf, float(sigma)))
 
     def _add(self, node: Node, noise: tuple[int, int] | None = None) -> int:
+        if len(self.nodes) == MAX_NODES:
+            raise ValueError(f"plan: more than {MAX_NODES} states per prompt; expected fewer steps")
         if noise in self._noises:
             raise ValueError(f"member: {noise[0]} draws noise at depth {noise[1]} already")
         if noise is not None:

@@ -235,7 +235,7 @@ class Trainer:
         """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
         recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
         cost = recipe.released(self.iteration, self.config.seed)
-        halves = 1 if recipe.guidance_scale == 1 else 2
+        halves = 1 if recipe.guidance(uncond=0) is None else 2
         forwards = self.objective.forwards
         return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)
 

@@ -129,6 +129,6 @@ def sample_images(
         velocity,
         Source(seed, sample_id, model.latent_shape(*size)),
         max_batch,
-        guidance=None if guidance_scale == 1 else Guidance(guidance_scale, len(prompts)),
+        guidance=Guidance.of(guidance_scale, len(prompts)),
     )
     return model.decode(rollout.latents.flatten(0, 1))

@@ -559,7 +559,7 @@ def test_the_public_count():
 def test_names_of_nothing_are_told_apart():
     for name, message in (
         ("no_such_module:Recipe", "there is no module no_such_module"),
-        ("math:Recipe", "math has no such class"),
+        ("math:Recipe", "math has no 'Recipe'"),
         ("math:pi", "expected a class derived from Recipe"),
     ):
         with pytest.raises(ValueError, match=f"algorithm.name: got '{name}', .*{message}"):

@@ -12,22 +12,20 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-from torch import Tensor
+from flowkern import rl, rollout
+from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, check_fields, count
+from flowkern.lookup import load
 
-from flowkern.rl.advantage import Credit
-from flowkern.rl.objectives import Objective, RatioClip
-from flowkern.rollout.engine import Guidance
-from flowkern.rollout.plan import Cost, Plan
-from flowkern.schedules import sd3_sigmas, shifted_sigmas
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "EvenGridRecipe",
     "Grid",
+    "Levels",
     "PolicyRecipe",
     "Recipe",
     "cost",
@@ -35,40 +33,34 @@ __all__ = [
     "name_of",
     "names",
     "recipe",
-    "require",
     "shared_random",
     "windowed",
 ]
 
-Grid = Callable[[int], Tensor]
+Grid = Callable[[int], "Tensor"]
 """Number of steps -> the model's noise levels (S + 1,), from 1 to 0."""
 
-RANGES: dict[str, Callable[[float], bool]] = {
-    "above 0": lambda value: value > 0,
-    "at least 0": lambda value: value >= 0,
-    "at least 2": lambda value: value >= 2,
-    "above 0 to 1": lambda value: 0 < value <= 1,
-    "from 0 to below 1": lambda value: 0 <= value < 1,
-}
+Levels = Annotated[int, count(1000)]
+"""A number of noise levels; models are trained on a thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """What every algorithm offers; the defaults are its paper's, or its released code's."""
 
-    num_inference_steps: int
+    num_inference_steps: Annotated[int, count(1000, least=2)]
     """Steps of a training rollout; evaluation takes more."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
-    group_size: int
+    guidance_scale: Annotated[float, AT_LEAST_0] = 1.0
+    """Classifier-free guidance; up to 1 is none."""
+    group_size: Annotated[int, count(4096, least=2)]
     """Samples that are compared with each other."""
-    prompts_per_rollout: int
+    prompts_per_rollout: Annotated[int, count(2**16)]
     """Prompts of a rollout, over all processes."""
-    updates_per_rollout: int = 1
+    updates_per_rollout: Annotated[int, count(2**16)] = 1
     """Optimizer steps per rollout; each sees its own share of the prompts."""
-    adv_clip_max: float = 5.0
+    adv_clip_max: Annotated[float, ABOVE_0] = 5.0
     """Advantages are clamped to +-this."""
-    min_std: float = 1e-6
+    min_std: Annotated[float, AT_LEAST_0] = 1e-6
     """A group whose rewards have a standard deviation below this teaches nothing: advantage 0."""
 
     copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType({})
@@ -81,83 +73,72 @@ class Recipe(ABC):
     """Other published settings, to be counted beside the defaults: name -> options."""
 
     def __post_init__(self) -> None:
-        require(self, "above 0", "guidance_scale", "prompts_per_rollout", "updates_per_rollout")
-        require(self, "above 0", "adv_clip_max")
-        require(self, "at least 0", "min_std")
-        require(self, "at least 2", "num_inference_steps", "group_size")
+        check_fields(self)
 
     @abstractmethod
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
         """The tree of every prompt of a rollout: a function of the arguments alone, so that all
         ranks walk the same one.
         """
 
     @abstractmethod
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         """How rewards become advantages."""
 
-    def group_credit(self, **options: Any) -> Credit:
+    def group_credit(self, **options: Any) -> rl.Credit:
         """`Credit` of these options and of those that all recipes have."""
-        return Credit(limit=self.adv_clip_max, min_std=self.min_std, **options)
+        return rl.Credit(limit=self.adv_clip_max, min_std=self.min_std, **options)
 
     @abstractmethod
-    def objective(self, uncond: int) -> Objective:
+    def objective(self, uncond: int) -> rl.Objective:
         """The loss; uncond: the row of the conditioning without a prompt."""
 
     @abstractmethod
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         """What the authors' released loop takes per prompt, guidance not counted."""
 
     def window_start(self, iteration: int = 0, seed: int = 0) -> int | None:
         """The first drawn step of a rollout, where that moves."""
         return None
 
-    def guidance(self, uncond: int) -> Guidance | None:
-        return None if self.guidance_scale == 1 else Guidance(self.guidance_scale, uncond)
+    def guidance(self, uncond: int) -> rollout.Guidance | None:
+        return rollout.Guidance.of(self.guidance_scale, uncond)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyRecipe(Recipe):
     """Trains drawn edges with the clipped ratio."""
 
-    noise_level: float
+    noise_level: Annotated[float, ABOVE_0]
     """Of the SDE, as `schedules.edge_coefficients` takes it."""
-    clip_range: float = 1e-4
+    clip_range: Annotated[float, BELOW_1] = 1e-4
     """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Of the Gaussian KL to the reference at the trained edges."""
     ratio: ClassVar[str] = "sde"
     """Or "guard", as in `policy_loss`."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "above 0", "noise_level")
-        require(self, "from 0 to below 1", "clip_range")
-        require(self, "at least 0", "kl_coef")
-
-    def objective(self, uncond: int) -> RatioClip:
+    def objective(self, uncond: int) -> rl.RatioClip:
         clip, guidance = self.clip_range, self.guidance(uncond)
-        return RatioClip(clip, clip, self.kl_coef, self.ratio, guidance)
+        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvenGridRecipe(PolicyRecipe):
     """On a grid of equal steps, with the unbiased std of each group."""
 
-    shift: float | None = 3.0
+    shift: Annotated[float | None, Range(0, above=True, most=1000)] = 3.0
     """Of the grid of equal steps; None: the model's own grid."""
     mix: Literal["reward", "advantage", "sum"] = "advantage"
     """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
     own."""
-    best_of: int | None = None
+    best_of: Annotated[int | None, ABOVE_0] = None
     """Train on this many of a group, half of them the best, half the worst; None: on all."""
-    trimmed_ratio: float = 0.0
+    trimmed_ratio: Annotated[float, BELOW_1] = 0.0
     """The share of a group, its lowest rewards, that mean and std leave out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "above 0", "shift", "best_of")
-        require(self, "from 0 to below 1", "trimmed_ratio")
         if self.best_of is not None and (self.best_of % 2 or self.best_of > self.group_size):
             raise ValueError(
                 f"best_of: got {self.best_of}, expected an even number, at most group_size, "
@@ -170,6 +151,10 @@ class EvenGridRecipe(PolicyRecipe):
         points: this many, equally far apart before the shift (on the model's own grid, between its
         places); None: the grid's.
         """
+        import numpy as np  # here, as all that is not needed to read a recipe's options
+
+        from flowkern.schedules import shifted_sigmas
+
         steps, shift = self.num_inference_steps, self.shift
         own = (grid(steps) if shift is None else shifted_sigmas(steps, shift)).tolist()
         if points is None:
@@ -180,7 +165,7 @@ class EvenGridRecipe(PolicyRecipe):
         u = 1 - places / steps
         return (shift * u / (1 + (shift - 1) * u)).tolist()
 
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         return self.group_credit(
             eps=1e-8, unbiased=True, trimmed_ratio=self.trimmed_ratio, best_of=self.best_of,
             mix=self.mix,
@@ -196,27 +181,11 @@ def recipe(name: str) -> type[Recipe]:
     """The recipe class of an algorithm; its fields are the options, their defaults the paper's.
 
     name: one of `names()`, or "module:Class" of your own.
+    Raises ConfigError, a ValueError, for what is neither.
     """
-    if ":" in name:
-        return _own(name)
-    if name not in names():
-        known = ", ".join([*names(), '"module:Class"'])
-        raise ValueError(f"algorithm.name: got {name!r}, expected one of {known}")
-    return import_module(f"{__name__}.{name}").Recipe
-
-
-def _own(name: str) -> type[Recipe]:
-    module, _, attribute = name.partition(":")
-    try:
-        kind = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise  # the module is there, and lacks another
-        raise ValueError(f"algorithm.name: got {name!r}, but there is no module {module}") from None
-    except AttributeError:
-        raise ValueError(f"algorithm.name: got {name!r}, but {module} has no such class") from None
+    kind = load(name, {known: f"{__name__}.{known}:Recipe" for known in names()}, "algorithm.name")
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
-        raise ValueError(f"algorithm.name: got {name!r}, expected a class derived from Recipe")
+        raise ConfigError(f"algorithm.name: got {name!r}, expected a class derived from Recipe")
     return kind
 
 
@@ -235,6 +204,8 @@ def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[s
     Returns sample, train (rows forward of the trained network), decode (images), and naive_sample,
     naive_train, which the authors' released loop takes.
     """
+    from flowkern.schedules import sd3_sigmas
+
     chosen, iteration = recipe(name)(**overrides), 0
     if window_start is not None:
         while chosen.window_start(iteration) != window_start:
@@ -247,14 +218,14 @@ def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[s
 
 def mean_cost(
     recipe: Recipe, grid: Grid, iterations: range = range(1), seed: int = 0
-) -> tuple[Cost, Cost]:
+) -> tuple[rollout.Cost, rollout.Cost]:
     """Per prompt, guidance not counted: what this package takes and what the released loop takes.
 
     Means over the rollouts `iterations`, whose plans may differ.
     """
     ours = [recipe.plan(grid, i, seed).cost() for i in iterations]
     theirs = [recipe.released(i, seed) for i in iterations]
-    return Cost.mean(ours), Cost.mean(theirs)
+    return rollout.Cost.mean(ours), rollout.Cost.mean(theirs)
 
 
 def shared_random(seed: int, iteration: int) -> random.Random:
@@ -263,9 +234,9 @@ def shared_random(seed: int, iteration: int) -> random.Random:
 
 
 def windowed(
-    plan: Plan, sigmas: list[float], window: range, tail: list[float], sde: tuple[str, float],
-    members: int, is_shared: bool, order: int = 1,
-) -> Plan:  # fmt: skip
+    plan: rollout.Plan, sigmas: list[float], window: range, tail: list[float],
+    sde: tuple[str, float], members: int, is_shared: bool, order: int = 1,
+) -> rollout.Plan:  # fmt: skip
     """`plan` with samples that are drawn and trained in a window, and deterministic around it.
 
     tail: the noise levels after the window's last; order: of the solver there. sde: kind and noise
@@ -284,14 +255,3 @@ def windowed(
             node = plan.step(node, sigma, order)
         plan.leaf(node)
     return plan
-
-
-def require(owner: Any, expected: str, *names: str) -> None:
-    """Raise ValueError naming the first field of `owner` outside of RANGES[expected]; None is in.
-
-    For the __post_init__ of recipes and of the configuration.
-    """
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not RANGES[expected](value):
-            raise ValueError(f"{name}: got {value}, expected a number {expected}")

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from flowkern.rl.advantage import Credit
-from flowkern.rl.algorithms import Grid, require, shared_random
+from flowkern import rl, rollout
+from flowkern.checks import AT_LEAST_0, SHARE
+from flowkern.rl.algorithms import Grid, Levels, shared_random
 from flowkern.rl.algorithms import Recipe as Base
-from flowkern.rl.objectives import Matching
-from flowkern.rollout.plan import Cost, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,31 +26,29 @@ class Recipe(Base):
     num_inference_steps: int = 14
     group_size: int = 24
     prompts_per_rollout: int = 72
-    noise_level: float = 0.4
+    noise_level: Annotated[float, AT_LEAST_0] = 0.4
     """Of the SDE, from noise level .9 to .3; 0: the whole rollout is deterministic."""
-    num_train_timesteps: int = 6
+    num_train_timesteps: Levels = 6
     """Noise levels per image to match at, one of each stratum of the grid."""
-    timestep_fraction: float = 0.9
+    timestep_fraction: Annotated[float, SHARE] = 0.9
     """The strata reach from the grid's second noise level over this share of its steps."""
     weighting: Literal["uniform", "t", "ghuber"] = "ghuber"
     """Of the squared errors, as in `matching_loss`."""
-    ref_coef: float = 0.001
+    ref_coef: Annotated[float, AT_LEAST_0] = 0.001
     """Of the squared distance to the reference's velocity; 0.003 for OCR, 1e-4 for PickScore."""
-    ema_coef: float = 1.0
+    ema_coef: Annotated[float, AT_LEAST_0] = 1.0
     """Of the squared distance to the velocity of a copy that trails the weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "above 0", "num_train_timesteps")
-        require(self, "above 0 to 1", "timestep_fraction")
-        require(self, "at least 0", "noise_level", "ref_coef", "ema_coef")
 
     @property
     def copies(self) -> Mapping[str, Callable[[int], float]]:
         return {"ema": lambda n: min(0.3, 0.001 * n), "old": lambda n: 0.0}
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, chance, steps = Plan(), shared_random(seed, iteration), self.num_inference_steps
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, chance, steps = (
+            rollout.Plan(),
+            shared_random(seed, iteration),
+            self.num_inference_steps,
+        )
         sigmas, count = grid(steps).tolist(), self.num_train_timesteps
         last = max(1, int(steps * self.timestep_fraction))
         bounds = [1 + (last - 1) * i // count for i in range(count + 1)]
@@ -67,13 +64,13 @@ class Recipe(Base):
                 plan.match(leaf, sigmas[chance.randrange(low, max(high, low + 1))])
         return plan
 
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
 
-    def objective(self, uncond: int) -> Matching:
+    def objective(self, uncond: int) -> rl.Matching:
         old = None if self.updates_per_rollout == 1 else "old"  # one is on policy, as released
-        return Matching("awm", self.weighting, old, self.ref_coef, "ema", self.ema_coef)
+        return rl.Matching("awm", self.weighting, old, self.ref_coef, "ema", self.ema_coef)
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size
-        return Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)
+        return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

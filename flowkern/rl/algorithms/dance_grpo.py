@@ -9,9 +9,11 @@ steps: it differs between the samples of a prompt and between rollouts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from flowkern.rl.algorithms import EvenGridRecipe, Grid, require, shared_random
-from flowkern.rollout.plan import Cost, Plan
+from flowkern import rollout
+from flowkern.checks import SHARE
+from flowkern.rl.algorithms import EvenGridRecipe, Grid, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +28,15 @@ class Recipe(EvenGridRecipe):
     noise_level: float = 0.3
     init_same_noise: bool = True
     """One starting noise per prompt; its first step is computed once."""
-    timestep_fraction: float = 0.6
+    timestep_fraction: Annotated[float, SHARE] = 0.6
     """The share of the drawn steps that is trained."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "above 0 to 1", "timestep_fraction")
 
     @property
     def num_trained(self) -> int:
         return max(1, int((self.num_inference_steps - 1) * self.timestep_fraction))
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, chance = Plan(has_kl=self.kl_coef > 0), shared_random(seed, iteration)
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, chance = rollout.Plan(has_kl=self.kl_coef > 0), shared_random(seed, iteration)
         sigmas, root = self.levels(grid), None
         for member in range(self.group_size):
             if root is None or not self.init_same_noise:
@@ -49,7 +47,7 @@ class Recipe(EvenGridRecipe):
             plan.leaf(plan.step(node, 0.0))
         return plan
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size
         trained = (self.best_of or size) * self.num_trained
-        return Cost(size * self.num_inference_steps, trained, size)
+        return rollout.Cost(size * self.num_inference_steps, trained, size)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from flowkern.rl.advantage import Credit
-from flowkern.rl.algorithms import Grid, require, shared_random
+from flowkern import rl, rollout
+from flowkern.checks import AT_LEAST_0, SHARE
+from flowkern.rl.algorithms import Grid, shared_random
 from flowkern.rl.algorithms import Recipe as Base
-from flowkern.rl.objectives import Matching
-from flowkern.rollout.plan import Cost, Plan
 
 DECAYS: tuple[Callable[[int], float], ...] = (
     lambda step: 0.0,
@@ -31,19 +30,14 @@ class Recipe(Base):
     num_inference_steps: int = 10
     group_size: int = 24
     prompts_per_rollout: int = 48
-    timestep_fraction: float = 0.99
+    timestep_fraction: Annotated[float, SHARE] = 0.99
     """The share of the rollout's noise levels to match at, drawn for each image."""
     decay_type: Literal[0, 1, 2] = 1
     """How the old policy follows: at once, ever later up to half, or at once for 75 steps only
     (for OCR)."""
-    ref_coef: float = 1e-4
+    ref_coef: Annotated[float, AT_LEAST_0] = 1e-4
     """Of the squared distance to the reference's velocity."""
     sampler: ClassVar[str | None] = "old"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "above 0 to 1", "timestep_fraction")
-        require(self, "at least 0", "ref_coef")
 
     @property
     def copies(self) -> Mapping[str, Callable[[int], float]]:
@@ -54,8 +48,8 @@ class Recipe(Base):
     def num_train_timesteps(self) -> int:
         return max(1, int(self.num_inference_steps * self.timestep_fraction))
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, chance = Plan(), shared_random(seed, iteration)
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, chance = rollout.Plan(), shared_random(seed, iteration)
         sigmas = grid(self.num_inference_steps).tolist()
         for member in range(self.group_size):
             node = plan.root(member)
@@ -66,12 +60,12 @@ class Recipe(Base):
                 plan.match(leaf, sigma)
         return plan
 
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
 
-    def objective(self, uncond: int) -> Matching:
-        return Matching("nft", old="old", ref_coef=self.ref_coef)
+    def objective(self, uncond: int) -> rl.Matching:
+        return rl.Matching("nft", old="old", ref_coef=self.ref_coef)
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size
-        return Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)
+        return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

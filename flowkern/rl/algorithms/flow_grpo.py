@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flowkern.rl.advantage import Credit
+from flowkern import rl, rollout
 from flowkern.rl.algorithms import Grid, PolicyRecipe
-from flowkern.rollout.plan import Cost, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +30,11 @@ class Recipe(PolicyRecipe):
     global_std: bool = True
     """Divide by the population std of all rewards of the rollout, not the group's own."""
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, sigmas = Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps).tolist()
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, sigmas = (
+            rollout.Plan(has_kl=self.kl_coef > 0),
+            grid(self.num_inference_steps).tolist(),
+        )
         for member in range(self.group_size):
             node = plan.root(member)
             for sigma in sigmas[1:]:
@@ -41,9 +43,9 @@ class Recipe(PolicyRecipe):
             plan.leaf(node)
         return plan
 
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         return self.group_credit(global_std=self.global_std)
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size, steps = self.group_size, self.num_inference_steps
-        return Cost(size * steps, size * (steps - 1), size)
+        return rollout.Cost(size * steps, size * (steps - 1), size)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
-from flowkern.rl.algorithms import Grid, require, shared_random, windowed
+from flowkern import rollout
+from flowkern.checks import AT_LEAST_0
+from flowkern.rl.algorithms import Grid, Levels, shared_random, windowed
 from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
-from flowkern.rollout.plan import Cost, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,16 @@ class Recipe(FlowGRPO):
     sde_type: Literal["flow_sde", "cps"] = "cps"
     clip_range: float = 1e-5
     kl_coef: float = 0.0
-    window: int = 3
+    window: Annotated[int, AT_LEAST_0] = 3
     """Steps that are drawn and trained, in the first half; 0: all but the last."""
     branching: bool = False
     """One root per prompt, from which the samples part at the window's start."""
-    train_num_steps: int = 2
+    train_num_steps: Levels = 2
     """The window of the branching form."""
     forms = MappingProxyType({"branching": {"branching": True}})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "at least 0", "window")
-        require(self, "above 0", "train_num_steps")
         name, steps = "train_num_steps" if self.branching else "window", self.num_inference_steps
         if getattr(self, name) > steps // 2:
             got = getattr(self, name)
@@ -52,15 +51,18 @@ class Recipe(FlowGRPO):
         last = self.num_inference_steps // 2 - self.num_drawn
         return shared_random(seed, iteration).randint(0, max(0, last))
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, sigmas = Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps).tolist()
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, sigmas = (
+            rollout.Plan(has_kl=self.kl_coef > 0),
+            grid(self.num_inference_steps).tolist(),
+        )
         start, sde = self.window_start(iteration, seed), (self.sde_type, self.noise_level)
         window = range(start, start + self.num_drawn)
         tail = sigmas[window.stop + 1 :]
         return windowed(plan, sigmas, window, tail, sde, self.group_size, self.branching)
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size, steps = self.group_size, self.num_inference_steps
         # As far as the samples are one.
         shared = self.window_start(iteration, seed) if self.branching else 0
-        return Cost(shared + size * (steps - shared), size * self.num_drawn, size)
+        return rollout.Cost(shared + size * (steps - shared), size * self.num_drawn, size)

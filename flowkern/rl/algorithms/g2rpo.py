@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from flowkern.rl.advantage import Credit
-from flowkern.rl.algorithms import EvenGridRecipe, Grid, require
-from flowkern.rollout.plan import Cost, Plan
+from flowkern import rl, rollout
+from flowkern.rl.algorithms import EvenGridRecipe, Grid, Levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Recipe(EvenGridRecipe):
     prompts_per_rollout: int = 16
     noise_level: float = 0.7
     mix: Literal["reward", "advantage", "sum"] = "sum"
-    branch_steps: int = 8
+    branch_steps: Levels = 8
     """The trunk's first states, that many, have branches."""
     granularities: list[int] = field(default_factory=lambda: [1, 2])
     """The step sizes that a branch is followed with; the paper has [1, 2, 3]."""
@@ -35,15 +34,14 @@ class Recipe(EvenGridRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "above 0", "branch_steps")
         if self.branch_steps > (most := self.num_inference_steps - 1):
             raise ValueError(f"branch_steps: got {self.branch_steps}, expected at most {most}")
         sizes = list(self.granularities)
         if not sizes or min(sizes) < 1 or len({*sizes}) < len(sizes):
             raise ValueError(f"granularities: got {sizes}, expected different step sizes, from 1")
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, sigmas = Plan(has_kl=self.kl_coef > 0), self.levels(grid)
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, sigmas = rollout.Plan(has_kl=self.kl_coef > 0), self.levels(grid)
         state, sizes = plan.root(0), self.granularities
         for i in range(self.branch_steps):
             state = plan.step(state, sigmas[i]) if i else state
@@ -61,11 +59,11 @@ class Recipe(EvenGridRecipe):
                     plan.leaf(plan.step(node, 0.0), group=i * len(sizes) + j)
         return plan
 
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         return replace(super().credit(), over_leaves=self.over_leaves)
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         steps, sizes, count = self.num_inference_steps, self.granularities, self.branch_steps
         tails = sum(-(-(steps - 1 - i) // size) for i in range(count) for size in sizes)
         images = 1 + self.group_size * count * len(sizes)  # the trunk's own image is logged
-        return Cost(steps + self.group_size * (count + tails), count, images)
+        return rollout.Cost(steps + self.group_size * (count + tails), count, images)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from flowkern import rollout
 from flowkern.rl.algorithms import Grid
 from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
-from flowkern.rollout.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,11 @@ class Recipe(FlowGRPO):
     global_std: bool = False
     ratio = "guard"
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, sigmas = Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps).tolist()
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, sigmas = (
+            rollout.Plan(has_kl=self.kl_coef > 0),
+            grid(self.num_inference_steps).tolist(),
+        )
         for member in range(self.group_size):
             node = plan.root(member)
             for sigma, sigma_next in pairwise(sigmas):

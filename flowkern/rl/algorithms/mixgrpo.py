@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from flowkern.rl.algorithms import EvenGridRecipe, Grid, require, shared_random, windowed
-from flowkern.rollout.plan import Cost, Plan
+from flowkern import rollout
+from flowkern.checks import AT_LEAST_0, count
+from flowkern.rl.algorithms import EvenGridRecipe, Grid, Levels, shared_random, windowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +27,19 @@ class Recipe(EvenGridRecipe):
     noise_level: float = 0.7
     init_same_noise: bool = True
     """One starting noise per prompt; what comes before the window is computed once."""
-    window: int = 4
+    window: Levels = 4
     """Steps that are drawn and trained."""
     strategy: Literal["progressive", "random", "decay", "exp_decay"] = "progressive"
     """How the window moves: evenly, anywhere at every iteration, or faster and faster."""
-    window_iterations: int = 25
+    window_iterations: Annotated[int, count(2**31)] = 25
     """Iterations between two moves; "decay" goes from 10 to 1 instead."""
-    stride: int = 1
+    stride: Annotated[int, AT_LEAST_0] = 1
     """Steps per move; 0: the window stays at the start."""
     roll_back: bool = False
     """Does the window begin anew after the last place, or stay there?"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "above 0", "window", "window_iterations")
-        require(self, "at least 0", "stride")
         if self.window > (most := self.num_inference_steps - 2):
             raise ValueError(f"window: got {self.window}, expected at most {most}, all but 2 steps")
 
@@ -66,14 +65,14 @@ class Recipe(EvenGridRecipe):
         """The noise levels after the window, which ends at place `stop`, and the solver's order."""
         return self.levels(grid, stop)[1:], 1
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, sde = Plan(has_kl=self.kl_coef > 0), ("flow_sde", self.noise_level)
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        plan, sde = rollout.Plan(has_kl=self.kl_coef > 0), ("flow_sde", self.noise_level)
         start = self.window_start(iteration, seed)
         window = range(start, start + self.window)
         tail, order = self.tail(grid, window.stop)
         size, is_shared = self.group_size, self.init_same_noise
         return windowed(plan, self.levels(grid), window, tail, sde, size, is_shared, order)
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size
-        return Cost(size * self.num_inference_steps, size * self.window, size)
+        return rollout.Cost(size * self.num_inference_steps, size * self.window, size)

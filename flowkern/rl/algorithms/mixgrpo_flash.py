@@ -6,11 +6,12 @@ MixGRPO with fewer steps after the window, of DPM-Solver++ with the history of t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from flowkern.rl.algorithms import Grid, require
+from flowkern import rollout
+from flowkern.checks import SHARE
+from flowkern.rl.algorithms import Grid
 from flowkern.rl.algorithms.mixgrpo import Recipe as MixGRPO
-from flowkern.rollout.plan import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +19,11 @@ class Recipe(MixGRPO):
     """The released defaults."""
 
     window_iterations: int = 20
-    tail_ratio: float | None = 0.4
+    tail_ratio: Annotated[float | None, SHARE] = 0.4
     """Points after the window, as a share of the grid's from the window's last step on; None: the
     grid's own."""
     tail_order: Literal[1, 2, 3] = 2
     """Of DPM-Solver++ there."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "above 0", "tail_ratio")
 
     def points(self, stop: int) -> int:
         """The released count of noise levels from the window's end, at place `stop`, to 0."""
@@ -40,7 +37,7 @@ class Recipe(MixGRPO):
         points = None if self.tail_ratio is None else max(2, self.points(stop))
         return self.levels(grid, stop, points)[1:], self.tail_order
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         stop = self.window_start(iteration, seed) + self.window
         steps = stop + self.points(stop) - 1
         return replace(super().released(iteration, seed), sample=self.group_size * steps)

@@ -7,11 +7,11 @@ The branches of one state are compared with each other: their rewards differ by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from flowkern.rl.advantage import Credit
-from flowkern.rl.algorithms import Grid, PolicyRecipe, require
-from flowkern.rollout.plan import Cost, Plan
-from flowkern.schedules import step_coefficients
+from flowkern import rl, rollout
+from flowkern.checks import count
+from flowkern.rl.algorithms import Grid, PolicyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Recipe(PolicyRecipe):
 
     num_inference_steps: int = 10
     guidance_scale: float = 4.5
-    num_seeds: int = 4
+    num_seeds: Annotated[int, count(4096)] = 4
     """Trunks per prompt."""
     group_size: int = 6
     """Branches of every state but the last of a trunk, compared with each other."""
@@ -30,12 +30,10 @@ class Recipe(PolicyRecipe):
     kl_coef: float = 0.004
     """As released; 0.001 for PickScore."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "above 0", "num_seeds")
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        from flowkern.schedules import step_coefficients
 
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Plan:
-        plan, sigmas = Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps)
+        plan, sigmas = rollout.Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps)
         sde, size = ("flow_sde", self.noise_level), self.group_size
         std = step_coefficients(sigmas, *sde).std[:-1]
         # By the noise of the step, 1 on average: a constant of one grid is wrong on another.
@@ -52,10 +50,10 @@ class Recipe(PolicyRecipe):
                     plan.leaf(node, group=trunk * len(weights) + i)
         return plan
 
-    def credit(self) -> Credit:
+    def credit(self) -> rl.Credit:
         return self.group_credit()
 
-    def released(self, iteration: int = 0, seed: int = 0) -> Cost:
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         steps, seeds, size = self.num_inference_steps, self.num_seeds, self.group_size
         branches = seeds * size * (steps - 1)
-        return Cost(seeds * (steps - 1) + branches * steps // 2, branches, branches)
+        return rollout.Cost(seeds * (steps - 1) + branches * steps // 2, branches, branches)

@@ -1,0 +1,95 @@
+"""Ranges that fields state themselves, and the error of a configuration that cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+import typing
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, on one line."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field takes, as its annotation says: ``Annotated[int, Range(1)]``."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    """low itself is outside."""
+    below: bool = False
+    """high itself is outside."""
+    most: float = math.inf
+    """Beyond it is a slip of the pen, which would cost all memory or never end."""
+
+    def refused(self, value: float) -> str | None:
+        """What was wanted instead; None: nothing else."""
+        if value > self.most:
+            return f"at most {self.most}"
+        is_high = value > self.low if self.above else value >= self.low
+        if is_high and (value < self.high if self.below else value <= self.high):
+            return None
+        if self.high == math.inf:
+            return f"{'above' if self.above else 'at least'} {self.low}"
+        start = f"above {self.low}" if self.above else f"from {self.low}"
+        return f"{start} to {'below ' if self.below else ''}{self.high}"
+
+
+ABOVE_0 = Range(0, above=True)
+AT_LEAST_0 = Range(0)
+SHARE = Range(0, 1, above=True)
+BELOW_1 = Range(0, 1, below=True)
+
+
+def count(most: float, least: int = 1) -> Range:
+    """Of things: not none, and not more than makes sense."""
+    return Range(0, above=True, most=most) if least == 1 else Range(least, most=most)
+
+
+def check_fields(owner: Any) -> None:
+    """Raise ValueError naming the first field of a dataclass that is outside of its range.
+
+    None is inside. A class that sets another default keeps the range of the one it derives from.
+    """
+    for name, allowed in _ranges(type(owner)).items():
+        value = getattr(owner, name)
+        wanted = None if value is None else allowed.refused(value)
+        if wanted is not None:
+            raise ValueError(f"{name}: got {shown(value)}, expected a number {wanted}")
+
+
+@lru_cache(maxsize=256)
+def _ranges(kind: type) -> dict[str, Range]:
+    found = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            for name, hint in typing.get_type_hints(base, include_extras=True).items():
+                for note in getattr(hint, "__metadata__", ()):
+                    if isinstance(note, Range):
+                        found[name] = note
+    return found
+
+
+class _Short(reprlib.Repr):
+    """What a message has room for: a value may be large, deep, or hold itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 100, 100
+        self.maxlist = self.maxdict = self.maxtuple = self.maxset = 6
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() <= 256:
+            return repr(value)
+        # Longer ones Python refuses to write.
+        return f"an integer of {value.bit_length()} bits"
+
+
+shown = _Short().repr
+"""A value as messages show it: on one line, and short."""

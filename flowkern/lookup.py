@@ -1,0 +1,77 @@
+"""Names that become objects: "module:attribute" of this package or of one's own, lazily."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from flowkern.checks import ConfigError, shown
+
+
+def load(name: Any, known: Mapping[str, str], key: str = "name") -> Any:
+    """What `name` stands for: a key of `known`, whose values are "module:attribute", or
+    "module:attribute" of any module that Python finds, or the working directory holds.
+
+    Raises ConfigError naming `key` for what there is not, and for a module of one's own that cannot
+    be imported. What a module of `known` lacks raises ImportError.
+    """
+    if isinstance(name, str) and name in known:
+        module, _, attribute = known[name].partition(":")
+        return getattr(import_module(module), attribute)
+    module, colon, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if not (colon and attribute.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        choices = ", ".join([*sorted(known), '"module:attribute"'])
+        near = nearest(str(name), known)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"{key}: got {shown(name)}, expected one of {choices}{hint}")
+    found = _own(name, module, key)
+    if not hasattr(found, attribute):
+        near = nearest(attribute, [name for name in vars(found) if not name.startswith("_")])
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"{key}: got {name!r}, but {module} has no {attribute!r}{hint}")
+    return getattr(found, attribute)
+
+
+def _own(name: str, module: str, key: str) -> Any:
+    """A module that the user wrote: whatever it raises is said in a line."""
+    here = os.getcwd()
+    # `python -m` looks here, an installed command does not; it stays, for what is imported later.
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.insert(0, here)
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name} in {here} or where Python looks"
+        else:
+            reason = f"{module} imports {error.name}, which is not there"
+        raise ConfigError(f"{key}: got {name!r}, but {reason}") from error
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{key}: got {name!r}, but importing {module} raised {said}") from error
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package whose names are imported when they are first asked for.
+
+    homes: name -> the module that has it, or that it is. So `flowkern --help` costs no torch.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        home = import_module(homes[name])
+        value = home if home.__name__ == f"{package}.{name}" else getattr(home, name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return attribute
