@@ -57,6 +57,8 @@ class PlainLoop(ABC):
         """noise: of the first iteration; None: torch.randn, as in all that follow."""
         self.trainer, self.batch_size, self.noise = trainer, batch_size, noise
         self.recipe, self.model, self.device = trainer.recipe, trainer.model, trainer.device
+        self.guidance_scale = trainer.recipe.guidance_scale
+        self.both_halves_learn = True  # as released
         self.gradient: Tensor | None = None  # of the first update ever
         self.rows = (0, 0)  # of the network in the last iteration: in sampling, in training
 
@@ -64,7 +66,7 @@ class PlainLoop(ABC):
         trainer, before = self.trainer, self.model.rows
         self.model.network = trainer.network
         prompts = trainer.draw_prompts()
-        self.conditioning = self.model.encode([row["prompt"] for row in prompts])
+        self.conditioning = self.model.encode([row["prompt"] for row in prompts] + [""])
         with torch.no_grad():
             moves = [move for slot, row in enumerate(prompts) for move in self.rollout(slot, row)]
         self.credit(moves)
@@ -99,8 +101,15 @@ class PlainLoop(ABC):
         return states, moves
 
     def velocity(self, x: Tensor, step: Step, slot: int) -> Tensor:
-        sigma = torch.full((len(x),), step.sigma, device=self.device)
-        return self.model.velocity(x, sigma, self.conditioning[[slot] * len(x)])
+        """With guidance both halves go through the network together."""
+        sigma, scale = torch.full((len(x),), step.sigma, device=self.device), self.guidance_scale
+        if scale == 1:
+            return self.model.velocity(x, sigma, self.conditioning[[slot] * len(x)])
+        rows = [slot] * len(x) + [-1] * len(x)  # the last is the empty prompt
+        both = torch.cat([x, x]), torch.cat([sigma, sigma]), self.conditioning[rows]
+        conditional, uncond = self.model.velocity(*both).float().chunk(2)
+        uncond = uncond if self.both_halves_learn else uncond.detach()
+        return uncond + scale * (conditional - uncond)
 
     def mean_and_std(self, velocity: Tensor, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         shape = (len(x), 1, 1, 1)

@@ -6,7 +6,7 @@ from steps import IS_REHEARSAL, PYTHON, Steps
 
 
 def run(steps: Steps) -> None:
-    command = [PYTHON, "benchmarks/bench_sd35.py", "--json", steps.results / "e2e.json"]
+    command = [PYTHON, "benchmarks/bench_large_model.py", "--json", steps.results / "e2e.json"]
     if IS_REHEARSAL:
-        command += ["--device", "cpu", "--tiny", "--rollouts", "1"]
+        command += ["--device", "cpu", "--tiny", "--rollouts", "0", "--images", "2"]
     steps.run("e2e", 195, command)

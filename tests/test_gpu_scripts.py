@@ -1,0 +1,156 @@
+"""What `make gpu` rests on: limits, the first calls, rotating timings, leaving after a fault."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts" / "gpu")]
+import device_time  # noqa: E402
+import part_a  # noqa: E402
+import smoke  # noqa: E402
+import wheels  # noqa: E402
+from steps import Steps  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_a_step_that_is_cut_off_leaves_what_it_had(tmp_path):
+    """And nothing of what it started; the next one runs."""
+    child = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    steps = Steps("X", 60, tmp_path)
+    assert not steps.run("hangs", 2, [sys.executable, "-c", command])
+    assert steps.run("next", 30, [sys.executable, "-c", "print('done')"])
+    assert not steps.run("fails", 30, [sys.executable, "-c", "raise SystemExit(3)"])
+    (pid,) = map(int, (tmp_path / "hangs.log").read_text().split())
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end_of(pid)
+    assert (tmp_path / "next.log").read_text() == "done\n"
+    found = [(s["step"], s["result"]) for s in json.loads((tmp_path / "summary.json").read_text())]
+    assert found == [("hangs", "out of time"), ("next", "passed"), ("fails", "failed (3)")]
+    assert not steps.is_good
+
+
+def _wait_for_the_end_of(pid):
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        os.kill(pid, 0)
+
+
+def test_no_step_outlasts_its_part(tmp_path):
+    steps, begin = Steps("X", 3, tmp_path), time.monotonic()
+    assert not steps.run("long", 60, [sys.executable, "-c", "import signal; signal.pause()"])
+    assert not steps.run("late", 60, [sys.executable, "-c", ""])
+    assert time.monotonic() - begin < 10
+    assert [s["result"] for s in steps.summary] == ["out of time", "no time left"]
+
+
+def test_a_kernel_that_failed_its_first_call_is_left_out_of_the_timings(tmp_path):
+    good = {"op": "sde_step", "backend": "triton", "ok": True}
+    lines = [good, good | {"ok": False}, good | {"op": "noise", "backend": "native", "ok": False}]
+    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert part_a.left_out(Steps("A", 1, tmp_path)) == ["noise:native", "sde_step:triton"]
+
+
+def test_the_first_call_knows_wrong_from_right():
+    right = torch.linspace(-1, 1, 100).view(2, 50)
+    assert smoke._error(right + 1e-4, right) < 1 < smoke._error(right + 2e-3, right)
+    assert smoke._error(right * float("nan"), right) != smoke._error(right, right) == 0
+    for other in (right[:1], right.double(), right > 0):
+        assert smoke._error(other, right) == float("inf")
+    flags = right > 0
+    assert smoke._error(flags, flags) == 0 and smoke._error(~flags, flags) == float("inf")
+    assert set(smoke.OPS.values()) | {"sde_step"} == {
+        "sde_step", "policy_loss", "matching_loss", "noise"
+    }  # fmt: skip
+
+
+def test_timings_rotate_over_copies_and_keep_every_output():
+    calls, copies = [], 3
+
+    def call(copy):
+        calls.append(copy)
+        return (torch.full((4,), float(copy)),)
+
+    runs = [lambda copy=copy: call(copy) for copy in range(copies)]
+    graph = device_time.Graph(runs, CPU)
+    graph.replay()
+    assert calls[-copies:] == [*range(copies)]
+    assert len({r[0].data_ptr() for r in graph.results}) == copies
+    found = device_time.measure({"a": runs, "waits": runs}, CPU, 0.0, waiting=["waits"])
+    assert found["a"]["copies"] == copies and found["a"]["ms_p50"] > 0 < found["a"]["host_ms_p50"]
+    assert "not_captured" in found["waits"] and "ms_p50" not in found["waits"]
+
+
+@pytest.mark.parametrize(
+    "moved, expected", [(3 * 2**21, 34), (3 * 2**20, 64), (3 * 2**26, 2), (2**31, 2)]
+)
+def test_copies_are_four_times_the_cache_together(moved, expected, monkeypatch):
+    class Properties:
+        L2_cache_size = 50 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert device_time.copies(moved, torch.device("cuda")) == expected
+
+
+def test_carried_wheels_are_pinned_and_unpacked(tmp_path):
+    names = [requirement.split("==")[0] for requirement in wheels.wanted()]
+    assert names == list(wheels.NAMES) and all("==" in each for each in wheels.wanted())
+    assert wheels.unpack(tmp_path / "wheels", tmp_path / "site") == []
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "carried-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("carried/__init__.py", "found = True")
+    (site,) = wheels.unpack(tmp_path / "wheels", tmp_path / "site")
+    assert (site / "carried" / "__init__.py").read_text() == "found = True"
+
+
+FAULTY = """
+import importlib.util, os, pytest, torch
+spec = importlib.util.spec_from_file_location("shared", {path!r})
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+leave_after_a_fault = shared.leave_after_a_fault
+lost = []
+
+def synchronize():
+    if lost:
+        raise RuntimeError("an illegal memory access was encountered")
+
+torch.cuda.is_available, torch.cuda.synchronize, torch.cuda.lost = lambda: True, synchronize, lost
+"""
+TESTS = """
+import pytest, torch
+pytestmark = pytest.mark.gpu
+
+def test_faults(): torch.cuda.lost.append(True)
+def test_comes_after(): assert not torch.cuda.lost
+"""
+
+
+def test_a_worker_leaves_after_a_fault_and_the_next_test_has_a_new_one(tmp_path):
+    if importlib.util.find_spec("xdist") is None:
+        pytest.skip("needs pytest-xdist")
+    (tmp_path / "conftest.py").write_text(FAULTY.format(path=str(ROOT / "tests" / "conftest.py")))
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "1", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    assert "crashed while running 'test_it.py::test_faults'" in run.stdout, run.stdout
+    assert "1 failed, 1 passed" in run.stdout, run.stdout
+
+
+def test_the_large_model_is_the_published_one():
+    pytest.importorskip("diffusers")
+    large_model = pytest.importorskip("large_model")
+    with torch.device("meta"):
+        network = large_model.SD3Transformer2DModel(**large_model.MEDIUM.transformer)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e9, 3) == 2.243
