@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
 MAX_HISTORY = 3
 # One row of the table. `sigma` serves return_x0 (x0 = x_t - sigma velocity).
 COLUMNS = ("a", "b", "std", "k", "c", "h1", "h2", "h3", "sigma")
+_TABLES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_NEAR_ONE = 1e-5  # a sigma as near to 1 counts as 1: rounded grids begin at .999999
 
 
 class Coefficients:
@@ -33,15 +36,26 @@ class Coefficients:
 
     `c[i]` is one edge and broadcasts over a batch; `c[index_tensor]` gives one row per sample.
     Built and validated by the functions of this module; ops read the rows on the device, never on
-    the host.
+    the host. A table of one's own is (S, 9) or (9,) of real floating-point numbers, finite, with
+    std >= 0; its values are looked at on the CPU, elsewhere that would wait for the device.
     """
 
     def __init__(self, table: Tensor, num_history: int = 0):
-        if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
+        _check_table(table)
+        if not (_is_integer(num_history) and 0 <= num_history <= MAX_HISTORY):
             raise ValueError(
-                f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
-                f"got {tuple(table.shape)}"
+                f"num_history: expected an integer from 0 to {MAX_HISTORY}, got {num_history!r}"
             )
+        self._set(table, int(num_history))
+
+    @classmethod
+    def _checked(cls, table: Tensor, num_history: int) -> Coefficients:
+        """Rows of a table that has been looked at."""
+        made = cls.__new__(cls)
+        made._set(table, num_history)
+        return made
+
+    def _set(self, table: Tensor, num_history: int) -> None:
         self.table = table.contiguous().resolve_neg()  # kernels read rows by address
         self.num_history = num_history  # earlier x0 predictions the rows weigh; ops check it
         self._converted: dict[tuple, Coefficients] = {}
@@ -66,25 +80,27 @@ class Coefficients:
         """`int`: one edge. Slice or index tensor (B,): rows."""
         if self.table.ndim == 1:
             raise TypeError("a single edge cannot be indexed")
-        if isinstance(
-            index, int
-        ):  # plain tensors accept it too, but their error does not name the grid
+        if isinstance(index, bool):
+            raise TypeError(f"index: expected an integer, a slice or a tensor, got {index}")
+        if isinstance(index, Integral):  # tensors take it too, but their error names no grid
             if not -len(self) <= index < len(self):
                 raise IndexError(f"step {index} is out of range for {len(self)} edges")
         elif isinstance(index, Tensor) and (
             index.is_floating_point() or index.dtype == torch.uint8
         ):
             raise TypeError(f"index: expected integers, got {index.dtype}")
-        return Coefficients(self.table[index], self.num_history)
+        return self._checked(self.table[index], self.num_history)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Coefficients:
         """The same rows on `device` in `dtype`; converted once and remembered."""
         device = torch.device(device) if device is not None else self.table.device
         dtype = dtype or self.table.dtype
+        if dtype not in _TABLES:
+            raise TypeError(f"dtype: expected a real floating-point dtype, got {dtype}")
         if self.table.device == device and self.table.dtype == dtype:
             return self
         if torch.compiler.is_compiling():
-            return Coefficients(self.table.to(device, dtype), self.num_history)
+            return self._checked(self.table.to(device, dtype), self.num_history)
         # By version too: a table edited in place is converted again.
         key = (device, dtype, None if self.table.is_inference() else self.table._version)
         if key not in self._converted:
@@ -99,6 +115,69 @@ class Coefficients:
         return f"Coefficients({rows}, {self.table.dtype}, {self.table.device})"
 
 
+def _check_table(table: Tensor) -> None:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table: expected a tensor, got {type(table).__name__}")
+    if table.dtype not in _TABLES:
+        raise TypeError(f"table: expected real floating-point numbers, got {table.dtype}")
+    if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
+        raise ValueError(
+            f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
+            f"got {tuple(table.shape)}"
+        )
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if table.device.type != "cpu" or type(table) is not Tensor or is_traced or not table.numel():
+        return
+    if not bool(table.isfinite().all()):
+        raise ValueError(f"table: expected finite numbers, got {table.tolist()}")
+    std = table[..., COLUMNS.index("std")]
+    if bool((std < 0).any()):
+        raise ValueError(f"table: expected std >= 0, got {std.tolist()}")
+
+
+# ---- numbers ----
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(name: str, value, wanted: str, is_right) -> float:
+    """A finite number of Python, numpy or torch for which `is_right` holds, as a float."""
+    number = value
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype is not torch.bool:
+        number = value.item()
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    try:
+        if is_number and math.isfinite(number) and is_right(number):
+            return float(number)
+    except OverflowError:  # an integer past float64
+        pass
+    raise ValueError(f"{name}: expected {wanted}, got {_said(value)}")
+
+
+def _said(value) -> str:
+    """In one line."""
+    is_tensor = isinstance(value, Tensor) and value.ndim > 0
+    return f"a tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
+
+
+def _sigmas(name: str, value) -> Tensor:
+    """Numbers in any form as a float64 tensor on the CPU."""
+    try:
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        entries = plain if isinstance(plain, Sequence) else [plain]
+        if not any(isinstance(v, (bool, complex, str)) for v in entries):
+            return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise ValueError(f"{name}: expected numbers, got {_said(value)}")
+
+
+def _near_one_is_one(sigma: Tensor) -> Tensor:
+    return torch.where((sigma - 1).abs() <= _NEAR_ONE, 1.0, sigma)
+
+
 # ---- sigma grids ----
 
 
@@ -107,18 +186,16 @@ def sd3_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
 
     The scheduler shifts sigma_min when it is made and again when its steps are set; so does this.
     """
-    _check_steps(num_steps)
+    num_steps = _steps(num_steps)
     sigma_min = _shift(torch.tensor(1e-3, dtype=torch.float64), shift)
     return _close(_shift(_linspace(1.0, float(sigma_min), num_steps), shift))
 
 
 def flux_sigmas(num_steps: int, image_seq_len: int) -> Tensor:
     """The FLUX grid for `image_seq_len` packed image tokens, shifted by them: (num_steps + 1,)."""
-    _check_steps(num_steps)
-    if image_seq_len <= 0:
-        raise ValueError(
-            f"image_seq_len: expected a positive number of tokens, got {image_seq_len}"
-        )
+    num_steps = _steps(num_steps)
+    tokens = "a positive number of tokens, at most 2**20"
+    image_seq_len = _number("image_seq_len", image_seq_len, tokens, lambda n: 0 < n <= 2**20)
     slope = (1.15 - 0.5) / (4096 - 256)
     mu = image_seq_len * slope + 0.5 - 256 * slope
     u = _linspace(1.0, 1.0 / num_steps, num_steps)
@@ -127,13 +204,14 @@ def flux_sigmas(num_steps: int, image_seq_len: int) -> Tensor:
 
 def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
     """linspace(1, 0) shifted, as DanceGRPO, MixGRPO and G2RPO use it: (num_steps + 1,) float64."""
-    _check_steps(num_steps)
+    num_steps = _steps(num_steps)
     return _shift(_linspace(1.0, 0.0, num_steps + 1), shift)
 
 
-def _check_steps(num_steps: int) -> None:
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+def _steps(num_steps: int) -> int:
+    if not (_is_integer(num_steps) and 1 <= num_steps <= 2**24):
+        raise ValueError(f"num_steps: expected an integer from 1 to 2**24, got {_said(num_steps)}")
+    return int(num_steps)
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:
@@ -141,8 +219,7 @@ def _linspace(start: float, end: float, count: int) -> Tensor:
 
 
 def _shift(u: Tensor, shift: float) -> Tensor:
-    if not shift > 0:
-        raise ValueError(f"shift: expected a positive number, got {shift}")
+    shift = _number("shift", shift, "a finite number > 0", lambda x: x > 0)
     return shift * u / (shift * u + (1 - u))  # exactly 1 at u == 1
 
 
@@ -166,8 +243,10 @@ def edge_coefficients(
         value.
     sigma_max: stands for sigma in flow_sde's 1 / (1 - sigma) where sigma == 1: the second value of
         the grid. None: sigma_next.
+
+    A sigma within 1e-5 of 1 counts as 1.
     """
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
     s, n = _edge("sigma", sigma), _edge("sigma_next", sigma_next)
     if s.shape != n.shape:
@@ -178,8 +257,7 @@ def edge_coefficients(
         raise ValueError(
             f"sigma_next: expected values below sigma, got {n.tolist()} after {s.tolist()}"
         )
-    if not (math.isfinite(noise_level) and noise_level >= 0):
-        raise ValueError(f"noise_level: expected a finite number >= 0, got {noise_level}")
+    noise_level = _number("noise_level", noise_level, "a finite number >= 0", lambda x: x >= 0)
     if kind == "cps" and noise_level > 2:
         raise ValueError(f"noise_level: cps takes an angle in [0, 2], got {noise_level}")
 
@@ -214,16 +292,17 @@ def step_coefficients(sigmas, kind: str, noise_level: float) -> Coefficients:
 
     Where sigma == 1, flow_sde uses the grid's second value; kind and noise_level as above.
     """
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    sigmas = _sigmas("sigmas", sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas: expected shape (S + 1,) with S >= 1, got {tuple(sigmas.shape)}")
     return edge_coefficients(sigmas[:-1], sigmas[1:], kind, noise_level, sigma_max=float(sigmas[1]))
 
 
 def _edge(name: str, value) -> Tensor:
-    value = torch.as_tensor(value, dtype=torch.float64).cpu()
+    value = _sigmas(name, value)
     if value.ndim > 1:
         raise ValueError(f"{name}: expected a number or shape (S,), got {tuple(value.shape)}")
+    value = _near_one_is_one(value) if name == "sigma" else value
     inside = (value > 0) & (value <= 1) if name == "sigma" else (value >= 0) & (value < 1)
     if not bool(inside.all()):  # NaN is not inside either
         interval = "(0, 1]" if name == "sigma" else "[0, 1)"
@@ -233,9 +312,10 @@ def _edge(name: str, value) -> Tensor:
 
 def _flow_diffusion(s: Tensor, n: Tensor, noise_level: float, sigma_max: float | None) -> Tensor:
     """Flow-GRPO's g = noise_level sqrt(sigma / (1 - sigma*)); sigma* = sigma but at sigma == 1."""
-    if sigma_max is not None and not 0 <= sigma_max < 1:
-        raise ValueError(f"sigma_max: expected a value in [0, 1), got {sigma_max}")
-    second = n if sigma_max is None else torch.full_like(s, sigma_max)
+    second = n
+    if sigma_max is not None:
+        inside = "a number in [0, 1)"
+        second = torch.full_like(s, _number("sigma_max", sigma_max, inside, lambda x: 0 <= x < 1))
     return noise_level * torch.sqrt(s / (1 - torch.where(s == 1, second, s)))
 
 
@@ -281,27 +361,28 @@ def multistep_coefficients(
     The weights on x_t, velocity and earlier x0 predictions, for `ode_step` and `sde_step`.
 
     path_sigmas: (..., previous, current, next), falling. The order falls to what the path allows,
-        and to 1 where next == 0.
+        and to 1 where next == 0. A sigma within 1e-5 of 1 counts as 1.
     variant: "midpoint" | "heun", the two second-order forms; order 3 has one form.
     sde: the stochastic form (SDE-DPM-Solver++, orders 1 and 2 midpoint), with std > 0.
 
     Pass the x0 predictions of the earlier nodes as `history`, most recent first, one fewer than the
     order in effect.
     """
-    if order not in (1, 2, 3):
+    if not _is_integer(order) or order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
     if variant not in ("midpoint", "heun"):
         raise ValueError(f"variant: expected 'midpoint' or 'heun', got {variant!r}")
     if sde and (order == 3 or variant == "heun"):
         raise ValueError(f"sde: exists for orders 1 and 2 midpoint, got order {order} {variant}")
-    path = [float(s) for s in path_sigmas]
-    if len(path) < 2:
-        raise ValueError(f"path_sigmas: expected at least (current, next), got {path}")
+    path = _sigmas("path_sigmas", path_sigmas).tolist()
+    if not isinstance(path, list) or len(path) < 2:
+        raise ValueError(f"path_sigmas: expected at least (current, next), got {path_sigmas!r}")
     if any(later >= earlier for earlier, later in itertools.pairwise(path)):
         raise ValueError(f"path_sigmas: expected falling values, got {path}")
     s, n = _edge("sigma", path[-2]), _edge("sigma_next", path[-1])
-    for previous in path[:-2]:
-        _edge("sigma", previous)
+    path = [*_edge("sigma", path[:-1]).tolist(), path[-1]]
+    while path[:2] == [1.0, 1.0]:  # nodes at 1 are one node
+        path = path[1:]
     order = 1 if path[-1] == 0 else min(order, len(path) - 1)
 
     decay = float(_exp_minus_h(s, n))

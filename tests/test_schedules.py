@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from flowkern import ode_step, schedules
+from flowkern import ode_step
 from flowkern.schedules import (
     KINDS,
+    Coefficients,
     edge_coefficients,
     flux_sigmas,
     multistep_coefficients,
@@ -101,6 +102,7 @@ def test_every_sampler_keeps_the_marginals(edge, kind, noise_level):
     that follows from their formula."""
     s, n = edge
     c = edge_coefficients(s, n, kind, noise_level)
+    s = float(c.sigma)  # 1 where it was near it
     variance = float((c.a * s + c.b) ** 2 + c.std**2)
     g2, dt = float(c.std) ** 2 / (s - n), n - s
     second_order = (
@@ -244,8 +246,22 @@ def test_indexing():
     ("call", "message"),
     [
         (lambda: sd3_sigmas(0), "num_steps"),
+        (lambda: sd3_sigmas(10**12), "num_steps"),
         (lambda: shifted_sigmas(4, -1.0), "shift"),
         (lambda: flux_sigmas(4, 0), "image_seq_len"),
+        (lambda: flux_sigmas(4, 10**9), "image_seq_len: expected .* at most"),
+        (lambda: edge_coefficients(1.0, 0.5, "flow_sde", 10**400), "noise_level"),
+        (lambda: edge_coefficients(1.00002, 0.5, "ode", 0.0), "sigma: expected values in"),
+        (lambda: edge_coefficients(True, 0.5, "ode", 0.0), "sigma: expected numbers, got True"),
+        (lambda: edge_coefficients(1.0, "0.5", "ode", 0.0), "sigma_next: expected numbers"),
+        (lambda: step_coefficients([1.0, None], "ode", 0.0), "sigmas: expected numbers"),
+        (lambda: step_coefficients(torch.ones(3).bool(), "ode", 0.0), "sigmas: expected numbers"),
+        (lambda: step_coefficients([1j, 0], "ode", 0.0), "sigmas: expected numbers"),
+        (lambda: multistep_coefficients(0.5, 2), "path_sigmas"),
+        (lambda: multistep_coefficients(("a", "b"), 2), "path_sigmas: expected numbers"),
+        (lambda: multistep_coefficients((math.nan, 0.5), 2), "expected values in"),
+        (lambda: multistep_coefficients((0.6, 0.5), True), "order: expected 1, 2 or 3, got True"),
+        (lambda: multistep_coefficients((0.6, 0.5), 2.0), "order: expected 1, 2 or 3, got 2.0"),
         (lambda: step_coefficients([1.0], "ode", 0.0), "sigmas: expected shape"),
         (
             lambda: step_coefficients([1.0, 0.5, 0.7], "ode", 0.0),
@@ -263,9 +279,69 @@ def test_indexing():
         (lambda: multistep_coefficients((0.6, 0.5), 4), "order"),
         (lambda: multistep_coefficients((0.6, 0.5), 2, "euler"), "variant"),
         (lambda: multistep_coefficients((0.7, 0.6, 0.5), 3, sde=True), "sde"),
-        (lambda: schedules.Coefficients(torch.zeros(3, 5)), "table"),
+        (lambda: Coefficients(torch.zeros(3, 5)), "table"),
+        (lambda: Coefficients(torch.full((9,), math.nan)), "table: expected finite numbers"),
+        (lambda: Coefficients(-torch.ones(2, 9)), "table: expected std >= 0"),
+        (lambda: Coefficients(torch.zeros(9), 4), "num_history"),
+        (lambda: Coefficients(torch.full((9,), 1e5)).to(dtype=torch.float16), "table: expected fi"),
     ],
 )
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+NUMBERS = {  # a call of one number
+    "num_steps": sd3_sigmas,
+    "shift": lambda x: sd3_sigmas(4, x),
+    "shift, plain": lambda x: shifted_sigmas(4, x),
+    "num_steps, flux": lambda x: flux_sigmas(x, 1024),
+    "image_seq_len": lambda x: flux_sigmas(4, x),
+    "noise_level": lambda x: step_coefficients([1.0, 0.5], "flow_sde", x),
+    "sigma_max": lambda x: edge_coefficients(1.0, 0.5, "flow_sde", 0.7, sigma_max=x),
+    "sigma": lambda x: edge_coefficients(x, 0.0, "ode", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_refused_in_one_sentence(name):
+    numpy = pytest.importorskip("numpy")
+    nothing = [True, numpy.True_, math.inf, -math.inf, math.nan, "1", {}, 1j, torch.eye(3)]
+    nothing += [None] if name != "sigma_max" else []  # None: sigma_next
+    for value in nothing:
+        with pytest.raises(ValueError, match=rf"^{name.split(',')[0]}: expected [^\n]*$"):
+            NUMBERS[name](value)
+    one = 1 if name != "sigma_max" else 0
+    expected = NUMBERS[name](one)
+    floats = [numpy.float32(one), torch.tensor(float(one))] if "num" not in name else []
+    for same in (numpy.int64(one), *floats):
+        got = NUMBERS[name](same)
+        assert torch.equal(getattr(got, "table", got), getattr(expected, "table", expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tables_are_of_real_floating_point_numbers(dtype):
+    with pytest.raises(TypeError, match="table: expected real floating-point numbers, got"):
+        Coefficients(torch.ones(2, 9, dtype=dtype))
+    with pytest.raises(TypeError, match="dtype: expected a real floating-point dtype, got"):
+        Coefficients(torch.ones(2, 9)).to(dtype=dtype)
+    with pytest.raises(TypeError, match="table: expected a tensor, got list"):
+        Coefficients([0.0] * 9)
+
+
+@pytest.mark.parametrize("first", [0.999999, 1 - 1e-5, 1 + 9e-6, 1 - 2**-24])
+def test_a_sigma_near_1_counts_as_1(first):
+    """A grid that was rounded: flow_sde's 1 / (1 - sigma) is not of that rounding."""
+    grid = sd3_sigmas(10).tolist()
+    rounded = [first, *grid[1:]]
+    for kind in KINDS:
+        expected = step_coefficients(grid, kind, 0.7).table
+        assert torch.equal(step_coefficients(rounded, kind, 0.7).table, expected)
+        edges = [edge_coefficients(g[0], g[1], kind, 0.7, grid[1]).table for g in (grid, rounded)]
+        assert torch.equal(*edges)
+    for order in (1, 2, 3):
+        paths = [(g[0], *grid[1:n]) for n in (2, 3, 4) for g in (grid, rounded)]
+        tables = [multistep_coefficients(path, order).table for path in paths]
+        assert all(map(torch.equal, tables[::2], tables[1::2]))
+    twice = multistep_coefficients((1.0, 1 - 5e-6, 0.9), 2)
+    assert torch.equal(twice.table, multistep_coefficients((1.0, 0.9), 2).table)
