@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ from flowkern.schedules import (
 # Triton's interpreter cuts to bfloat16 where hardware rounds.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16]))
-LAYOUTS = ("contiguous", "transposed", "sliced", "gaps", "expanded", "offset")
+LAYOUTS = (
+    "contiguous", "transposed", "sliced", "gaps", "expanded", "repeated", "offset", "negated",
+)  # fmt: skip
+OUTPUTS = ("new", "out_dtype", "out", "neighbor", "overlapping", "in place")
 # One element, vectors and their remainders, primes, the kernels' chunks and segments and beyond.
 SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 31, 32, 33, 64, 97, 127, 128, 129, 257, 509)
 LARGE = (1021, 1023, 1024, 1025, 2047, 2049, 3072, 4099, 16_383, 16_384, 16_385, 20_011)
@@ -43,6 +47,8 @@ class Draw:
         # NaN here and there, or infinity: not both, as infinities may cancel to NaN or not.
         self.odd = r.choice(((math.nan, -0.0), SPECIAL)) if r.random() < 0.1 else ()
         self.dtype = r.choice(DTYPES) if r.random() < 0.7 else None  # None: each tensor its own
+        self.drawn = Counter()  # kinds of what was drawn
+        self.is_refused = False  # the call is one to be refused, for what `out` overlaps
 
     def maybe(self, probability: float = 0.5) -> bool:
         return self.r.random() < probability
@@ -89,6 +95,7 @@ class Draw:
 
     def laid_out(self, x: Tensor) -> Tensor:
         layout = self.r.choice(LAYOUTS) if self.maybe() else "contiguous"
+        self.drawn[f"layout {layout}"] += 1
         if layout == "transposed":
             i, j = self.r.randrange(x.ndim), self.r.randrange(x.ndim)
             return x.transpose(i, j).contiguous().transpose(i, j)
@@ -98,6 +105,10 @@ class Draw:
             return torch.stack([x, torch.full_like(x, 7)], dim=1)[:, 0]
         if layout == "expanded" and len(x):
             return x[:1].expand(x.shape)
+        if layout == "repeated" and x.numel():  # one element again and again, or one channel
+            return (x[:, :1] if self.maybe() else x.view(-1)[:1]).expand(x.shape)
+        if layout == "negated":  # memory holds the values with the other sign
+            return torch._neg_view(-x)
         if layout == "offset":  # off the alignment of a vector
             shift = self.r.randint(1, 3)
             memory = torch.full((x.numel() + shift,), 7, dtype=x.dtype, device=self.device)
@@ -183,8 +194,14 @@ class Draw:
 
     def output(self, p: dict) -> dict:
         """Where the result goes: a new tensor, one of some dtype, the caller's, the input's."""
-        x, kind = p["x_t"], self.r.choice(("", "", "out_dtype", "out", "neighbor", "input"))
-        dtype = self.r.choice(DTYPES)
+        x, kind, dtype = p["x_t"], self.r.choice((*OUTPUTS, "in place")), self.r.choice(DTYPES)
+        names = [n for n in ("x_t", "velocity", "noise") if isinstance(p.get(n), Tensor)]
+        name = self.r.choice(names)
+        if kind == "overlapping" and not (x.numel() and self.overlap(p)):
+            kind = "new"
+        self.drawn[f"output {kind}" + (f", {name}" if kind == "in place" else "")] += 1
+        if kind == "overlapping":
+            return {}
         if kind == "out_dtype":
             return {"out_dtype": dtype}
         if kind == "out":
@@ -193,10 +210,41 @@ class Draw:
             both = torch.full((2, *x.shape), math.nan, dtype=x.dtype, device=self.device)
             p["x_t"] = both[0].copy_(x)
             return {"out": both[1]}
-        if kind == "input" and x.is_contiguous():
-            p["x_t"] = x.clone()
-            return {"out": p["x_t"]}
+        if kind == "in place":
+            p[name] = torch.empty(x.shape, dtype=p[name].dtype, device=self.device).copy_(p[name])
+            return {"out": p[name]}
         return {}
+
+    def overlap(self, p: dict) -> bool:
+        """Makes `out` memory that something the call reads lies in, where it may not."""
+        x = p["x_t"]
+        ways = ["shifted", "expanded", "velocity_uncond", "history", "sample_id", "step", "rows"]
+        way = self.r.choice(ways)
+        memory = torch.zeros(2 * x.numel() + 64, dtype=torch.float32, device=self.device)
+        begin = 18  # of `out`: past what is read from before it
+        out = memory[begin : begin + x.numel()].view(x.shape)
+        if way == "shifted":
+            which = self.r.choice([n for n in ("x_t", "velocity", "noise") if n in p])
+            p[which] = memory[begin + 1 : begin + 1 + x.numel()].view(x.shape)
+            if x.numel() == 1:
+                return False
+        elif way == "expanded" and x.numel() > 1:
+            p["velocity"] = out.view(-1)[:1].expand(x.shape)
+        elif way == "velocity_uncond" and way in p:
+            p[way] = out
+        elif way == "history" and p.get("history"):
+            p[way] = [*p[way][1:], out]
+        elif way in ("sample_id", "step") and isinstance(p.get(way), Tensor):
+            ids = memory[: 2 * (begin // 2 + len(x))].view(torch.int64)
+            p[way] = ids[begin // 2 :]
+        elif way == "rows":
+            name = "c_rows" if "c_rows" in p else "m_rows"
+            history = p[name].num_history
+            p[name] = Coefficients(memory[begin - 4 : begin + 5], history)
+        else:
+            return False
+        p["out"], self.is_refused = out, True
+        return True
 
     def near(self, x: Tensor, velocity: Tensor) -> Tensor:
         """A state that a step from `x` may reach."""

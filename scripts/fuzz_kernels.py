@@ -6,8 +6,10 @@
 A call is right where every result lies within its bound (float32_bounds.py) of the formula in
 float64, the float64 reference of the package lies within a thousandth of it, what must have the
 bits of the float32 reference has them, and a second run, on other threads, gives the same bits.
-One call in eight gets one argument wrong and must answer with an error that names it. Outputs are
-NaN before they are written. A disagreement, or a crash, ends with the line that repeats the call.
+One call in eight gets one argument wrong and must answer with an error that names it. Of the steps
+two in seven are drawn in place, one in seven has an output across what is read, to be refused.
+Kinds of layouts and outputs are counted; one of which there is none is a failure. Outputs are NaN
+before they are written. A disagreement, or a crash, ends with the line that repeats the call.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import time
 from collections import Counter
 
 import torch
-from fuzz_inputs import Draw
+from fuzz_inputs import LAYOUTS, OUTPUTS, Draw
 from fuzz_losses import LOSSES
 from fuzz_ops import STEPS, WEIGHTS, float32
 
 import flowkern as fk
 from flowkern.ops._common import native
 
+ENOUGH = 1000  # calls, for every kind of layout and output to come up
 NAMED_ERRORS = (TypeError, ValueError, IndexError, fk.BackendError)
 
 
@@ -87,12 +90,14 @@ def _run(options, place) -> None:
         print(f"native kernels: {native.cpu().__file__}")
     for name, (backend, reason) in backends.items():
         print(f"{name}: {backend}{f', as {reason}' if reason else ''}", flush=True)
-    begin, counts, disagreements = time.perf_counter(), Counter(), 0
+    begin, counts, drawn, disagreements = time.perf_counter(), Counter(), Counter(), 0
     indices = range(options.calls) if options.index is None else [options.index]
     for index in _progress(indices):
         place.value = index
         try:
-            kind = one_call(ops, backends, f"{options.seed}:{index}", options.device, options)
+            kind = one_call(
+                ops, backends, f"{options.seed}:{index}", options.device, options, drawn
+            )
         except Disagreement as found:
             print(f"\n{found}\n{_again(options, index)}", flush=True)
             if not options.keep_going:
@@ -101,8 +106,23 @@ def _run(options, place) -> None:
         counts[kind] += 1
     seconds = time.perf_counter() - begin
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    print(", ".join(f"{name} {count}" for name, count in sorted(drawn.items())))
     print(f"{counts.total()} calls, {disagreements} disagreements, {seconds:.0f} s")
-    sys.exit(1 if disagreements else 0)
+    missing = [name for name in kinds(ops) if not drawn[name]]
+    if missing and counts.total() >= ENOUGH:
+        print(f"never drawn: {', '.join(missing)}")
+    sys.exit(1 if disagreements or (missing and counts.total() >= ENOUGH) else 0)
+
+
+def kinds(ops) -> list[str]:
+    """What enough calls must have drawn."""
+    names = [f"layout {name}" for name in LAYOUTS]
+    if {"sde_step", "ode_step"} & {op.name for op in ops}:
+        names += [f"output {name}" for name in OUTPUTS if name != "in place"]
+        names += [f"output in place, {name}" for name in ("x_t", "velocity")]
+    if "sde_step" in {op.name for op in ops}:
+        names.append("output in place, noise")
+    return names
 
 
 def serving(ops, backend: str, device: str) -> dict[str, tuple[str, str]]:
@@ -126,16 +146,24 @@ def _progress(indices):
     return tqdm(indices, mininterval=1, disable=not sys.stderr.isatty())
 
 
-def one_call(ops, backends, seed: str, device: str, options=None) -> str:
-    """Makes the call that `seed` says, and checks it; the kind of call. Raises Disagreement."""
+def one_call(ops, backends, seed: str, device: str, options=None, drawn=None) -> str:
+    """Makes the call that `seed` says, and checks it; the kind of call. Raises Disagreement.
+
+    drawn: counts the kinds of layouts and outputs.
+    """
     r = random.Random(seed)
     op = r.choice(ops)
     if device == "cpu":
         _other_threads(r)
     draw = Draw(r, device)
     p, backend = op.arguments(draw), backends[op.name][0]
+    if drawn is not None:
+        drawn.update(draw.drawn)
     if options is not None and options.index is not None:
         _show(p)
+    if draw.is_refused:
+        check_overlap(op, p, backend)
+        return f"{op.name}, out overlaps"
     if options is not None and options.no_check:
         op.call(p | {"backend": backend})
         return op.name
@@ -147,6 +175,18 @@ def one_call(ops, backends, seed: str, device: str, options=None) -> str:
     except Disagreement as found:
         raise Disagreement(f"{op.name}: {found}") from found
     return op.name
+
+
+def check_overlap(op, p: dict, backend: str) -> None:
+    """`out` lies across what the call reads: an error that says so, and nothing is written."""
+    before = p["out"].clone()
+    try:
+        op.call(p | {"backend": backend})
+    except ValueError as error:
+        _require(str(error).startswith("out: overlaps "), f"out overlaps: {error}")
+    else:
+        raise Disagreement(f"{op.name}: out that overlaps an input: accepted")
+    _require(_same_bits(p["out"], before), f"{op.name}: a refused call wrote to out")
 
 
 def _other_threads(r: random.Random) -> None:
@@ -217,7 +257,7 @@ def _require_within(name: str, got: torch.Tensor, bound, tighter: float = 1.0) -
 
 def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     to = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[x.element_size()]
-    return torch.equal(x.contiguous().view(to), y.contiguous().view(to))
+    return torch.equal(*(t.contiguous().resolve_neg().view(to) for t in (x, y)))
 
 
 def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -50,6 +50,12 @@ def guided(p) -> Bounded:
     return v if u is None else u + float32(p["guidance_scale"]) * (v - u)
 
 
+def _with_output(draw: Draw, p: dict) -> dict:
+    """The output first: it may replace an input, and a union evaluated before kept the old one."""
+    output = draw.output(p)
+    return p | output
+
+
 def scale_of(p) -> float:
     return float32(p["guidance_scale"]) if p.get("velocity_uncond") is not None else 1.0
 
@@ -82,11 +88,12 @@ def with_gradient(p, run) -> dict[str, torch.Tensor]:
 
 
 def with_own_output(p) -> dict:
-    """Where the input is also the output, a copy of it: what is compared later must stay."""
-    if p.get("out") is None or p["out"] is not p["x_t"]:
-        return p
-    x = p["x_t"].clone()
-    return p | {"x_t": x, "out": x}
+    """Where an input is also the output, a copy of it: what is compared later must stay."""
+    for name in ("x_t", "velocity", "noise"):
+        if p.get("out") is not None and p["out"] is p.get(name):
+            x = p[name].clone()
+            return p | {name: x, "out": x}
+    return p
 
 
 class Op:
@@ -106,7 +113,8 @@ class SdeStep(Op):
 
     def arguments(self, draw: Draw) -> dict:
         p = draw.step()
-        return p | draw.noise(p["x_t"].shape) | draw.output(p)
+        p |= draw.noise(p["x_t"].shape)
+        return _with_output(draw, p)
 
     def call(self, p) -> dict:
         x_next, log_prob = fk.sde_step(**with_own_output(p))
@@ -142,7 +150,7 @@ class OdeStep(Op):
     def arguments(self, draw: Draw) -> dict:
         p = draw.step()
         p["m_rows"] = p.pop("c_rows")
-        return p | draw.output(p) | {"return_x0": True}
+        return _with_output(draw, p) | {"return_x0": True}
 
     def call(self, p) -> dict:
         x_next, x0 = fk.ode_step(**with_own_output(p))
