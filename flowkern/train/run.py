@@ -70,6 +70,7 @@ class Run:
                 self.validate_if_due(before)
                 if self.is_due(options.checkpointing_steps, before):
                     self.save()
+                    self.draw_curves()
                     self.accelerator.wait_for_everyone()
 
     def finish(self) -> int:
@@ -195,7 +196,6 @@ class Run:
             limit = self.config.train.checkpoints_total_limit
             checkpoint.write(self.output_dir, step, self._fill, limit)
         self.saved = step
-        self.draw_curves()
 
     def _fill(self, directory: Path) -> None:
         self.trainer.save(directory)
