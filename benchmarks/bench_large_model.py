@@ -78,7 +78,7 @@ class Bench:
         sample = self.trainer.sample
         self.trainer.sample = lambda prompts: self._keep(sample(prompts))
         update = self.trainer.update
-        self.trainer.update = lambda means: self._keep_gradient(update, means)
+        self.trainer.update = lambda *given: self._keep_gradient(update, *given)
 
     def _count(self, *_) -> None:
         self.calls += 1
@@ -87,9 +87,9 @@ class Bench:
         self.found["flowkern", "latents"] = rollout.latents.flatten(0, 1)
         return rollout
 
-    def _keep_gradient(self, update, means):
+    def _keep_gradient(self, update, *given):
         self.found["flowkern", "gradient"] = self._gradient()
-        return update(means)
+        return update(*given)
 
     def _gradient(self) -> torch.Tensor:
         return torch.cat([p.grad.flatten() for p in self.trainer.parameters])

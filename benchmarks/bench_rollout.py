@@ -59,10 +59,10 @@ class Engine:
         records = self.trainer.step()
         self.rows = records[0]["nfe/sample"], sum(record["nfe/train"] for record in records)
 
-    def _update(self, means: torch.Tensor) -> dict[str, float]:
+    def _update(self, *given) -> dict[str, float]:
         if self.gradient is None:
             self.gradient = torch.cat([p.grad.flatten() for p in self.trainer.parameters])
-        return self.trainer_update(means)
+        return self.trainer_update(*given)
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
