@@ -151,7 +151,8 @@ def save_curves(
 
 def _points(records: Sequence[dict], name: str) -> list[tuple[float, float]]:
     found = [(record["step"], record.get(name)) for record in records]
-    return [(step, value) for step, value in found if isinstance(value, int | float)]
+    are_numbers = [isinstance(value, int | float) and abs(value) < 1e300 for _, value in found]
+    return [point for point, is_number in zip(found, are_numbers, strict=True) if is_number]
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -153,6 +153,7 @@ def test_what_was_just_committed_is_never_deleted(tmp_path):
 def test_curves_of_a_run_resumed_with_other_rewards(tmp_path):
     records = [{"step": 1, "reward/mean": 0.1, "reward/a": 0.1}, {"step": 2, "kl": 0.0}]
     records.append({"step": 3, "reward/mean": 0.2, "reward/b": 7.0})
+    records.append({"step": 4, "reward/mean": None, "reward/b": "a note", "reward/c": 10**400})
     tracking.save_curves(tmp_path / "curve.png", records, [{"step": 0, "reward/a": 0.3}], ["a"])
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
