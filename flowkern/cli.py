@@ -68,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
     sample.add_argument("--prompt", required=True)
     sample.add_argument(
-        "--output", type=Path, default="sample.png", metavar="PNG", help="default: %(default)s"
+        "--output",
+        type=Path,
+        default="sample.png",
+        metavar="PATH",
+        help="a .png or .jpg (default: %(default)s)",
     )
     sample.add_argument("--num-images", type=int, default=1, help="a grid if more than 1")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
@@ -115,9 +119,12 @@ def _sample(options: argparse.Namespace) -> int:
     from flowkern.train.config import load_config
     from flowkern.train.loading import load_pipeline
     from flowkern.train.lora import attach_lora
-    from flowkern.train.tracking import save_grid, save_image
+    from flowkern.train.prompts import require_text
+    from flowkern.train.tracking import picture_format, save_grid, save_image
     from flowkern.train.validation import SAMPLE_ITERATION, sample_images
 
+    require_text(options.prompt, "--prompt")
+    picture_format(options.output, "--output")  # refused before the work, not after it
     is_run = bool(checkpoints(options.checkpoint))
     directory = find_checkpoint("latest" if is_run else str(options.checkpoint), options.checkpoint)
     config = load_config(directory / "config.yaml")

@@ -39,8 +39,7 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Row]:
         for place, row in reader(_text(path)):
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise ValueError(f'{place}: got {row!r:.80}, expected a string "prompt"')
-            if any("\ud800" <= letter <= "\udfff" for letter in row["prompt"]):
-                raise ValueError(f"{place}: {row['prompt']!r:.80} has half of a surrogate pair")
+            require_text(row["prompt"], place)
             rows.append(row)
         if not rows:
             raise ValueError("no prompts in it")
@@ -49,6 +48,14 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Row]:
     except ValueError as error:
         raise ConfigError(f"{key}: {str(path)!r}, {error}") from None
     return rows
+
+
+def require_text(prompt: str, where: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which no tokenizer takes: JSON can have one as
+    an escape, and a command line as a byte that is no UTF-8.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"{where}: {prompt!r:.80} has half of a surrogate pair")
 
 
 def _text(path: Path) -> str:

@@ -47,14 +47,14 @@ def progress_bar(total: int, initial: int, is_main: bool):
     return tqdm(total=total, initial=initial, disable=not is_main, desc="train", unit="step")
 
 
-def picture_format(path: Path) -> str:
-    """What a picture of this name is written as.
+def picture_format(path: Path, key: str = "path") -> str:
+    """What a picture of this name, which the user gave as `key`, is written as.
 
     Raises ValueError for a name that does not end in .png, .jpg or .jpeg.
     """
     found = FORMATS.get(path.suffix.lower())
     if found is None:
-        raise ValueError(f"output: got {str(path)!r}, expected a name in .png, .jpg or .jpeg")
+        raise ValueError(f"{key}: got {str(path)!r}, expected a name in .png, .jpg or .jpeg")
     return found
 
 

@@ -60,10 +60,23 @@ def test_an_image_is_its_pixels_and_its_name_says_the_format(tmp_path):
     with Image.open(tmp_path / "a.png") as picture:
         assert torch.equal(torch.tensor(np.array(picture)), pixels.permute(1, 2, 0))
     for name in ("a.gif", "a", "a.png.txt"):
-        with pytest.raises(ValueError, match=rf"output: got .*{name}', expected a name in .png"):
+        with pytest.raises(ValueError, match=rf"path: got .*{name}', expected a name in .png"):
             tracking.save_image(tmp_path / name, pixels / 255)
         with pytest.raises(ValueError, match="expected a name in .png"):
             tracking.save_grid(tmp_path / name, pixels[None] / 255, ["a"])
     with pytest.raises(RuntimeError):
         tracking.save_image(tmp_path / "b.png", pixels[0] / 255)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"], "nothing half-written"
+
+
+@pytest.mark.parametrize("prompt, output, message", [
+    ("x", "y.gif", "--output: got 'y.gif', expected a name in .png, .jpg or .jpeg"),
+    ("\udcff", "y.jpg", "--prompt: '\\udcff' has half of a surrogate pair"),
+])  # fmt: skip
+def test_a_sample_that_cannot_be_is_refused_before_the_work(
+    tmp_path, capsys, prompt, output, message
+):
+    from flowkern.cli import main
+
+    assert main(["sample", str(tmp_path), "--prompt", prompt, "--output", output]) in (1, 2)
+    assert message in capsys.readouterr().err
