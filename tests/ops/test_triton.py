@@ -20,6 +20,9 @@ pytestmark = pytest.mark.gpu
 if WHY_NOT is not None:
     pytest.skip(WHY_NOT, allow_module_level=True)
 
+import fused  # noqa: E402
+
+needs_fma = fused.needs_fma(DEVICE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
 
@@ -67,6 +70,7 @@ def same_rounding(got, expected):
     return torch.equal(got, expected)
 
 
+@needs_fma
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 + 12345])
 def test_noise_has_the_bits_of_the_reference(seed):
     ids = torch.tensor([0, 7, 2**31, 2**40 + 5, -3], device=DEVICE)
@@ -76,6 +80,7 @@ def test_noise_has_the_bits_of_the_reference(seed):
         assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
 
 
+@needs_fma
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)))
 def test_draw_rounds_as_the_reference(dtypes):
     """Noise given or keyed, guidance, history; a size of one, of a tile, of a tile and a bit."""

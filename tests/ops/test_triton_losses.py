@@ -19,6 +19,8 @@ pytestmark = pytest.mark.gpu
 if WHY_NOT is not None:
     pytest.skip(WHY_NOT, allow_module_level=True)
 
+import fused  # noqa: E402
+
 from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
@@ -214,6 +216,7 @@ def test_dtypes_and_sizes(dtype, size):
     check(matching_loss, matching_problem(3, *size, dtype=dtype, objective="nft"))
 
 
+@fused.needs_fma(DEVICE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noising_rounds_as_the_reference(dtype):
     x0, sigma = latent(3, 300, dtype=dtype), torch.linspace(0, 1, 3, device=DEVICE)
