@@ -109,7 +109,8 @@ def evaluate(
     scores, info = {}, {}
     for name, reward in rewards.items():
         try:
-            mine, prompts = copy.deepcopy(list(rows)), [row["prompt"] for row in rows]
+            mine = [copy.deepcopy(row) for row in rows]  # siblings share one row
+            prompts = [row["prompt"] for row in rows]
             with torch.no_grad():
                 found = reward(images.clone(), prompts, mine)
         except (Exception, SystemExit) as error:

@@ -31,8 +31,14 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("train.learnin_rate=1", "train.learnin_rate: unknown key; did you mean 'train.learning_rate'?"),
-        ("algorithm.groupsize=1", "algorithm.groupsize: unknown key; did you mean 'algorithm.group_size'?"),
+        (
+            "train.learnin_rate=1",
+            "train.learnin_rate: unknown key; did you mean 'train.learning_rate'?",
+        ),
+        (
+            "algorithm.groupsize=1",
+            "algorithm.groupsize: unknown key; did you mean 'algorithm.group_size'?",
+        ),
         ("zzz=1", "zzz: unknown key; known are output_dir, seed"),
         ("train.steps=1.5", "train.steps: got 1.5, expected an integer"),
         ("train.steps=true", "train.steps: got True, expected an integer"),

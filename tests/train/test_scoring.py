@@ -1,5 +1,6 @@
 """What rewards are given and may return, and what becomes of those that do wrong."""
 
+import copy
 import csv
 import io
 import json
@@ -48,6 +49,7 @@ def test_no_reward_spoils_what_the_next_one_sees():
         images.zero_()
         prompts.clear()
         for row in metadata:
+            assert row["deep"]["tags"] == ["x"], "of this image alone"
             row["deep"]["tags"].append("y")
             row["prompt"] = None
         metadata.pop()
@@ -58,10 +60,11 @@ def test_no_reward_spoils_what_the_next_one_sees():
     def recycler(images, prompts, metadata):
         return buffer.add_(1)
 
-    mine, rows = IMAGES.clone(), [{**row, "deep": {"tags": ["x"]}} for row in ROWS]
+    mine, rows = IMAGES.clone(), [ROWS[0], ROWS[0], ROWS[1]]  # siblings share one row
+    before = copy.deepcopy(rows)
     found = [evaluate(named(a=vandal, b=recycler, c=vandal), mine, rows)[0] for _ in range(2)]
     assert len(seen) == 4 and all(str(each) == str(seen[0]) for each in seen)
-    assert torch.equal(mine, IMAGES) and rows == ROWS
+    assert torch.equal(mine, IMAGES) and rows == before
     assert found[0]["b"].tolist() == [1] * 3 and found[1]["b"].tolist() == [2] * 3, (
         "no memory of it"
     )
