@@ -8,12 +8,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts" / "gpu")]
+import bench_large_model  # noqa: E402
 import device_time  # noqa: E402
 import part_a  # noqa: E402
 import smoke  # noqa: E402
@@ -52,6 +54,32 @@ def test_no_step_outlasts_its_part(tmp_path):
     assert not steps.run("late", 60, [sys.executable, "-c", ""])
     assert time.monotonic() - begin < 10
     assert [s["result"] for s in steps.summary] == ["out of time", "no time left"]
+
+
+def test_a_part_leaves_no_step_behind(tmp_path):
+    steps = Steps("X", 60, tmp_path)
+    step = steps.start("build", 50, [sys.executable, "-c", "import signal; signal.pause()"])
+    steps.close()
+    assert step.process.returncode < 0
+
+
+class NoGradients:
+    def zero_grad(self):
+        pass
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
+    bench = object.__new__(bench_large_model.Bench)
+    bench.batch, bench.trainer = 16, SimpleNamespace(optimizer=NoGradients())
+    monkeypatch.setattr(bench, "_set_batch", lambda: None)
+
+    def rollout(way):
+        if bench.batch > 4:
+            raise torch.cuda.OutOfMemoryError("too much")
+        return {"max_batch": bench.batch}
+
+    monkeypatch.setattr(bench, "_rollout", rollout)
+    assert bench.rollout("flowkern") == {"max_batch": 4}
 
 
 def test_a_kernel_that_failed_its_first_call_is_left_out_of_the_timings(tmp_path):

@@ -39,7 +39,10 @@ def main(arguments: list[str]) -> int:
     for name in names:
         module, seconds = PARTS[name]
         begin, steps = time.monotonic(), Steps(name, seconds, results)
-        importlib.import_module(module).run(steps)
+        try:
+            importlib.import_module(module).run(steps)
+        finally:
+            steps.close()
         print(f"[{name}] {time.monotonic() - begin:.0f} s of at most {seconds}", flush=True)
         good &= steps.is_good
     print(f"results: {results}")

@@ -40,6 +40,7 @@ class Steps:
         seconds *= PATIENCE
         self.deadline = time.monotonic() + seconds
         self.summary: list[dict] = []
+        self.processes: list[subprocess.Popen] = []
         results.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -60,6 +61,7 @@ class Steps:
                 list(map(str, command)), cwd=ROOT, env=os.environ | env, stdout=file,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
+        self.processes.append(process)
         return Running(name, PATIENCE * limit, time.monotonic(), process, log)
 
     def finish(self, step: Running | None, good: Sequence[int] = (0,)) -> bool:
@@ -82,6 +84,12 @@ class Steps:
 
     def run(self, name: str, limit: float, command, env: Mapping[str, str] = {}, good=(0,)) -> bool:
         return self.finish(self.start(name, limit, command, env), good)
+
+    def close(self) -> None:
+        """No step outlives its part."""
+        for process in self.processes:
+            if process.poll() is None:
+                end(process)
 
     def skip(self, name: str, reason: str) -> None:
         self._note(name, f"skipped: {reason}", 0.0)
