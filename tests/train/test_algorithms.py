@@ -99,7 +99,7 @@ def on_processes(count: int, program: str, directory: Path) -> None:
         env=environment | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
