@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.extension import Extension
 
 # make sanitize: what leaves an array, or is undefined, ends the process.
@@ -152,6 +153,18 @@ class BuildKernels(build_ext):
         ext.extra_objects.append(cuda_runtime(compiler))
 
 
+class BuildPackage(build_py):
+    """Adds what `flowkern demo` trains on; a checkout installed as editable has it at its root."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "flowkern", "demo_data")
+            shutil.rmtree(target, ignore_errors=True)
+            for folder in ("assets", "configs/digits"):
+                shutil.copytree(folder, target / folder)
+
+
 def wants_cuda() -> bool:
     if wanted() == "auto":
         device = os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")
@@ -193,4 +206,4 @@ def extensions() -> list[Extension]:
     return [cpu, cuda] if wants_cuda() else [cpu]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage})

@@ -6,8 +6,10 @@ import dataclasses
 import math
 import reprlib
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -93,3 +95,28 @@ class _Short(reprlib.Repr):
 
 shown = _Short().repr
 """A value as messages show it: on one line, and short."""
+
+
+def shown_in_a_line(value: Any) -> str:
+    """Also of what writes itself over several lines, as tensors do."""
+    return " ".join(shown(value).split())
+
+
+def is_integer(value: Any) -> bool:
+    """An integer of Python or numpy; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def finite_number(name: str, value: Any, wanted: str, is_right: Callable[[Any], bool]) -> float:
+    """A finite number of Python, numpy or torch for which `is_right` holds, as a float.
+
+    Raises ValueError that names the argument and says what was `wanted`.
+    """
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    try:
+        if is_number and math.isfinite(number) and is_right(number):
+            return float(number)
+    except OverflowError:  # an integer past float64
+        pass
+    raise ValueError(f"{name}: expected {wanted}, got {shown_in_a_line(value)}")

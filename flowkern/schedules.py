@@ -17,10 +17,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from flowkern.checks import finite_number, is_integer, shown_in_a_line
 
 KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
 MAX_HISTORY = 3
@@ -42,7 +44,7 @@ class Coefficients:
 
     def __init__(self, table: Tensor, num_history: int = 0):
         _check_table(table)
-        if not (_is_integer(num_history) and 0 <= num_history <= MAX_HISTORY):
+        if not (is_integer(num_history) and 0 <= num_history <= MAX_HISTORY):
             raise ValueError(
                 f"num_history: expected an integer from 0 to {MAX_HISTORY}, got {num_history!r}"
             )
@@ -116,10 +118,9 @@ class Coefficients:
 
 
 def _check_table(table: Tensor) -> None:
-    if not isinstance(table, Tensor):
-        raise TypeError(f"table: expected a tensor, got {type(table).__name__}")
-    if table.dtype not in _TABLES:
-        raise TypeError(f"table: expected real floating-point numbers, got {table.dtype}")
+    if not isinstance(table, Tensor) or table.dtype not in _TABLES:
+        got = getattr(table, "dtype", type(table).__name__)
+        raise TypeError(f"table: expected a tensor of real floating-point numbers, got {got}")
     if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
         raise ValueError(
             f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
@@ -135,31 +136,7 @@ def _check_table(table: Tensor) -> None:
         raise ValueError(f"table: expected std >= 0, got {std.tolist()}")
 
 
-# ---- numbers ----
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _number(name: str, value, wanted: str, is_right) -> float:
-    """A finite number of Python, numpy or torch for which `is_right` holds, as a float."""
-    number = value
-    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype is not torch.bool:
-        number = value.item()
-    is_number = isinstance(number, Real) and not isinstance(number, bool)
-    try:
-        if is_number and math.isfinite(number) and is_right(number):
-            return float(number)
-    except OverflowError:  # an integer past float64
-        pass
-    raise ValueError(f"{name}: expected {wanted}, got {_said(value)}")
-
-
-def _said(value) -> str:
-    """In one line."""
-    is_tensor = isinstance(value, Tensor) and value.ndim > 0
-    return f"a tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
+# ---- sigmas ----
 
 
 def _sigmas(name: str, value) -> Tensor:
@@ -171,11 +148,7 @@ def _sigmas(name: str, value) -> Tensor:
             return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
-    raise ValueError(f"{name}: expected numbers, got {_said(value)}")
-
-
-def _near_one_is_one(sigma: Tensor) -> Tensor:
-    return torch.where((sigma - 1).abs() <= _NEAR_ONE, 1.0, sigma)
+    raise ValueError(f"{name}: expected numbers, got {shown_in_a_line(value)}")
 
 
 # ---- sigma grids ----
@@ -195,7 +168,7 @@ def flux_sigmas(num_steps: int, image_seq_len: int) -> Tensor:
     """The FLUX grid for `image_seq_len` packed image tokens, shifted by them: (num_steps + 1,)."""
     num_steps = _steps(num_steps)
     tokens = "a positive number of tokens, at most 2**20"
-    image_seq_len = _number("image_seq_len", image_seq_len, tokens, lambda n: 0 < n <= 2**20)
+    image_seq_len = finite_number("image_seq_len", image_seq_len, tokens, lambda n: 0 < n <= 2**20)
     slope = (1.15 - 0.5) / (4096 - 256)
     mu = image_seq_len * slope + 0.5 - 256 * slope
     u = _linspace(1.0, 1.0 / num_steps, num_steps)
@@ -209,8 +182,10 @@ def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
 
 
 def _steps(num_steps: int) -> int:
-    if not (_is_integer(num_steps) and 1 <= num_steps <= 2**24):
-        raise ValueError(f"num_steps: expected an integer from 1 to 2**24, got {_said(num_steps)}")
+    if not (is_integer(num_steps) and 1 <= num_steps <= 2**24):
+        raise ValueError(
+            f"num_steps: expected an integer from 1 to 2**24, got {shown_in_a_line(num_steps)}"
+        )
     return int(num_steps)
 
 
@@ -219,7 +194,7 @@ def _linspace(start: float, end: float, count: int) -> Tensor:
 
 
 def _shift(u: Tensor, shift: float) -> Tensor:
-    shift = _number("shift", shift, "a finite number > 0", lambda x: x > 0)
+    shift = finite_number("shift", shift, "a finite number > 0", lambda x: x > 0)
     return shift * u / (shift * u + (1 - u))  # exactly 1 at u == 1
 
 
@@ -257,7 +232,9 @@ def edge_coefficients(
         raise ValueError(
             f"sigma_next: expected values below sigma, got {n.tolist()} after {s.tolist()}"
         )
-    noise_level = _number("noise_level", noise_level, "a finite number >= 0", lambda x: x >= 0)
+    noise_level = finite_number(
+        "noise_level", noise_level, "a finite number >= 0", lambda x: x >= 0
+    )
     if kind == "cps" and noise_level > 2:
         raise ValueError(f"noise_level: cps takes an angle in [0, 2], got {noise_level}")
 
@@ -302,7 +279,8 @@ def _edge(name: str, value) -> Tensor:
     value = _sigmas(name, value)
     if value.ndim > 1:
         raise ValueError(f"{name}: expected a number or shape (S,), got {tuple(value.shape)}")
-    value = _near_one_is_one(value) if name == "sigma" else value
+    if name == "sigma":
+        value = torch.where((value - 1).abs() <= _NEAR_ONE, 1.0, value)
     inside = (value > 0) & (value <= 1) if name == "sigma" else (value >= 0) & (value < 1)
     if not bool(inside.all()):  # NaN is not inside either
         interval = "(0, 1]" if name == "sigma" else "[0, 1)"
@@ -315,7 +293,9 @@ def _flow_diffusion(s: Tensor, n: Tensor, noise_level: float, sigma_max: float |
     second = n
     if sigma_max is not None:
         inside = "a number in [0, 1)"
-        second = torch.full_like(s, _number("sigma_max", sigma_max, inside, lambda x: 0 <= x < 1))
+        second = torch.full_like(
+            s, finite_number("sigma_max", sigma_max, inside, lambda x: 0 <= x < 1)
+        )
     return noise_level * torch.sqrt(s / (1 - torch.where(s == 1, second, s)))
 
 
@@ -368,7 +348,7 @@ def multistep_coefficients(
     Pass the x0 predictions of the earlier nodes as `history`, most recent first, one fewer than the
     order in effect.
     """
-    if not _is_integer(order) or order not in (1, 2, 3):
+    if not is_integer(order) or order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
     if variant not in ("midpoint", "heun"):
         raise ValueError(f"variant: expected 'midpoint' or 'heun', got {variant!r}")
@@ -400,9 +380,7 @@ def multistep_coefficients(
         inverse_r1 = h / (_log_snr(path[-3]) - _log_snr(path[-4]))
         phi3 = -alpha * ((decay - 1 + h) / h**2 - 0.5)
         r0 = 1 / inverse_r0
-        share = (
-            r0 * inverse_r1 / (1 + r0 * inverse_r1)
-        )  # r0 / (r0 + r1), finite where r1 is infinite
+        share = r0 * inverse_r1 / (1 + r0 * inverse_r1)  # r0 / (r0 + r1), also where r1 is inf
         curvature = inverse_r1 / (1 + r0 * inverse_r1)  # 1 / (r0 + r1)
         on_d0 = phi2 * (1 + share) + phi3 * curvature  # on D1_0 = (m0 - m1) / r0
         on_d1 = -phi2 * share - phi3 * curvature  # on D1_1 = (m1 - m2) / r1

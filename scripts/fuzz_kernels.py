@@ -129,13 +129,20 @@ def serving(ops, backend: str, device: str) -> dict[str, tuple[str, str]]:
     """The backend asked for, or the reference and the reason where an op has no such kernel."""
     found = {}
     for op in ops:
-        p = op.arguments(Draw(random.Random(0), device))
+        p = next(filter(None, (_accepted(op, seed, device) for seed in range(100))))
         try:
             op.call(p | {"backend": backend})
             found[op.name] = backend, ""
         except fk.BackendError as error:
             found[op.name] = "reference", str(error)
     return found
+
+
+def _accepted(op, seed: int, device: str) -> dict | None:
+    """The arguments of a call, or None where it is one to be refused."""
+    draw = Draw(random.Random(seed), device)
+    p = op.arguments(draw)
+    return None if draw.is_refused else p
 
 
 def _progress(indices):

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "rewards": set(),
     "compat": {"schedules", "ops"},
     "train": {"schedules", "ops", "rollout", "rl", "models", "rewards"},
-    "cli": {"schedules", "ops", "rollout", "rl", "models", "rewards", "train"},
+    "demo": {"train"},
+    "cli": {"schedules", "ops", "rollout", "rl", "models", "rewards", "train", "demo"},
 }
 HEAVY = {
     "diffusers",

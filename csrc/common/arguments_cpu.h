@@ -118,7 +118,6 @@ class Reader {
  public:
   // `last`, after the arguments of the call, is there where Python has checked them: True makes an error of what is not served.
   explicit Reader(PyObject* last) : is_checked_(last != nullptr), explains_(last == Py_True) {}
-
   bool serves = true;
   int64_t size = 0;  // elements of one sample, once the first latent is read
 
@@ -154,25 +153,21 @@ class Reader {
   }
   Latent optional_latent(PyObject* x, int64_t rows, const char* name) { return x == Py_None ? Latent{} : latent(x, rows, name); }
 
-  // A latent to be written, read after all others: contiguous, and apart from all that is read, but that it may be one of those
-  // latents that start at `in_place`, element for element.
+  // A latent to be written, read after all others: contiguous, apart from all that is read, or exactly one that is at `in_place`.
   Latent output(PyObject* x, int64_t rows, const char* name, std::initializer_list<const char*> in_place, const NoiseKey& key) {
     const int others = count_;
     const Latent out = latent(x, rows, name);
     if (!serves) return {};
     const View& v = views_[others];
     const char *begin = out.data, *end = begin + rows * size * bytes_of(out.dtype);
-    const bool may_be_input = std::find(in_place.begin(), in_place.end(), begin) != in_place.end();
-    const auto is_apart = [=](const void* data, int64_t bytes) {
-      const char* first = static_cast<const char*>(data);
-      return !first || first >= end || first + bytes <= begin;
-    };
+    const auto is_apart = [=](const void* at, int64_t bytes) { return !at || at >= end || static_cast<const char*>(at) + bytes <= begin; };
     bool is_safe = v.is_packed(0) && !requires_grad(x);
     for (int j = 0; j < others; ++j) {
       const View& u = views_[j];
-      const int64_t span = u.is_packed(0) ? rows * size : (rows - 1) * u.strides[0] + size;
-      const bool is_same = may_be_input && u.at<char>() == begin && u.element() == v.element() && u.is_packed(0);
-      is_safe &= is_same || is_apart(u.at<char>(), span * bytes_of(DType(u.element())));
+      const int64_t span = (u.is_packed(0) ? rows * size : (rows - 1) * u.strides[0] + size) * bytes_of(DType(u.element()));
+      const bool is_same = u.at<char>() == begin && u.element() == v.element() && u.is_packed(0);
+      const bool may_be = is_same && std::find(in_place.begin(), in_place.end(), begin) != in_place.end();
+      is_safe &= may_be || is_apart(u.at<char>(), span);
     }
     is_safe &= is_apart(table_, table_bytes_) && is_apart(key.sample_id, rows * 8) && is_apart(key.step, rows * 8);
     return is_safe ? out : refused(name);
@@ -190,7 +185,7 @@ class Reader {
   }
   template <class T>
   T* optional_vector(PyObject* x, int64_t count, const char* name) { return x == Py_None ? nullptr : vector<T>(x, count, name); }
-  // A gradient of float32 that comes in: (count,) of any stride, or one number for all.
+  // A gradient of float32: (count,) of any stride, or one number for all.
   const float* gradient(PyObject* x, int64_t count, int64_t& stride) {
     View v;
     const bool fits = serves && view(x, v, "grad") && v.element() == Element::float32 &&
@@ -229,8 +224,7 @@ class Reader {
     require(fits && (v.element() == Element::float32 || v.element() == Element::float64), "rows");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
-    table_ = v.at<const char>();
-    table_bytes_ = (stride * (batch - 1) + kColumns) * (v.element() == Element::float32 ? 4 : 8);
+    table_ = v.at<const char>(), table_bytes_ = (stride * (batch - 1) + kColumns) * (v.element() == Element::float32 ? 4 : 8);
     if (v.element() == Element::float32) return v.at<const float>();
     for (int64_t b = 0; b < (v.ndim == 1 ? 1 : batch); ++b) {
       const double* wide = v.at<const double>() + b * stride;
@@ -251,26 +245,22 @@ class Reader {
   }
   double number(PyObject* x, double least, double most, const char* name) {
     const double value = number(x, name);
-    require(value >= least && value <= most, name);
-    return value;
+    return require(value >= least && value <= most, name), value;
   }
   // A finite scale, which is 1 where there is nothing to guide away from.
   double guidance(PyObject* scale, PyObject* velocity_uncond) {
     const double value = number(scale, "guidance_scale");
-    require(std::isfinite(value) && (velocity_uncond != Py_None || value == 1), "guidance_scale");
-    return value;
+    return require(std::isfinite(value) && (velocity_uncond != Py_None || value == 1), "guidance_scale"), value;
   }
   // A finite weight of something that may be absent, where the weight is 0.
   double coefficient(PyObject* x, PyObject* of, const char* name) {
     const double value = number(x, name);
-    require(std::isfinite(value) && value >= 0 && (of != Py_None || value == 0), name);
-    return value;
+    return require(std::isfinite(value) && value >= 0 && (of != Py_None || value == 0), name), value;
   }
   int64_t integer(PyObject* x, int64_t least, int64_t most, const char* name) {
     int overflow = 1;
     const int64_t value = PyLong_CheckExact(x) ? PyLong_AsLongLongAndOverflow(x, &overflow) : 0;
-    require(!overflow && value >= least && value <= most, name);
-    return value;
+    return require(!overflow && value >= least && value <= most, name), value;
   }
   // Which of some words a string is.
   int choice(PyObject* x, std::initializer_list<const char*> words, const char* name) {

@@ -29,12 +29,14 @@ IMAGE_SIZE = 32
 
 
 def asset(name: str, directory: str | Path | None = None) -> Path:
-    """The path of one file: in `directory`, else in the checkout, else under the working directory.
+    """The path of one file: in `directory`, else in the checkout or what a wheel carries
+    (flowkern/demo.py), else under the working directory.
 
     Raises FileNotFoundError naming the places looked in.
     """
     checkout = Path(__file__).resolve().parents[2] / ASSETS
-    places = [Path(directory)] if directory else [checkout, ASSETS.resolve()]
+    packaged = Path(__file__).resolve().parents[1] / "demo_data" / ASSETS
+    places = [Path(directory)] if directory else [checkout, packaged, ASSETS.resolve()]
     for place in places:
         if (place / name).is_file():
             return place / name

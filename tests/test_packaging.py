@@ -1,0 +1,102 @@
+"""What is handed on: the source distribution is whole, and a wheel brings the demo with it."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools")
+ROOT = Path(__file__).parents[1]
+PARTS = ("csrc", "flowkern", "configs", "tests", "assets", "setup.py", "pyproject.toml")
+
+
+def setup(*command, cwd=ROOT):
+    """A command of setup.py that compiles nothing."""
+    environment = os.environ | {"FLOWKERN_BUILD": "none"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *map(str, command)],
+        cwd=cwd, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Unpacked; made without the egg-info of an earlier build, whose list would be taken over."""
+    folder = tmp_path_factory.mktemp("sdist")
+    setup("egg_info", "--egg-base", folder, "sdist", "--formats", "tar", "--dist-dir", folder)
+    (archive,) = folder.glob("*.tar")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.stem
+
+
+def test_the_sdist_holds_every_tracked_file(sdist):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: what is tracked is not known")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *PARTS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    tracked = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    assert len(tracked) > 200
+    assert [name for name in tracked if not (sdist / name).is_file()] == []
+
+
+def test_the_sdist_holds_what_every_kernel_is_built_from(sdist):
+    """With nothing but it: the sources that setup.py names, and what they include."""
+    sources = re.findall(r'"(csrc/[\w/]+\.(?:cpp|cu))"', (sdist / "setup.py").read_text())
+    assert len(sources) >= 8
+    seen, left = set(), [sdist / source for source in sources]
+    while left:
+        path = left.pop().resolve()
+        if path not in seen:
+            seen.add(path)
+            names = re.findall(r'^#include "([^"]+)"', path.read_text(), flags=re.MULTILINE)
+            left += [path.parent / name for name in names]
+    assert all(path.is_relative_to(sdist.resolve()) for path in seen)
+
+
+def test_the_demo_runs_from_a_wheel_in_an_empty_folder(sdist, tmp_path):
+    pytest.importorskip("diffusers")
+    setup(
+        "build",
+        "--build-base",
+        tmp_path / "build",
+        "bdist_wheel",
+        "--dist-dir",
+        tmp_path,
+        cwd=sdist,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    assert (site / "flowkern" / "py.typed").is_file()
+    empty.mkdir()
+    small = ["train.steps=1", "algorithm.updates_per_rollout=1", "algorithm.prompts_per_rollout=2"]
+    small += ["algorithm.group_size=2", "validation.num_prompts=2", "output_dir=runs/demo"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flowkern", "demo", *small],
+        cwd=empty, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (empty / "runs/demo/metrics.jsonl").read_text().count("\n") == 1
+    assert str(site) in (empty / "runs/demo/config.yaml").read_text()
+
+
+def test_versions_have_tested_bounds_and_what_is_required_is_used():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert "torch>=2.11,<2.14" in project["dependencies"]
+    assert extras["triton"] == ["triton>=3.6,<3.10"]
+    sources = "".join(path.read_text() for path in (ROOT / "flowkern").rglob("*.py"))
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    required = {requirement.split(">")[0] for requirement in extras["train"]}
+    for name in required - {"transformers"}:  # of pipelines, which load its encoders by name
+        assert re.search(rf"\b(import|from) {modules.get(name, name)}\b", sources), name
