@@ -1,8 +1,10 @@
 """What `make gpu` rests on: limits, the first calls, rotating timings, leaving after a fault."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -139,6 +141,19 @@ def test_carried_wheels_are_pinned_and_unpacked(tmp_path):
         archive.writestr("carried/__init__.py", "found = True")
     (site,) = wheels.unpack(tmp_path / "wheels", tmp_path / "site")
     assert (site / "carried" / "__init__.py").read_text() == "found = True"
+
+
+def test_carried_wheels_need_nothing_that_is_not_there():
+    """importlib_metadata came to need lazy-importer, which hardly a machine has."""
+    for name in ("diffusers", "importlib_metadata", "lazy-importer"):
+        pytest.importorskip(name.replace("-", "_"))
+        needed = {
+            re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+            for requirement in importlib.metadata.requires(name) or []
+            if "extra ==" not in requirement
+        }
+        carried = {each.replace("_", "-") for each in wheels.NAMES}
+        assert needed <= carried | wheels.PRESENT, name
 
 
 FAULTY = """

@@ -13,6 +13,14 @@ from pathlib import Path
 
 PACKAGES = ("torch", "triton", "numpy", "setuptools", "pybind11", "pytest", "pytest-xdist")
 PACKAGES += ("pytest-timeout", "hypothesis", "diffusers", "transformers", "accelerate", "peft")
+PACKAGES += (
+    "importlib_metadata",
+    "lazy-importer",
+    "huggingface_hub",
+    "requests",
+    "regex",
+    "pillow",
+)
 COMMANDS = {
     "nvidia-smi": ["nvidia-smi"],
     "nvcc": ["nvcc", "--version"],

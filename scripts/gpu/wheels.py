@@ -1,7 +1,7 @@
 """The wheels that a machine without a registry may lack: python scripts/gpu/wheels.py
 
 Downloads them into build/wheels, which git ignores and `make gpu` unpacks where it runs: diffusers
-and what it needs for the trainer, setuptools for the license field of pyproject.toml. For the
+and what it needs that is less common, setuptools for the license field of pyproject.toml. For the
 Python named by --python, pure wheels all, at the versions of constraints.txt.
 """
 
@@ -15,7 +15,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("diffusers", "importlib_metadata", "setuptools")
+NAMES = ("diffusers", "importlib_metadata", "lazy-importer", "setuptools")
+# What these need and a machine with torch, transformers, accelerate and peft is taken to have.
+PRESENT = {"filelock", "huggingface-hub", "numpy", "pillow", "regex", "requests", "safetensors"}
+PRESENT |= {"zipp"}
 SETUPTOOLS = "setuptools==80.9.0"  # constraints.txt holds none: any from 77 on will do
 
 
