@@ -204,7 +204,7 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
         ]
         for trainer in (straight, again)
     ]
-    assert states[0].keys() == states[1].keys() == {*straight.recipe.copies, "evaluated"}
+    assert states[0].keys() == states[1].keys() >= {*straight.recipe.copies, "evaluated"}
     for key, copy in states[0].items():
         assert all(map(torch.equal, copy, states[1][key])), key
     averaged = directory / "checkpoint-4/ema/adapter_model.safetensors"
