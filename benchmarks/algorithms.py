@@ -40,7 +40,7 @@ from algorithm_runs import (
     run_all,
 )
 from algorithm_tables import report
-from harness import ROOT, describe_machine, device_slug
+from harness import ROOT, describe_machine, results_folder
 
 
 def main() -> int:
@@ -151,7 +151,7 @@ def failures(rows: list[Row]) -> list[str]:
 
 def _default_path(device: torch.device, machine: dict, options: argparse.Namespace) -> Path:
     suffix = "-quick" if options.quick else "-tuning" if options.tune else ""
-    folder = ROOT / "benchmarks" / "results" / device_slug(device, machine)
+    folder = results_folder(device, machine)
     return folder / f"algorithms{suffix}.json"
 
 
