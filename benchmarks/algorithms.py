@@ -40,7 +40,7 @@ from algorithm_runs import (
     run_all,
 )
 from algorithm_tables import report
-from harness import ROOT, describe_machine, results_folder
+from harness import describe_machine, results_folder
 
 
 def main() -> int:
