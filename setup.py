@@ -43,6 +43,7 @@ KERNELS = [
 ]
 
 CUDA_KERNELS = [
+    "csrc/common/queue_cuda.cu",
     "csrc/sde_step/sde_step_cuda.cu",
     "csrc/policy_loss/policy_loss_cuda.cu",
     "csrc/matching_loss/matching_loss_cuda.cu",

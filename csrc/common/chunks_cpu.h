@@ -9,14 +9,6 @@
 
 #include "dtype_cpu.h"
 
-// (batch, size): elements of a sample are contiguous, samples lie `stride` elements apart.
-struct Latent {
-  char* data = nullptr;  // nullptr: absent
-  int64_t stride = 0;
-  DType dtype = DType::float32;
-  char* at(int64_t sample, int64_t element) const { return data + (sample * stride + element) * bytes_of(dtype); }
-};
-
 namespace FK_ISA {
 
 constexpr int64_t kChunk = 1024;

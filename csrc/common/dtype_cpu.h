@@ -3,15 +3,12 @@
 
 #include <cstring>
 
+#include "latent.h"
 #include "philox.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
-
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 namespace FK_ISA {
 

@@ -12,6 +12,7 @@
 #include "platform.h"
 
 #if defined(__CUDACC__)
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -29,26 +30,51 @@ static inline void check_cuda(const char* what, cudaError_t error) {
     throw std::runtime_error(std::string("flowkern: ") + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one for as long as it lives.
+#if defined(__CUDACC__)
+// A function of the driver, found by the runtime: nothing is linked to it, so the module imports where there is none.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &status);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &status);
+#endif
+  check_cuda(name, error);
+  return reinterpret_cast<Function*>(found);
+}
+static inline void* current_context() {
+  static auto* const get = driver_function<CUresult(CUcontext*)>("cuCtxGetCurrent");
+  CUcontext context = nullptr;
+  return get(&context) == CUDA_SUCCESS ? context : nullptr;
+}
+static inline void set_current_context(void* context) {
+  static auto* const set = driver_function<CUresult(CUcontext)>("cuCtxSetCurrent");
+  set(static_cast<CUcontext>(context));
+}
+#endif
+
+// Makes a device the current one for as long as it lives. It is set in any case: this runtime is a copy of its own, and what it takes
+// for current may not be what torch's copy does. Then the driver's current context is that of before, which both go by.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    check_cuda("cudaGetDevice", cudaGetDevice(&before_));
-    if (device == before_) return;
+    before_ = current_context();
     check_cuda("cudaSetDevice", cudaSetDevice(device));
-    changed_ = true;
   }
   ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
+    if (before_ && current_context() != before_) set_current_context(before_);
   }
+  OnDevice(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  void* before_ = nullptr;  // none, where nobody has used a device yet: then this one may stay
 };
 
 template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, const Queue& queue) {
+  if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("flowkern: ") + name + ": expected fewer than 2**31 tiles, got " + std::to_string(blocks));
   const OnDevice guard(queue.device);

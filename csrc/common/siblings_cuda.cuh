@@ -1,6 +1,7 @@
 // Samples that share a velocity row: a block takes a tile of a row, reads it once, and walks the samples of the row.
 //
-// It finds them by looking through `row` 32 samples at a time: that costs no launch, no memory and no order of arrival.
+// Few samples it finds by looking through `row` 32 at a time: that costs no launch, no memory and no order of arrival. Many come
+// sorted by their rows, and it walks its own alone. Either way in ascending order: the same sums.
 #pragma once
 
 #include "latent_cuda.cuh"
@@ -8,6 +9,7 @@
 
 struct Walk {
   const int64_t* row;  // (batch,) the velocity row of each sample; nullptr: sample b has row b
+  const int64_t *order, *first;  // nullptr, or the samples sorted by their rows, and where a row's begin
   int64_t rows, batch;
   int tiles;   // of a row
   int slices;  // a row's samples are dealt out to so many blocks
@@ -35,15 +37,23 @@ FK_DEVICE int64_t row_of_sample(const Walk& walk, int64_t sample) {
   return row < 0 ? 0 : row < walk.rows ? row : walk.rows - 1;
 }
 
-FK_DEVICE bool is_member(const Walk& walk, int64_t row, int64_t sample) {
-  return sample < walk.batch && row_of_sample(walk, sample) == row;
+// A block's samples are among those at the places from begin to end: all samples in turn, or the row's own of a sorted list.
+struct Places {
+  int64_t begin, end;
+};
+
+// Sorted samples are dealt out to the slices in runs; others in turn, by sum_siblings.
+FK_DEVICE Places places_of(const Walk& walk, const RowTile& at) {
+  if (!walk.row) return {at.row, at.row + 1};
+  if (!walk.order) return {0, walk.batch};
+  const int64_t begin = walk.first[at.row], count = walk.first[at.row + 1] - begin;
+  return {begin + count * at.slice / walk.slices, begin + count * (at.slice + 1) / walk.slices};
 }
 
-// Runs body(base) for every 32 samples, from base on, among which there may be samples of a row.
-template <class Body>
-FK_DEVICE void for_bases(const Walk& walk, int64_t row, Body body) {
-  const int64_t begin = walk.row ? 0 : row / kWarp * kWarp, end = walk.row ? walk.batch : begin + 1;
-  for (int64_t base = begin; base < end; base += kWarp) body(base);
+FK_DEVICE int64_t sample_at(const Walk& walk, int64_t place) { return walk.order ? walk.order[place] : place; }
+
+FK_DEVICE bool is_member(const Walk& walk, int64_t row, int64_t place, const Places& places) {
+  return place < places.end && (walk.order || row_of_sample(walk, place) == row);
 }
 
 FK_DEVICE unsigned lowest_bit(unsigned bits) { return bits & (0u - bits); }
@@ -57,20 +67,27 @@ template <int kSums, class Item, class Fetch, class Term, class Finish>
 FK_DEVICE void sum_siblings(const Walk& walk, const RowTile& at, const Scratch& scratch, unsigned used, const Item& only, Fetch fetch,
                             Term term, Finish finish) {
   __shared__ float of_warp[kWarp][kSums][kWarpsAtMost];
+  const Places places = places_of(walk, at);
   int rank = 0;
   Item upcoming = only;
-  for_bases(walk, at.row, [&](int64_t base) {
-    unsigned mine = 0;
-    for (unsigned all = __ballot_sync(kAllLanes, is_member(walk, at.row, base + lane_index())); all; all &= all - 1, ++rank)
-      if (rank % walk.slices == at.slice) mine |= lowest_bit(all);
-    if (walk.row && mine) upcoming = fetch(base + __ffs(mine) - 1);
+  for (int64_t base = places.begin; base < places.end; base += kWarp) {
+    const bool is_ours = is_member(walk, at.row, base + lane_index(), places);
+    const int64_t of_lane = is_ours ? sample_at(walk, base + lane_index()) : 0;
+    const auto sample_of = [&](unsigned bits) { return __shfl_sync(kAllLanes, of_lane, __ffs(bits) - 1); };
+    unsigned mine = __ballot_sync(kAllLanes, is_ours);
+    if (!walk.order && walk.slices > 1) {
+      unsigned all = mine;
+      for (mine = 0; all; all &= all - 1, ++rank)
+        if (rank % walk.slices == at.slice) mine |= lowest_bit(all);
+    }
+    if (walk.row && mine) upcoming = fetch(sample_of(mine));
     int place = 0;
     for (unsigned left = mine, after; left; left = after, ++place) {
       after = left & (left - 1);
       const Item item = upcoming;
-      if (after) upcoming = fetch(base + __ffs(after) - 1);
+      if (after) upcoming = fetch(sample_of(after));
       float sums[kSums] = {};
-      term(base + __ffs(left) - 1, item, sums);
+      term(sample_of(left), item, sums);
 #pragma unroll
       for (int k = 0; k < kSums; ++k) {
         const float sum = used >> k & 1 ? warp_sum(sums[k]) : 0.0f;
@@ -81,25 +98,50 @@ FK_DEVICE void sum_siblings(const Walk& walk, const RowTile& at, const Scratch& 
     place = 0;
     for (unsigned left = mine; left; left &= left - 1, ++place) {
       if (place % (int(blockDim.x) / kWarp) != warp_index()) continue;
-      const int64_t sample = base + __ffs(left) - 1;
+      const int64_t sample = sample_of(left);
       double totals[kSums];
       if (complete_sample(scratch, of_warp[place], sample, at.tile, walk.tiles, totals)) finish(sample, totals);
     }
     if (walk.row) __syncthreads();  // before the next samples' sums take the place of these
-  });
+  }
 }
 
-// The whole warp, once for each sample: the last adds up the losses of all in order.
-FK_DEVICE void reduce_loss(const Scratch& scratch, const float* sample_loss, int64_t batch, double share, float* loss) {
-  if (!last_to_arrive(scratch.arrivals + batch, batch)) return;
-  const double sum = sum_in_order(sample_loss, batch, 1);
+// What a loss keeps in its scratch, beside the sums of tiles.
+struct LossScratch {
+  double* of_block;    // (blocks,) of kLossBlock samples
+  float* sample_loss;  // (batch,)
+  int* arrivals;       // (blocks + 1,)
+  Scratch tiles;
+};
+
+// sample_loss: where else the losses of the samples go.
+inline LossScratch loss_scratch(const Scratch& scratch, int64_t batch, int64_t tiles, int sums, float* sample_loss) {
+  float* const partial = scratch.partial + 2 * loss_blocks(batch);
+  float* const own = partial + batch * tiles * sums;
+  return {reinterpret_cast<double*>(scratch.partial), sample_loss ? sample_loss : own, scratch.arrivals + batch,
+          {partial, scratch.arrivals}};
+}
+
+// The whole warp, once for each sample: the last of a block adds up the block's losses in order, the last of all the blocks' sums.
+FK_DEVICE void reduce_loss(const LossScratch& scratch, int64_t sample, int64_t batch, double share, float* loss) {
+  const int64_t blocks = (batch + kLossBlock - 1) / kLossBlock, block = sample / kLossBlock, begin = block * kLossBlock;
+  const int64_t count = batch - begin < kLossBlock ? batch - begin : kLossBlock;
+  if (!last_to_arrive(scratch.arrivals + block, count)) return;
+  double sum = sum_in_order(scratch.sample_loss + begin, count, 1);
+  if (blocks > 1) {
+    if (lane_index() == 0) scratch.of_block[block] = sum;
+    if (!last_to_arrive(scratch.arrivals + blocks, blocks)) return;
+    sum = sum_in_order(scratch.of_block, blocks, 1);
+  }
   if (lane_index() == 0) *loss = float(sum * share);
 }
 
 // Enough blocks where there are samples to deal out.
-inline Walk walk_of(const int64_t* row, int64_t rows, int64_t batch, int64_t tiles) {
+template <class Arguments>
+Walk walk_of(const Arguments& of, int64_t tiles) {
+  const int64_t rows = of.rows, batch = of.batch;
   const int64_t all = rows * tiles > 0 ? rows * tiles : 1;
-  const int64_t enough = (kEnoughBlocks + all - 1) / all, most = row && rows ? (batch + rows - 1) / rows : 1;
+  const int64_t enough = (kEnoughBlocks + all - 1) / all, most = of.row && rows ? (batch + rows - 1) / rows : 1;
   const int64_t slices = enough < most ? enough : most;
-  return {row, rows, batch, int(tiles), int(slices > 0 ? slices : 1)};
+  return {of.row, of.order, of.first, rows, batch, int(tiles), int(slices > 0 ? slices : 1)};
 }

@@ -14,7 +14,8 @@ FK_DEVICE int lane_index() { return threadIdx.x % kWarp; }
 FK_DEVICE int warp_index() { return threadIdx.x / kWarp; }
 
 // The whole warp: the sum in double of count values that lie `stride` apart.
-FK_DEVICE double sum_in_order(const float* values, int64_t count, int64_t stride) {
+template <class T>
+FK_DEVICE double sum_in_order(const T* values, int64_t count, int64_t stride) {
   double sum = 0;
   for (int64_t i = lane_index(); i < count; i += kWarp) sum += double(__ldcg(values + i * stride));  // L1 may be stale
   return warp_sum(sum);

@@ -88,7 +88,7 @@ void finish(const MatchingArguments& m, const std::vector<MatchingSums>& partial
       sums.ref += anchors[row * segments + j].ref;
       sums.ema += anchors[row * segments + j].ema;
     }
-    const MatchingResult result = matching_result(m.rule, m.sigma[b], m.advantage[b], sums);
+    const MatchingResult result = matching_result(m.rule, m.sigma ? m.sigma[b] : m.sigma_value, m.advantage[b], sums);
     if (!m.is_reduced) m.loss[b] = float(result.loss);
     loss += result.loss;
     m.log_ratio[b] = result.log_ratio;

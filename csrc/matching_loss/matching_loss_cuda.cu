@@ -11,8 +11,13 @@ namespace {
 struct MatchingLaunch {
   MatchingArguments m;
   Walk walk;
-  bool vectors;        // whether latents allow 128-bit accesses
-  float* sample_loss;  // (batch,)
+  LossScratch scratch;  // forward only
+  bool vectors;         // whether latents allow 128-bit accesses
+};
+struct NoisingLaunch {
+  NoisingArguments n;
+  int tiles;  // of a sample
+  bool vectors;
 };
 
 // What a sample has of its own.
@@ -82,7 +87,7 @@ FK_DEVICE void finish_sample(const MatchingLaunch& launch, int64_t sample, const
     sums.old_sizes = totals[3];
     sums.ref = totals[4];
     sums.ema = totals[5];
-    const MatchingResult out = matching_result(m.rule, m.sigma[sample], m.advantage[sample], sums);
+    const MatchingResult out = matching_result(m.rule, m.sigma ? m.sigma[sample] : m.sigma_value, m.advantage[sample], sums);
     m.log_ratio[sample] = out.log_ratio;
     m.ratio[sample] = out.ratio;
     m.matching[sample] = out.matching;
@@ -92,9 +97,9 @@ FK_DEVICE void finish_sample(const MatchingLaunch& launch, int64_t sample, const
     m.clipped_high[sample] = out.clipped_high;
 #pragma unroll
     for (int k = 0; k < 4; ++k) m.slopes[4 * sample + k] = out.slopes[k];
-    launch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : float(out.loss);
+    launch.scratch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : float(out.loss);
   }
-  if (m.is_reduced) reduce_loss(m.scratch, launch.sample_loss, m.batch, m.rule.share, m.loss);
+  if (m.is_reduced) reduce_loss(launch.scratch, sample, m.batch, m.rule.share, m.loss);
 }
 
 // kDrawn: noise is made, not given. The registers that takes would cost the other half its threads.
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(256) matching_forward_kernel(const __grid_cons
     sums[5] = to_ema;
   };
   const auto finish = [&](int64_t sample, const double (&totals)[kMatchingSums]) { finish_sample(launch, sample, totals); };
-  sum_siblings<kMatchingSums>(launch.walk, tile, m.scratch, used_sums(m), only, fetch, term, finish);
+  sum_siblings<kMatchingSums>(launch.walk, tile, launch.scratch.tiles, used_sums(m), only, fetch, term, finish);
 }
 
 // A slope of 0 stays 0 whatever comes in, and what only it needs is not read.
@@ -149,9 +154,10 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
     if (!has_velocity) velocity = load_group(m.velocity, at, is_whole);
     has_velocity = true;
   };
-  for_bases(launch.walk, tile.row, [&](int64_t base) {
-    const int64_t mine = base + lane_index();
-    const bool member = is_member(launch.walk, tile.row, mine);
+  const Places places = places_of(launch.walk, tile);
+  for (int64_t base = places.begin; base < places.end; base += kWarp) {
+    const bool member = is_member(launch.walk, tile.row, base + lane_index(), places);
+    const int64_t mine = member ? sample_at(launch.walk, base + lane_index()) : 0;
     const float plus = weight(m, mine, 0, member), minus = weight(m, mine, 1, member && m.old_velocity.data);
     add_in_order(ref_weight, weight(m, mine, 2, member && m.ref.data));
     add_in_order(ema_weight, weight(m, mine, 3, member && m.ema.data));
@@ -163,7 +169,7 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
         old_velocity = load_group(m.old_velocity, at, is_whole);
         has_old = true;
       }
-      const Place there = {base + lane, at.first, at.count};
+      const Place there = {__shfl_sync(kAllLanes, mine, lane), at.first, at.count};
       const SampleGroups groups = load_sample(m.x0, m.noise, there, is_whole);
       const Floats u = target_of<kDrawn>(m, groups, there), v = widen(velocity, m.velocity.dtype);
       const Floats old = widen(old_velocity, m.old_velocity.dtype);
@@ -173,7 +179,7 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
         if (from_reflected != 0) gradient.v[i] += from_reflected * (reflected(v.v[i], old.v[i]) - u.v[i]);
       }
     }
-  });
+  }
   const auto pull = [&](const Latent& latent, float scale) {
     if (scale == 0) return;
     need_velocity();
@@ -187,11 +193,12 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
 }
 
 template <bool kDrawn>
-__global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ NoisingArguments n) {
-  const int64_t sample = blockIdx.x / unsigned(n.tiles), tile = blockIdx.x % unsigned(n.tiles);
+__global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ NoisingLaunch launch) {
+  const NoisingArguments& n = launch.n;
+  const int64_t sample = blockIdx.x / unsigned(launch.tiles), tile = blockIdx.x % unsigned(launch.tiles);
   const Place at = place_of_thread(sample, tile, n.size);
   if (at.count == 0) return;
-  const bool is_whole = n.vectors && at.count == kGroup;
+  const bool is_whole = launch.vectors && at.count == kGroup;
   const SampleGroups groups = load_sample(n.x0, n.noise, at, is_whole);
   const Floats noise = noise_of<kDrawn>(n.noise, n.key, groups, at), x0 = widen(groups.x0, n.x0.dtype);
   const float sigma = n.sigma[sample];
@@ -202,7 +209,7 @@ __global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ 
 }
 
 MatchingLaunch prepared(const MatchingArguments& m) {
-  MatchingLaunch launched = {m, walk_of(m.row, m.rows, m.batch, tiles_of(m.rule.size)), true, nullptr};
+  MatchingLaunch launched = {m, walk_of(m, tiles_of(m.rule.size)), {}, true};
   for (const Latent* latent : {&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.grad_velocity})
     launched.vectors = launched.vectors && takes_vectors(*latent, m.rows);
   launched.vectors = launched.vectors && takes_vectors(m.x0, m.batch) && takes_vectors(m.noise, m.batch);
@@ -212,23 +219,26 @@ MatchingLaunch prepared(const MatchingArguments& m) {
 }  // namespace
 
 void matching_forward(const MatchingArguments& m, const Queue& queue) {
+  if (m.batch == 0) return;
   MatchingLaunch launched = prepared(m);
-  launched.sample_loss = m.is_reduced ? m.scratch.partial + m.batch * launched.walk.tiles * kMatchingSums : m.loss;
+  launched.scratch = loss_scratch(queue.scratch, m.batch, launched.walk.tiles, kMatchingSums, m.is_reduced ? nullptr : m.loss);
   const auto kernel = m.noise.data ? matching_forward_kernel<false> : matching_forward_kernel<true>;
   launch("matching_forward", kernel, launched, m.rows * launched.walk.slices * launched.walk.tiles, threads_of(m.rule.size), queue);
 }
 
 void matching_backward(const MatchingArguments& m, const Queue& queue) {
+  if (m.rule.size == 0) return;
   MatchingLaunch launched = prepared(m);
   launched.walk.slices = 1;
   const auto kernel = m.noise.data ? matching_backward_kernel<false> : matching_backward_kernel<true>;
   launch("matching_backward", kernel, launched, m.rows * launched.walk.tiles, threads_of(m.rule.size), queue);
 }
 
-void add_noise(NoisingArguments n, const Queue& queue) {
-  n.tiles = int(tiles_of(n.size));
-  n.vectors = takes_vectors(n.x0, n.batch) && takes_vectors(n.noise, n.batch) && takes_vectors(n.out, n.batch);
-  launch("add_noise", n.noise.data ? add_noise_kernel<false> : add_noise_kernel<true>, n, n.batch * n.tiles, threads_of(n.size), queue);
+void add_noise(const NoisingArguments& n, const Queue& queue) {
+  NoisingLaunch launched = {n, int(tiles_of(n.size)), false};
+  launched.vectors = takes_vectors(n.x0, n.batch) && takes_vectors(n.noise, n.batch) && takes_vectors(n.out, n.batch);
+  const auto kernel = n.noise.data ? add_noise_kernel<false> : add_noise_kernel<true>;
+  launch("add_noise", kernel, launched, n.size > 0 ? n.batch * launched.tiles : 0, threads_of(n.size), queue);
 }
 
 std::string matching_why_not(int device) {

@@ -1,36 +1,8 @@
 // The CPU kernels of the policy loss as the Python module sees them: raw pointers, one instance per instruction set.
-// A tensor that is not given is not read: what a call leaves out costs nothing.
 #pragma once
 
 #include "../common/chunks_cpu.h"
-#include "policy_loss.h"
-
-enum class Reduction : int { mean = 0, sum = 1, none = 2 };
-
-struct PolicyArguments {
-  int64_t rows, batch, size;
-  Latent velocity, x_t, old_velocity, velocity_uncond, velocity_ref;  // (rows, size)
-  Latent x_next, noise;                                               // (batch, size)
-  float guidance_scale;
-  const int64_t* row;  // (batch,), nullptr: sample b has row b
-  const float* edges;  // StepRow per sample; edge_stride 0: one for all
-  int64_t edge_stride;
-  NoiseKey key;
-  PolicySettings settings;
-
-  // Forward only.
-  const float *advantage, *old_log_prob, *step_weight, *kl_coef;  // (batch,); nullptr: absent, and kl_value for all
-  float kl_value;
-  Reduction reduction;
-  float *loss, *log_ratio, *ratio, *kl;
-  bool *clipped_low, *clipped_high;
-
-  float* slopes;      // (batch, 2): written forward, read backward
-  const float* grad;  // backward only; grad_stride 0: one for all
-  int64_t grad_stride;
-  Latent grad_velocity;
-  int threads;
-};
+#include "policy_loss_arguments.h"
 
 #define FK_DECLARE(isa)                         \
   namespace isa {                               \

@@ -10,8 +10,9 @@ namespace {
 struct PolicyLaunch {
   PolicyArguments p;
   Walk walk;
-  bool vectors;        // whether latents allow 128-bit accesses
-  float* sample_loss;  // (batch,)
+  LossScratch scratch;  // forward only
+  double share;         // of a sample in the loss
+  bool vectors;         // whether latents allow 128-bit accesses
 };
 
 FK_DEVICE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
@@ -102,9 +103,9 @@ FK_DEVICE void finish_sample(const PolicyLaunch& launch, int64_t sample, const d
     p.clipped_high[sample] = out.clipped_high;
     p.slopes[2 * sample] = out.slopes[0];
     p.slopes[2 * sample + 1] = out.slopes[1];
-    launch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : out.loss;
+    launch.scratch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : out.loss;
   }
-  if (p.is_reduced) reduce_loss(p.scratch, launch.sample_loss, p.batch, p.share, p.loss);
+  if (p.reduction != Reduction::none) reduce_loss(launch.scratch, sample, p.batch, launch.share, p.loss);
 }
 
 FK_DEVICE float kl_sum(const Floats& velocity, const Floats& ref, int count) {
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(256) policy_forward_kernel(const __grid_consta
   };
   const auto finish = [&](int64_t sample, const double (&sums)[kPolicySums]) { finish_sample(launch, sample, sums); };
   const unsigned used = (p.settings.ratio == Ratio::on_policy ? 0u : 1u) | (p.velocity_ref.data ? 2u : 0u);
-  sum_siblings<kPolicySums>(launch.walk, tile, p.scratch, used, only, fetch, term, finish);
+  sum_siblings<kPolicySums>(launch.walk, tile, launch.scratch.tiles, used, only, fetch, term, finish);
 }
 
 FK_DEVICE float weight(const PolicyArguments& p, int64_t sample, int which) {
@@ -156,9 +157,10 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
   Floats gradient = {};
   bool is_loaded = false;
   float kl_weight = 0;
-  for_bases(launch.walk, tile.row, [&](int64_t base) {
-    const int64_t mine = base + lane_index();
-    const bool member = is_member(launch.walk, tile.row, mine);
+  const Places places = places_of(launch.walk, tile);
+  for (int64_t base = places.begin; base < places.end; base += kWarp) {
+    const bool member = is_member(launch.walk, tile.row, base + lane_index(), places);
+    const int64_t mine = member ? sample_at(launch.walk, base + lane_index()) : 0;
     const float slope = member ? weight(p, mine, 0) : 0.0f;
     const bool is_read = member && !is_silent(p.slopes[2 * mine]);
     const float kl_slope = member && p.velocity_ref.data ? weight(p, mine, 1) : 0.0f;
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
       const float scale = __shfl_sync(kAllLanes, slope, lane);
       if (!is_loaded) row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
       is_loaded = true;
-      const Place there = of_sample(at, base + lane);
+      const Place there = of_sample(at, __shfl_sync(kAllLanes, mine, lane));
       const Group group = load_sample<kDrawn>(p, there, is_whole);
       const StepRow edge = edge_of(p, there.sample);
       const Chunk chunk = chunk_of(p, row);
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
       for (int i = 0; i < kGroup; ++i)
         gradient.v[i] += scale * ratio_residual(edge, chunk.x.v[i], is_old ? chunk.old.v[i] : chunk.velocity.v[i], next.v[i]);
     }
-  });
+  }
   if (kl_weight != 0) {
     if (!is_loaded) row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
     const Floats ref = widen(load_group(p.velocity_ref, at, is_whole), p.velocity_ref.dtype), velocity = velocity_of(p, row);
@@ -198,26 +200,28 @@ bool all_take_vectors(const PolicyArguments& p) {
 }  // namespace
 
 void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
-  PolicyLaunch launched = {arguments, {}, false, nullptr};
+  if (arguments.batch == 0) return;
+  PolicyLaunch launched = {arguments, {}, {}, 1.0, false};
   PolicyArguments& p = launched.p;
   if (p.settings.ratio == Ratio::on_policy) p.x_t = p.x_next = {};  // then the log-ratio needs no data, and maybe nothing does
   if (p.settings.ratio == Ratio::on_policy && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
-  const int64_t size = p.velocity.data ? p.size : 0;
+  if (!p.velocity.data) p.size = 0;
   launched.vectors = all_take_vectors(p);
-  launched.walk = walk_of(p.row, p.rows, p.batch, tiles_of(size));
-  launched.sample_loss = p.is_reduced ? p.scratch.partial + p.batch * tiles_of(p.size) * kPolicySums : p.loss;
-  if (size == 0) p.size = 0;
+  launched.walk = walk_of(p, tiles_of(p.size));
+  launched.scratch = loss_scratch(queue.scratch, p.batch, launched.walk.tiles, kPolicySums, p.reduction == Reduction::none ? p.loss : nullptr);
+  if (p.reduction == Reduction::mean) launched.share = 1.0 / double(p.batch);
   const auto kernel = p.settings.ratio == Ratio::on_policy || p.x_next.data ? policy_forward_kernel<false> : policy_forward_kernel<true>;
-  launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles, threads_of(size), queue);
+  launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles, threads_of(p.size), queue);
 }
 
 void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
-  PolicyLaunch launched = {arguments, {}, false, nullptr};
+  if (arguments.size == 0) return;
+  PolicyLaunch launched = {arguments, {}, {}, 1.0, false};
   PolicyArguments& p = launched.p;
   if (!p.settings.guard && p.x_next.data) p.old_velocity = {};  // needed neither to draw nor for the residual
   if (p.settings.guard && p.old_velocity.data && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
   launched.vectors = all_take_vectors(p);
-  launched.walk = walk_of(p.row, p.rows, p.batch, tiles_of(p.size));
+  launched.walk = walk_of(p, tiles_of(p.size));
   launched.walk.slices = 1;
   const auto kernel = p.x_next.data ? policy_backward_kernel<false> : policy_backward_kernel<true>;
   launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles, threads_of(p.size), queue);

@@ -7,6 +7,18 @@
 
 namespace {
 
+// What a launch adds to the arguments.
+struct StepLaunch {
+  StepArguments s;
+  Scratch scratch;
+  int tiles;     // of a sample
+  bool vectors;  // whether latents allow 128-bit accesses
+};
+struct NormalLaunch {
+  NormalArguments n;
+  int tiles;
+};
+
 struct Tile {
   int64_t sample, index;
 };
@@ -56,9 +68,11 @@ FK_DEVICE float sum_of_squares(const Floats& value, const Floats& mean, int coun
   return sum;
 }
 
-FK_DEVICE void finish(const StepArguments& s, const Tile& tile, const StepRow& row, float sum) {
+FK_DEVICE void finish(const StepLaunch& launch, const Tile& tile, const StepRow& row, float sum) {
+  const StepArguments& s = launch.s;
   double total;
-  if (sample_sum(s.scratch, sum, tile.sample, tile.index, s.tiles, total)) s.log_prob[tile.sample] = step_log_prob(row, total, s.size);
+  if (sample_sum(launch.scratch, sum, tile.sample, tile.index, launch.tiles, total))
+    s.log_prob[tile.sample] = step_log_prob(row, total, s.size);
 }
 
 // Writes x_next (and x0) and returns the sum of squares of what is stored, after rounding, minus the mean.
@@ -112,7 +126,7 @@ FK_DEVICE void replay_backward(const StepArguments& s, const StepRow& row, const
   const Inputs in = load_inputs<kWhole>(s, at);
   const Group stored = load<kWhole>(s.x_next, at);
   const float guidance = s.velocity_uncond.data ? s.guidance_scale : 1.0f;
-  const float scale = s.grad_out[at.sample] * 2.0f * row.k * row.b * guidance / float(s.size);  // every thread: no doubles
+  const float scale = s.grad_out[at.sample * s.grad_stride] * 2.0f * row.k * row.b * guidance / float(s.size);  // every thread: no doubles
   const Floats mean = mean_of(row, widen(in.x, s.x_t.dtype), velocity_of(s, in)), next = widen(stored, s.x_next.dtype);
   Floats slope;
 #pragma unroll
@@ -122,36 +136,40 @@ FK_DEVICE void replay_backward(const StepArguments& s, const StepRow& row, const
 
 // kHistory: how many earlier predictions there may be. Their registers would cost the plain draw half its threads.
 template <int kHistory>
-__global__ void __launch_bounds__(256) sde_draw_kernel(const __grid_constant__ StepArguments s) {
-  const Tile tile = tile_of_block(s.tiles);
+__global__ void __launch_bounds__(256) sde_draw_kernel(const __grid_constant__ StepLaunch launch) {
+  const StepArguments& s = launch.s;
+  const Tile tile = tile_of_block(launch.tiles);
   const StepRow row = row_of(s, tile.sample);
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
   float sum = 0;
-  if (s.vectors && at.count == kGroup) sum = draw<true, kHistory>(s, row, at);
+  if (launch.vectors && at.count == kGroup) sum = draw<true, kHistory>(s, row, at);
   else if (at.count > 0) sum = draw<false, kHistory>(s, row, at);
-  if (s.log_prob) finish(s, tile, row, sum);
+  if (s.log_prob) finish(launch, tile, row, sum);
 }
 
-__global__ void __launch_bounds__(256) sde_replay_kernel(const __grid_constant__ StepArguments s) {
-  const Tile tile = tile_of_block(s.tiles);
+__global__ void __launch_bounds__(256) sde_replay_kernel(const __grid_constant__ StepLaunch launch) {
+  const StepArguments& s = launch.s;
+  const Tile tile = tile_of_block(launch.tiles);
   const StepRow row = row_of(s, tile.sample);
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
   float sum = 0;
-  if (s.vectors && at.count == kGroup) sum = replay<true>(s, row, at);
+  if (launch.vectors && at.count == kGroup) sum = replay<true>(s, row, at);
   else if (at.count > 0) sum = replay<false>(s, row, at);
-  finish(s, tile, row, sum);
+  finish(launch, tile, row, sum);
 }
 
-__global__ void __launch_bounds__(256) sde_replay_backward_kernel(const __grid_constant__ StepArguments s) {
-  const Tile tile = tile_of_block(s.tiles);
+__global__ void __launch_bounds__(256) sde_replay_backward_kernel(const __grid_constant__ StepLaunch launch) {
+  const StepArguments& s = launch.s;
+  const Tile tile = tile_of_block(launch.tiles);
   const StepRow row = row_of(s, tile.sample);
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
-  if (s.vectors && at.count == kGroup) replay_backward<true>(s, row, at);
+  if (launch.vectors && at.count == kGroup) replay_backward<true>(s, row, at);
   else if (at.count > 0) replay_backward<false>(s, row, at);
 }
 
-__global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant__ NormalArguments n) {
-  const Tile tile = tile_of_block(n.tiles);
+__global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant__ NormalLaunch launch) {
+  const NormalArguments& n = launch.n;
+  const Tile tile = tile_of_block(launch.tiles);
   const Place at = place_of_thread(tile.sample, tile.index, n.size);
   if (at.count == 0) return;
   const Latent out = {reinterpret_cast<char*>(n.out), n.size, DType::float32};
@@ -160,30 +178,29 @@ __global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant_
   else store<false>(out, at, bits);
 }
 
-void launch_step(const char* name, void (*kernel)(StepArguments), StepArguments& s, const Queue& queue) {
-  s.tiles = int(tiles_of(s.size));
-  s.vectors = true;
+void launch_step(const char* name, void (*kernel)(StepLaunch), const StepArguments& s, const Queue& queue) {
+  StepLaunch launched = {s, queue.scratch, int(tiles_of(s.size)), true};
   for (const Latent* latent : {&s.x_t, &s.velocity, &s.velocity_uncond, &s.noise, &s.x_next, &s.x0, &s.history[0], &s.history[1],
                                &s.history[2], &s.grad})
-    s.vectors = s.vectors && takes_vectors(*latent, s.batch);
-  launch(name, kernel, s, s.batch * s.tiles, threads_of(s.size), queue);
+    launched.vectors = launched.vectors && takes_vectors(*latent, s.batch);
+  launch(name, kernel, launched, s.batch * launched.tiles, threads_of(s.size), queue);
 }
 
 }  // namespace
 
-void sde_draw(StepArguments s, const Queue& queue) {
+void sde_draw(const StepArguments& s, const Queue& queue) {
   launch_step("sde_draw", s.num_history ? sde_draw_kernel<3> : sde_draw_kernel<0>, s, queue);
 }
 
-void sde_replay(StepArguments s, const Queue& queue) { launch_step("sde_replay", sde_replay_kernel, s, queue); }
+void sde_replay(const StepArguments& s, const Queue& queue) { launch_step("sde_replay", sde_replay_kernel, s, queue); }
 
-void sde_replay_backward(StepArguments s, const Queue& queue) {
+void sde_replay_backward(const StepArguments& s, const Queue& queue) {
   launch_step("sde_replay_backward", sde_replay_backward_kernel, s, queue);
 }
 
-void fill_philox(NormalArguments n, const Queue& queue) {
-  n.tiles = int(tiles_of(n.size));
-  launch("fill_philox", fill_philox_kernel, n, n.batch * n.tiles, threads_of(n.size), queue);
+void fill_philox(const NormalArguments& n, const Queue& queue) {
+  const NormalLaunch launched = {n, int(tiles_of(n.size))};
+  launch("fill_philox", fill_philox_kernel, launched, n.size > 0 ? n.batch * launched.tiles : 0, threads_of(n.size), queue);
 }
 
 std::string step_why_not(int device) {

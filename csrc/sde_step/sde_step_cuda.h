@@ -1,37 +1,16 @@
-// The CUDA kernels of the step as the Python module sees them: raw pointers of one device, and a stream.
+// The CUDA kernels of the step as the Python module sees them: raw pointers of one device, and a queue.
 #pragma once
 
 #include <string>
 
 #include "../common/launch_cuda.h"
-#include "../common/philox.h"
+#include "sde_step_arguments.h"
 
-struct StepArguments {
-  int64_t batch, size;
-  Latent x_t, velocity, velocity_uncond, noise, x_next, x0;
-  Latent history[3];
-  int num_history;
-  float guidance_scale;
-  const float* rows;  // row_stride 0: one edge for all samples
-  int64_t row_stride;
-  NoiseKey key;
-  float* log_prob;        // (batch,), nullptr: not wanted
-  const float* grad_out;  // (batch,), backward only
-  Latent grad;            // backward only
-  Scratch scratch;
-  int tiles;     // of a sample; set by the launch
-  bool vectors;  // whether latents allow 128-bit accesses; set by the launch
-};
+inline ScratchSize scratch_of(const StepArguments& s) { return s.log_prob ? scratch_of_samples(s.batch, s.size) : ScratchSize{}; }
+inline ScratchSize scratch_of(const NormalArguments&) { return {}; }
 
-struct NormalArguments {
-  int64_t batch, size;
-  float* out;
-  NoiseKey key;
-  int tiles;
-};
-
-void sde_draw(StepArguments, const Queue&);
-void sde_replay(StepArguments, const Queue&);
-void sde_replay_backward(StepArguments, const Queue&);
-void fill_philox(NormalArguments, const Queue&);
+void sde_draw(const StepArguments&, const Queue&);
+void sde_replay(const StepArguments&, const Queue&);
+void sde_replay_backward(const StepArguments&, const Queue&);
+void fill_philox(const NormalArguments&, const Queue&);
 std::string step_why_not(int device);

@@ -199,9 +199,14 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {to_bfloa
 // The runtime: one device, no errors.
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 struct cudaFuncAttributes {};
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline void* current_context() { return nullptr; }
+inline void set_current_context(void*) {}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return ""; }

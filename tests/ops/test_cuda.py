@@ -17,15 +17,15 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.ops._common import native, native_cuda, philox, philox_cuda
+from flowkern.ops._common import native, philox
 from flowkern.ops._common.arguments import Noise
 from flowkern.ops._common.dispatch import Impl, no_objection
 from flowkern.ops.matching_loss import api as matching_api
-from flowkern.ops.matching_loss import cuda_impl as matching_cuda
+from flowkern.ops.matching_loss import native_impl as matching_native
 from flowkern.ops.policy_loss import api as policy_api
-from flowkern.ops.policy_loss import cuda_impl as policy_cuda
+from flowkern.ops.policy_loss import native_impl as policy_native
 from flowkern.ops.sde_step import api as step_api
-from flowkern.ops.sde_step import cuda_impl as step_cuda
+from flowkern.ops.sde_step import native_impl as step_native
 from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
 
 pybind11 = pytest.importorskip("pybind11")
@@ -69,23 +69,27 @@ def module(tmp_path_factory):
 
 # What `backend="native"` is to mean, by the table that it is looked up in.
 TABLES = (
-    (step_api, "_DRAW", step_cuda.draw),
-    (step_api, "_REPLAY", step_cuda.replay),
-    (step_api, "_REPLAY_BACKWARD", step_cuda.replay_backward),
-    (philox, "_IMPLS", philox_cuda.cuda_normal),
-    (policy_api, "_IMPLS", policy_cuda.forward),
-    (policy_api, "_FORWARD", policy_cuda.forward),
-    (policy_api, "_BACKWARD", policy_cuda.backward),
-    (matching_api, "_IMPLS", matching_cuda.forward),
-    (matching_api, "_FORWARD", matching_cuda.forward),
-    (matching_api, "_BACKWARD", matching_cuda.backward),
-    (matching_api, "_ADD_NOISE", matching_cuda.add_noise),
+    (step_api, "_DRAW", step_native.draw),
+    (step_api, "_REPLAY", step_native.replay),
+    (step_api, "_REPLAY_BACKWARD", step_native.replay_backward),
+    (philox, "_IMPLS", philox._native_normal),
+    (policy_api, "_IMPLS", policy_native.forward),
+    (policy_api, "_FORWARD", policy_native.forward),
+    (policy_api, "_BACKWARD", policy_native.backward),
+    (matching_api, "_IMPLS", matching_native.forward),
+    (matching_api, "_FORWARD", matching_native.forward),
+    (matching_api, "_BACKWARD", matching_native.backward),
+    (matching_api, "_ADD_NOISE", matching_native.add_noise),
 )
 
 
 @contextlib.contextmanager
-def native_is(monkeypatch, wrap=lambda call: call):
+def native_is(monkeypatch, wrap=lambda call: call, straight=None):
+    """straight: the kernels of the way that checks nothing in Python."""
     with monkeypatch.context() as patch:
+        for api in (step_api, policy_api, matching_api):
+            given = lambda backend, like: straight if backend == "native" else None  # noqa: E731
+            patch.setattr(api, "direct", given)
         for api, name, call in TABLES:
             if isinstance(getattr(api, name), dict):
                 patch.setitem(getattr(api, name), "native", wrap(call))
@@ -94,9 +98,11 @@ def native_is(monkeypatch, wrap=lambda call: call):
         yield patch
 
 
-@pytest.fixture(params=["emulated", pytest.param("device", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["emulated", "straight", pytest.param("device", marks=pytest.mark.gpu)])
 def kernels(request, monkeypatch):
-    """A context in which backend="native" means the CUDA kernels, for tensors of the CPU."""
+    """A context in which backend="native" means the CUDA kernels, for tensors of the CPU: by the
+    way that checks in Python first ("emulated"), or where it can be by the straight one.
+    """
     if request.param == "device":
         reason = fk.backends("cuda")["native"]
         if reason is not None:
@@ -105,16 +111,18 @@ def kernels(request, monkeypatch):
     module = request.getfixturevalue("module")
     counts = torch.zeros(2**14, dtype=torch.int32)
 
-    def memory(x, floats, needed):  # kept from call to call, as on a device; sums start as rubbish
+    def memory(index, stream, floats, needed, is_captured):  # sums start as rubbish
         return torch.full((floats,), torch.nan), counts[:needed]
+
+    native.connect(module, native._EXCHANGE, native._CPU, stream=lambda index: 0, scratch=memory)
+    straight = module if request.param == "straight" else None
 
     @contextlib.contextmanager
     def emulated():
-        with native_is(monkeypatch) as patch:
-            patch.setattr(native, "cuda", lambda: module)
-            patch.setattr(native_cuda, "queue", lambda x: (0, 0))
-            patch.setattr(native_cuda, "_memory", memory)
+        with native_is(monkeypatch, straight=straight) as patch:
+            patch.setattr(native, "of", lambda x: module)
             yield
+        module.forget()
         assert not counts.any()  # kernels leave them zero
 
     return emulated

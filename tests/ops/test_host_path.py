@@ -157,7 +157,7 @@ def around(monkeypatch):
     """Every call takes the way that checks."""
     with monkeypatch.context() as patch:
         for api in APIS:
-            patch.setattr(api, "direct", lambda backend: None)
+            patch.setattr(api, "direct", lambda backend, like: None)
         yield
 
 
@@ -200,7 +200,9 @@ def compare(call, monkeypatch) -> Watched:
     with monkeypatch.context() as patch:
         for api in APIS:
             direct = api.direct
-            patch.setattr(api, "direct", lambda b, direct=direct: kernels if direct(b) else None)
+            patch.setattr(
+                api, "direct", lambda b, x, direct=direct: kernels if direct(b, x) else None
+            )
         straight = call()
     with around(monkeypatch):
         assert same(straight, call())
@@ -288,8 +290,8 @@ def test_the_straight_way_is_shut_under_torch_func(transform):
     """A wrapped tensor passes for a plain one; tests/ops/test_transforms.py has the rest."""
     ways = []
     v = V if transform is torch.func.vmap else V[0]
-    transform(lambda v: ways.append(step_api.direct(None)) or v.sum())(v)
-    assert ways == [None] and step_api.direct(None) is native.cpu()
+    transform(lambda v: ways.append(step_api.direct(None, V)) or v.sum())(v)
+    assert ways == [None] and step_api.direct(None, V) is native.cpu()
 
 
 def test_out_is_marked_as_written():

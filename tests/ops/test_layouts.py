@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.ops._common import native
 from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
 
 SHAPE = (3, 4, 6, 8)
@@ -229,15 +228,6 @@ def test_a_tensor_without_memory_is_refused(call, make):
     for name in plain.keys() - {"sigma"}:  # its values torch looks at before
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor with memory, got freed"):
             call(**plain | {name: WITHOUT_MEMORY[make](plain[name])})
-
-
-@pytest.mark.parametrize("make", ["freed", "freed_at_an_offset"])
-def test_the_address_of_freed_storage_is_refused(make):
-    """What CUDA kernels are given."""
-    x = WITHOUT_MEMORY[make](torch.randn(3, 8))
-    with pytest.raises(ValueError, match=r"got one of shape \(3, 8\) of freed storage"):
-        native.latent(x)
-    assert native.latent(torch.empty(0, 8))[0] == native.address(None) == 0
 
 
 def test_memory_that_cannot_be_written_as_it_is_is_refused(backend):

@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
@@ -78,6 +79,14 @@ def best_first(impls: Sequence[Impl], device: torch.device) -> Sequence[Impl]:
     return [impl for name in _CUDA_ORDER for impl in impls if impl.name == name]
 
 
+@functools.cache
+def straight_on_cuda(index: int, backend: str | None) -> ModuleType | None:
+    """The native CUDA kernels, where they are the backend named, or the best where none is."""
+    reasons = backends(torch.device("cuda", index))
+    best = backend or next(name for name in _CUDA_ORDER if reasons[name] is None)
+    return native.cuda() if best == "native" and reasons["native"] is None else None
+
+
 def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Which backends can serve latents on `device`: None means usable, else the reason."""
     device = torch.device(device)
@@ -141,16 +150,6 @@ def is_transformed() -> bool:
     would drop a tangent, or find none where a tensor stands for another. The reference serves.
     """
     return is_in_func() or forward_ad._current_level >= 0  # spelled out where a frame is too much
-
-
-def by_device(cpu: Callable, cuda_module: str) -> Callable:
-    """`cpu`, or for CUDA tensors (the first argument is one) its namesake of `cuda_module`."""
-    cuda = lazily(cuda_module, cpu.__name__)
-
-    def call(first, *args):
-        return (cuda if first.is_cuda else cpu)(first, *args)
-
-    return call
 
 
 def lazily(module: str, name: str) -> Callable:

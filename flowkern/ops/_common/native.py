@@ -10,7 +10,13 @@ from torch import Tensor
 
 from flowkern.schedules import Coefficients
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from . import native_cuda, outputs
+
+_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool,
+)  # fmt: skip
+_CPU, _CUDA = 1, 2  # the device types of DLPack
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 @functools.cache
@@ -22,17 +28,31 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"the native kernels are not built ({error}); install with a C++ compiler present, "
             "FLOWKERN_BUILD=cpu shows why a build fails"
         )
-    connect(_cpu, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    connect(_cpu, _EXCHANGE)
     return _cpu, None
 
 
-def connect(module: ModuleType, exchange_api: object) -> None:
-    """What the CPU kernels need of torch; without DLPack's C exchange API they read attributes."""
-    dtypes = (*_DTYPE_CODES, torch.float64, torch.int64, torch.bool)
-    module.connect(
-        Tensor, torch.nn.Parameter, Coefficients, torch.empty, torch.get_num_threads,
-        torch.device("cpu"), dtypes, exchange_api,
-    )  # fmt: skip
+def connect(module: ModuleType, exchange_api: object, served: int = _CPU, **others) -> None:
+    """What kernels need of torch, and which tensors they take, by the device type of DLPack.
+
+    Without DLPack's C exchange API they read attributes. others: in place of the usual, for tests.
+    """
+    names = {
+        "tensor": Tensor,
+        "parameter": torch.nn.Parameter,
+        "coefficients": Coefficients,
+        "empty": torch.empty,
+        "is_neg": Tensor.is_neg,
+        "dtypes": _DTYPES,
+        "get_num_threads": torch.get_num_threads,
+        "stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),  # of a device, by its index
+        "scratch": native_cuda.scratch,
+        "siblings": native_cuda.siblings,
+        "loss_outputs": outputs.loss_outputs,
+        "served": served,
+        "exchange": exchange_api,
+    }
+    module.connect(names | others)
 
 
 @functools.cache
@@ -44,6 +64,7 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
             f"the native CUDA kernels are not built ({error}); install with nvcc present, "
             "FLOWKERN_BUILD=cuda shows why a build fails"
         )
+    connect(_cuda, _EXCHANGE, _CUDA)
     return _cuda, None
 
 
@@ -53,6 +74,15 @@ def why_not() -> str | None:
 
 def cpu() -> ModuleType:
     return _load()[0]
+
+
+def cuda() -> ModuleType:
+    return _load_cuda()[0]
+
+
+def of(x: Tensor) -> ModuleType:
+    """The kernels for the device of `x`."""
+    return cuda() if x.is_cuda else cpu()
 
 
 @functools.cache
@@ -65,24 +95,3 @@ def cuda_why_not(device: torch.device) -> str | None:
         return "no CUDA device"
     index = torch.cuda.current_device() if device.index is None else device.index
     return module.why_not(index) or None
-
-
-def cuda() -> ModuleType:
-    return _load_cuda()[0]
-
-
-def latent(x: Tensor | None) -> tuple[int, int, int] | None:
-    """(address, elements from sample to sample, dtype code), as the kernels take a latent."""
-    return None if x is None else (address(x), x.stride(0), _DTYPE_CODES[x.dtype])
-
-
-def address(x: Tensor | None) -> int:
-    if x is None:
-        return 0
-    found = x.data_ptr()
-    if found < 65536 and x.numel():  # null, or an offset from it
-        raise ValueError(
-            f"expected tensors with memory, got one of shape {tuple(x.shape)} of freed storage, "
-            "or none"
-        )
-    return found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native_cpu
+from . import native_calls
 from .arguments import STREAMS, Noise, check_key
 from .dispatch import (
     Impl,
@@ -119,18 +119,12 @@ def reference_normal(shape: Sequence[int], key: Noise, stream: int, device: torc
 
 def _native_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    _, *keyed = native_cpu.noise(key)
-    return native_cpu.run("fill_philox", out, *keyed, stream)
+    _, *keyed = native_calls.noise(key)
+    return native_calls.run("fill_philox", out, *keyed, stream)
 
 
-def _native_on(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
-    call = _cuda_normal if device.type == "cuda" else _native_normal
-    return call(shape, key, stream, device)
-
-
-_cuda_normal = lazily("flowkern.ops._common.philox_cuda", "cuda_normal")
 _IMPLS = (
-    Impl("native", _native_on, native_why_not),
+    Impl("native", _native_normal, native_why_not),
     Impl("triton", lazily("flowkern.ops._common.philox_triton", "triton_normal"), triton_why_not),
     Impl("reference", reference_normal, no_objection),
 )

@@ -38,7 +38,6 @@ from flowkern.ops._common.arguments import (
 from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
     Impl,
-    by_device,
     choose,
     is_tracing,
     is_transformed,
@@ -47,26 +46,25 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
-from flowkern.ops._common.native_cpu import as_taken, direct
+from flowkern.ops._common.native_calls import as_taken, direct
 
 from . import native_impl, reference
 from .reference import WEIGHTINGS
 
-_CUDA = "flowkern.ops.matching_loss.cuda_impl"
 _TRITON = "flowkern.ops.matching_loss.triton_impl"
 
 _IMPLS = (
-    Impl("native", by_device(native_impl.forward, _CUDA), native_why_not),
+    Impl("native", native_impl.forward, native_why_not),
     Impl("triton", lazily(_TRITON, "forward"), triton_why_not),
     Impl("reference", reference.matching_loss, no_objection),  # its gradient is autograd's
 )
 _FORWARD = {impl.name: impl.call for impl in _IMPLS}
 _BACKWARD = {
-    "native": by_device(native_impl.backward, _CUDA),
+    "native": native_impl.backward,
     "triton": lazily(_TRITON, "backward"),
 }
 _ADD_NOISE = {
-    "native": by_device(native_impl.add_noise, _CUDA),
+    "native": native_impl.add_noise,
     "triton": lazily(_TRITON, "add_noise"),
 }
 
@@ -233,7 +231,7 @@ def matching_loss(
         serve.
     """
     nft, anchors = objective == "nft", (old_velocity, velocity_ref, velocity_ema)
-    if kernels := direct(backend):
+    if kernels := direct(backend, velocity):
         if noise is not None and type(step) is int and step == 0:
             step = None  # a default does not go against `noise`
         output = kernels.matching_forward(

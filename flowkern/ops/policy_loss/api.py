@@ -37,7 +37,6 @@ from flowkern.ops._common.arguments import (
 from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
     Impl,
-    by_device,
     choose,
     is_tracing,
     is_transformed,
@@ -46,7 +45,7 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
-from flowkern.ops._common.native_cpu import as_taken, direct
+from flowkern.ops._common.native_calls import as_taken, direct
 from flowkern.schedules import Coefficients
 
 from . import native_impl, reference
@@ -66,16 +65,15 @@ class PolicyLoss(NamedTuple):
     clipped_high: Tensor
 
 
-_CUDA = "flowkern.ops.policy_loss.cuda_impl"
 _TRITON = "flowkern.ops.policy_loss.triton_impl"
 
 _IMPLS = (
-    Impl("native", by_device(native_impl.forward, _CUDA), native_why_not),
+    Impl("native", native_impl.forward, native_why_not),
     Impl("triton", lazily(_TRITON, "forward"), triton_why_not),
     Impl("reference", reference.policy_loss, no_objection),  # its gradient is autograd's
 )
 _BACKWARD = {
-    "native": by_device(native_impl.backward, _CUDA),
+    "native": native_impl.backward,
     "triton": lazily(_TRITON, "backward"),
 }
 _FORWARD = {impl.name: impl.call for impl in _IMPLS}
@@ -219,7 +217,7 @@ def policy_loss(
         ValueError, TypeError naming the argument; BackendError where the named backend cannot
         serve.
     """
-    if kernels := direct(backend):
+    if kernels := direct(backend, velocity):
         output = kernels.policy_forward(
             velocity, x_t, x_next, c_rows, advantage, row, old_velocity, old_log_prob,
             noise, seed, sample_id, step, velocity_uncond, guidance_scale, velocity_ref,

@@ -30,7 +30,6 @@ from flowkern.ops._common.arguments import (
 from flowkern.ops._common.autograd import EagerGradient
 from flowkern.ops._common.dispatch import (
     Impl,
-    by_device,
     choose,
     is_tracing,
     is_transformed,
@@ -39,26 +38,25 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
-from flowkern.ops._common.native_cpu import direct, increment_version
+from flowkern.ops._common.native_calls import direct, increment_version
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
 
-_CUDA = "flowkern.ops.sde_step.cuda_impl"
 _TRITON = "flowkern.ops.sde_step.triton_impl"
 
 _DRAW = (
-    Impl("native", by_device(native_impl.draw, _CUDA), native_why_not),
+    Impl("native", native_impl.draw, native_why_not),
     Impl("triton", lazily(_TRITON, "draw"), triton_why_not),
     Impl("reference", reference.draw, no_objection),
 )
 _REPLAY = (
-    Impl("native", by_device(native_impl.replay, _CUDA), native_why_not),
+    Impl("native", native_impl.replay, native_why_not),
     Impl("triton", lazily(_TRITON, "replay"), triton_why_not),
     Impl("reference", reference.replay, no_objection),
 )
 _REPLAY_BACKWARD = (
-    Impl("native", by_device(native_impl.replay_backward, _CUDA), native_why_not),
+    Impl("native", native_impl.replay_backward, native_why_not),
     Impl("triton", lazily(_TRITON, "replay_backward"), triton_why_not),
     Impl("reference", reference.replay_backward, no_objection),
 )
@@ -205,7 +203,7 @@ def sde_step(
         ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
             named cannot serve.
     """
-    if kernels := direct(backend):
+    if kernels := direct(backend, x_t):
         drawn = kernels.sde_draw(
             x_t, velocity, c_rows, velocity_uncond, guidance_scale, history,
             noise, seed, sample_id, step, out, out_dtype, True, False,
@@ -252,7 +250,7 @@ def ode_step(
         x_next (B, *D); with return_x0 also x0 = x_t - sigma velocity (B, *D) in the dtype of
         x_next, from the same pass: the next edge's history.
     """
-    if kernels := direct(backend):
+    if kernels := direct(backend, x_t):
         drawn = kernels.sde_draw(
             x_t, velocity, m_rows, velocity_uncond, guidance_scale, history,
             None, None, None, None, out, out_dtype, False, return_x0,
@@ -291,7 +289,7 @@ def sde_log_prob(
     d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
     is saved.
     """
-    if kernels := direct(backend):
+    if kernels := direct(backend, x_t):
         inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
         log_prob = kernels.sde_replay(*inputs)
         if log_prob is not None:

@@ -1,4 +1,4 @@
-"""The step on the native CPU kernels (csrc/sde_step)."""
+"""The step on the native kernels (csrc/sde_step)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern.ops._common import native_cpu
+from flowkern.ops._common import native_calls
 from flowkern.ops._common.arguments import Noise
 
 
@@ -27,9 +27,9 @@ def draw(
         if log_prob is not None:
             log_prob.copy_(rows[..., 4])
         return
-    written = native_cpu.run(
+    written = native_calls.run(
         "sde_draw", x_t, velocity, rows, velocity_uncond, guidance_scale, [*history],
-        *native_cpu.noise(source), x_next, None, log_prob, x0,
+        *native_calls.noise(source), x_next, None, log_prob, x0,
     )  # fmt: skip
     for out, result in zip((x_next, log_prob, x0), written, strict=True):
         if result is not out:  # a compiler may lay it out in another way: a copy was written
@@ -38,15 +38,15 @@ def draw(
 
 def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
     if x_t.numel() == 0:
-        return torch.empty(x_t.shape[0], dtype=torch.float32, device="cpu").copy_(rows[..., 4])
-    return native_cpu.run(
+        return torch.empty(x_t.shape[0], dtype=torch.float32, device=x_t.device).copy_(rows[..., 4])
+    return native_calls.run(
         "sde_replay", x_t, velocity, x_next, rows, velocity_uncond, guidance_scale
     )
 
 
 def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
     if x_t.numel() == 0:
-        return torch.empty(velocity.shape, dtype=velocity.dtype, device="cpu")
-    return native_cpu.run(
+        return torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
+    return native_calls.run(
         "sde_replay_backward", grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale
     )

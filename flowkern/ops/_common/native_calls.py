@@ -1,4 +1,4 @@
-"""Calls of the native CPU kernels (csrc/cpu_module.cpp).
+"""Calls of the native kernels, of the CPU or of a CUDA device (csrc/verbs.h).
 
 A kernel reads its arguments itself, in one crossing from Python: what a call costs before its data
 is touched, it costs in Python, above all where the caches are cold. What it does not take as it is
@@ -17,28 +17,31 @@ from torch.compiler import is_dynamo_compiling
 
 from . import native
 from .arguments import Noise, packed, per_sample_contiguous
-from .dispatch import is_in_func
+from .dispatch import is_in_func, straight_on_cuda
 
 _num_modes = torch._C._len_torch_dispatch_stack
 increment_version = torch._C._increment_version  # of a tuple; torch.autograd.graph's adds a frame
 
 
-def direct(backend: str | None) -> ModuleType | None:
-    """The kernels, for arguments that nobody has looked at: where they are the backend asked for,
-    and no compiler, mode or transform must see more than they do.
+def direct(backend: str | None, like: Tensor) -> ModuleType | None:
+    """The kernels for the device of `like`, for arguments that nobody has looked at: where they are
+    the backend asked for, and no compiler, mode or transform must see more than they do.
     """
     if backend is not None and backend != "native":
         return None
     if is_dynamo_compiling() or _num_modes() or is_in_func() or forward_ad._current_level >= 0:
         return None  # the latter two are is_transformed()
-    return native._load()[
-        0
-    ]  # cpu(): each frame that is spared is half a microsecond in cold caches
+    if getattr(like, "is_cuda", False):
+        return straight_on_cuda(like.get_device(), backend)
+    return native._load()[0]  # cpu(): each frame that is spared is half a microsecond, cold
 
 
 def run(name: str, *arguments):
-    """A kernel's result for checked arguments; what it cannot take as it is, it gets copied."""
-    kernel = getattr(native.cpu(), name)
+    """A kernel's result for checked arguments; what it cannot take as it is, it gets copied.
+
+    All tensors are on one device, which the first argument has.
+    """
+    kernel = getattr(native.of(arguments[0]), name)
     result = kernel(*arguments, False)
     if result is None:
         result = kernel(*map(_plain, arguments), True)  # True: what is still wrong is an error

@@ -1,24 +1,27 @@
 // What kernels take, read out of the tensors and numbers of a Python call.
 //
 // Tensors are read through DLPack's C exchange API: address, shape, strides and dtype in one call of torch's, which allocates
-// nothing; through their attributes where torch is older than that. Either way no torch is needed to build.
+// nothing; through their attributes where torch is older than that. Either way no torch is needed to build. One reader serves every
+// device; values that lie on a device are never looked at here.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "chunks_cpu.h"
+#include "latent.h"
+#include "philox.h"
 
 namespace py = pybind11;
 
 // The layouts of DLPack, major version 1 (https://dmlc.github.io/dlpack), as far as they are used here.
 namespace dlpack {
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
 struct Device {
   int32_t type, index;
@@ -47,8 +50,12 @@ struct ExchangeApi {
 // What is asked of torch, handed over once by flowkern.ops._common.native.
 struct Torch {
   PyObject *tensor, *parameter, *coefficients;  // types; subclasses may hide that there is no memory
-  PyObject *empty, *get_num_threads, *cpu, *is_neg, *num_history, *table, *requires_grad;
-  PyObject* dtypes[6];  // of Element
+  PyObject *empty, *is_neg, *num_history, *table, *requires_grad, *device;
+  PyObject* get_num_threads;                          // for the CPU
+  PyObject *stream, *scratch, *siblings, *loss_outputs;  // for a device: see flowkern.ops._common.native_cuda
+  PyObject* dtypes[6];                                // of Element
+  int32_t served;                                     // the device type of DLPack that tensors have to be on
+  bool reads_values;                                  // whether the host can: on the CPU
   const dlpack::ExchangeApi* exchange;
 };
 inline Torch torch{};
@@ -81,6 +88,11 @@ struct View : dlpack::Tensor {
   }
 };
 
+inline bool is_debugging() {
+  const char* debug = std::getenv("FLOWKERN_DEBUG");
+  return debug && std::strcmp(debug, "1") == 0;
+}
+
 inline void view_by_attributes(PyObject* object, View& out) {
   const py::handle x(object);
   const py::tuple shape = x.attr("shape"), strides = x.attr("stride")();
@@ -91,7 +103,8 @@ inline void view_by_attributes(PyObject* object, View& out) {
   for (int j = 0; j < 5; ++j)
     if (dtype.ptr() == torch.dtypes[j]) out.dtype = kTypes[j];
   out.data = reinterpret_cast<void*>(x.attr("data_ptr")().cast<uintptr_t>());
-  out.device = {x.attr("is_cpu").cast<bool>() ? dlpack::kCpu : 0, 0};
+  const int32_t type = x.attr("is_cpu").cast<bool>() ? dlpack::kCpu : x.attr("is_cuda").cast<bool>() ? dlpack::kCuda : 0;
+  out.device = {type, type == dlpack::kCuda ? x.attr("get_device")().cast<int32_t>() : 0};
   out.ndim = int32_t(shape.size());
   out.byte_offset = 0;
   for (const py::tuple& values : {shape, strides})
@@ -143,6 +156,7 @@ class Reader {
     if (v.shape[0] > 0 && !v.is_packed(1)) return refused(name);
     if (!first_) {
       first_ = &v;
+      like_ = x;
       size = 1;
       for (int d = 1; d < v.ndim; ++d) size *= v.shape[d];
     } else if (v.ndim != first_->ndim || v.shape[0] != rows || std::memcmp(v.shape + 1, first_->shape + 1, (v.ndim - 1) * 8) != 0) {
@@ -194,20 +208,27 @@ class Reader {
     stride = fits && v.ndim ? v.strides[0] : 0;
     return fits ? v.at<const float>() : nullptr;
   }
-  // The velocity row of each sample: an index out of range would write past the gradient.
-  const int64_t* row(PyObject* x, int64_t rows, int64_t& batch) {
-    batch = rows;
-    if (x == Py_None) return nullptr;
+  // The velocity row of each sample: an index out of range would write past the gradient. On a device many samples are sorted by
+  // it, so that no block looks through all of them.
+  template <class Arguments>
+  void row(PyObject* x, Arguments& to) {
+    constexpr int64_t kFew = 1024;
+    to.batch = to.rows;
+    if (x == Py_None) return;
     View v;
     const bool fits = serves && view(x, v, "row") && v.ndim == 1;
     require(fits, "row");
-    batch = fits ? v.shape[0] : 0;
-    const int64_t* row = fits ? vector<const int64_t>(x, batch, "row") : nullptr;
-    check_range(row, batch, rows, "row");
-    return row;
+    to.batch = fits ? v.shape[0] : 0;
+    to.row = fits ? vector<const int64_t>(x, to.batch, "row") : nullptr;
+    check_range(to.row, to.batch, to.rows, "row");
+    if (!serves || torch.reads_values || to.batch <= kFew) return;
+    siblings_ = checked(PyObject_CallFunction(torch.siblings, "OL", x, static_cast<long long>(to.rows)));
+    to.order = vector<const int64_t>(PyTuple_GET_ITEM(siblings_.ptr(), 0), to.batch, "row");
+    to.first = vector<const int64_t>(PyTuple_GET_ITEM(siblings_.ptr(), 1), to.rows + 1, "row");
   }
 
-  // Step coefficients: flowkern.schedules.Coefficients; their table where they are checked. A float64 table is rounded here.
+  // Step coefficients: flowkern.schedules.Coefficients; their table where they are checked. A float64 table is rounded here, on a
+  // device by Python.
   const float* coefficients(PyObject* x, int64_t batch, int64_t& stride, int& num_history) {
     constexpr int64_t kColumns = 9;
     py::object table = py::reinterpret_borrow<py::object>(x);
@@ -221,7 +242,7 @@ class Reader {
     View v;
     const bool fits = serves && view(table.ptr(), v, "rows") && v.ndim >= 1 && v.is_packed(v.ndim - 1) &&
                       v.shape[v.ndim - 1] == kColumns && (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
-    require(fits && (v.element() == Element::float32 || v.element() == Element::float64), "rows");
+    require(fits && (v.element() == Element::float32 || (v.element() == Element::float64 && torch.reads_values)), "rows");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
     table_ = v.at<const char>(), table_bytes_ = (stride * (batch - 1) + kColumns) * (v.element() == Element::float32 ? 4 : 8);
@@ -232,6 +253,11 @@ class Reader {
     }
     stride = v.ndim == 1 ? 0 : kColumns;
     return rounded_.data();
+  }
+
+  void check_fraction(const float* x, int64_t batch, const char* name) {
+    if (!torch.reads_values) return require(!x || !is_debugging(), name);
+    for (int64_t b = 0; serves && b < batch; ++b) require(x[b] >= 0 && x[b] <= 1, name);
   }
 
   // Python's own numbers; others are for Python to convert.
@@ -304,6 +330,11 @@ class Reader {
   }
 
   const View& first() const { return *first_; }  // of a call that is served
+  int device_index() const { return first_->device.index; }
+  PyObject* device() {
+    if (!device_) device_ = checked(PyObject_GetAttr(like_, torch.device));
+    return device_.ptr();
+  }
   static bool requires_grad(PyObject* x) { return checked(PyObject_GetAttr(x, torch.requires_grad)).ptr() == Py_True; }
 
  private:
@@ -314,6 +345,8 @@ class Reader {
   const View* first_ = nullptr;
   const char* table_ = nullptr;  // of the coefficients
   int64_t table_bytes_ = 0;
+  PyObject* like_ = nullptr;
+  py::object siblings_, device_;
   std::vector<float> rounded_;
 
   Latent refused(const char* name) { return require(false, name), Latent{}; }
@@ -328,13 +361,16 @@ class Reader {
       if (explains_) throw;
       return false;
     }
-    if (out.device.type != dlpack::kCpu || (out.ndim > 0 && !out.strides)) return false;
+    if (out.device.type != torch.served || (first_ && out.device.index != first_->device.index)) return false;
+    if (out.ndim > 0 && !out.strides) return false;
     // Without memory the address is null, or an offset from it: no system maps the lowest 64 KiB.
     if (reinterpret_cast<uintptr_t>(out.data) >= 65536) return true;
     if (std::find(out.shape, out.shape + out.ndim, 0) != out.shape + out.ndim) return true;
     return refuse<py::value_error>(std::string(name) + ": expected a tensor with memory, got freed storage, or none"), false;
   }
+  // On a device values are looked at by Python alone, where FLOWKERN_DEBUG=1 asks for it.
   void check_range(const int64_t* index, int64_t batch, int64_t count, const char* name) {
+    if (!torch.reads_values) return require(!index || is_checked_ || !is_debugging(), name);
     for (int64_t b = 0; index && b < batch; ++b)
       if (index[b] < 0 || index[b] >= count)
         return refuse<py::index_error>(name + (": expected values in [0, " + std::to_string(count)) + "), got " +
@@ -342,13 +378,19 @@ class Reader {
   }
 };
 
-// New tensors, on the CPU: the owner of one, and its address.
+// New tensors, on the device of those read: the owner of one, and its address.
 struct Made {
   py::object tensor;
   char* data;
 };
 
-inline Made make(const int64_t* shape, int ndim, Element element) {
+inline Made made_of(py::object tensor) {
+  View v;
+  view_of(tensor.ptr(), v);
+  return {std::move(tensor), v.at<char>()};
+}
+
+inline Made make(Reader& read, const int64_t* shape, int ndim, Element element) {
   static PyObject* const kNames = py::make_tuple("dtype", "device").release().ptr();
   std::vector<py::object> sizes(ndim);
   std::vector<PyObject*> arguments(ndim + 3);
@@ -360,24 +402,15 @@ inline Made make(const int64_t* shape, int ndim, Element element) {
   const int positional = ndim ? ndim : 1;
   if (!ndim) arguments[0] = none.ptr();
   arguments[positional] = torch.dtypes[int(element)];
-  arguments[positional + 1] = torch.cpu;
-  const auto tensor = checked(PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames));
-  View v;
-  view_of(tensor.ptr(), v);
-  return {tensor, v.at<char>()};
+  arguments[positional + 1] = read.device();
+  return made_of(checked(PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames)));
 }
 
-inline int num_threads() { return int(PyLong_AsLong(checked(PyObject_CallNoArgs(torch.get_num_threads)).ptr())); }
-
-// Runs a kernel without the interpreter's lock.
-template <class T>
-void run(void (*kernel)(const T&), const T& arguments) {
-  struct Unlocked {
-    PyThreadState* state = PyEval_SaveThread();
-    ~Unlocked() { PyEval_RestoreThread(state); }
-  } unlocked;
-  kernel(arguments);
-}
+// Without the interpreter's lock, as long as it lives.
+struct Unlocked {
+  PyThreadState* state = PyEval_SaveThread();
+  ~Unlocked() { PyEval_RestoreThread(state); }
+};
 
 // A Python function of positional arguments.
 template <py::object (*call)(PyObject* const*, Reader&), int count>
