@@ -126,6 +126,7 @@ py::object add_noise(PyObject* const* v, Reader& read) {
   n.x0 = read.first_latent(v[0], n.batch, "x0");
   n.size = read.size;
   n.sigma = read.vector<const float>(v[1], n.batch, "sigma");
+  read.check_fraction(n.sigma, n.batch, "sigma");
   n.key = read.noise(v[2], v[3], v[4], v[5], n.batch, kMatch, n.noise);
   read.require(is_given(v[2]) || is_given(v[4]), "noise");
   if (!read.serves) return py::none();

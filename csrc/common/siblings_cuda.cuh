@@ -71,10 +71,8 @@ FK_DEVICE void sum_siblings(const Walk& walk, const RowTile& at, const Scratch& 
   int rank = 0;
   Item upcoming = only;
   for (int64_t base = places.begin; base < places.end; base += kWarp) {
-    const bool is_ours = is_member(walk, at.row, base + lane_index(), places);
-    const int64_t of_lane = is_ours ? sample_at(walk, base + lane_index()) : 0;
-    const auto sample_of = [&](unsigned bits) { return __shfl_sync(kAllLanes, of_lane, __ffs(bits) - 1); };
-    unsigned mine = __ballot_sync(kAllLanes, is_ours);
+    const auto sample_of = [&](unsigned bits) { return sample_at(walk, base + __ffs(bits) - 1); };
+    unsigned mine = __ballot_sync(kAllLanes, is_member(walk, at.row, base + lane_index(), places));
     if (!walk.order && walk.slices > 1) {
       unsigned all = mine;
       for (mine = 0; all; all &= all - 1, ++rank)

@@ -7,12 +7,14 @@
 #include <immintrin.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__ static
@@ -42,11 +44,15 @@ struct Block {
   unsigned current = 0;
   Barrier block, warps[32];
   uint64_t exchange[1024];  // what a lane shows to its warp
+  unsigned steps[1024];     // ballots and strong loads of a thread: a loop over samples makes one of them at each turn
   bool moved = false;  // since the scheduler looked
   bool misaligned = false;
   std::function<void()> body;
 };
 inline Block now;
+inline unsigned most_steps = 0;  // of any thread
+
+inline void count_step() { most_steps = std::max(most_steps, ++now.steps[thread_index.x]); }
 
 inline void run_fiber() {
   now.body();
@@ -88,6 +94,7 @@ inline void run_block(unsigned threads) {
   now.fibers.resize(threads);
   now.done.assign(threads, 0);
   now.block = {};
+  std::memset(now.steps, 0, sizeof now.steps);
   for (Barrier& warp : now.warps) warp = {};
   for (unsigned t = 0; t < threads; ++t) {
     getcontext(&now.fibers[t]);
@@ -132,6 +139,11 @@ void run(Kernel kernel, unsigned blocks, unsigned threads, const Arguments& argu
 
 }  // namespace cuda_on_cpu
 
+// For the tests: the longest loop over samples since the last call.
+extern "C" __attribute__((visibility("default"), used)) inline unsigned cuda_on_cpu_most_steps() {
+  return std::exchange(cuda_on_cpu::most_steps, 0u);
+}
+
 #define threadIdx cuda_on_cpu::thread_index
 #define blockIdx cuda_on_cpu::block_index
 #define blockDim cuda_on_cpu::block_size
@@ -149,6 +161,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return cuda_on_cpu::shown_by(value, threadIdx.x % 32 ^ mask);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
+  cuda_on_cpu::count_step();
   unsigned votes = 0;
   cuda_on_cpu::shown_by(unsigned(vote), 0);
   for (unsigned lane = 0; lane < 32; ++lane) votes |= unsigned(cuda_on_cpu::now.exchange[threadIdx.x / 32 * 32 + lane] & 1) << lane;
@@ -160,6 +173,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 // Memory: one thread at a time, so everything is seen at once.
 template <class T>
 T __ldcg(const T* address) {
+  cuda_on_cpu::count_step();
   return *address;
 }
 // A device would stop where 128 bits are not aligned.

@@ -4,6 +4,7 @@ On a device where there is one, and on any CPU: their sources compiled as C++ wi
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import platform
@@ -363,6 +364,41 @@ def test_policy_loss(kernels, monkeypatch, layout, dtype):
         grad = torch.linspace(-1, 1, batch)
         none = arguments | {"reduction": "none"}
         assert_same(both(kernels, fk.policy_loss, velocity, none, grad), 3e-6)
+
+
+def test_many_samples(kernels, monkeypatch):
+    """More than are looked through, or added up, in one loop: sorted by their rows, whose order is
+    no order, some without any and one with most; and as many rows as samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    crowded = torch.randint(0, 40, (2500,), generator=generator) ** 2 % 40
+    for row in (None, torch.where(torch.rand(2500, generator=generator) < 0.6, 7, crowded)):
+        rows, size = (2500, 3) if row is None else (40, 40)
+        of_row = None if row is None else row.tolist()
+        velocity, arguments = policy_problem(rows, of_row, size, torch.float32)
+        arguments |= {"clip_low": 0.9, "clip_high": 9.0}
+        (expected, wanted), (got, gradient) = both(kernels, fk.policy_loss, velocity, arguments)
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.log_ratio, expected.log_ratio, rtol=1e-5, atol=3e-6)
+        close_gradients(gradient, wanted)
+        monkeypatch.setenv("CUDA_ON_CPU_BACKWARDS", "1")
+        again = both(kernels, fk.policy_loss, velocity, arguments)[1]
+        monkeypatch.delenv("CUDA_ON_CPU_BACKWARDS")
+        assert torch.equal(again[0].loss, got.loss) and torch.equal(again[1], gradient)
+
+
+def test_no_loop_runs_over_all_samples(kernels, request):
+    """What 5,000 samples cost a thread in turns of its loops, when no row has more than eight."""
+    if "device" in request.node.name:
+        pytest.skip("counted on a CPU")
+    steps = ctypes.CDLL(request.getfixturevalue("module").__file__).cuda_on_cpu_most_steps
+    for batch in (700, 5000):
+        row = torch.arange(batch).flip(0) // 8
+        velocity, arguments = policy_problem(batch // 8 + 1, row.tolist(), 3, torch.float32)
+        steps()
+        both(kernels, fk.policy_loss, velocity, arguments)
+        # A loss adds up 1,024 samples in 32 turns; as many are looked through in as many.
+        assert steps() <= {700: 3 * 22 + 8, 5000: 32 + 12}[batch]
 
 
 def test_policy_loss_from_recorded_log_probs_and_on_policy_is_exact(kernels):

@@ -74,6 +74,11 @@ def matching(**change):
     )
 
 
+def noising(**change):
+    arguments = {"x0": X, "sigma": torch.tensor([0.0, 0.5, 1.0])} | change.pop("source", NOISY)
+    return lambda: fk.add_noise(**arguments | change)
+
+
 HALF = {"x_t": X.half(), "velocity": V.bfloat16()}
 STRAIGHT = {
     "draw": step(),
@@ -100,6 +105,8 @@ STRAIGHT = {
     "awm": matching(velocity_ref=REF, velocity_ema=V, ref_coef=0.1, ema_coef=1, row=ROW),
     "awm, drawn again": matching(source=KEY, sigma=0.3, weighting="t", reduction="none"),
     "nft": matching(objective="nft", dtype=torch.float16),
+    "noised": noising(x0=X.half()),
+    "noised, drawn": noising(source=KEY),
     "nft, drawn again": matching(objective="nft", source=KEY | {"step": STEPS}),
 }
 ROUND_ABOUT = {
@@ -144,6 +151,7 @@ WRONG = {
     "clip_low": policy(clip_low=1.0),
     "advantage": policy(advantage=A[:2]),
     "sigma": matching(sigma=torch.tensor([0.1, 0.2, 1.5])),
+    "sigma to noise with": noising(sigma=torch.tensor([0.1, -0.2, 0.5])),
     "sigma, NaN": matching(sigma=float("nan")),
     "objective": matching(objective=1),
     "no anchor": matching(ema_coef=1.0),

@@ -305,6 +305,11 @@ def add_noise(
     The noise is that of `matching_loss` with the same noise, or seed, sample_id and step: it need
     not be stored. Not differentiable. Args as `matching_loss`.
     """
+    if kernels := direct(backend, x0):
+        unset = noise is not None and type(step) is int and step == 0  # as in matching_loss
+        noised = kernels.add_noise(x0, sigma, noise, seed, sample_id, None if unset else step)
+        if noised is not None:
+            return noised
     check_latent("x0", x0)
     source = _check_noise(noise, seed, sample_id, step, x0)
     dtype = compute_dtype(x0, noise)

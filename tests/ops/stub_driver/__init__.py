@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-SOURCE = Path(__file__).parent / "libcuda.c"
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
 MOST = 2**16  # launches that are kept; others are counted
 
 
@@ -76,9 +79,55 @@ def load(folder: Path) -> Driver:
     """
     path = Path(folder) / "libcuda.so.1"
     command = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
-    command += ["-Wl,-soname,libcuda.so.1", SOURCE, "-o", path, "-ldl"]
+    command += ["-Wl,-soname,libcuda.so.1", HERE / "libcuda.c", "-o", path, "-ldl"]
     subprocess.run(list(map(str, command)), check=True)
     return Driver(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
+
+
+def native_kernels(folder: Path):
+    """flowkern._cuda from its sources, with g++, on the driver that `load` has put into `folder`;
+    to be connected. Kernels are not run, so they are not optimized either.
+    """
+    import pybind11
+
+    folder = Path(folder)
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    common = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", *includes]
+    on_stub = ["-include", HERE / "runtime_on_stub.h", "-x", "c++", "-O0", "-mf16c", "-mfma"]
+    objects = []
+    for source in (*sorted(CSRC.glob("*/*_cuda.cu")), CSRC / "cuda_module.cpp"):
+        objects.append(folder / f"{source.stem}.o")
+        flags = on_stub if source.suffix == ".cu" else ["-O2"]
+        command = [*common, *flags, "-c", source, "-o", objects[-1]]
+        subprocess.run(list(map(str, command)), check=True)
+    command = ["g++", "-shared", *objects, folder / "libcuda.so.1", "-o", folder / "_cuda.so"]
+    subprocess.run(list(map(str, command)), check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def memory_of_the_host(index, stream, floats, counts, is_captured):
+    """In place of native_cuda.scratch."""
+    return torch.empty(floats), torch.zeros(counts, dtype=torch.int32)
+
+
+@contextlib.contextmanager
+def native_on(module, stream: int = 0):
+    """backend="native" means these kernels, on tensors of `tensors_on_cuda`."""
+    from flowkern.ops._common import native, native_calls
+
+    others = {"stream": lambda index: stream, "scratch": memory_of_the_host}
+    native.connect(module, native._EXCHANGE, native._CPU, **others)
+    before = native.cuda, native_calls.straight_on_cuda
+    native.cuda = lambda: module
+    native_calls.straight_on_cuda = lambda index, backend: module
+    try:
+        yield
+    finally:
+        native.cuda, native_calls.straight_on_cuda = before
+        module.forget()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,60 @@
+"""What a call costs the host on its way to a CUDA launch, on any machine: no GPU is needed.
+
+    python benchmarks/host_time.py [--backend native|triton] [--calls 3000]
+
+The launch is one of the stub driver's (tests/ops/stub_driver): recorded, and nothing runs; a real
+one adds about 3 us. Tensors of the CPU stand for a device's, whose allocation costs more. Printed
+is the 5th percentile over calls, in microseconds: what the machine takes away elsewhere is no part
+of it. On a machine with a GPU benchmarks/speed.py has the host's time beside the device's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ops"))
+
+import calls
+import stub_driver
+import torch
+
+
+def fifth_percentile(call, count: int) -> float:
+    for _ in range(count // 10 + 1):
+        call()
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - begin)
+    return sorted(times)[count // 20] / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=("native",), default="native")
+    parser.add_argument("--calls", type=int, default=3000)
+    options = parser.parse_args()
+    if reason := stub_driver.why_not():
+        sys.exit(f"host_time: {reason}")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        driver = stub_driver.load(Path(folder))
+        p = calls.Arguments("cpu")
+        module = stub_driver.native_kernels(Path(folder))
+        with stub_driver.tensors_on_cuda(), stub_driver.native_on(module):
+            print(f"{'verb':24}{'us':>8}{'launches':>10}   {options.backend}, stub driver")
+            for verb in calls.VERBS:
+                run = lambda verb=verb: calls.call(verb, p, options.backend)  # noqa: E731
+                driver.clear()
+                run()
+                launches = driver.count
+                print(f"{verb:24}{fifth_percentile(run, options.calls):8.1f}{launches:10}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The native CUDA kernels up to their launch, on a driver that records and runs nothing."""
+
+import subprocess
+import sys
+
+import calls
+import pytest
+import stub_driver
+import torch
+from test_cuda import MULTISTEP
+
+import flowkern as fk
+from flowkern.ops._common import native_cuda
+
+pytest.importorskip("pybind11")
+pytestmark = pytest.mark.skipif(
+    stub_driver.why_not() is not None, reason=str(stub_driver.why_not())
+)
+# What each verb launches, whatever the size.
+LAUNCHED = {
+    "draw": ["sde_draw"],
+    "draw, noise given": ["sde_draw"],
+    "ode": ["sde_draw"],
+    "replay": ["sde_replay"],
+    "replay, gradient": ["sde_replay", "sde_replay_backward"],
+    "policy": ["policy_forward"],
+    "policy, gradient": ["policy_forward", "policy_backward"],
+    "policy, drawn again": ["policy_forward", "policy_backward"],
+    "policy, guard, KL": ["policy_forward", "policy_backward"],
+    "matching": ["matching_forward"],
+    "matching, gradient": ["matching_forward", "matching_backward"],
+    "matching, nft": ["matching_forward", "matching_backward"],
+    "add_noise": ["add_noise"],
+    "philox_normal": ["fill_philox"],
+}
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stub")
+    driver = stub_driver.load(folder)
+    return driver, stub_driver.native_kernels(folder), folder
+
+
+@pytest.fixture
+def driver(stub):
+    driver, module, _ = stub
+    driver.clear()
+    with stub_driver.tensors_on_cuda(), stub_driver.native_on(module, stream=77):
+        yield driver
+
+
+def test_the_table_is_that_of_all_verbs():
+    assert LAUNCHED.keys() == calls.VERBS.keys()
+
+
+@pytest.mark.parametrize("verb", LAUNCHED)
+def test_one_launch_per_direction_on_the_stream(driver, verb):
+    p = calls.Arguments("cpu", batch=3, size=5000)
+    calls.call(verb, p, "native")
+    found = driver.launches()
+    assert [launch.name for launch in found] == LAUNCHED[verb]
+    # 5,000 elements are five tiles of 128 threads with eight each
+    assert {(launch.grid, launch.block) for launch in found} == {((15, 1, 1), (128, 1, 1))}
+    assert {(launch.stream, launch.device) for launch in found} == {(77, 0)}
+
+
+def test_outputs_share_one_allocation(driver):
+    p = calls.Arguments("cpu", batch=3, size=40)
+    for verb in ("policy", "matching"):
+        out = calls.call(verb, p, "native")
+        assert len({x.untyped_storage().data_ptr() for x in out}) == 1
+        assert all(x.data_ptr() % 16 == 0 and not x._is_view() for x in out)
+        before = [x._version for x in out]
+        out[1].zero_()  # the versions of the others, one of them saved for backward, stay
+        assert [x._version for x in out] == [before[0], before[1] + 1, *before[2:]]
+
+
+def test_a_capture_gets_scratch_of_its_own_and_clears_it(driver, monkeypatch):
+    asked = []
+    given = stub_driver.memory_of_the_host
+    monkeypatch.setattr(
+        stub_driver, "memory_of_the_host", lambda *a: asked.append(a[-1]) or given(*a)
+    )
+    p = calls.Arguments("cpu", batch=3, size=5000)
+    module = fk.ops._common.native.cuda()
+    with stub_driver.native_on(module, stream=78):
+        for captured in (0, 78, 77, 78):
+            driver.capture(captured)
+            calls.call("draw", p, "native")
+            calls.call("policy", p, "native")
+        driver.capture(0)
+    # Kept from the first call on; a capture of another stream is not ours.
+    assert asked == [False, True, True, True, True]
+
+
+def test_many_samples_come_sorted_and_few_do_not(driver, monkeypatch):
+    p = calls.Arguments("cpu", batch=4, size=16)
+    for batch, is_sorted in ((1024, False), (1025, True)):
+        row = torch.randint(-1, 5, (batch,))  # two of the values are out of range
+        found = []
+        monkeypatch.setattr(native_cuda, "siblings", None)
+        x = torch.zeros(batch, 16)
+        from flowkern.ops._common import native
+
+        native.connect(
+            native.cuda(), native._EXCHANGE, native._CPU, stream=lambda index: 0,
+            scratch=stub_driver.memory_of_the_host,
+            siblings=lambda row, rows, found=found: found.append(rows) or SIBLINGS(row, rows),
+        )  # fmt: skip
+        fk.policy_loss(
+            p.v, p.x, x, p.rows[0], torch.zeros(batch), row, p.old, backend="native"
+        ).loss.backward()
+        assert found == [4, 4] * is_sorted
+
+
+SIBLINGS = native_cuda.siblings
+
+
+def test_the_order_of_siblings():
+    row = torch.tensor([2, 0, 2, 9, -4, 0, 2])
+    order, first = SIBLINGS(row, 4)
+    assert order.tolist() == [1, 4, 5, 0, 2, 6, 3] and first.tolist() == [0, 3, 3, 6, 7]
+
+
+def test_values_are_not_read_on_the_host(stub):
+    """Every argument lies in memory that must not be touched: a look at it ends the process."""
+    code = """
+import ctypes, mmap, sys, torch
+sys.path.insert(0, sys.argv[2])
+import calls, stub_driver, importlib.util
+folder = sys.argv[1]
+driver = stub_driver.Driver(ctypes.CDLL(folder + "/libcuda.so.1", mode=ctypes.RTLD_GLOBAL))
+spec = importlib.util.spec_from_file_location("_cuda", folder + "/_cuda.so")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+kept = []
+def hidden(x):
+    size = x.numel() * x.element_size()
+    memory = mmap.mmap(-1, max(size, 1))
+    kept.append(memory)
+    y = torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape)
+    address = y.data_ptr()
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) == 0
+    return y.requires_grad_(x.requires_grad)
+p = calls.Arguments("cpu", batch=3, size=5000)
+p.rows = type(p.rows)(hidden(p.rows.table), p.rows.num_history)
+p.key["sample_id"] = hidden(p.key["sample_id"])
+for name, value in vars(p).items():
+    if isinstance(value, torch.Tensor):
+        setattr(p, name, hidden(value))
+with stub_driver.tensors_on_cuda(), stub_driver.native_on(module):
+    for verb in calls.VERBS:
+        calls.call(verb, p, "native")
+print(driver.count)
+"""
+    here = str(stub_driver.HERE.parent)
+    command = [sys.executable, "-c", code, str(stub[2]), here]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(map(len, LAUNCHED.values()))
+
+
+def test_what_is_not_read_as_it_is_goes_through_python(driver):
+    """Permuted, of another integer dtype, in float64 tables: copied or converted, then launched."""
+    p = calls.Arguments("cpu", batch=3, size=40)
+    x = p.x.unflatten(1, (5, 8)).transpose(1, 2)
+    fk.sde_step(x, x, p.rows, p.noise.unflatten(1, (8, 5)), backend="native")
+    fk.sde_step(p.x, p.v, calls.GRID[3], **p.key | {"step": torch.ones(3).int()}, backend="native")
+    fk.ode_step(p.x, p.v, MULTISTEP, history=[p.x, p.v], backend="native")
+    assert [launch.name for launch in driver.launches()] == ["sde_draw"] * 3
