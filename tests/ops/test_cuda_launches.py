@@ -134,21 +134,20 @@ driver = stub_driver.Driver(ctypes.CDLL(folder + "/libcuda.so.1", mode=ctypes.RT
 spec = importlib.util.spec_from_file_location("_cuda", folder + "/_cuda.so")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-kept = []
-def hidden(x):
-    size = x.numel() * x.element_size()
-    memory = mmap.mmap(-1, max(size, 1))
-    kept.append(memory)
-    y = torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape)
-    address = y.data_ptr()
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) == 0
-    return y.requires_grad_(x.requires_grad)
+kept, protect = [], ctypes.CDLL(None).mprotect
+def apart(x):
+    kept.append(mmap.mmap(-1, x.numel() * x.element_size()))
+    y = torch.frombuffer(kept[-1], dtype=x.dtype, count=x.numel()).view(x.shape)
+    kept.append(y.data_ptr())
+    return y.copy_(x.detach()).requires_grad_(x.requires_grad)
 p = calls.Arguments("cpu", batch=3, size=5000)
-p.rows = type(p.rows)(hidden(p.rows.table), p.rows.num_history)
-p.key["sample_id"] = hidden(p.key["sample_id"])
+p.rows = type(p.rows)(apart(p.rows.table), p.rows.num_history)
+p.key["sample_id"] = apart(p.key["sample_id"])
 for name, value in vars(p).items():
     if isinstance(value, torch.Tensor):
-        setattr(p, name, hidden(value))
+        setattr(p, name, apart(value))
+for memory, address in zip(kept[::2], kept[1::2]):
+    assert protect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), 0) == 0
 with stub_driver.tensors_on_cuda(), stub_driver.native_on(module):
     for verb in calls.VERBS:
         calls.call(verb, p, "native")
