@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
+from flowkern import __version__
+from flowkern.checks import ConfigError
+from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
 ROLLOUTS = 300
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+OPTIONS = ("help", "traceback", "config")  # of commands that take a configuration's keys
+# What `pip install 'flowkern[train]'` brings, as it is imported.
+EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
+EXTRAS |= {"sklearn", "tqdm", "transformers", "rich"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    """Run one command; returns the exit status: 0 done, 2 a configuration that cannot be used, 1
+    anything else, 128 + a signal. `--help` and what cannot be parsed raise SystemExit, as argparse
+    does.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser, commands = _parser()
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    if given[0] not in commands and not given[0].startswith("-"):
+        near = nearest(given[0], commands)
+        hint = f"; did you mean {near!r}?" if near else ""
+        _fail(f"got {given[0]!r}, expected one of {', '.join(commands)}{hint}")
+    options = parser.parse_args(_as_overrides(given))
     # Importing transformers otherwise warns of image processors that no pipeline here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -24,19 +47,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         message = " ".join(str(error).split())
-        if isinstance(error, ImportError):
+        missing = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ImportError) and missing in EXTRAS:
             message += "; training and sampling need: pip install 'flowkern[train]'"
         print(f"flowkern: {message}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("flowkern: interrupted before anything was trained", file=sys.stderr)
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flowkern", description="Reinforcement learning of flow-matching models."
+def _as_overrides(arguments: Sequence[str]) -> list[str]:
+    """`--key.path=value` and `--key.path value` of a configuration as `key.path=value`."""
+    if arguments[0] not in ("train", "cost"):
+        return list(arguments)
+    out, rest = [], iter(arguments)
+    for argument in rest:
+        name = argument.removeprefix("--")
+        is_key = argument.startswith("--") and name and name.partition("=")[0] not in OPTIONS
+        if is_key and "=" not in name:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                _fail(f"--{name}: expected a value: --{name} VALUE, or {name}=VALUE")
+            name = f"{name}={value}"
+        out.append(name if is_key else argument)
+        if argument == "--config":
+            out += [value for value in [next(rest, None)] if value is not None]
+    return out
+
+
+def _fail(message: str, command: str = "flowkern") -> NoReturn:
+    print(f"flowkern: {message}; see {command} --help", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message, self.prog)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser, and the names of its commands."""
+    parser = _Parser(
+        prog="flowkern",
+        description="Reinforcement learning of flow-matching models.",
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"flowkern {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -45,17 +104,19 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         parents=[common],
         help="train from a configuration",
+        allow_abbrev=False,
         description="Train from a configuration. Ctrl-C saves the last finished step and exits; a "
         "second Ctrl-C exits at once.",
         epilog="Several processes: torchrun --standalone --nproc_per_node N scripts/train.py "
         "CONFIG.yaml, with ACCELERATE_USE_CPU=true where there is no GPU.",
     )
-    train.add_argument("config", metavar="CONFIG.yaml", help="see configs/")
     train.add_argument(
-        "overrides",
-        metavar="key.path=value",
+        "arguments",
+        metavar="CONFIG.yaml [MORE.yaml ...] [key.path=value ...]",
         nargs="*",
-        help="e.g. train.learning_rate=1e-3, train.resume_from_checkpoint=latest",
+        help="see configs/; files are merged from the first to the last (reward: replaced), then "
+        "single keys are set, key.path=value or --key.path value, e.g. train.learning_rate=1e-3, "
+        "train.resume_from_checkpoint=latest",
     )
     train.set_defaults(command=_train)
 
@@ -104,17 +165,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         nargs="*",
         help="an algorithm, or your own as module:Class (default: all that are here); with "
-        "--config an override, key.path=value",
+        "--config an override, key.path=value or --key.path value",
     )
     cost.add_argument("--config", metavar="CONFIG.yaml", help="count for this run")
     cost.set_defaults(command=_cost)
-    return parser
+    return parser, commands.choices
 
 
 def _train(options: argparse.Namespace) -> int:
     from flowkern.train.config import load_config
 
-    config = load_config(options.config, options.overrides)  # wrong keys show before the imports
+    files = [text for text in options.arguments if not OVERRIDE.match(text)]
+    overrides = [text for text in options.arguments if OVERRIDE.match(text)]
+    if not files:
+        _fail("train: expected a CONFIG.yaml, as in configs/", "flowkern train")
+    config = load_config(files, overrides)  # what is wrong there shows before the imports
     from flowkern.train.trainer import Trainer
 
     return Trainer(config).run()
@@ -128,36 +193,41 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     if options.num_images < 1:
-        raise ValueError(f"--num-images: got {options.num_images}, expected at least 1")
+        raise ConfigError(f"--num-images: got {options.num_images}, expected at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed: got {options.seed}, expected 0 to 2**63 - 1")
     import torch
 
     from flowkern.rollout import prompt_ids
     from flowkern.train.checkpoint import checkpoints, find_checkpoint
-    from flowkern.train.config import load_config
+    from flowkern.train.config import load_sampling
     from flowkern.train.loading import load_pipeline
     from flowkern.train.lora import attach_lora
     from flowkern.train.prompts import require_text
     from flowkern.train.tracking import picture_format, save_grid, save_image
     from flowkern.train.validation import SAMPLE_ITERATION, sample_images
 
-    require_text(options.prompt, "--prompt")
-    picture_format(options.output, "--output")  # refused before the work, not after it
-    is_run = bool(checkpoints(options.checkpoint))
-    directory = find_checkpoint("latest" if is_run else str(options.checkpoint), options.checkpoint)
-    config = load_config(directory / "config.yaml")
+    try:
+        require_text(options.prompt, "--prompt")
+        picture_format(options.output, "--output")  # refused before the work, not after it
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    name = "latest" if checkpoints(options.checkpoint) else str(options.checkpoint)
+    directory = find_checkpoint(name, options.checkpoint, key="checkpoint")
+    config = load_sampling(directory / "config.yaml")
+    sampler = _sampler(config.validation, options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set
-    attach_lora(model, averaged if averaged.is_dir() else directory)
+    attach_lora(model, config.lora, averaged if averaged.is_dir() else directory)
     member = torch.arange(options.num_images, device=device)
-    steps, scale = options.num_inference_steps, options.guidance_scale
     images = sample_images(
         model,
         [options.prompt] * options.num_images,
         prompt_ids(SAMPLE_ITERATION, torch.zeros_like(member)) + member,
         seed=options.seed,
-        num_inference_steps=config.validation.num_inference_steps if steps is None else steps,
-        guidance_scale=config.validation.guidance_scale if scale is None else scale,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
         max_batch=config.train.max_batch,
         size=(config.model.height, config.model.width),
     )
@@ -167,6 +237,15 @@ def _sample(options: argparse.Namespace) -> int:
         save_grid(options.output, images, [""] * len(images), title=options.prompt)
     print(options.output)
     return 0
+
+
+def _sampler(validation: Any, options: argparse.Namespace) -> Any:
+    """The sampler of validation, with what the command line says of it."""
+    given = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+    try:
+        return replace(validation, **{n: value for n, value in given.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-')}") from None
 
 
 def _cost(options: argparse.Namespace) -> int:

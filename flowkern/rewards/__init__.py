@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from flowkern.lookup import load
 
 __all__ = ["REWARDS", "Reward", "RewardError", "Values", "load_reward"]
 
@@ -50,16 +51,10 @@ def load_reward(name: str, **options: Any) -> Reward:
     """The reward called `name`: a key of `REWARDS`, or ``"module:attribute"`` of any module.
 
     A class is instantiated with `options`; a function is returned as it is and takes none.
-    Raises ValueError for a name that is neither, and TypeError for what cannot be called or is
-    asynchronous, or for options a function cannot take; a missing module or attribute raises what
-    Python's import raises.
+    Raises ValueError for a name that is neither, or that cannot be imported, and TypeError for what
+    cannot be called or is asynchronous, or for options a function cannot take.
     """
-    target = REWARDS.get(name, name)
-    module, colon, attribute = target.partition(":")
-    if not (module and colon and attribute):
-        known = ", ".join(sorted(REWARDS))
-        raise ValueError(f"name: got {name!r}, expected one of {known}, or 'module:attribute'")
-    reward = getattr(import_module(module), attribute)
+    reward = load(name, REWARDS)
     if inspect.isclass(reward):
         reward = reward(**options)
     elif options:

@@ -34,9 +34,11 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def find_checkpoint(name: str, output_dir: str | Path = ".") -> Path | None:
+def find_checkpoint(
+    name: str, output_dir: str | Path = ".", key: str = "train.resume_from_checkpoint"
+) -> Path | None:
     """The checkpoint called `name`: a directory, or "latest", the newest sound one of output_dir
-    (None if it has none at all). What is passed over is named on stderr.
+    (None if it has none at all). What is passed over is named on stderr. key: whose value it is.
 
     Raises ConfigError for a directory that is no checkpoint or a broken one, and for "latest" where
     every checkpoint is broken.
@@ -45,11 +47,11 @@ def find_checkpoint(name: str, output_dir: str | Path = ".") -> Path | None:
         path = Path(name)
         if not any((path / file).is_file() for file in (MANIFEST, "state.pt")):
             raise ConfigError(
-                f"train.resume_from_checkpoint: {name!r} is no checkpoint; expected a directory "
+                f"{key}: {name!r} is no checkpoint; expected a directory "
                 'checkpoint-N of a run, or "latest"'
             )
         if fault := broken(path):
-            raise ConfigError(f"train.resume_from_checkpoint: {name!r} is broken: {fault}")
+            raise ConfigError(f"{key}: {name!r} is broken: {fault}")
         return path
     faults = []
     for path in reversed(checkpoints(output_dir)):
@@ -60,7 +62,7 @@ def find_checkpoint(name: str, output_dir: str | Path = ".") -> Path | None:
         print(f"{faults[-1]}; passed over", file=sys.stderr, flush=True)
     if faults:
         raise ConfigError(
-            f"train.resume_from_checkpoint: no checkpoint of {str(output_dir)!r} is whole: "
+            f"{key}: no checkpoint of {str(output_dir)!r} is whole: "
             f"{faults[0]}; train.overwrite_output_dir=true starts anew"
         )
     return None

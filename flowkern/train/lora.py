@@ -56,6 +56,9 @@ def restore_lora(network: PeftModel, directory: Path) -> None:
         )
 
 
-def attach_lora(model: Any, directory: Path) -> None:
-    """Give a model the adapter of a checkpoint, for sampling."""
-    model.network = PeftModel.from_pretrained(model.network, directory).eval()
+def attach_lora(model: Any, config: LoraConfig, directory: Path) -> None:
+    """Give a model the adapter of a checkpoint, for sampling.
+
+    Made of the run's own numbers: peft's loader imports a module that adapter_config.json names.
+    """
+    restore_lora(add_lora(model, config), directory)
