@@ -4,15 +4,16 @@ An adapter is what a sampler and a trainer need of a pipeline: encode prompts, l
 predict a velocity, decode latents. B samples, L text tokens, D latent elements per sample.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from flowkern.lookup import load
+from flowkern.models.pipeline import read_index
 
 __all__ = ["MODELS", "Conditioning", "Model", "load_model", "pipeline_class"]
 
@@ -69,16 +70,7 @@ def pipeline_class(path: str | Path) -> str:
 
     Raises FileNotFoundError where there is no such file and ValueError where it names no class.
     """
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"path: {str(path)!r} has no model_index.json; expected a local pipeline directory as "
-            "diffusers' save_pretrained writes it (from a hub: hf download NAME --local-dir DIR)"
-        )
-    name = json.loads(index.read_text()).get("_class_name")
-    if not isinstance(name, str):
-        raise ValueError(f"path: {index} has _class_name {name!r}, expected a pipeline class")
-    return name
+    return read_index(path)["_class_name"]
 
 
 def load_model(path: str | Path, **options: Any) -> Model:
@@ -91,5 +83,4 @@ def load_model(path: str | Path, **options: Any) -> Model:
     if name not in MODELS:
         known = ", ".join(sorted(MODELS))
         raise ValueError(f"path: {str(path)!r} is a {name}; expected one of {known}")
-    module, _, adapter = MODELS[name].partition(":")
-    return getattr(import_module(module), adapter).from_pretrained(path, **options)
+    return load(name, MODELS).from_pretrained(path, **options)

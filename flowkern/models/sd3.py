@@ -13,12 +13,14 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flowkern.models import Conditioning, pipeline_class
+from flowkern.models.pipeline import check_directory, check_vocabulary, check_whole, load_encoders
 from flowkern.schedules import sd3_sigmas
 
 __all__ = ["SD3"]
 
 ENCODE_ROWS = 32  # prompts per text encoder call
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
+PLACES = ("", "_2", "_3")  # of the text encoders and their tokenizers: CLIP, CLIP, T5
 CACHED_PROMPTS = 1024  # 2.7 MB each with T5-XXL in bf16
 SCHEDULER = {  # of the grids that sd3_sigmas gives
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -76,14 +78,24 @@ class SD3:
         reward should not see its rounding. max_sequence_length: T5 tokens (zeros where there is no
         T5), 0 to 512; None means the T5 tokenizer's own maximum, at most 256, which is 256 for
         SD3.5, as the diffusers pipeline has it.
-        Raises FileNotFoundError without a model_index.json, ValueError for another pipeline class.
+        Raises FileNotFoundError without a model_index.json or a part that it names, ValueError for
+        another pipeline class, a tokenizer made for another encoder, or weights that are not whole.
         """
         name = pipeline_class(path)
         if name != StableDiffusion3Pipeline.__name__:
             raise ValueError(f"path: {str(path)!r} is a {name}, expected StableDiffusion3Pipeline")
+        check_directory(path)
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            path, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True
+            path,
+            dtype={"default": dtype, "vae": torch.float32},
+            local_files_only=True,
+            use_safetensors=True,
+            **load_encoders(path, ["text_encoder" + place for place in PLACES], dtype),
         )
+        check_whole(pipeline)
+        for place in PLACES:
+            name, encoder = f"tokenizer{place}", f"text_encoder{place}"
+            check_vocabulary(name, getattr(pipeline, name), getattr(pipeline, encoder))
         return cls(pipeline.to(device), max_sequence_length=max_sequence_length)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from flowkern.checks import ConfigError
 from flowkern.train.config import LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,30 +33,57 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
 def save_lora(network: PeftModel, pipeline: Any, directory: Path) -> None:
     """Write the adapter for `PeftModel.from_pretrained` and for the pipeline's `load_lora_weights`.
 
-    The network's own save_pretrained would write keys that neither reads.
+    The network's own save_pretrained would write keys that neither reads. The pipeline's file holds
+    the whole strength in its tensors: what reads nothing else applies all of it, B A.
     """
-    adapter = network.peft_config["default"]
+    adapter = copy.copy(network.peft_config["default"])
+    adapter.base_model_name_or_path = pipeline.config.get("_name_or_path")
     weights = {
-        key: value.detach().cpu().contiguous()
+        _plain(key): value.detach().cpu().contiguous()
         for key, value in get_peft_model_state_dict(network).items()
     }
     adapter.save_pretrained(directory)
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    strength = adapter.lora_alpha / adapter.r
     type(pipeline).save_lora_weights(
         directory,
-        transformer_lora_layers={key.removeprefix(_PREFIX): w for key, w in weights.items()},
-        transformer_lora_adapter_metadata=adapter.to_dict(),  # holds alpha
+        transformer_lora_layers={
+            key.removeprefix(_PREFIX): value * strength if "lora_B" in key else value
+            for key, value in weights.items()
+        },
+        transformer_lora_adapter_metadata=adapter.to_dict() | {"lora_alpha": adapter.r},
     )
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.iterdir():  # safetensors makes files that their owner alone can read
+        path.chmod(0o666 & ~mask)
 
 
 def restore_lora(network: PeftModel, directory: Path) -> None:
-    """Load the weights that `save_lora` wrote into a network that has the adapter already."""
-    loaded = set_peft_model_state_dict(network, load_file(directory / WEIGHTS))
-    if loaded.unexpected_keys:
-        raise ValueError(
-            f"{directory / WEIGHTS}: holds {loaded.unexpected_keys[0]!r}, which "
-            "lora.target_modules does not name; expected the adapter of this configuration"
+    """Load the weights that `save_lora` wrote into a network that has the adapter already.
+
+    Raises ConfigError where they are not those of the configuration's adapter.
+    """
+    here = get_peft_model_state_dict(network)
+    names = {_plain(name): name for name in here}
+    stored = {_plain(name): value for name, value in load_file(directory / WEIGHTS).items()}
+    for name in sorted(names.keys() ^ stored.keys()):
+        raise ConfigError(
+            f"lora.target_modules: {directory / WEIGHTS} {'lacks' if name in names else 'holds'} "
+            f"{name!r}; expected the adapter of this configuration"
         )
+    for name, value in stored.items():
+        if value.shape != here[names[name]].shape:
+            raise ConfigError(
+                f"lora.rank: {name!r} has shape {tuple(value.shape)} in {directory / WEIGHTS}, "
+                f"expected {tuple(here[names[name]].shape)}"
+            )
+    set_peft_model_state_dict(network, {names[name]: value for name, value in stored.items()})
+
+
+def _plain(name: str) -> str:
+    """A weight's name whether or not a part of the network is compiled."""
+    return name.replace("_orig_mod.", "")
 
 
 def attach_lora(model: Any, config: LoraConfig, directory: Path) -> None:

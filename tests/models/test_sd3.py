@@ -1,6 +1,7 @@
 """The SD3 adapter against the plain diffusers pipeline, on the demo model."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,3 +155,87 @@ def test_errors_name_the_argument(model, tmp_path):
         model.velocity(x_t, torch.tensor(0.5), conditioning)
     with pytest.raises(ValueError, match="conditioning: got 2 rows, expected 3"):
         model.velocity(x_t, torch.full((3,), 0.5), conditioning[:2])
+
+
+def _without(part, file):
+    return lambda at: (at / part / file).unlink()
+
+
+def _index(**entries):
+    def change(at):
+        file = at / "model_index.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return change
+
+
+def _lacking_a_tensor(part, file):
+    from safetensors.torch import load_file, save_file
+
+    def change(at):
+        weights = load_file(at / part / file)
+        del weights[sorted(weights)[len(weights) // 2]]
+        save_file(weights, at / part / file, metadata={"format": "pt"})
+
+    return change
+
+
+def _words(count):
+    """A tokenizer made for another encoder."""
+
+    def change(at):
+        file = at / "tokenizer_2/tokenizer.json"
+        tree = json.loads(file.read_text())
+        vocabulary = tree["model"]["vocab"]
+        if count > len(vocabulary):
+            vocabulary |= {f"extra{i}": len(vocabulary) + i for i in range(count - len(vocabulary))}
+        else:
+            keep = {item["content"] for item in tree["added_tokens"]}
+            tree["model"]["merges"] = []
+            names = [name for name in vocabulary if name not in keep][: count - len(keep)]
+            tree["model"]["vocab"] = {n: i for i, n in enumerate([*names, *sorted(keep)])}
+            for item in tree["added_tokens"]:
+                item["id"] = tree["model"]["vocab"][item["content"]]
+        file.write_text(json.dumps(tree))
+
+    return change
+
+
+BROKEN = {
+    "no clip vocabulary": (_without("tokenizer", "tokenizer.json"), "tokenizer' has no vocabulary"),
+    "no t5 tokenizer": (lambda at: shutil.rmtree(at / "tokenizer_3"), "lacks tokenizer_3/"),
+    "too many words": (_words(600), "tokenizer_2 has 600 words and its encoder 590 rows"),
+    "too few words": (_words(300), "tokenizer_2 has 300 words and its encoder 590 rows"),
+    "no vae": (lambda at: shutil.rmtree(at / "vae"), "lacks vae/"),
+    "no weights": (_without("vae", "diffusion_pytorch_model.safetensors"), "cannot be loaded"),
+    "half a network": (
+        _lacking_a_tensor("transformer", "diffusion_pytorch_model.safetensors"), "cannot be loaded",
+    ),
+    "half an encoder": (
+        _lacking_a_tensor("text_encoder", "model.safetensors"), "the weights of text_encoder lack",
+    ),
+    "no safetensors": (
+        lambda at: (at / "text_encoder/model.safetensors").write_bytes(b"abc"), "cannot be loaded",
+    ),
+    "another library": (_index(vae=["os", "AutoencoderKL"]), "has vae from 'os', expected"),
+    "another class": (_index(text_encoder=["transformers", "NoSuch"]), "cannot be loaded"),
+    "a list": (lambda at: (at / "model_index.json").write_text("[1]"), "holds a list"),
+    "deep": (lambda at: (at / "model_index.json").write_text("[" * 100_000), "is not JSON"),
+    "binary": (lambda at: (at / "model_index.json").write_bytes(b"\xff\x00"), "is not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_directory_that_is_not_whole_is_refused_in_a_line(case, tmp_path):
+    """transformers makes a tokenizer of two words, and weights by lot, of what is not there."""
+    pytest.importorskip("yaml")
+    from flowkern.train.config import ConfigError, ModelConfig, Sampling, TrainConfig
+    from flowkern.train.loading import load_pipeline
+
+    shutil.copytree(DIRECTORY, tmp_path / "model")
+    change, message = BROKEN[case]
+    change(tmp_path / "model")
+    model = ModelConfig(path=str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="^model.path: .*" + message) as raised:
+        load_pipeline(Sampling(model=model, train=TrainConfig(steps=1)), "cpu")
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,104 @@
+"""What the command says before anything heavy is imported: help, versions, configurations."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs/digits/flow_grpo.yaml")
+
+# Arguments, exit status, what the one line on stderr holds (or, with status 0, stdout).
+SAID = [
+    (["--help"], 0, "usage: flowkern"),
+    (["train", "--help"], 0, "key.path=value"),
+    (["--version"], 0, "flowkern "),
+    (["train"], 2, "train: expected a CONFIG.yaml"),
+    (["trian", CONFIG], 2, "got 'trian', expected one of .*did you mean 'train'"),
+    (["train", "nope.yaml"], 2, "nope.yaml: No such file"),
+    (["train", CONFIG, "nope.yaml"], 2, "nope.yaml: No such file"),
+    (["train", str(ROOT)], 2, "Is a directory"),
+    (["train", CONFIG, "--train.steps=0"], 2, "train.steps: got 0, expected a number above 0"),
+    (["train", CONFIG, "--train.steps", "0"], 2, "train.steps: got 0, expected a number above 0"),
+    (["train", CONFIG, "--train.steps"], 2, "--train.steps: expected a value"),
+    (["train", CONFIG, "lr=3"], 2, "lr: unknown key; did you mean 'train.learning_rate'"),
+    (["train", CONFIG, "algorithm.name=mixgpo"], 2, "algorithm.name: .*did you mean 'mixgrpo'"),
+    (["train", CONFIG, "algorithm.name=no_such:Recipe"], 2, "there is no module no_such"),
+    (["sample", "x"], 2, "required: --prompt"),
+]
+
+
+def test_help_and_mistakes_cost_no_torch_and_one_line():
+    code = f"""
+import contextlib, io, sys
+from flowkern.cli import main
+for arguments in {[arguments for arguments, _, _ in SAID]!r}:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code
+    print(repr((status, out.getvalue(), err.getvalue())))
+import flowkern.rl.algorithms as algorithms
+for name in algorithms.names():
+    algorithms.recipe(name)()
+heavy = [name for name in ("torch", "numpy", "diffusers") if name in sys.modules]
+assert not heavy, heavy
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for (arguments, status, message), line in zip(SAID, run.stdout.splitlines(), strict=True):
+        got, out, err = eval(line)
+        assert got == status, (arguments, err)
+        assert re.search(message, err if status else out), (arguments, out, err)
+        assert not status or (err.startswith("flowkern: ") and err.count("\n") == 1), err
+
+
+def test_the_installed_command_finds_modules_of_the_working_directory(tmp_path):
+    """It does not begin with the working directory on Python's path, as `python -m` does."""
+    (tmp_path / "mine.py").write_text(
+        "import sibling\nfrom flowkern.rl.algorithms.awm import Recipe as Mine\n"
+    )
+    (tmp_path / "sibling.py").write_text("")
+    (tmp_path / "broken.py").write_text("import no_such_thing\n")
+    (tmp_path / "failing.py").write_text("1 / 0\n")
+    code = f"""
+import sys
+sys.path[:] = [p for p in sys.path if p] + [{str(ROOT)!r}]
+from flowkern.cli import main
+assert main(["cost", "mine:Mine"]) == 0
+for name in ("mine:Min", "broken:Recipe", "failing:Recipe"):
+    assert main(["cost", name]) == 2
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = run.stderr.splitlines()
+    assert said[0].endswith("mine has no 'Min'; did you mean 'Mine'?")
+    assert said[1].endswith("broken imports no_such_thing, which is not there")
+    assert said[2].endswith("importing failing raised ZeroDivisionError: division by zero")
+    assert "pip install" not in run.stderr, "nothing of this package is missing"
+
+
+def test_the_lobbies_are_whole():
+    import flowkern
+    from flowkern import rl, rollout
+
+    for lobby in (flowkern, rl, rollout):
+        assert set(lobby.__all__) == set(lobby._HOMES)
+        for name in lobby.__all__:
+            assert getattr(lobby, name) is not None
+        text = Path(lobby.__file__).read_text().split("TYPE_CHECKING:")[1].split("__all__")[0]
+        told = {
+            (n.strip(), home)
+            for home, names in re.findall(r"from (\S+) import (.+)", text)
+            for n in names.split(",")
+        }
+        homes = {(n, h.removesuffix(f".{n}")) for n, h in lobby._HOMES.items() if n == "schedules"}
+        homes |= {(n, h) for n, h in lobby._HOMES.items() if n != "schedules"}
+        assert told - {("lazily", "flowkern.lookup")} == homes
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = lobby.nothing
