@@ -37,7 +37,7 @@ def save_lora(network: PeftModel, pipeline: Any, directory: Path) -> None:
     the whole strength in its tensors: what reads nothing else applies all of it, B A.
     """
     adapter = copy.copy(network.peft_config["default"])
-    adapter.base_model_name_or_path = pipeline.config.get("_name_or_path")
+    adapter.base_model_name_or_path = str(pipeline.name_or_path)
     weights = {
         _plain(key): value.detach().cpu().contiguous()
         for key, value in get_peft_model_state_dict(network).items()
