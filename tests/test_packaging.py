@@ -83,7 +83,8 @@ def test_the_demo_runs_from_a_wheel_in_an_empty_folder(sdist, tmp_path):
     small += ["algorithm.group_size=2", "validation.num_prompts=2", "output_dir=runs/demo"]
     done = subprocess.run(
         [sys.executable, "-m", "flowkern", "demo", *small],
-        cwd=empty, env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+        cwd=empty, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (empty / "runs/demo/metrics.jsonl").read_text().count("\n") == 1
