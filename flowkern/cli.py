@@ -21,7 +21,7 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 OPTIONS = ("help", "traceback", "config")  # of commands that take a configuration's keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
-EXTRAS |= {"sklearn", "tqdm", "transformers", "rich"}
+EXTRAS |= {"tqdm", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ def parse(text: str, name: str, is_file: bool = False) -> Any:
                 _construct(loader, part, key)
         return None if node is None else loader.construct_document(node)
     except ConfigError as error:
-        raise ConfigError(f"{name}{', ' if is_file else f': {got}'}{error}") from None
+        raise ConfigError(f"{name}{', ' if is_file else ': '}{error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = f", line {mark.line + 1}" if is_file and mark else ""

@@ -564,3 +564,13 @@ def test_names_of_nothing_are_told_apart():
     ):
         with pytest.raises(ValueError, match=f"algorithm.name: got '{name}', .*{message}"):
             recipe(name)
+
+
+def test_guidance_up_to_1_is_none():
+    """In every recipe, and what it costs with it; the verbs keep their formula for every w."""
+    for name in names():
+        for scale in (0, 0.5, 1):
+            chosen = recipe(name)(guidance_scale=scale)
+            assert chosen.guidance(uncond=7) is None
+            assert getattr(chosen.objective(uncond=7), "guidance", None) is None
+        assert recipe(name)(guidance_scale=1.5).guidance(uncond=7).scale == 1.5

@@ -9,7 +9,7 @@ pytest.importorskip("yaml")
 import yaml
 
 from flowkern.train import config as module
-from flowkern.train.config import ConfigError, from_dict, load_config, to_dict
+from flowkern.train.config import ConfigError, from_dict, load_config, load_sampling, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits/flow_grpo.yaml"
@@ -68,6 +68,18 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("train.lr_warmup_steps=3", "train.lr_warmup_steps: .*lr_scheduler=constant_with_warmup"),
         ("train.steps=[", r"train\.steps: got '\[', not YAML"),
         ("train.steps", "override: got 'train.steps', expected key.path=value"),
+        ("kl_beta=1", "kl_beta: unknown key; did you mean 'algorithm.kl_coef'?"),
+        ("train.bs=1", "train.bs: unknown key; did you mean 'train.max_batch'?"),
+        ("epochs=1", "epochs: unknown key; did you mean 'train.steps'?"),
+        ("group_size=8", "group_size: unknown key; did you mean 'algorithm.group_size'?"),
+        ("output_dir=''", "output_dir: got '', expected a path"),
+        (f"train.learning_rate=1{'0' * 400}", "train.learning_rate: got an integer of 1329 bits"),
+        (f"train.steps=1{'0' * 5000}", "train.steps: got '10.*: Exceeds the limit"),
+        (f"model.path={'[' * 100_000}", "model.path: got .*nested too deeply"),
+        ("lora.rank=1000000000", "lora.rank: got 1000000000, expected a number at most 4096"),
+        ("algorithm.num_inference_steps=1000000", "got 1000000, expected a number at most 1000"),
+        ("seed=2001-99-99", "seed: got '2001-99-99': month must be in"),
+        ("reward.weights={1: 2}", "reward.weights: got 1, expected a string"),
     ],
 )
 def test_errors_name_the_key(override, message):
@@ -127,3 +139,96 @@ def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
     assert tree["algorithm"]["name"] == "mine:Short" and module.from_dict(tree) == config
     with pytest.raises(module.ConfigError, match=r"algorithm\.name: got 'nine', expected .*module"):
         tiny("algorithm.name=nine")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train:\n  steps: 1\n  steps: 2\n", "line 3: train.steps is given twice, first in line 2"),
+        ("train: {}\nseed: 0\ntrain: {}\n", "line 3: train is given twice, first in line 1"),
+        ("seed: 0\nlora: &a\n  rank: *a\n", "line 2: lora.rank holds itself"),
+        ("seed: [", "line 1: not YAML"),
+        ("seed: 2001-99-99", "line 1: seed: got '2001-99-99': month must be in"),
+        ("", "got None, expected a mapping of keys"),
+        (b"\xff\xfe\x00", "is no text"),
+        (b"\x00", "not YAML"),
+        ("[" * 100_000, "nested too deeply"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]\n", "a: unknown key"),
+    ],
+)  # fmt: skip
+def test_files_that_are_refused_say_where(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(path)
+    said = str(raised.value)
+    assert "\n" not in said and len(said) < 1000
+    assert said.startswith(str(path)) or "unknown key" in said
+
+
+def test_files_are_merged_and_paths_are_absolute(tmp_path, monkeypatch):
+    more = tmp_path / "more.yaml"
+    more.write_text(
+        "\ufefflora: {rank: 8}\nreward: {weights: {digits_judge: 2}}\noutput_dir: runs/x\n"
+        "model: {path: here}\ndata: {test_prompts: null}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    first = load_config(DIGITS)
+    config = load_config([DIGITS, more], ["lora.rank=4"])
+    assert (config.lora.rank, config.lora.alpha) == (4, first.lora.alpha), "mapping by mapping"
+    assert config.reward.weights == {"digits_judge": 2.0}, "rewards are replaced"
+    assert config.reward.report == []
+    assert config.output_dir == str(tmp_path / "runs/x")
+    assert config.model.path == str(tmp_path / "here")
+    assert config.data.train_prompts == str(tmp_path / "assets/digits-prompts/train.jsonl")
+    assert config.data.test_prompts is None
+
+
+def test_random_trees_are_read_or_refused_in_a_line():
+    """Never a traceback, whatever stands where."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    base = to_dict(load_config(DIGITS))
+    places = [(name, key) for name, part in base.items() if isinstance(part, dict) for key in part]
+    places += [(name, None) for name in base]
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    scalar |= st.sampled_from([10**400, -(10**30), 2**63, 1e308, "latest", "a:b", "\ud800", "\0"])
+    keys = scalar.filter(lambda value: value == value)
+    value = st.recursive(
+        scalar, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+    )
+    count = {"read": 0, "refused": 0}
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(st.lists(st.tuples(st.sampled_from(places), value), min_size=1, max_size=2))
+    def check(changes):
+        tree = {k: dict(v) if isinstance(v, dict) else v for k, v in base.items()}
+        for (name, key), new in changes:
+            if key is None or not isinstance(tree[name], dict):
+                tree[name] = new
+            else:
+                tree[name][key] = new
+        try:
+            from_dict(tree)
+            count["read"] += 1
+        except ConfigError as error:
+            count["refused"] += 1
+            said = str(error)
+            assert "\n" not in said and len(said) < 2000, said
+            assert ":" in said, said
+
+    check()
+    assert count["refused"] > 100 and count["read"] > 0, count
+
+
+def test_what_a_checkpoint_names_is_not_imported_when_it_is_sampled(tmp_path, monkeypatch):
+    tree = to_dict(load_config(DIGITS))
+    tree["algorithm"] = {"name": "evil_recipe:Recipe"}
+    tree["reward"] = {"weights": {"evil_recipe:reward": 1.0}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "evil_recipe.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    found = load_sampling(tmp_path / "config.yaml")
+    assert found.lora.rank == tree["lora"]["rank"] and found.model.path == tree["model"]["path"]
+    with pytest.raises(ConfigError, match="importing evil_recipe raised SystemExit: imported"):
+        load_config(tmp_path / "config.yaml")
