@@ -18,7 +18,7 @@ from flowkern.train.errors import RunError
 
 ROLLOUTS = 300
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
-OPTIONS = ("help", "traceback", "config")  # of commands that take a configuration's keys
+OPTIONS = ("help", "traceback", "config", "algorithm")  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
 EXTRAS |= {"tqdm", "transformers"}
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _as_overrides(arguments: Sequence[str]) -> list[str]:
     """`--key.path=value` and `--key.path value` of a configuration as `key.path=value`."""
-    if arguments[0] not in ("train", "cost"):
+    if arguments[0] not in ("train", "demo", "cost"):
         return list(arguments)
     out, rest = [], iter(arguments)
     for argument in rest:
@@ -71,7 +71,7 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
                 _fail(f"--{name}: expected a value: --{name} VALUE, or {name}=VALUE")
             name = f"{name}={value}"
         out.append(name if is_key else argument)
-        if argument == "--config":
+        if argument in ("--config", "--algorithm"):
             out += [value for value in [next(rest, None)] if value is not None]
     return out
 

@@ -209,7 +209,8 @@ BROKEN = {
     "no vae": (lambda at: shutil.rmtree(at / "vae"), "lacks vae/"),
     "no weights": (_without("vae", "diffusion_pytorch_model.safetensors"), "cannot be loaded"),
     "half a network": (
-        _lacking_a_tensor("transformer", "diffusion_pytorch_model.safetensors"), "the weights of transformer lack",
+        _lacking_a_tensor("transformer", "diffusion_pytorch_model.safetensors"),
+        "the weights of transformer lack",
     ),
     "half an encoder": (
         _lacking_a_tensor("text_encoder", "model.safetensors"), "the weights of text_encoder lack",
