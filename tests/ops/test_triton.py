@@ -22,7 +22,6 @@ if WHY_NOT is not None:
 
 import fused  # noqa: E402
 
-needs_fma = fused.needs_fma(DEVICE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
 
@@ -33,7 +32,7 @@ def small_tiles(monkeypatch):
     if INTERPRETED:
         from flowkern.ops._common import rows_triton
 
-        monkeypatch.setattr(rows_triton, "tile", lambda: (256, 1))
+        monkeypatch.setattr(rows_triton, "tile", lambda *_: (256, 1))
 
 
 def latent(*shape, dtype=torch.float32, seed=0):
@@ -70,7 +69,7 @@ def same_rounding(got, expected):
     return torch.equal(got, expected)
 
 
-@needs_fma
+@fused.needs_fma(DEVICE)
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 + 12345])
 def test_noise_has_the_bits_of_the_reference(seed):
     ids = torch.tensor([0, 7, 2**31, 2**40 + 5, -3], device=DEVICE)
@@ -80,7 +79,6 @@ def test_noise_has_the_bits_of_the_reference(seed):
         assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
 
 
-@needs_fma
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)))
 def test_draw_rounds_as_the_reference(dtypes):
     """Noise given or keyed, guidance, history; a size of one, of a tile, of a tile and a bit."""
@@ -93,7 +91,7 @@ def test_draw_rounds_as_the_reference(dtypes):
     ):
         arguments = problem(*shape, dtype=dtype, uncond=uncond, history=history)
         arguments["out_dtype"] = out_dtype
-        noise = fk.philox_normal(shape, **key(shape[0]), backend="reference")
+        noise = fk.philox_normal(shape, **key(shape[0]), backend="triton")
         keyed, _ = both(fk.sde_step, **arguments, **key(shape[0]))
         given, expected = both(fk.sde_step, **arguments, noise=noise)
         assert torch.equal(given[0], keyed[0]) and torch.equal(given[1], keyed[1])
@@ -127,6 +125,45 @@ def test_replayed_ratio_is_exactly_one_for_any_split(dtype):
                 part = arguments | {n: arguments[n][index] for n in tensors}
                 replayed = fk.sde_log_prob(**part, x_next=x_next[index], backend="triton")
                 assert torch.equal(replayed, drawn[index])
+
+
+def test_the_tile_does_not_show(monkeypatch):
+    """Kernels may take different tiles: a draw, its replay, and a loss that replays it."""
+    if not INTERPRETED:
+        pytest.skip("a GPU takes its tiles by dtype and size")
+    from flowkern.ops._common import rows_triton
+
+    arguments, found = problem(2, 9001), []
+    for block in (1024, 2048, 2**16):
+        monkeypatch.setattr(rows_triton, "tile", lambda *_, block=block: (block, 1))
+        x_next, drawn = fk.sde_step(**arguments, **key(2), backend="triton")
+        replayed = fk.sde_log_prob(**arguments, x_next=x_next, backend="triton")
+        loss = fk.policy_loss(
+            **arguments, x_next=x_next, advantage=drawn, old_log_prob=drawn, backend="triton"
+        )
+        assert torch.equal(replayed, drawn) and (loss.ratio == 1).all()
+        old = arguments["x_t"]
+        off = fk.policy_loss(
+            **arguments, x_next=x_next, advantage=drawn, old_velocity=old, backend="triton"
+        )
+        found.append([x_next, drawn, *loss, *off])
+    assert all(
+        torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("size", [2**18, 2**18 + 8])
+def test_long_samples_in_16_bits(size):
+    """Around the size from which on a draw and its replay take larger tiles."""
+    if INTERPRETED:
+        size //= 256  # of the tiles of the fixture there are as many
+    arguments = problem(2, size, dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        drawn = fk.sde_step(**arguments, **key(2), out_dtype=dtype, backend="triton")
+        expected = fk.sde_log_prob(**arguments, x_next=drawn[0], backend="reference")
+        torch.testing.assert_close(drawn[1], expected, rtol=1e-5, atol=1e-6)
+        replayed = fk.sde_log_prob(**arguments, x_next=drawn[0], backend="triton")
+        assert torch.equal(replayed, drawn[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

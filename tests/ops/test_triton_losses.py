@@ -3,10 +3,12 @@
 On a GPU, or in Triton's interpreter, where test_triton_interpreted.py runs this file.
 """
 
+import collections
 import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
 from flowkern.ops.matching_loss import add_noise, matching_loss
@@ -18,8 +20,6 @@ WHY_NOT = fk.backends(DEVICE)["triton"]
 pytestmark = pytest.mark.gpu
 if WHY_NOT is not None:
     pytest.skip(WHY_NOT, allow_module_level=True)
-
-import fused  # noqa: E402
 
 from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
@@ -34,14 +34,15 @@ ROW = torch.tensor([1, 0, 1, 1], device=DEVICE)  # row 2 of three has no sample
 def small_tiles(monkeypatch):
     """Several chunks per sample at small sizes, for the interpreter; a GPU runs what users run."""
     if INTERPRETED:
-        monkeypatch.setattr(rows_triton, "tile", lambda: (256, 1))
+        monkeypatch.setattr(rows_triton, "tile", lambda *_: (256, 1))
 
 
 @pytest.fixture(autouse=True)
 def arrivals(monkeypatch):
     """Kernels leave the counters at 0: one set serves every launch of a test, as on a GPU."""
     kept = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(loss_triton, "arrivals_of", lambda batch, device: kept)
+    sums = torch.empty(2**16, dtype=torch.float64, device=DEVICE)
+    monkeypatch.setattr(loss_triton, "scratch", lambda *_: (sums, kept))
     yield
     assert not kept.any()
 
@@ -216,15 +217,13 @@ def test_dtypes_and_sizes(dtype, size):
     check(matching_loss, matching_problem(3, *size, dtype=dtype, objective="nft"))
 
 
-@fused.needs_fma(DEVICE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noising_rounds_as_the_reference(dtype):
     x0, sigma = latent(3, 300, dtype=dtype), torch.linspace(0, 1, 3, device=DEVICE)
-    noise = fk.philox_normal(x0.shape, **key(3), stream="match", backend="reference")
+    noise = fk.philox_normal(x0.shape, **key(3), stream="match", backend="triton")
+    expected = add_noise(x0, sigma, noise=noise, backend="reference")
     for source in ({"noise": noise}, key(3)):
-        got, expected = (
-            add_noise(x0, sigma, **source, backend=backend) for backend in ("triton", "reference")
-        )
+        got = add_noise(x0, sigma, **source, backend="triton")
         if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts where hardware rounds
             assert torch.allclose(got.float(), expected.float(), rtol=2**-7, atol=0)
         else:
@@ -243,8 +242,14 @@ def same(got, expected):
     return all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
+@pytest.fixture(params=[1024, 0], ids=["scanned", "indexed"])
+def siblings(request, monkeypatch):
+    """However programs find the samples of their row: it is chosen by the size of the batch."""
+    monkeypatch.setattr(loss_triton, "SCANNED", request.param)
+
+
 @laws_of_both
-def test_siblings_have_the_bits_of_repeated_rows(loss, problem):
+def test_siblings_have_the_bits_of_repeated_rows(loss, problem, siblings):
     """Rows without samples, and more samples than a search for siblings looks at in one go."""
     row = torch.arange(35, device=DEVICE) % 2
     row[7] = 0
@@ -261,6 +266,56 @@ def test_siblings_have_the_bits_of_repeated_rows(loss, problem):
 
 
 @laws_of_both
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own rows", "siblings"])
+def test_batches_of_many_groups(loss, problem, is_shared):
+    """One program makes the statistics of 128 samples; of 260, some of the third group."""
+    row = torch.arange(260, device=DEVICE).flip(0) % 2 if is_shared else None
+    check(loss, problem(260, 5, row=row))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter counts")
+@pytest.mark.parametrize("loss, problem", LOSSES[:2], ids=["policy", "awm"])
+def test_no_program_loops_over_the_batch(loss, problem, monkeypatch):
+    """What the busiest program loads, for a batch and one that is four groups larger: the samples
+    of its row, the statistics of one group, the losses of all groups, a thousand in one go.
+    """
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    loads = collections.Counter()
+
+    def counting(name):
+        method = getattr(builder, name)
+
+        def call(*arguments):
+            loads[builder.grid_idx] += 1
+            return method(*arguments)
+
+        monkeypatch.setattr(builder, name, call, raising=False)
+
+    for name in ("create_load", "create_masked_load"):
+        counting(name)
+    monkeypatch.setattr(loss_triton, "SCANNED", 0)
+
+    def busiest(batch, row):
+        arguments = problem(batch, 1, row=row)
+        if row is not None:
+            rows = batch // 2
+            for name in ("velocity", "old_velocity", "x_t"):
+                if name in arguments:
+                    arguments[name] = arguments[name][:1].expand(rows, 1)
+        loads.clear()
+        differentiated(loss, arguments, 1.0)
+        return max(loads.values())
+
+    for siblings in (False, True):
+        few, many = (
+            busiest(batch, torch.arange(batch, device=DEVICE) % (batch // 2) if siblings else None)
+            for batch in (130, 130 + 4 * 128)
+        )
+        assert 0 < many <= few + 2, (few, many)
+
+
+@laws_of_both
 def test_a_sample_depends_on_itself_alone(loss, problem):
     arguments = problem(5, 600, reduction="none")
     out, gradient = differentiated(loss, arguments, 1.0)
@@ -269,6 +324,23 @@ def test_a_sample_depends_on_itself_alone(loss, problem):
     part = {n: x[index] if is_per_sample(x) else x for n, x in arguments.items()}
     some, some_gradient = differentiated(loss, part, 1.0)
     assert same(some, [x[index] for x in out]) and torch.equal(some_gradient, gradient[index])
+
+
+class LooksOn(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+@laws_of_both
+def test_as_an_op(loss, problem):
+    """What compilers and modes see: its outputs may share no memory. Those of a call do."""
+    arguments = problem(3, 300, reduction="none")
+    expected = loss(**arguments, backend="triton")
+    assert len({x.untyped_storage().data_ptr() for x in expected}) == 1
+    with LooksOn():
+        got = loss(**arguments, backend="triton")
+    assert same(got, expected)
+    assert len({x.untyped_storage().data_ptr() for x in got}) == len(got)
 
 
 @laws_of_both
@@ -310,7 +382,7 @@ def test_nan_reaches_the_loss(loss, problem):
 
 
 @laws_of_both
-def test_a_row_out_of_range_is_nan_and_harms_no_other(loss, problem, monkeypatch):
+def test_a_row_out_of_range_is_nan_and_harms_no_other(loss, problem, siblings, monkeypatch):
     """On a GPU nobody looks at rows; here the check is taken out."""
     monkeypatch.setattr("flowkern.ops._common.arguments._check_range", lambda *_: None)
     row = torch.tensor([0, 7, 1, -1], device=DEVICE)
@@ -355,7 +427,7 @@ def test_drawn_again_is_as_stored(ratio):
     assert stored[0][1][2] == 0 and not stored[1][2].any()  # no density, no gradient
 
 
-def test_what_has_no_slope_is_not_read():
+def test_what_has_no_slope_is_not_read(siblings):
     """Clipped samples do not read x_next, rows of none but such read nothing: NaN stays out."""
     arguments = policy_problem(4, 600, row=ROW, drift=0.5)
     velocity, x_t, x_next, rows = (arguments[n] for n in ("velocity", "x_t", "x_next", "c_rows"))

@@ -113,6 +113,8 @@ def _check_range(name: str, index: Tensor, count: int) -> None:
 
 def is_number(value) -> bool:
     """A real number of Python or numpy."""
+    if type(value) is float or type(value) is int:  # abstract classes are slow to ask
+        return True
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -162,6 +164,8 @@ def per_sample_contiguous(x: Tensor) -> Tensor:
 
 def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of `x`, without gradient, one after the other in memory of `dtype`."""
+    if x.dtype is dtype and x.is_contiguous() and not (x.requires_grad or x.is_neg()):
+        return x
     return x.detach().to(dtype).contiguous().resolve_neg()  # a view may hold the other sign
 
 
@@ -249,7 +253,7 @@ def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> N
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
     seed = seed - 2**64 if seed >= 2**63 else seed  # the same bits as an int64, for op schemas
     sample_id = _ids("sample_id", sample_id, batch, device)
-    if isinstance(step, Integral):
+    if type(step) is int or isinstance(step, Integral):
         if not 0 <= step < MAX_STEP:
             raise ValueError(f"step: expected 0 <= step < 2**28, got {step}")
         return Noise(None, seed, sample_id, None, int(step))
@@ -259,8 +263,9 @@ def check_key(seed: int, sample_id, step, batch: int, device: torch.device) -> N
 
 
 def _ids(name: str, value, batch: int, device: torch.device) -> Tensor:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = torch.tensor(value, device=device) if value else torch.zeros(0, dtype=torch.int64)
+    if not isinstance(value, Tensor):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = torch.tensor(value, dtype=None if value else torch.int64, device=device)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor of shape ({batch},), got {value!r}")
     if value.dtype not in INTEGERS:

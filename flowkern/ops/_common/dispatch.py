@@ -155,7 +155,12 @@ def is_transformed() -> bool:
 def lazily(module: str, name: str) -> Callable:
     """A function of a module imported on its first call: `import flowkern` leaves triton out."""
 
+    loaded = None
+
     def call(*args):
-        return getattr(importlib.import_module(module), name)(*args)
+        nonlocal loaded
+        if loaded is None:
+            loaded = getattr(importlib.import_module(module), name)
+        return loaded(*args)
 
     return call

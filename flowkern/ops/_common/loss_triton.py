@@ -1,12 +1,17 @@
 """What the loss kernels share: the samples of a velocity row, their sums and statistics, the clip.
 
 A program takes one chunk of one velocity row and serves every sample of that row, so that siblings
-read their velocity once. The last program of a sample adds its chunks, the last program of all
-makes the statistics of all samples, each in a fixed order: a sample's depend on it alone.
+read their velocity once. The last program of a row adds its samples' sums, the last of 128
+samples makes their statistics, the last group adds the losses, each in a fixed order: a sample's
+depend on it alone.
 
-place:   rows, batch, chunk, chunks, size
-scratch: (floats, arrivals): the means (sums, B) of the samples and what they are made of, the sums
-         of the chunks (B, sums, chunks), in float64; B + 1 counters that are 0 before and after
+place:    rows, batch, chunk, chunks, size
+siblings: (None, None, None): each sample has a row of its own; or (row, None, None), row (B,): the
+          samples of a row are looked for; or (row, order, begins): they are order[i] for i from
+          begins[row] to begins[row + 1]
+scratch:  (floats, arrivals): in float64 the means (sums, B) of the samples, what they are made of,
+          (B, sums, chunks' sums), and the losses of groups; counters of rows, of groups, and of all
+          groups, that are 0 before and after
 """
 
 from __future__ import annotations
@@ -18,7 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import arrivals_of, ordered_total, tree_sum
+from .rows_triton import ordered_total, partial_sums, scratch, sums_of, tree_sum
+
+SCANNED = 1024  # the largest batch in which programs look for their samples: 32 loads in a row
+
+
+@triton.constexpr_function
+def group_size():
+    """Of how many samples one program makes the statistics."""
+    return 128
+
+
+@triton.jit
+def group_of(sample):
+    return sample // group_size()
 
 
 @triton.jit
@@ -30,31 +48,57 @@ def row_place(batch, chunks, size):
 
 
 @triton.jit
-def next_sample(row_ptr, slopes_ptr, SLOPES: tl.constexpr, row, after, place):
-    """The first sample of `row` past `after`; with slopes (B, SLOPES), the first that has one.
+def span_of(siblings, row, place):
+    """Where the samples of `row` are looked for: places from begin to end, of `next_place`.
 
-    `batch` where there is none. A row out of range, which nothing looks for on a GPU, counts as the
-    nearest one: every sample is served, and `advantage_of` makes its loss NaN.
+    A row out of range, which nothing looks for on a GPU, counts as the nearest one: every sample is
+    served, and `advantage_of` makes its loss NaN.
     """
-    rows, batch = place[0], place[1]
-    found = batch.to(tl.int64)
-    if row_ptr is None:
-        if _has_slope(slopes_ptr, SLOPES, row, True):
-            found = row
-    else:
-        first = batch
-        begin = tl.full((), after + 1, tl.int32)
-        while (begin < batch) & (first == batch):
+    begin, end = tl.full((), 0, tl.int64), tl.full((), 1, tl.int64)  # known before it runs: no loop
+    if siblings[0] is not None:
+        end = place[1].to(tl.int64)
+        if siblings[2] is not None:
+            has_next = row < place[0] - 1
+            begin = tl.where(row > 0, tl.load(siblings[2] + row), begin)
+            end = tl.where(has_next, tl.load(siblings[2] + row + 1, mask=has_next, other=0), end)
+    return begin, end
+
+
+@triton.jit
+def next_place(siblings, slopes_ptr, SLOPES: tl.constexpr, row, begin, end, place):
+    """The first place from `begin` on with a sample of `row`; with slopes (B, SLOPES), one that has
+    any. `end` where there is none.
+    """
+    found = begin
+    if siblings[0] is None:
+        if slopes_ptr is not None and begin < end:
+            found = tl.where(_has_slope(slopes_ptr, SLOPES, row, True), begin, end)
+    elif siblings[1] is None:
+        found = end
+        while (begin < end) & (found == end):
             sample = begin + tl.arange(0, 32)
-            here = sample < batch
-            its_row = tl.load(row_ptr + sample, mask=here, other=0)
-            here &= tl.minimum(tl.maximum(its_row, 0), rows - 1) == row
+            here = sample < end
+            its_row = tl.load(siblings[0] + sample, mask=here, other=0)
+            here &= tl.minimum(tl.maximum(its_row, 0), place[0] - 1) == row
             if slopes_ptr is not None:
                 here &= _has_slope(slopes_ptr, SLOPES, sample, here)
-            first = tl.min(tl.where(here, sample, batch), axis=0)
+            found = tl.min(tl.where(here, sample, end), axis=0)
             begin += 32
-        found = first.to(tl.int64)
+    elif slopes_ptr is not None:
+        is_idle = begin < end
+        while is_idle:
+            is_idle = ~_has_slope(slopes_ptr, SLOPES, tl.load(siblings[1] + found), True)
+            found += is_idle
+            is_idle &= found < end
     return found
+
+
+@triton.jit
+def sample_at(siblings, row, at):
+    sample = row
+    if siblings[0] is not None:
+        sample = at if siblings[1] is None else tl.load(siblings[1] + at)
+    return sample
 
 
 @triton.jit
@@ -73,50 +117,53 @@ def is_silent(slope):
 
 
 @triton.jit
-def chunk_sum(x, count, BLOCK: tl.constexpr):
-    return tree_sum(tl.where(tl.arange(0, BLOCK) < count, x, 0.0))
+def chunk_sums(x, count, BLOCK: tl.constexpr):
+    return partial_sums(tl.where(tl.arange(0, BLOCK) < count, x, 0.0))
 
 
 @triton.jit
-def put_down(scratch, sums, sample, place):
+def put_down(scratch, sums, sample, place, BLOCK: tl.constexpr):
     """Stores the sums of a chunk of a sample."""
     _, batch, chunk, chunks, _ = place
+    PARTS: tl.constexpr = sums_of(BLOCK)
+    part = chunk * PARTS + tl.arange(0, PARTS)
     for j in tl.static_range(len(sums)):
-        tl.store(scratch[0] + (batch + sample * chunks) * len(sums) + j * chunks + chunk, sums[j])
+        first = (batch + sample * chunks * PARTS) * len(sums) + j * chunks * PARTS
+        tl.store(scratch[0] + first + part, sums[j])
 
 
 @triton.jit
-def arrive(scratch, SUMS: tl.constexpr, sample, place):
-    """Counts a chunk of a sample; whether it was the last one, of the last sample."""
+def row_is_complete(scratch, row, place):
+    """Counts a chunk of a row; whether it was the last one."""
+    is_last = tl.atomic_add(scratch[1] + row, 1, sem="acq_rel") == place[3] - 1
+    if is_last:
+        tl.store(scratch[1] + row, 0)
+    return is_last
+
+
+@triton.jit
+def group_is_complete(scratch, SUMS: tl.constexpr, sample, place, BLOCK: tl.constexpr):
+    """Makes the means of a sample whose row is complete; whether it was the last of its group."""
     floats_ptr, arrivals_ptr = scratch
-    _, batch, _, chunks, size = place
-    is_last = sample < 0
-    if tl.atomic_add(arrivals_ptr + sample, 1, sem="acq_rel") == chunks - 1:
-        for j in tl.static_range(SUMS):
-            total = ordered_total(
-                floats_ptr + (batch + sample * chunks) * SUMS + j * chunks, chunks
-            )
-            tl.store(floats_ptr + j * batch + sample, total / tl.maximum(size, 1))
-        tl.store(arrivals_ptr + sample, 0)
-        is_last = tl.atomic_add(arrivals_ptr + batch, 1, sem="acq_rel") == batch - 1
+    rows, batch, _, chunks, size = place
+    parts = chunks * sums_of(BLOCK)
+    for j in tl.static_range(SUMS):
+        total = ordered_total(floats_ptr + (batch + sample * parts) * SUMS + j * parts, parts)
+        tl.store(floats_ptr + j * batch + sample, total / tl.maximum(size, 1))
+    group = group_of(sample)
+    samples = tl.minimum(batch - group * group_size(), group_size())
+    counter = arrivals_ptr + rows + group
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == samples - 1
+    if is_last:
+        tl.store(counter, 0)
     return is_last
 
 
 @triton.jit
-def arrive_all(scratch, SUMS: tl.constexpr, row_ptr, row, place):
-    """As `arrive`, for all samples of a row: apart from their sums, which need the registers."""
-    is_last = row < 0
-    sample = next_sample(row_ptr, None, 0, row, -1, place)
-    while sample < place[1]:
-        is_last |= arrive(scratch, SUMS, sample, place)
-        sample = next_sample(row_ptr, None, 0, row, sample, place)
-    return is_last
-
-
-@triton.jit
-def samples_from(begin, place):
-    """The next samples, as a vector: past the batch its last one again and again."""
-    return tl.minimum(begin + tl.arange(0, 128), place[1] - 1).to(tl.int64)
+def samples_of(group, place):
+    """The samples of a group, as a vector: past the batch its last one again and again."""
+    SIZE: tl.constexpr = group_size()
+    return tl.minimum(group * SIZE + tl.arange(0, SIZE), place[1] - 1).to(tl.int64)
 
 
 @triton.jit
@@ -133,10 +180,10 @@ def share_of(place, REDUCTION: tl.constexpr):
 
 
 @triton.jit
-def advantage_of(advantage_ptr, row_ptr, sample, place):
+def advantage_of(advantage_ptr, siblings, sample, place):
     advantage = tl.load(advantage_ptr + sample)
-    if row_ptr is not None:
-        row = tl.load(row_ptr + sample)
+    if siblings[0] is not None:
+        row = tl.load(siblings[0] + sample)
         advantage = tl.where((row >= 0) & (row < place[0]), advantage, float("nan"))
     return advantage
 
@@ -157,23 +204,43 @@ def clipped_policy(advantage, log_ratio, bounds):
 
 
 @triton.jit
-def reduced(total, loss, begin, place):
-    """`total` (128,) and the losses of the samples from `begin` on."""
-    return total + tl.where(tl.arange(0, 128) < place[1] - begin, loss, 0.0)
+def reduce(
+    loss_ptr, scratch, SUMS: tl.constexpr, loss, group, place,
+    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores the losses of a group, or adds them to the loss of the batch."""
+    rows, batch, _, chunks, _ = place
+    if REDUCTION == "none":
+        tl.store(loss_ptr + samples_of(group, place), loss)
+    else:
+        SIZE: tl.constexpr = group_size()
+        groups = tl.cdiv(batch, SIZE)
+        total = tree_sum(tl.where(group * SIZE + tl.arange(0, SIZE) < batch, loss, 0.0))
+        is_last = groups == 1
+        if groups > 1:
+            totals_ptr = scratch[0] + batch * SUMS * (1 + chunks * sums_of(BLOCK))
+            tl.store(totals_ptr + group, total)
+            is_last = tl.atomic_add(scratch[1] + rows + groups, 1, sem="acq_rel") == groups - 1
+            if is_last:
+                total = ordered_total(totals_ptr, groups)
+                tl.store(scratch[1] + rows + groups, 0)
+        if is_last:
+            tl.store(loss_ptr, total / batch if REDUCTION == "mean" else total)
 
 
-@triton.jit
-def finish(loss_ptr, scratch, total, place, REDUCTION: tl.constexpr):
-    """Stores the loss of the batch, where it is one, and clears the last counter."""
-    batch = place[1]
-    if REDUCTION != "none":
-        loss = tree_sum(total)
-        tl.store(loss_ptr, loss / batch if REDUCTION == "mean" else loss)
-    tl.store(scratch[1] + batch, 0)
+def packed_siblings(row: Tensor | None, rows: int) -> tuple[Tensor | None, ...]:
+    """`siblings` of the kernels.
 
-
-def packed_row(row: Tensor | None) -> Tensor | None:
-    return None if row is None else row.contiguous()
+    Up to SCANNED samples each program looks for its own; beyond, all would read too long.
+    """
+    if row is None:
+        return None, None, None
+    row = row.contiguous()
+    if row.shape[0] <= SCANNED:
+        return row, None, None
+    in_order, order = torch.sort(row, stable=True)
+    begins = torch.searchsorted(in_order, torch.arange(rows, device=row.device))
+    return row, order, begins
 
 
 def log_clip(clip_low: float, clip_high: float) -> tuple[float, float]:
@@ -181,17 +248,10 @@ def log_clip(clip_low: float, clip_high: float) -> tuple[float, float]:
     return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
-def loss_outputs(
-    batch: int, statistics: int, slopes: int, reduction: str, device: torch.device
-) -> tuple[Tensor, ...]:
-    """loss, the statistics, clipped_low, clipped_high, slopes; a loss of nothing is 0."""
-    loss_shape = (batch,) if reduction == "none" else ()
-    loss = (torch.empty if batch else torch.zeros)(loss_shape, device=device)
-    floats = [torch.empty(batch, device=device) for _ in range(statistics)]
-    bools = [torch.empty(batch, dtype=torch.bool, device=device) for _ in range(2)]
-    return loss, *floats, *bools, torch.empty(batch, slopes, device=device)
-
-
-def loss_scratch(batch: int, sums: int, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    floats = torch.empty(batch * sums * (1 + chunks), dtype=torch.float64, device=device)
-    return floats, arrivals_of(batch + 1, device)
+def loss_scratch(
+    velocity: Tensor, batch: int, sums: int, sums_of_sample: int
+) -> tuple[Tensor, Tensor]:
+    """`scratch` of the kernels, for so many sums over each sample."""
+    groups = -(-batch // group_size())
+    floats = batch * sums * (1 + sums_of_sample) + groups
+    return scratch(velocity, floats, velocity.shape[0] + groups + 1)

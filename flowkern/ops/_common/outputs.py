@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+_now = threading.local()
 _cut = torch.unsafe_split_with_sizes  # what it gives are no views: each has a version of its own
 
 
@@ -18,6 +21,8 @@ def loss_outputs(
 
     Addresses are multiples of 16 bytes. Uninitialized, but for the loss of no samples, which is 0.
     """
+    if getattr(_now, "apart", False):
+        return _apart(batch, statistics, slopes, reduction, device)
     of_loss = batch if reduction == "none" else 1
     sizes, flags, kept, size = _layout(batch, statistics, slopes, of_loss)
     memory = (torch.empty if batch else torch.zeros)(size, dtype=torch.float32, device=device)
@@ -27,6 +32,28 @@ def loss_outputs(
     if reduction != "none":
         loss.resize_(())
     return loss, *floats, low, high, slopes_of.resize_(batch, slopes)
+
+
+def apart(forward: Callable) -> Callable:
+    """`forward` with outputs each in memory of its own: those of an op must not share any."""
+
+    @functools.wraps(forward)
+    def call(*arguments):
+        _now.apart = True
+        try:
+            return forward(*arguments)
+        finally:
+            _now.apart = False
+
+    return call
+
+
+def _apart(batch, statistics, slopes, reduction, device) -> tuple[Tensor, ...]:
+    shape = (batch,) if reduction == "none" else ()
+    loss = (torch.empty if batch else torch.zeros)(shape, device=device)
+    floats = [torch.empty(batch, device=device) for _ in range(statistics)]
+    flags = [torch.empty(batch, dtype=torch.bool, device=device) for _ in range(2)]
+    return loss, *floats, *flags, torch.empty(batch, slopes, device=device)
 
 
 @functools.lru_cache(64)

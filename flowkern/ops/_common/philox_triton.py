@@ -6,7 +6,6 @@ rounds once where the other backends round twice. Layout: docs/numerics.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import Noise
-from .dispatch import interpreting
-from .rows_triton import load, packed_latent
+from .rows_triton import cut, launch, load, packed_latent
 
 
 @triton.jit
@@ -116,7 +114,7 @@ def _fill_kernel(
 
 def key_halves(seed: int) -> tuple[int, int]:
     """The 64 bits of a seed as two int32, so that one kernel serves every seed."""
-    return tuple((seed >> shift & 0xFFFFFFFF ^ 2**31) - 2**31 for shift in (0, 32))
+    return (seed & 0xFFFFFFFF ^ 2**31) - 2**31, (seed >> 32 & 0xFFFFFFFF ^ 2**31) - 2**31
 
 
 def packed_noise(source: Noise) -> tuple:
@@ -130,12 +128,9 @@ def packed_noise(source: Noise) -> tuple:
 
 def triton_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
     out = torch.empty(tuple(shape), device=device)
-    batch, size = shape[0], math.prod(shape[1:])
     if out.numel():
-        block = 2**16 if interpreting() else 1024
-        with torch.cuda.device_of(out):
-            _fill_kernel[(batch * triton.cdiv(size, block),)](
-                out, key.sample_id, key.step, key.step_value, *key_halves(key.seed), size,
-                STREAM=stream, BLOCK=block, enable_fp_fusion=False,
-            )  # fmt: skip
+        launch(
+            _fill_kernel, out, cut(out),
+            out, key.sample_id, key.step, key.step_value, *key_halves(key.seed), STREAM=stream,
+        )  # fmt: skip
     return out

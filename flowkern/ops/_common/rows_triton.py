@@ -9,8 +9,8 @@ row:      a sample's nine coefficients, in the order of schedules.COLUMNS
 from __future__ import annotations
 
 import functools
-import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,13 +49,29 @@ def step_mean(row, x, v):
     return tl.load(row) * x + tl.load(row + 1) * v
 
 
+# Constants of kernels are functions where they can be: a global one is compared at every launch.
+@triton.constexpr_function
+def sums_of(block):
+    """How many partial sums a tile makes: one for 1,024 elements, or for a smaller tile."""
+    return max(1, block // 1024)
+
+
+@triton.jit
+def partial_sums(x):
+    """(sums_of(BLOCK),): sums of neighbors, by pairs. So they have the same bits whatever layout a
+    kernel's compiler gives x, and whatever tile the kernel takes: a draw and its replay may differ.
+    """
+    SUMS: tl.constexpr = sums_of(x.shape[0])
+    for _ in tl.static_range(20):
+        if x.shape[0] > SUMS:
+            x = tl.sum(x.reshape(x.shape[0] // 2, 2), axis=1)
+    return x
+
+
 @triton.jit
 def tree_sum(x):
-    """The sum by neighboring pairs: the same bits whatever layout a kernel's compiler gives x."""
-    for _ in tl.static_range(20):
-        if x.shape[0] > 1:
-            x = tl.sum(x.reshape(x.shape[0] // 2, 2), axis=1)
-    return tl.sum(x, axis=0)
+    """The sum of up to 1,024 values, by neighboring pairs."""
+    return tl.sum(partial_sums(x), axis=0)
 
 
 @triton.jit
@@ -74,7 +90,8 @@ def ordered_total(sums_ptr, count):
 def packed_latent(x: Tensor | None) -> tuple[Tensor, int] | None:
     if x is None:
         return None
-    x = per_sample_contiguous(x)
+    if not x.is_contiguous() or x.is_neg():
+        x = per_sample_contiguous(x)
     return x, x.stride(0)
 
 
@@ -84,50 +101,94 @@ def packed_rows(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0 if rows.ndim == 1 else rows.stride(0)
 
 
-def tile() -> tuple[int, int]:
-    """(elements, warps) of a program: one tile for all, since it orders the sums.
+_INTERPRETED = interpreting()  # settled when triton is imported
+LONG = 2**18  # elements of a sample from which on tiles of 16 bits grow
 
-    Eight elements per thread are one 128-bit load of bf16, two of float32. (2048, 8) makes ptxas
-    spill in some of the losses.
+
+class Cut(NamedTuple):
+    """How a launch cuts samples into chunks."""
+
+    size: int
+    chunks: int  # one where there are no elements
+    block: int
+    warps: int
+
+    @property
+    def sums(self) -> int:
+        """Partial sums of a sample."""
+        return self.chunks * sums_of(self.block)
+
+
+def tile(grown: bool) -> tuple[int, int]:
+    """(elements, warps) of a program. The sums do not depend on it.
+
+    Eight elements per thread are one 128-bit load of 16 bits, two of float32. A program that ends
+    with an arrival waits for it with nothing on its way. So where samples are long enough for many
+    programs, those of 16 bits read as much as those of float32 before they do.
     """
-    return (2**16, 1) if interpreting() else (1024, 4)  # interpreted, any length costs the same
+    if _INTERPRETED:
+        return 2**16, 1  # any length costs the same
+    return (2048, 4) if grown else (1024, 4)
 
 
-def chunks_of(latent: Tensor) -> int:
-    """Chunks of a sample of `latent`; one where it has no elements."""
-    size = math.prod(latent.shape[1:])
-    return max(1, triton.cdiv(size, tile()[0]))
+def cut(x: Tensor, *others: Tensor, may_grow: bool = False) -> Cut:
+    """For samples as those of `x`. may_grow: programs end with an arrival, and have registers left,
+    as those that draw the noise of a loss again, or loop over siblings, have not.
+    """
+    batch = x.shape[0]
+    size = x.numel() // batch if batch else 0
+    grown = may_grow and size > LONG and all(one.element_size() == 2 for one in (x, *others))
+    block, warps = tile(grown)
+    return Cut(size, -(-size // block) or 1, block, warps)
 
 
-def launch(kernel, latent: Tensor, *arguments, programs: int | None = None, **constants) -> None:
+def launch(kernel, latent: Tensor, cut: Cut, *arguments, programs: int | None = None, **constants):
     """One program for each chunk of each sample of `latent`, or `programs` of them."""
-    size = math.prod(latent.shape[1:])
-    block, warps = tile()
-    with torch.cuda.device_of(latent):
-        kernel[(programs or latent.shape[0] * chunks_of(latent),)](
-            *arguments, size, BLOCK=block, num_warps=warps, enable_fp_fusion=False, **constants
-        )
+    grid = (programs or latent.shape[0] * cut.chunks,)
+    constants |= {"BLOCK": cut.block, "num_warps": cut.warps, "enable_fp_fusion": False}
+    if latent.is_cuda and latent.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(latent):
+            kernel[grid](*arguments, cut.size, **constants)
+    else:
+        kernel[grid](*arguments, cut.size, **constants)
 
 
-def arrivals_of(batch: int, device: torch.device) -> Tensor:
-    """At least (batch,) int32 zeros; kernels leave them zero, so that nothing clears them first."""
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(batch, dtype=torch.int32, device=device)  # a graph clears its own
-    capacity = max(2**14, triton.next_power_of_2(batch))
-    return _kept_zeros(torch.cuda.current_stream(device), capacity)
+_KEPT_SUMS, _KEPT_COUNTERS = 2**16, 2**14
+
+
+def scratch(x: Tensor, sums: int, counters: int) -> tuple[Tensor, Tensor]:
+    """At least (sums,) float64, and (counters,) int32 that are 0; kernels leave the counters 0, so
+    that nothing clears them first.
+
+    One set per stream, on which kernels do not overlap; a graph has its own, and clears it.
+    """
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return _allocate(x.device, sums, counters)
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    capacity = _KEPT_COUNTERS if counters <= _KEPT_COUNTERS else 1 << (counters - 1).bit_length()
+    kept_sums, kept_counters = _kept(x.device, stream, capacity)
+    if sums > _KEPT_SUMS:
+        kept_sums = torch.empty(sums, dtype=torch.float64, device=x.device)
+    return kept_sums, kept_counters
+
+
+def _allocate(device: torch.device, sums: int, counters: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(sums, dtype=torch.float64, device=device),
+        torch.zeros(counters, dtype=torch.int32, device=device),
+    )
 
 
 @functools.cache
-def _kept_zeros(stream: torch.cuda.Stream, capacity: int) -> Tensor:
-    """One set per stream, on which kernels do not overlap.
-
-    Allocated on a thread of its own: when torch.compile warms up a CUDA graph, whatever this thread
-    allocates comes from a pool in which nothing may outlive the graph.
+def _kept(device: torch.device, stream: int, counters: int) -> tuple[Tensor, Tensor]:
+    """Allocated on a thread of its own: when torch.compile warms up a CUDA graph, whatever this
+    thread allocates comes from a pool in which nothing may outlive the graph.
     """
+    here = torch.cuda.current_stream(device)  # by address 0 torch would give us one of its pool
 
-    def allocate() -> Tensor:
-        with torch.cuda.stream(stream):
-            return torch.zeros(capacity, dtype=torch.int32, device=stream.device)
+    def allocate() -> tuple[Tensor, Tensor]:
+        with torch.cuda.stream(here):
+            return _allocate(device, _KEPT_SUMS, counters)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(allocate).result()

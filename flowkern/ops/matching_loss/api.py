@@ -47,6 +47,7 @@ from flowkern.ops._common.dispatch import (
     triton_why_not,
 )
 from flowkern.ops._common.native_calls import as_taken, direct
+from flowkern.ops._common.outputs import apart
 
 from . import native_impl, reference
 from .reference import WEIGHTINGS
@@ -124,7 +125,7 @@ def _add_noise(
     return _ADD_NOISE[kernel](x0, sigma, Noise(noise, seed, sample_id, step, step_value))
 
 
-_forward_op = torch.library.custom_op("flowkern::matching_loss", _forward, mutates_args=())
+_forward_op = torch.library.custom_op("flowkern::matching_loss", apart(_forward), mutates_args=())
 _backward_op = torch.library.custom_op(
     "flowkern::matching_loss_backward", _backward, mutates_args=()
 )

@@ -14,26 +14,28 @@ from torch import Tensor
 from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.loss_triton import (
     advantage_of,
-    arrive,
-    arrive_all,
-    chunk_sum,
+    chunk_sums,
     clipped_policy,
-    finish,
+    group_is_complete,
+    group_of,
     log_clip,
-    loss_outputs,
     loss_scratch,
     mean_of,
-    next_sample,
-    packed_row,
+    next_place,
+    packed_siblings,
     put_down,
-    reduced,
+    reduce,
+    row_is_complete,
     row_place,
-    samples_from,
+    sample_at,
+    samples_of,
     share_of,
+    span_of,
 )
+from flowkern.ops._common.outputs import loss_outputs
 from flowkern.ops._common.philox_triton import noise_of, packed_noise, program_place
 from flowkern.ops._common.rows_triton import (
-    chunks_of,
+    cut,
     launch,
     load,
     packed_latent,
@@ -67,76 +69,70 @@ def _serve(
     count = place[4] - first
     u = _target(x0, source, sample, first, count, STREAM, BLOCK)
     plus = v - u
-    sums = (chunk_sum(plus * plus, count, BLOCK),)
+    sums = (chunk_sums(plus * plus, count, BLOCK),)
     if NFT:
-        sums += (chunk_sum(tl.abs(plus), count, BLOCK),)
+        sums += (chunk_sums(tl.abs(plus), count, BLOCK),)
         if v_old is not None:
             minus = (2.0 * v_old - v) - u
-            sums += (chunk_sum(minus * minus, count, BLOCK),)
-            sums += (chunk_sum(tl.abs(minus), count, BLOCK),)
+            sums += (chunk_sums(minus * minus, count, BLOCK),)
+            sums += (chunk_sums(tl.abs(minus), count, BLOCK),)
     elif v_old is not None:
         old = v_old - u
-        sums += (chunk_sum((v - v_old) * (plus + old), count, BLOCK),)
-        sums += (chunk_sum(old * old, count, BLOCK),)
+        sums += (chunk_sums((v - v_old) * (plus + old), count, BLOCK),)
+        sums += (chunk_sums(old * old, count, BLOCK),)
     if v_ref is not None:
-        sums += (chunk_sum((v - v_ref) * (v - v_ref), count, BLOCK),)
+        sums += (chunk_sums((v - v_ref) * (v - v_ref), count, BLOCK),)
     if v_ema is not None:
-        sums += (chunk_sum((v - v_ema) * (v - v_ema), count, BLOCK),)
-    put_down(scratch, sums, sample, place)
+        sums += (chunk_sums((v - v_ema) * (v - v_ema), count, BLOCK),)
+    put_down(scratch, sums, sample, place, BLOCK)
 
 
 @triton.jit
 def _statistics(
-    out, scratch, sigma_ptr, advantage_ptr, row_ptr, coefs, bounds, place,
-    OLD: tl.constexpr, REF: tl.constexpr, EMA: tl.constexpr,
-    NFT: tl.constexpr, WEIGHTING: tl.constexpr, REDUCTION: tl.constexpr,
+    out, scratch, sigma_ptr, advantage_ptr, siblings, coefs, bounds, group, place,
+    OLD: tl.constexpr, REF: tl.constexpr, EMA: tl.constexpr, NFT: tl.constexpr,
+    WEIGHTING: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the means of all samples say, in float64."""
+    """What the means of a group of samples say, in float64."""
     loss_ptr, log_ratio_ptr, ratio_ptr, matching_ptr, ref_ptr, ema_ptr = out[:6]
     low_ptr, high_ptr, slopes_ptr = out[6:]
     FIRST_ANCHOR: tl.constexpr = 1 + NFT + 2 * OLD
     share = 2.0 * share_of(place, REDUCTION)
-    total = tl.zeros((128,), tl.float64)
-    begin = 0
-    while begin < place[1]:
-        sample = samples_from(begin, place)
-        t = tl.load(sigma_ptr + sample).to(tl.float64)
-        advantage = advantage_of(advantage_ptr, row_ptr, sample, place)
-        zero = tl.zeros((128,), tl.float64)
-        if NFT:
-            matching, slope, minus_slope = _nft(t, advantage, scratch, sample, place, OLD)
-            loss, log_ratio = 5 * matching, zero.to(tl.float32)
-            clipped_low, clipped_high = log_ratio != 0, log_ratio != 0
-        else:
-            matching = mean_of(scratch, 0, sample, place)
-            log_ratio, slope = _awm(t, matching, scratch, sample, place, OLD, WEIGHTING)
-            loss, policy, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
-            slope *= policy
-            minus_slope = zero
-        ref, ema = zero, zero
-        if REF:
-            ref = mean_of(scratch, FIRST_ANCHOR, sample, place)
-            loss += coefs[0] * ref
-        if EMA:
-            ema = mean_of(scratch, FIRST_ANCHOR + REF, sample, place)
-            loss += coefs[1] * ema
-        # Not -0, which would be read: matching looks at all data.
-        tl.store(slopes_ptr + sample * 4, tl.where(slope != 0, slope * share, 0.0))
-        tl.store(slopes_ptr + sample * 4 + 1, tl.where(minus_slope != 0, minus_slope * share, 0.0))
-        tl.store(slopes_ptr + sample * 4 + 2, zero + coefs[0] * share)
-        tl.store(slopes_ptr + sample * 4 + 3, zero + coefs[1] * share)
-        tl.store(log_ratio_ptr + sample, log_ratio)
-        tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
-        tl.store(matching_ptr + sample, matching)
-        tl.store(ref_ptr + sample, ref)
-        tl.store(ema_ptr + sample, ema)
-        tl.store(low_ptr + sample, clipped_low)
-        tl.store(high_ptr + sample, clipped_high)
-        if REDUCTION == "none":
-            tl.store(loss_ptr + sample, loss)
-        total = reduced(total, loss, begin, place)
-        begin += 128
-    finish(loss_ptr, scratch, total, place, REDUCTION)
+    sample = samples_of(group, place)
+    t = tl.load(sigma_ptr + sample).to(tl.float64)
+    advantage = advantage_of(advantage_ptr, siblings, sample, place)
+    zero = tl.zeros(sample.shape, tl.float64)
+    if NFT:
+        matching, slope, minus_slope = _nft(t, advantage, scratch, sample, place, OLD)
+        loss, log_ratio = 5 * matching, zero.to(tl.float32)
+        clipped_low, clipped_high = log_ratio != 0, log_ratio != 0
+    else:
+        matching = mean_of(scratch, 0, sample, place)
+        log_ratio, slope = _awm(t, matching, scratch, sample, place, OLD, WEIGHTING)
+        loss, policy, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
+        slope *= policy
+        minus_slope = zero
+    ref, ema = zero, zero
+    if REF:
+        ref = mean_of(scratch, FIRST_ANCHOR, sample, place)
+        loss += coefs[0] * ref
+    if EMA:
+        ema = mean_of(scratch, FIRST_ANCHOR + REF, sample, place)
+        loss += coefs[1] * ema
+    # Not -0, which would be read: matching looks at all data.
+    tl.store(slopes_ptr + sample * 4, tl.where(slope != 0, slope * share, 0.0))
+    tl.store(slopes_ptr + sample * 4 + 1, tl.where(minus_slope != 0, minus_slope * share, 0.0))
+    tl.store(slopes_ptr + sample * 4 + 2, zero + coefs[0] * share)
+    tl.store(slopes_ptr + sample * 4 + 3, zero + coefs[1] * share)
+    tl.store(log_ratio_ptr + sample, log_ratio)
+    tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
+    tl.store(matching_ptr + sample, matching)
+    tl.store(ref_ptr + sample, ref)
+    tl.store(ema_ptr + sample, ema)
+    tl.store(low_ptr + sample, clipped_low)
+    tl.store(high_ptr + sample, clipped_high)
+    SUMS: tl.constexpr = FIRST_ANCHOR + REF + EMA
+    reduce(loss_ptr, scratch, SUMS, loss, group, place, REDUCTION, BLOCK)
 
 
 @triton.jit
@@ -187,7 +183,7 @@ def _awm(t, m, scratch, sample, place, OLD: tl.constexpr, WEIGHTING: tl.constexp
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
     out, scratch, sigma_ptr, advantage_ptr, coefs, bounds,  # out, in: one per sample
-    row_ptr, x0, velocity, old, ref, ema,  # in
+    siblings, x0, velocity, old, ref, ema,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     NFT: tl.constexpr, WEIGHTING: tl.constexpr, REDUCTION: tl.constexpr,
     STREAM: tl.constexpr, BLOCK: tl.constexpr,
@@ -208,26 +204,29 @@ def _forward_kernel(
     REF: tl.constexpr = ref is not None
     EMA: tl.constexpr = ema is not None
     SUMS: tl.constexpr = 1 + NFT + 2 * (old is not None) + REF + EMA
-    if row_ptr is None:
-        _serve(scratch, x0, source, held, row, place, NFT, STREAM, BLOCK)
-        is_last = arrive(scratch, SUMS, row, place)
-    else:
-        sample = next_sample(row_ptr, None, 0, row, -1, place)
-        while sample < batch:
-            _serve(scratch, x0, source, held, sample, place, NFT, STREAM, BLOCK)
-            sample = next_sample(row_ptr, None, 0, row, sample, place)
-        is_last = arrive_all(scratch, SUMS, row_ptr, row, place)
-    if is_last:
-        _statistics(
-            out, scratch, sigma_ptr, advantage_ptr, row_ptr, coefs, bounds, place,
-            old is not None, REF, EMA, NFT, WEIGHTING, REDUCTION,
-        )  # fmt: skip
+    begin, end = span_of(siblings, row, place)
+    at = next_place(siblings, None, 0, row, begin, end, place)
+    while at < end:
+        sample = sample_at(siblings, row, at)
+        _serve(scratch, x0, source, held, sample, place, NFT, STREAM, BLOCK)
+        at = next_place(siblings, None, 0, row, at + 1, end, place)
+    if row_is_complete(scratch, row, place):
+        at = next_place(siblings, None, 0, row, begin, end, place)
+        while at < end:
+            sample = sample_at(siblings, row, at)
+            if group_is_complete(scratch, SUMS, sample, place, BLOCK):
+                _statistics(
+                    out, scratch, sigma_ptr, advantage_ptr, siblings, coefs, bounds,
+                    group_of(sample), place, old is not None, REF, EMA,
+                    NFT, WEIGHTING, REDUCTION, BLOCK,
+                )  # fmt: skip
+            at = next_place(siblings, None, 0, row, at + 1, end, place)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _backward_kernel(
     grad_velocity,  # out
-    grad_ptr, grad_stride, slopes_ptr, row_ptr, x0, velocity, old, ref, ema,  # in
+    grad_ptr, grad_stride, slopes_ptr, siblings, x0, velocity, old, ref, ema,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -236,10 +235,12 @@ def _backward_kernel(
     count = size - first
     source = noise, sample_id_ptr, step_ptr, step_value, key_low, key_high
     total = tl.zeros((BLOCK,), tl.float32)
-    sample = next_sample(row_ptr, slopes_ptr, 4, row, -1, place)
-    if sample < batch:
+    begin, end = span_of(siblings, row, place)
+    at = next_place(siblings, slopes_ptr, 4, row, begin, end, place)
+    if at < end:
         v = load(velocity, row, first, count, BLOCK)
-        while sample < batch:
+        while at < end:
+            sample = sample_at(siblings, row, at)
             slopes = slopes_ptr + sample * 4
             slope, minus_slope = tl.load(slopes), tl.load(slopes + 1)
             ref_slope, ema_slope = tl.load(slopes + 2), tl.load(slopes + 3)
@@ -259,10 +260,7 @@ def _backward_kernel(
                 v_ema = load(ema, row, first, tl.where(ema_slope != 0, count, 0), BLOCK)
                 gradient += ema_slope * (v - v_ema)
             total += grad * gradient
-            if row_ptr is None:
-                sample = batch.to(tl.int64)
-            else:
-                sample = next_sample(row_ptr, slopes_ptr, 4, row, sample, place)
+            at = next_place(siblings, slopes_ptr, 4, row, at + 1, end, place)
     store(grad_velocity, row, first, count, total, BLOCK)
 
 
@@ -301,19 +299,19 @@ def forward(
     reduction: str,
 ) -> tuple[Tensor, ...]:
     """The fields of MatchingLoss, and the slopes (B, 4)."""
-    batch, chunks = x0.shape[0], chunks_of(velocity)
+    batch, made = x0.shape[0], cut(velocity, x0, may_grow=row is None and source.given is not None)
     sums = sum(x is not None for x in (velocity, velocity_ref, velocity_ema))
     sums += nft + 2 * (old_velocity is not None)
-    with torch.cuda.device_of(velocity):
-        out = loss_outputs(batch, 5, 4, reduction, velocity.device)
-        scratch = loss_scratch(batch, sums, chunks, velocity.device)
+    out = loss_outputs(batch, 5, 4, reduction, velocity.device)
+    scratch = loss_scratch(velocity, batch, sums, made.sums)
     if batch:
         latents = (x0, velocity, old_velocity, velocity_ref, velocity_ema)
         launch(
-            _forward_kernel, velocity,
+            _forward_kernel, velocity, made,
             out, scratch, sigma.contiguous(), advantage.contiguous(),
-            (float(ref_coef), float(ema_coef)), log_clip(clip_low, clip_high), packed_row(row),
-            *map(packed_latent, latents), *packed_noise(source), batch, chunks,
+            (float(ref_coef), float(ema_coef)), log_clip(clip_low, clip_high),
+            packed_siblings(row, velocity.shape[0]),
+            *map(packed_latent, latents), *packed_noise(source), batch, made.chunks,
             NFT=nft, WEIGHTING=weighting, REDUCTION=reduction, STREAM=STREAMS["match"],
         )  # fmt: skip
     return out
@@ -334,12 +332,14 @@ def backward(
 ) -> Tensor:
     grad_velocity = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
     if velocity.numel():
+        made = cut(velocity)
         latents = (x0, velocity, old_velocity if nft else None, velocity_ref, velocity_ema)
         launch(
-            _backward_kernel, velocity,
-            packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes, packed_row(row),
+            _backward_kernel, velocity, made,
+            packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes,
+            packed_siblings(row, velocity.shape[0]),
             *map(packed_latent, latents), *packed_noise(source), slopes.shape[0],
-            chunks_of(velocity), STREAM=STREAMS["match"],
+            made.chunks, STREAM=STREAMS["match"],
         )  # fmt: skip
     return grad_velocity
 
@@ -348,7 +348,7 @@ def add_noise(x0: Tensor, sigma: Tensor, source: Noise) -> Tensor:
     x_t = torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
     if x0.numel():
         launch(
-            _add_noise_kernel, x0,
+            _add_noise_kernel, x0, cut(x0),
             packed_latent(x_t), packed_latent(x0), sigma.contiguous(), *packed_noise(source),
             STREAM=STREAMS["match"],
         )  # fmt: skip

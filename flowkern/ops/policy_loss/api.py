@@ -46,6 +46,7 @@ from flowkern.ops._common.dispatch import (
     triton_why_not,
 )
 from flowkern.ops._common.native_calls import as_taken, direct
+from flowkern.ops._common.outputs import apart
 from flowkern.schedules import Coefficients
 
 from . import native_impl, reference
@@ -114,7 +115,7 @@ def _source(x_next, noise, seed, sample_id, step, step_value) -> Noise | None:
     return Noise(noise, seed, sample_id, step, step_value) if x_next is None else None
 
 
-_forward_op = torch.library.custom_op("flowkern::policy_loss", _forward, mutates_args=())
+_forward_op = torch.library.custom_op("flowkern::policy_loss", apart(_forward), mutates_args=())
 _backward_op = torch.library.custom_op("flowkern::policy_loss_backward", _backward, mutates_args=())
 
 

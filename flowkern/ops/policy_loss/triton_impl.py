@@ -14,27 +14,29 @@ from torch import Tensor
 from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.loss_triton import (
     advantage_of,
-    arrive,
-    arrive_all,
-    chunk_sum,
+    chunk_sums,
     clipped_policy,
-    finish,
+    group_is_complete,
+    group_of,
     is_silent,
     log_clip,
-    loss_outputs,
     loss_scratch,
     mean_of,
-    next_sample,
-    packed_row,
+    next_place,
+    packed_siblings,
     put_down,
-    reduced,
+    reduce,
+    row_is_complete,
     row_place,
-    samples_from,
+    sample_at,
+    samples_of,
     share_of,
+    span_of,
 )
+from flowkern.ops._common.outputs import loss_outputs
 from flowkern.ops._common.philox_triton import noise_of, packed_noise
 from flowkern.ops._common.rows_triton import (
-    chunks_of,
+    cut,
     guided,
     launch,
     load,
@@ -85,78 +87,72 @@ def _serve(
             q = e * d
         else:
             q = d * (2.0 * e - d)
-        sums += (chunk_sum(q, count, BLOCK),)
+        sums += (chunk_sums(q, count, BLOCK),)
     if v_ref is not None:
         drift = v - v_ref
-        sums += (chunk_sum(drift * drift, count, BLOCK),)
-    put_down(scratch, sums, sample, place)
+        sums += (chunk_sums(drift * drift, count, BLOCK),)
+    put_down(scratch, sums, sample, place, BLOCK)
 
 
 @triton.jit
 def _statistics(
-    out, scratch, scalars, bounds, kl_value, guidance_scale, row_ptr, rows_ptr, row_stride, place,
-    OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr, REDUCTION: tl.constexpr,
+    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, rows_ptr, row_stride, group,
+    place, OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr,
+    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the means of all samples say, in float64."""
+    """What the means of a group of samples say, in float64."""
     loss_ptr, log_ratio_ptr, ratio_ptr, kl_ptr, low_ptr, high_ptr, slopes_ptr = out
     advantage_ptr, old_log_prob_ptr, step_weight_ptr, kl_coef_ptr = scalars
     inner = guidance_scale * share_of(place, REDUCTION)
-    total = tl.zeros((128,), tl.float64)
-    begin = 0
-    while begin < place[1]:
-        sample = samples_from(begin, place)
-        step = rows_ptr + sample * row_stride
-        b, std = tl.load(step + 1).to(tl.float64), tl.load(step + 2).to(tl.float64)
-        k, c = tl.load(step + 3).to(tl.float64), tl.load(step + 4)
-        inverse_std = tl.where(std != 0, 1.0 / tl.where(std != 0, std, 1.0), 0.0)
-        log_ratio = tl.zeros((128,), tl.float32)
-        if OFF_POLICY:
-            q = mean_of(scratch, 0, sample, place)
-            if old_log_prob_ptr is not None:  # rounded as the old one was
-                log_ratio = (c - k * q).to(tl.float32) - tl.load(old_log_prob_ptr + sample)
-            else:
-                log_ratio = (q * (inverse_std if GUARD else k)).to(tl.float32)
-                if GUARD:  # 0 where std is 0, whatever the data
-                    log_ratio = tl.where(std != 0, log_ratio, 0.0)
-        advantage = advantage_of(advantage_ptr, row_ptr, sample, place)
-        loss, slope, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
-        slope *= b * (inverse_std if GUARD else 2.0 * k)
-        if step_weight_ptr is not None:
-            weight = tl.load(step_weight_ptr + sample)
-            loss, slope = loss * weight, slope * weight
-        kl = tl.zeros((128,), tl.float64)
-        kl_slope = kl
-        if KL:
-            coef = kl_value if kl_coef_ptr is None else tl.load(kl_coef_ptr + sample)
-            scale = b * inverse_std * b * inverse_std
-            kl = scale / 2 * mean_of(scratch, OFF_POLICY, sample, place)
-            loss += coef * kl
-            kl_slope = coef * scale
-        # A slope that vanishes is silent where a sum has seen the data; else it is -0, by bits:
-        # Triton takes a -0.0 for 0.
-        is_seen = (sample >= 0) & OFF_POLICY
-        if GUARD:
-            is_seen &= std != 0
-        vanished = tl.where(is_seen, 0, -2147483648).to(tl.float32, bitcast=True)
-        slope = (slope * inner).to(tl.float32)
-        tl.store(slopes_ptr + sample * 2, tl.where(slope != 0, slope, vanished))
-        tl.store(slopes_ptr + sample * 2 + 1, kl_slope * inner)
-        tl.store(log_ratio_ptr + sample, log_ratio)
-        tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
-        tl.store(kl_ptr + sample, kl)
-        tl.store(low_ptr + sample, clipped_low)
-        tl.store(high_ptr + sample, clipped_high)
-        if REDUCTION == "none":
-            tl.store(loss_ptr + sample, loss)
-        total = reduced(total, loss, begin, place)
-        begin += 128
-    finish(loss_ptr, scratch, total, place, REDUCTION)
+    sample = samples_of(group, place)
+    step = rows_ptr + sample * row_stride
+    b, std = tl.load(step + 1).to(tl.float64), tl.load(step + 2).to(tl.float64)
+    k, c = tl.load(step + 3).to(tl.float64), tl.load(step + 4)
+    inverse_std = tl.where(std != 0, 1.0 / tl.where(std != 0, std, 1.0), 0.0)
+    log_ratio = tl.zeros(sample.shape, tl.float32)
+    if OFF_POLICY:
+        q = mean_of(scratch, 0, sample, place)
+        if old_log_prob_ptr is not None:  # rounded as the old one was
+            log_ratio = (c - k * q).to(tl.float32) - tl.load(old_log_prob_ptr + sample)
+        else:
+            log_ratio = (q * (inverse_std if GUARD else k)).to(tl.float32)
+            if GUARD:  # 0 where std is 0, whatever the data
+                log_ratio = tl.where(std != 0, log_ratio, 0.0)
+    advantage = advantage_of(advantage_ptr, siblings, sample, place)
+    loss, slope, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
+    slope *= b * (inverse_std if GUARD else 2.0 * k)
+    if step_weight_ptr is not None:
+        weight = tl.load(step_weight_ptr + sample)
+        loss, slope = loss * weight, slope * weight
+    kl = tl.zeros(sample.shape, tl.float64)
+    kl_slope = kl
+    if KL:
+        coef = kl_value if kl_coef_ptr is None else tl.load(kl_coef_ptr + sample)
+        scale = b * inverse_std * b * inverse_std
+        kl = scale / 2 * mean_of(scratch, OFF_POLICY, sample, place)
+        loss += coef * kl
+        kl_slope = coef * scale
+    # A slope that vanishes is silent where a sum has seen the data; else it is -0, by bits:
+    # Triton takes a -0.0 for 0.
+    is_seen = (sample >= 0) & OFF_POLICY
+    if GUARD:
+        is_seen &= std != 0
+    vanished = tl.where(is_seen, 0, -2147483648).to(tl.float32, bitcast=True)
+    slope = (slope * inner).to(tl.float32)
+    tl.store(slopes_ptr + sample * 2, tl.where(slope != 0, slope, vanished))
+    tl.store(slopes_ptr + sample * 2 + 1, kl_slope * inner)
+    tl.store(log_ratio_ptr + sample, log_ratio)
+    tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
+    tl.store(kl_ptr + sample, kl)
+    tl.store(low_ptr + sample, clipped_low)
+    tl.store(high_ptr + sample, clipped_high)
+    reduce(loss_ptr, scratch, OFF_POLICY + KL, loss, group, place, REDUCTION, BLOCK)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
     out, scratch, scalars, bounds, kl_value,  # out, in: one per sample
-    row_ptr, rows_ptr, row_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
+    siblings, rows_ptr, row_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     GUARD: tl.constexpr, REDUCTION: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -176,30 +172,29 @@ def _forward_kernel(
     RECORDED: tl.constexpr = scalars[1] is not None
     OFF_POLICY: tl.constexpr = x is not None
     KL: tl.constexpr = v_ref is not None
-    if row_ptr is None:
-        step = rows_ptr + row * row_stride
-        _serve(scratch, x_next, source, held, step, row, place, RECORDED, GUARD, STREAM, BLOCK)
-        is_last = arrive(scratch, OFF_POLICY + KL, row, place)
-    else:
-        sample = next_sample(row_ptr, None, 0, row, -1, place)
-        while sample < batch:
-            step = rows_ptr + sample * row_stride
-            _serve(
-                scratch, x_next, source, held, step, sample, place, RECORDED, GUARD, STREAM, BLOCK
-            )
-            sample = next_sample(row_ptr, None, 0, row, sample, place)
-        is_last = arrive_all(scratch, OFF_POLICY + KL, row_ptr, row, place)
-    if is_last:
-        _statistics(
-            out, scratch, scalars, bounds, kl_value, guidance_scale, row_ptr, rows_ptr, row_stride,
-            place, OFF_POLICY, KL, GUARD, REDUCTION,
-        )  # fmt: skip
+    begin, end = span_of(siblings, row, place)
+    at = next_place(siblings, None, 0, row, begin, end, place)
+    while at < end:
+        sample = sample_at(siblings, row, at)
+        step = rows_ptr + sample * row_stride
+        _serve(scratch, x_next, source, held, step, sample, place, RECORDED, GUARD, STREAM, BLOCK)
+        at = next_place(siblings, None, 0, row, at + 1, end, place)
+    if row_is_complete(scratch, row, place):
+        at = next_place(siblings, None, 0, row, begin, end, place)
+        while at < end:
+            sample = sample_at(siblings, row, at)
+            if group_is_complete(scratch, OFF_POLICY + KL, sample, place, BLOCK):
+                _statistics(
+                    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, rows_ptr,
+                    row_stride, group_of(sample), place, OFF_POLICY, KL, GUARD, REDUCTION, BLOCK,
+                )  # fmt: skip
+            at = next_place(siblings, None, 0, row, at + 1, end, place)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _backward_kernel(
     grad_velocity,  # out
-    grad_ptr, grad_stride, slopes_ptr, row_ptr, rows_ptr, row_stride,
+    grad_ptr, grad_stride, slopes_ptr, siblings, rows_ptr, row_stride,
     x_next, x_t, velocity, uncond, guidance_scale, old, ref,
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high,
     batch, chunks, size,
@@ -210,14 +205,16 @@ def _backward_kernel(
     count = size - first
     source = noise, sample_id_ptr, step_ptr, step_value, key_low, key_high
     total = tl.zeros((BLOCK,), tl.float32)
-    sample = next_sample(row_ptr, slopes_ptr, 2, row, -1, place)
-    if sample < batch:
+    begin, end = span_of(siblings, row, place)
+    at = next_place(siblings, slopes_ptr, 2, row, begin, end, place)
+    if at < end:
         v = guided(velocity, uncond, guidance_scale, row, first, count, BLOCK)
         x = load(x_t, row, first, count, BLOCK)
         v_old = v if old is None else load(old, row, first, count, BLOCK)
         if ref is not None:
             drift = v - load(ref, row, first, count, BLOCK)
-        while sample < batch:
+        while at < end:
+            sample = sample_at(siblings, row, at)
             step = rows_ptr + sample * row_stride
             grad = tl.load(grad_ptr + sample * grad_stride)
             slope = tl.load(slopes_ptr + sample * 2)
@@ -230,10 +227,7 @@ def _backward_kernel(
             if ref is not None:
                 gradient += tl.load(slopes_ptr + sample * 2 + 1) * drift
             total += grad * gradient
-            if row_ptr is None:
-                sample = batch.to(tl.int64)
-            else:
-                sample = next_sample(row_ptr, slopes_ptr, 2, row, sample, place)
+            at = next_place(siblings, slopes_ptr, 2, row, at + 1, end, place)
     store(grad_velocity, row, first, count, total, BLOCK)
 
 
@@ -264,19 +258,21 @@ def forward(
     if not off_policy:  # the log-ratio is 0, whatever the states
         x_t = x_next = None
     sums = off_policy + (velocity_ref is not None)
-    chunks = chunks_of(velocity) if sums else 1
-    with torch.cuda.device_of(velocity):
-        out = loss_outputs(batch, 3, 2, reduction, velocity.device)
-        scratch = loss_scratch(batch, sums, chunks, velocity.device)
+    states = () if x_t is None else (x_t,)
+    made = cut(velocity, *states, may_grow=row is None and x_next is not None)
+    if not sums:  # nothing of size D is read
+        made = made._replace(chunks=1)
+    out = loss_outputs(batch, 3, 2, reduction, velocity.device)
+    scratch = loss_scratch(velocity, batch, sums, made.sums)
     if batch:
         launch(
-            _forward_kernel, velocity,
+            _forward_kernel, velocity, made,
             out, scratch, (advantage, old_log_prob, step_weight, kl_coef),
-            log_clip(clip_low, clip_high), float(kl_value), packed_row(row),
+            log_clip(clip_low, clip_high), float(kl_value), packed_siblings(row, velocity.shape[0]),
             *packed_rows(rows),
             *_latents(x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity,
                       velocity_ref, source),
-            batch, chunks, programs=velocity.shape[0] * chunks,
+            batch, made.chunks,
             GUARD=guard, REDUCTION=reduction, STREAM=STREAMS["step"],
         )  # fmt: skip
     return out
@@ -299,13 +295,15 @@ def backward(
 ) -> Tensor:
     grad_velocity = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
     if velocity.numel():
+        made = cut(velocity)
         launch(
-            _backward_kernel, velocity,
-            packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes, packed_row(row),
+            _backward_kernel, velocity, made,
+            packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes,
+            packed_siblings(row, velocity.shape[0]),
             *packed_rows(rows),
             *_latents(x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity,
                       velocity_ref, source),
-            slopes.shape[0], chunks_of(velocity),
+            slopes.shape[0], made.chunks,
             GUARD=guard, STREAM=STREAMS["step"],
         )  # fmt: skip
     return grad_velocity

@@ -333,7 +333,7 @@ def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str
         latents["velocity_uncond"] = velocity_uncond
     if noise is not None:
         latents["noise"] = noise
-    if not isinstance(history, Sequence):
+    if type(history) is not tuple and not isinstance(history, Sequence):
         raise TypeError(f"history: expected a sequence of tensors, got {type(history).__name__}")
     for j, earlier in enumerate(history):
         latents[f"history[{j}]"] = earlier

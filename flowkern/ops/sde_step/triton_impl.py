@@ -17,33 +17,36 @@ from torch import Tensor
 from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.philox_triton import counter_word, key_halves, normals, program_place
 from flowkern.ops._common.rows_triton import (
-    arrivals_of,
-    chunks_of,
+    Cut,
+    cut,
     guided,
     launch,
     load,
     ordered_total,
     packed_latent,
     packed_rows,
+    partial_sums,
+    scratch,
     step_mean,
     store,
-    tree_sum,
+    sums_of,
 )
 
 # Latents and rows as in rows_triton.
-# result: (log_prob (B,), sums (B, chunks), arrivals (B,) that are 0 before and after), or None
+# result: (log_prob (B,), partial sums, arrivals (B,) that are 0 before and after), or None
 
 
 @triton.jit
 def _log_prob(result, row, residual, sample, chunk, chunks, size, BLOCK: tl.constexpr):
     """c - k mean_D(residual^2), by the last program of the sample, which clears its arrivals."""
     log_prob_ptr, sums_ptr, arrivals_ptr = result
-    sums_ptr += sample * chunks
+    SUMS: tl.constexpr = sums_of(BLOCK)
+    sums_ptr += sample * chunks * SUMS
     residual = tl.where(tl.arange(0, BLOCK) < size - chunk * BLOCK, residual, 0.0)
-    tl.store(sums_ptr + chunk, tree_sum(residual * residual))
+    tl.store(sums_ptr + chunk * SUMS + tl.arange(0, SUMS), partial_sums(residual * residual))
     if tl.atomic_add(arrivals_ptr + sample, 1, sem="acq_rel") == chunks - 1:
         k, c = tl.load(row + 3).to(tl.float64), tl.load(row + 4).to(tl.float64)
-        log_prob = c - k * (ordered_total(sums_ptr, chunks) / size)
+        log_prob = c - k * (ordered_total(sums_ptr, chunks * SUMS) / size)
         tl.store(log_prob_ptr + sample, log_prob.to(tl.float32))
         tl.store(arrivals_ptr + sample, 0)
 
@@ -138,10 +141,11 @@ def draw(
             log_prob.copy_(rows[..., 4])
         return
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
-    out = _result(x_t, log_prob), packed_latent(x_next), packed_latent(x0)
+    made = cut(x_t, velocity, may_grow=log_prob is not None)
+    out = _result(x_t, log_prob, made), packed_latent(x_next), packed_latent(x0)
     key = source.sample_id, source.step, source.step_value, *key_halves(source.seed)
     launch(
-        _sde_draw_kernel, x_t,
+        _sde_draw_kernel, x_t, made,
         *out, *inputs, tuple(map(packed_latent, history)), *packed_rows(rows),
         packed_latent(source.given), *key,
         STREAM=STREAMS["step"],
@@ -153,8 +157,9 @@ def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tens
     if x_t.numel() == 0:
         return log_prob.copy_(rows[..., 4])
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
-    out = _result(x_t, log_prob)
-    launch(_sde_replay_kernel, x_t, out, packed_latent(x_next), *inputs, *packed_rows(rows))
+    made = cut(x_t, velocity, may_grow=True)
+    out = _result(x_t, log_prob, made)
+    launch(_sde_replay_kernel, x_t, made, out, packed_latent(x_next), *inputs, *packed_rows(rows))
     return log_prob
 
 
@@ -165,7 +170,7 @@ def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
     out = packed_latent(grad_velocity)
     launch(
-        _sde_replay_backward_kernel, x_t,
+        _sde_replay_backward_kernel, x_t, cut(x_t),
         out, grad.contiguous(), packed_latent(x_next), *inputs, *packed_rows(rows),
     )  # fmt: skip
     return grad_velocity
@@ -180,11 +185,8 @@ def _inputs(x_t, velocity, velocity_uncond, guidance_scale) -> tuple:
     )
 
 
-def _result(x_t: Tensor, log_prob: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+def _result(x_t: Tensor, log_prob: Tensor | None, cut: Cut) -> tuple[Tensor, Tensor, Tensor] | None:
     if log_prob is None:
         return None
     batch = x_t.shape[0]
-    chunks = chunks_of(x_t)
-    with torch.cuda.device_of(x_t):
-        sums = torch.empty(batch * chunks, dtype=torch.float32, device=x_t.device)
-        return log_prob, sums, arrivals_of(batch, x_t.device)
+    return log_prob, *scratch(x_t, batch * cut.sums, batch)
