@@ -213,14 +213,14 @@ def test_one_ranks_failure_is_every_ranks(monkeypatch):
 
 @pytest.mark.parametrize("name, message", [
     ("beauty", "got 'beauty', expected one of digits_classifier"),
-    ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
-    ("math:no_such", "AttributeError: module 'math' has no attribute"),
+    ("no_such_module:f", "got .* there is no module no_such_module"),
+    ("math:no_such", "got 'math:no_such', but math has no 'no_such'"),
     ("math:pi", "'math:pi' is float, and cannot be called"),
     ("odd_rewards:later", "'odd_rewards:later' is asynchronous"),
     ("odd_rewards:Later", "'odd_rewards:Later' is asynchronous"),
     ("odd_rewards:Broken", r"ZeroDivisionError: division by zero \(at odd_rewards\.py:"),
     ("odd_rewards:Silent", "'odd_rewards:Silent' is Silent, and cannot be called"),
-    ("leaving_rewards:f", "SystemExit: 3"),
+    ("leaving_rewards:f", "got .* raised SystemExit: 3"),
 ])  # fmt: skip
 def test_rewards_that_cannot_be_made_are_named_by_key(tmp_path, monkeypatch, name, message):
     (tmp_path / "odd_rewards.py").write_text(
