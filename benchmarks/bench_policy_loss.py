@@ -91,13 +91,15 @@ def _case(
     def with_gradient(loss):
         return (loss().detach(),) if is_forward else torch.autograd.grad(loss(), v)
 
-    def loss(backend):
-        inputs = (v, x, x_next, table, advantage)
-        return with_gradient(lambda: fk.policy_loss(*inputs, **kernel, backend=backend).loss)
+    def loss(backend, **change):
+        inputs, options = (v, x, x_next, table, advantage), kernel | {"backend": backend} | change
+        return with_gradient(lambda: fk.policy_loss(*inputs, **options).loss)
 
     contenders = ours(device, loss, "exact difference form")
     if dtype == torch.float32:
         note = "ratio from log-probabilities"
+        same = {"old_velocity": None, "old_log_prob": old_log_prob}
+        contenders.append(Contender("flowkern, same inputs", lambda: loss(None, **same), note))
         run = compiled(plain, *arguments)
         contenders += [
             Contender("eager", lambda: with_gradient(lambda: plain(*arguments)), note),
@@ -108,10 +110,13 @@ def _case(
     name = f"forward{'' if is_forward else ' + backward'}, {name}"
     case = Case("policy_loss", name, shape, str(dtype).removeprefix("torch."), contenders, check)
     case.allowed = 1e-5 if is_forward else 1e-3 if dtype == torch.float32 else 1e-2
-    # Each pass reads what it uses, the backward writes one gradient.
+    # Each pass reads what it uses, the backward writes one gradient; what the CPU keeps instead of
+    # reading inputs again is written, read and written.
     once = rows * (2 if is_on_policy else 3) + batch + (rows if siblings > 1 else 0)
     forward = 0 if is_on_policy else once
     backward = 0 if is_forward else rows * (2 + (siblings > 1)) + batch + rows
+    if device.type == "cpu" and dtype == torch.float32 and siblings == 1 and not is_on_policy:
+        backward = 3 * rows
     case.bytes_moved = (forward + backward) * math.prod(shape[1:]) * x.element_size()
     return case
 

@@ -20,7 +20,27 @@ COLORS |= {
 COLORS |= {"eager, recorded": "#c9d6ea", "the published scripts": "#c44e52"}
 
 
+# The README's chart: a row of each kind, by op and case.
+SUMMARY = {
+    ("sde_step", "draw, image"): "one SDE step, image",
+    ("sde_step", "draw, video"): "one SDE step, video",
+    ("sde_step", "replay + gradient, image"): "log-probability and gradient, image",
+    ("policy_loss", "forward + backward, off policy, image"): "policy loss and gradient, image",
+    ("policy_loss", "forward + backward, off policy, video"): "policy loss and gradient, video",
+    ("matching_loss", "awm, forward + backward, image"): "AWM loss and gradient, image",
+}
+
+
 def plot(result: dict, path: Path) -> None:
+    """All cases against all rivals; beside it, where all of SUMMARY are there, those six against
+    two: PATH-summary.png.
+    """
+    draw(cases(result), result["machine"], path)
+    if len(chosen := summary(result)) == len(SUMMARY):
+        draw(chosen, result["machine"], path.with_name(f"{path.stem}-summary.png"))
+
+
+def draw(groups: dict[str, list[dict]], machine: dict, path: Path) -> None:
     """One group of bars per case, one bar per rival; a rival that did not run has none."""
     import matplotlib
 
@@ -28,7 +48,7 @@ def plot(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     bars, labels, position = [], [], 0.0
-    for title, rows in cases(result).items():
+    for title, rows in groups.items():
         rivals = [r for r in rows if "flowkern_is_faster_by" in r]
         if not rivals:
             continue
@@ -58,13 +78,30 @@ def plot(result: dict, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("flowkern is faster by (median, log scale)")
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    machine = result["machine"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     axes.set_title(
         f"{where} · torch {machine['torch']} · commit {machine['commit']}", fontsize=9, loc="left"
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def summary(result: dict) -> dict[str, list[dict]]:
+    """The cases of SUMMARY: eager PyTorch, and the best form of torch.compile."""
+    chosen = {}
+    for (op, case), title in SUMMARY.items():
+        rows = [
+            r
+            for r in result["rows"]
+            if (r["op"], r["case"], r["dtype"]) == (op, case, "float32")
+            and "flowkern_is_faster_by" in r
+        ]
+        eager = [r for r in rows if r["backend"] == "eager"]
+        compiled = [r for r in rows if r["backend"].startswith("torch.compile")]
+        if eager and compiled:
+            best = min(compiled, key=lambda r: r["ms_p50"])
+            chosen[title] = [*eager, best | {"backend": "torch.compile"}]
+    return chosen
 
 
 def cases(result: dict) -> dict[str, list[dict]]:

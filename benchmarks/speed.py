@@ -138,7 +138,7 @@ def _print_head(machine: dict, bandwidths: dict[str, float]) -> None:
     )
     for name, reason in machine["backends"].items():
         print(f"  backend {name}: {'ready' if reason is None else reason}")
-    print(f"  bandwidth: copy {bandwidths['copy']:.1f} GB/s, read {bandwidths['read']:.1f} GB/s")
+    print("  bandwidth, GB/s: " + ", ".join(f"{n} {value:.1f}" for n, value in bandwidths.items()))
 
 
 def _print_section(title: str) -> None:

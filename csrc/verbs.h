@@ -139,10 +139,10 @@ py::object add_noise(PyObject* const* v, Reader& read) {
 // ---- the losses ----
 
 // What comes out of a loss for each sample: numbers, then the two bools; the loss is before them, slopes (batch, n) after. On a
-// device they are cut from one allocation.
+// device they are cut from one allocation. Last, on a CPU, the residual of the velocity's shape, or None.
 template <int numbers, int slopes_of_one>
 struct LossResult {
-  Made loss, values[numbers], clipped_low, clipped_high, slopes;
+  Made loss, values[numbers], clipped_low, clipped_high, slopes, residual{py::none(), nullptr};
 
   LossResult(Reader& read, int64_t batch, PyObject* reduction, bool is_reduced) {
     const int64_t shape[] = {batch, slopes_of_one};
@@ -159,10 +159,16 @@ struct LossResult {
     int next = 0;
     for_each([&](Made& made) { made = made_of(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(all.ptr(), next++))); });
   }
+  // What backward will multiply.
+  Latent keep(Reader& read) {
+    residual = make(read, read.first().shape, read.first().ndim, Element::float32);
+    return {residual.data, read.size, DType::float32};
+  }
   py::object tuple() {
-    py::tuple all(numbers + 4);
+    py::tuple all(numbers + 5);
     int next = 0;
     for_each([&](Made& made) { all[next++] = made.tensor; });
+    all[next] = residual.tensor;
     return all;
   }
 
@@ -174,6 +180,11 @@ struct LossResult {
     for (Made* made : {&clipped_low, &clipped_high, &slopes}) body(*made);
   }
 };
+
+// Whether a loss keeps its residual for the backward pass; records: whether gradients are recorded.
+bool keeps_residual(PyObject* records, PyObject* velocity, const int64_t* row, DType dtype) {
+  return torch.reads_values && records == Py_True && Reader::requires_grad(velocity) && !row && dtype == DType::float32;
+}
 
 float* floats(const Made& made) { return reinterpret_cast<float*>(made.data); }
 
@@ -201,8 +212,8 @@ void read_policy(Reader& read, PolicyArguments& p, PyObject* velocity, PyObject*
 }
 
 // As flowkern.policy_loss, but for backend: velocity, x_t, x_next, c_rows, advantage, row, old_velocity, old_log_prob, noise, seed,
-// sample_id, step, velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight, clip_low, clip_high, ratio, reduction.
-// Returns the fields of PolicyLoss, and slopes (batch, 2).
+// sample_id, step, velocity_uncond, guidance_scale, velocity_ref, kl_coef, step_weight, clip_low, clip_high, ratio, reduction; then
+// whether gradients are recorded. Returns the fields of PolicyLoss, slopes (batch, 2), and the residual where it is worth keeping.
 py::object policy_forward(PyObject* const* v, Reader& read) {
   PolicyArguments p{};
   read_policy(read, p, v[0], v[1], v[2], v[3], v[5], v[6], v + 8, v[12], v[13], v[14]);
@@ -228,6 +239,7 @@ py::object policy_forward(PyObject* const* v, Reader& read) {
   const double share = p.reduction == Reduction::mean && p.batch > 0 ? 1.0 / double(p.batch) : 1.0;
   p.settings = policy_settings(ratio, guard, clip_low, clip_high, share, p.guidance_scale, p.size);
   LossResult<3, 2> result(read, p.batch, v[20], p.reduction != Reduction::none);
+  if (ratio != Ratio::on_policy && keeps_residual(v[21], v[0], p.row, p.velocity.dtype)) p.residual = result.keep(read);
   p.loss = floats(result.loss);
   p.log_ratio = floats(result.values[0]);
   p.ratio = floats(result.values[1]);
@@ -240,14 +252,19 @@ py::object policy_forward(PyObject* const* v, Reader& read) {
 }
 
 // grad, slopes, velocity, x_t, x_next, rows, row, old_velocity, noise, seed, sample_id, step, velocity_uncond, guidance_scale,
-// velocity_ref, guard -> the gradient of velocity
+// velocity_ref, guard, the residual that forward kept, or None -> the gradient of velocity, in that residual's memory
 py::object policy_backward(PyObject* const* v, Reader& read) {
   PolicyArguments p{};
   read_policy(read, p, v[2], v[3], v[4], v[5], v[6], v[7], v + 8, v[12], v[13], v[14]);
   p.grad = read.gradient(v[0], p.batch, p.grad_stride);
   p.slopes = read.vector<float>(v[1], p.batch, "slopes", 2);
   p.settings.guard = v[15] == Py_True;
+  p.residual = read.kept(v[16], p.rows, p.row);
   if (!read.serves) return py::none();
+  if (p.residual.data) {
+    run(kernels.policy_backward, p, read);
+    return py::reinterpret_borrow<py::object>(v[16]);
+  }
   const Made grad = make(read, read.first().shape, read.first().ndim, Element(p.velocity.dtype));
   p.grad_velocity = {grad.data, p.size, p.velocity.dtype};
   run(kernels.policy_backward, p, read);
@@ -270,7 +287,8 @@ void read_matching(Reader& read, MatchingArguments& m, PyObject* velocity, PyObj
 
 // As flowkern.matching_loss, but for backend, and for step: None where noise is given. velocity, x0, sigma, advantage, row, noise,
 // seed, sample_id, step, objective, weighting, old_velocity, velocity_ref, velocity_ema, ref_coef, ema_coef, clip_low, clip_high,
-// reduction. Returns the fields of MatchingLoss, and slopes (batch, 4).
+// reduction; then whether gradients are recorded. Returns the fields of MatchingLoss, slopes (batch, 4), and the residual where it is
+// worth keeping.
 py::object matching_forward(PyObject* const* v, Reader& read) {
   MatchingArguments m{};
   read_matching(read, m, v[0], v[1], v[4], v + 5, v[11], v[12], v[13]);
@@ -292,6 +310,8 @@ py::object matching_forward(PyObject* const* v, Reader& read) {
   m.rule = {read.size, nft, m.old_velocity.data != nullptr, weighting, ref_coef, ema_coef, clip_low, clip_high, share};
   m.is_reduced = reduction != Reduction::none;
   LossResult<5, 4> result(read, m.batch, v[18], m.is_reduced);
+  const bool is_one_residual = !(nft && m.old_velocity.data);
+  if (is_one_residual && keeps_residual(v[19], v[0], m.row, m.velocity.dtype)) m.residual = result.keep(read);
   m.loss = floats(result.loss);
   float** const values[] = {&m.log_ratio, &m.ratio, &m.matching, &m.ref_mean, &m.ema_mean};
   for (int j = 0; j < 5; ++j) *values[j] = floats(result.values[j]);
@@ -302,13 +322,19 @@ py::object matching_forward(PyObject* const* v, Reader& read) {
   return result.tuple();
 }
 
-// grad, slopes, velocity, x0, row, noise, seed, sample_id, step, old_velocity, velocity_ref, velocity_ema -> the gradient of velocity
+// grad, slopes, velocity, x0, row, noise, seed, sample_id, step, old_velocity, velocity_ref, velocity_ema, the residual that forward
+// kept, or None -> the gradient of velocity, in that residual's memory
 py::object matching_backward(PyObject* const* v, Reader& read) {
   MatchingArguments m{};
   read_matching(read, m, v[2], v[3], v[4], v + 5, v[9], v[10], v[11]);
   m.grad = read.gradient(v[0], m.batch, m.grad_stride);
   m.slopes = read.vector<float>(v[1], m.batch, "slopes", 4);
+  m.residual = read.kept(v[12], m.rows, m.row);
   if (!read.serves) return py::none();
+  if (m.residual.data) {
+    run(kernels.matching_backward, m, read);
+    return py::reinterpret_borrow<py::object>(v[12]);
+  }
   const Made grad = make(read, read.first().shape, read.first().ndim, Element(m.velocity.dtype));
   m.grad_velocity = {grad.data, read.size, m.velocity.dtype};
   run(kernels.matching_backward, m, read);
@@ -351,8 +377,8 @@ void connect(const py::dict& names) {
 
 PyMethodDef kFunctions[] = {
     FK_FUNCTION(sde_draw, 14),         FK_FUNCTION(sde_replay, 6),      FK_FUNCTION(sde_replay_backward, 7),
-    FK_FUNCTION(fill_philox, 5),       FK_FUNCTION(add_noise, 6),       FK_FUNCTION(policy_forward, 21),
-    FK_FUNCTION(policy_backward, 16),  FK_FUNCTION(matching_forward, 19), FK_FUNCTION(matching_backward, 12),
+    FK_FUNCTION(fill_philox, 5),       FK_FUNCTION(add_noise, 6),       FK_FUNCTION(policy_forward, 22),
+    FK_FUNCTION(policy_backward, 17),  FK_FUNCTION(matching_forward, 20), FK_FUNCTION(matching_backward, 13),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -72,6 +72,14 @@ class Reader {
     return is_safe ? out : refused(name);
   }
 
+  // What a forward pass has kept for its backward pass, which writes over it, or None.
+  Latent kept(PyObject* x, int64_t rows, const int64_t* row) {
+    if (x == Py_None) return {};
+    const Latent kept = latent(x, rows, "residual");
+    require(serves && kept.dtype == DType::float32 && !row, "residual");
+    return kept;
+  }
+
   // Contiguous (count,), or (count, columns): of float32 or int64.
   template <class T>
   T* vector(PyObject* x, int64_t count, const char* name, int64_t columns = 0) {

@@ -32,12 +32,15 @@ FK_INLINE const float* load_noise(const Latent& noise, const NoiseKey& key, int6
   return buffer;
 }
 
-// The sums of one sample over one chunk, added to s.
-template <class Ahead>
+// The sums of one sample over one chunk, added to s; keep(i, value) is given each residual.
+template <class Ahead, class Keep>
 FK_INLINE void add_sums(bool nft, const float* v, const float* old, const float* x0, const float* noise, int64_t count,
-                        MatchingSums& s, Ahead ahead) {
+                        MatchingSums& s, Ahead ahead, Keep keep) {
   const auto u = [=](int64_t i) { return target_velocity(noise[i], x0[i]); };
-  const auto square = [=](int64_t i) { return squared_difference(v[i], u(i)); };
+  const auto square = [=](int64_t i) {
+    keep(i, v[i] - u(i));
+    return squared_difference(v[i], u(i));
+  };
   const auto size = [=](int64_t i) { return std::fabs(v[i] - u(i)); };
   if (nft && old) {
     const auto minus_square = [=](int64_t i) { return squared_difference(reflected(v[i], old[i]), u(i)); };
@@ -159,13 +162,22 @@ void matching_forward(const MatchingArguments& m) {
       };
       const float* x0 = load(m.x0, *sample, at, buffers.x0);
       const float* noise = load_noise(m.noise, m.key, *sample, at, buffers.noise, ahead);
-      add_sums(m.rule.nft, v, old, x0, noise, at.count, partial[*sample * segments + segment], ahead);
+      MatchingSums& sums = partial[*sample * segments + segment];
+      if (!m.residual.data) {
+        add_sums(m.rule.nft, v, old, x0, noise, at.count, sums, ahead, [](int64_t, float) {});
+        continue;
+      }
+      float* const residual = reinterpret_cast<float*>(m.residual.at(at.row, at.first));
+      add_sums(m.rule.nft, v, old, x0, noise, at.count, sums, ahead, [=](int64_t i, float value) { residual[i] = value; });
     }
   });
   finish(m, partial, anchors);
 }
 
-void matching_backward(const MatchingArguments& m) {
+void matching_backward(const MatchingArguments& given) {
+  MatchingArguments m = given;
+  const bool is_kept = m.residual.data;
+  if (is_kept) m.grad_velocity = m.residual, m.x0 = m.noise = m.old_velocity = {};
   // A slope of 0 stays 0 whatever comes in, and what only it needs is not read.
   const bool is_there[4] = {true, m.old_velocity.data != nullptr, m.ref.data != nullptr, m.ema.data != nullptr};
   const auto weight = [&m, &is_there](int64_t sample, int which) {
@@ -188,6 +200,9 @@ void matching_backward(const MatchingArguments& m) {
     Buffers buffers;
     const float* v = load(m.velocity, at.row, at, buffers.velocity);
     float* out = m.grad_velocity.dtype == DType::float32 ? reinterpret_cast<float*>(stored) : buffers.grad;
+    const bool has_anchors = ref_weight[at.row] != 0 || ema_weight[at.row] != 0;
+    const float* kept = out;
+    if (is_kept && has_anchors) kept = static_cast<const float*>(std::memcpy(buffers.x0, out, at.count * 4));
     const auto row_ahead = prefetch_of(at.row, at.first, m.velocity, m.grad_velocity);
     Gradient<decltype(row_ahead)> gradient{out, at.count, row_ahead, false};
     const auto pull = [&](const Latent& latent, float scale) __attribute__((always_inline)) {
@@ -199,6 +214,10 @@ void matching_backward(const MatchingArguments& m) {
     pull(m.ema, ema_weight[at.row]);
     for (; sample != end; ++sample) {
       const float plus = weight(*sample, 0), minus = weight(*sample, 1);
+      if (is_kept) {
+        gradient.add([=](int64_t i) { return plus * kept[i]; }, kNoPrefetch);
+        continue;
+      }
       const float* x0 = load(m.x0, *sample, at, buffers.x0);
       const auto ahead = prefetch_of(*sample, at.first, m.x0, m.noise);
       const float* noise = load_noise(m.noise, m.key, *sample, at, buffers.noise, ahead);

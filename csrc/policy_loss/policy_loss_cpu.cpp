@@ -72,15 +72,22 @@ struct Prefetch {
   }
 };
 
-// Adds a sample's share of one chunk to its sum.
+// Adds a sample's share of one chunk to its sum, and keeps its residual where that is wanted.
 template <Ratio kind>
 FK_INLINE void add_ratio_terms(const PolicyArguments& p, const Chunk& chunk, const Prefetch& ahead, Buffers& buffers,
                                double& sum) {
   const StepRow edge = edge_of(p, ahead.sample);
   const float *x = chunk.x, *velocity = chunk.velocity, *old = chunk.old;
   const float* next = load_next(p, edge, chunk, ahead.sample, ahead.at, buffers);
-  lane_sums(ahead.at.count, ahead, {&sum}, [=](int64_t i) {
+  const auto term = [=](int64_t i) {
     return ratio_term<kind>(edge, x[i], velocity[i], kind == Ratio::recorded ? 0.0f : old[i], next[i]);
+  };
+  if (!p.residual.data) return lane_sums(ahead.at.count, ahead, {&sum}, term);
+  float* const residual = reinterpret_cast<float*>(p.residual.at(ahead.sample, ahead.at.first));
+  const float* from = kind == Ratio::guard ? old : velocity;
+  lane_sums(ahead.at.count, ahead, {&sum}, [=](int64_t i) {
+    residual[i] = ratio_residual(edge, x[i], from[i], next[i]);
+    return term(i);
   });
 }
 
@@ -157,7 +164,9 @@ void policy_forward(const PolicyArguments& p) {
 void policy_backward(const PolicyArguments& given) {
   PolicyArguments p = given;
   const bool from_old = p.settings.guard && p.old_velocity.data;  // a guarded residual is that of the old mean
-  if (from_old && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
+  const bool is_kept = p.residual.data;
+  if (is_kept) p.grad_velocity = p.residual, p.x_t = p.x_next = p.old_velocity = p.noise = {};
+  if ((is_kept || from_old) && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
   const auto weight = [&p](int64_t sample, int which) {
     const float slope = p.slopes[2 * sample + which];
     return is_silent(slope) ? 0.0f : p.grad[sample * p.grad_stride] * slope;
@@ -178,6 +187,8 @@ void policy_backward(const PolicyArguments& given) {
     Buffers buffers;
     const Chunk chunk = load_chunk(p, at, buffers);
     float* out = p.grad_velocity.dtype == DType::float32 ? reinterpret_cast<float*>(stored) : buffers.grad;
+    const float* kept = out;
+    if (is_kept && kl_scale != 0) kept = static_cast<const float*>(std::memcpy(buffers.next, out, at.count * 4));
     const float *x = chunk.x, *velocity = chunk.velocity, *ref = chunk.ref, *from = from_old ? chunk.old : velocity;
     bool is_first = true;
     if (kl_scale != 0) {
@@ -187,6 +198,10 @@ void policy_backward(const PolicyArguments& given) {
     for (; sample != end; ++sample, is_first = false) {
       const StepRow edge = edge_of(p, *sample);
       const float scale = weight(*sample, 0);
+      if (is_kept) {
+        add_term(out, at.count, is_first, [=](int64_t i) { return scale * kept[i]; });
+        continue;
+      }
       const float* next = load_next(p, edge, chunk, *sample, at, buffers);
       add_term(out, at.count, is_first, [=](int64_t i) { return scale * ratio_residual(edge, x[i], from[i], next[i]); });
     }

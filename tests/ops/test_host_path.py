@@ -331,19 +331,104 @@ def test_the_op_writes_to_any_layout(x_t):
     assert torch.equal(apart[1], fk.ode_step(X, V, ROWS, return_x0=True)[1])
 
 
+# ---- the residual that becomes the gradient ----
+
+DRAWN_AGAIN = {"x_next": None} | KEY
+CLIPPED = {"clip_low": 0, "clip_high": 0, "x_next": NEXT / torch.tensor([1.0, 1, 0])[:, None, None]}
+ANCHORS = {"velocity_ref": REF, "velocity_ema": NEXT, "ref_coef": 0.3, "ema_coef": 0.7}
+KEPT = {
+    "exact": (fk.policy_loss, {}),
+    "guard": (fk.policy_loss, {"ratio": "guard"}),
+    "recorded": (fk.policy_loss, {"old_velocity": None, "old_log_prob": A}),
+    "clipped": (fk.policy_loss, CLIPPED),
+    "KL": (fk.policy_loss, {"velocity_ref": REF, "kl_coef": 0.3}),
+    "KL, guided": (
+        fk.policy_loss,
+        {"velocity_ref": REF, "kl_coef": A.abs()} | {"velocity_uncond": X, "guidance_scale": 3.0},
+    ),
+    "drawn again": (fk.policy_loss, DRAWN_AGAIN),
+    "awm": (fk.matching_loss, {}),
+    "awm, on policy": (fk.matching_loss, {"old_velocity": None}),
+    "awm, anchors": (fk.matching_loss, ANCHORS),
+    "awm, anchors, drawn": (fk.matching_loss, ANCHORS | {"noise": None} | KEY),
+    "nft": (fk.matching_loss, {"old_velocity": None, "objective": "nft"} | ANCHORS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", KEPT)
+def test_the_residual_kept_forward_is_the_gradient_once(name, reduction, monkeypatch):
+    """One pass may take the forward pass's memory; every other has the bits of the longer way,
+    which a `row` takes, in memory of its own.
+    """
+    function, change = KEPT[name]
+    of_policy = {"x_t": X, "x_next": NEXT, "c_rows": ROWS, "old_velocity": OLD}
+    of_matching = {"x0": X, "sigma": 0.5, "old_velocity": OLD} | NOISY
+    given = (of_policy if function is fk.policy_loss else of_matching) | {"clip_high": 9.0} | change
+    v = (OLD + 0.01 * V).requires_grad_()
+    api = policy_api if function is fk.policy_loss else matching_api
+    over, calls = api._backward_over, []
+    monkeypatch.setattr(api, "_backward_over", lambda *a: calls.append(a[0]) or over(*a))
+
+    def loss_of(**more):
+        return function(v, advantage=A, reduction=reduction, **given | more).loss
+
+    kept, longer = loss_of(), loss_of(row=torch.arange(3))
+    assert torch.equal(kept, longer) or not kept.isfinite().all()
+    weights = [torch.tensor([1.0, -0.3, 7.0]), torch.tensor([0.0, 1 / 3, 1.0])]
+    for count, weight in enumerate(w if reduction == "none" else w[1] for w in weights):
+        ours, theirs = (
+            torch.autograd.grad(x, v, weight, retain_graph=True)[0] for x in (kept, longer)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert len(calls) == 1 and (calls[0].data_ptr() == ours.data_ptr()) == (count == 0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss_of(), v, weight, create_graph=True)
+    with torch.no_grad():
+        assert function(v, advantage=A, reduction=reduction, **given).loss.grad_fn is None
+
+
+@pytest.mark.parametrize("name", ["exact", "awm"])
+def test_a_changed_input_is_noticed_where_none_is_read_again(name):
+    function, x = KEPT[name][0], X.clone()
+    given = {
+        "exact": {"x_t": x, "x_next": NEXT, "c_rows": ROWS},
+        "awm": {"x0": x, "sigma": 0.5} | NOISY,
+    }
+    loss = function(V.clone().requires_grad_(), advantage=A, old_velocity=OLD, **given[name]).loss
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # ---- what a kernel says itself ----
 
 
 def test_a_kernel_called_past_the_verbs_checks_what_it_reads():
     kernels, slopes, ones = native.cpu(), torch.zeros(3, 2), torch.ones(3)
     none = (None,) * 4
-    call = (ones, slopes, V, X, NEXT, ROWS.table, ROW + 1, None, *none, None, 1.0, None, False)
+    call = (
+        ones,
+        slopes,
+        V,
+        X,
+        NEXT,
+        ROWS.table,
+        ROW + 1,
+        None,
+        *none,
+        None,
+        1.0,
+        None,
+        False,
+        None,
+    )
     assert kernels.policy_backward(*call, False) is None
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 3\), got 3"):
         kernels.policy_backward(*call, True)
     with pytest.raises(ValueError, match="slopes: not as the kernels read it"):
         kernels.policy_backward(ones, slopes[:2], *call[2:6], None, *call[7:], True)
-    with pytest.raises(TypeError, match="expected 16 arguments, got 2"):
+    with pytest.raises(TypeError, match="expected 17 arguments, got 2"):
         kernels.policy_backward(ones, slopes)
     latent_first = (X, V, NEXT, ROWS.table, None, 1.0)
     assert kernels.sde_replay(*latent_first) is None  # a table is for those who have checked it

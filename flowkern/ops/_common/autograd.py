@@ -16,15 +16,27 @@ class EagerGradient(torch.autograd.Function):
 
     All but the velocity comes in tuples, and one output goes out: each argument and each output of
     a Function costs, and so does a setup_context.
+
+    A forward pass may have kept a tensor that becomes the gradient: the first backward pass takes
+    it; another (retain_graph) computes from what is saved, to the same bits.
     """
 
     @staticmethod
     def forward(
-        ctx, velocity: Tensor, saved: tuple, rest: tuple[Tensor, Callable, tuple, str]
+        ctx,
+        velocity: Tensor,
+        saved: tuple,
+        rest: tuple[Tensor, Callable, tuple, str],
+        kept: tuple[Tensor, Callable] | None = None,
     ) -> Tensor:
-        """rest: the output, backward(grad, *saved, *settings), its settings, and the backend."""
+        """rest: the output, backward(grad, *saved, *settings), its settings, and the backend.
+
+        kept: a tensor that nobody else has, and over_kept(kept, grad, *saved, *settings), which
+        writes the gradient over it.
+        """
         ctx.save_for_backward(*saved)
         output, ctx.backward_pass, ctx.settings, ctx.backend = rest
+        ctx.kept = kept
         return output
 
     @staticmethod
@@ -33,7 +45,11 @@ class EagerGradient(torch.autograd.Function):
             _check_derivatives(ctx.backend)
         if grad.is_neg():
             grad = grad.resolve_neg()
-        return ctx.backward_pass(grad, *ctx.saved_tensors, *ctx.settings), None, None
+        saved = ctx.saved_tensors  # raises where an input has changed, also where none is read
+        if ctx.kept is None:
+            return ctx.backward_pass(grad, *saved, *ctx.settings), None, None, None
+        (kept, over_kept), ctx.kept = ctx.kept, None
+        return over_kept(kept, grad, *saved, *ctx.settings), None, None, None
 
 
 def _check_derivatives(backend: str) -> None:

@@ -118,6 +118,17 @@ def _backward(
     )  # fmt: skip
 
 
+def _backward_over(
+    residual, grad, slopes, velocity, x0, sigma, row, noise, sample_id, step,
+    old_velocity, velocity_ref, velocity_ema, seed, step_value, nft, kernel,
+) -> Tensor:  # fmt: skip
+    """`_backward` over the residual that the CPU's kernel has kept, in its memory."""
+    return native_impl.backward(
+        grad, slopes, velocity, x0, sigma, row, Noise(noise, seed, sample_id, step, step_value),
+        nft, old_velocity, velocity_ref, velocity_ema, residual,
+    )  # fmt: skip
+
+
 def _add_noise(
     x0: Tensor, sigma: Tensor, noise: Tensor | None, sample_id: Tensor | None,
     step: Tensor | None, seed: int, step_value: int, kernel: str,
@@ -238,12 +249,15 @@ def matching_loss(
         output = kernels.matching_forward(
             velocity, x0, sigma, advantage, row, noise, seed, sample_id, step,
             objective, weighting, *anchors, ref_coef, ema_coef, clip_low, clip_high, reduction,
+            torch.is_grad_enabled(),
         )  # fmt: skip
         if output is not None:
+            *output, residual = output
             source = as_taken(noise, seed, sample_id, step)
             return _with_gradient(
-                output, velocity, x0, None, row, source, *anchors, ref_coef, ema_coef, nft, "native"
-            )  # no sigma: the slopes have it
+                output, residual, velocity, x0, None, row, source, *anchors, ref_coef, ema_coef,
+                nft, "native",
+            )  # fmt: skip  # no sigma: the slopes have it
     _check_choices(objective, weighting, reduction, clip_low, clip_high)
     check_latent("velocity", velocity)
     for name, value in zip(
@@ -279,16 +293,17 @@ def matching_loss(
         return MatchingLoss(*output[:-1])
     output = _forward(velocity, *others)
     return _with_gradient(
-        output, velocity, x0, sigma, row, source, *anchors, ref_coef, ema_coef, nft, kernel
+        output, None, velocity, x0, sigma, row, source, *anchors, ref_coef, ema_coef, nft, kernel
     )
 
 
-def _with_gradient(output, velocity, *kept) -> MatchingLoss:
-    """A kernel's output; kept: the arguments of `_kept` after the velocity."""
+def _with_gradient(output, residual, velocity, *kept) -> MatchingLoss:
+    """A kernel's output, the residual it has kept or None, and what `_kept` takes."""
     loss, *statistics, slopes = output
     if velocity.requires_grad and torch.is_grad_enabled():
         tensors, settings = _kept(slopes, velocity, *kept)
-        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings, kept[-1]))
+        over = None if residual is None else (residual, _backward_over)
+        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings, kept[-1]), over)
     return MatchingLoss(loss, *statistics)
 
 

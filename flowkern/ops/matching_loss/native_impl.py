@@ -19,17 +19,17 @@ def forward(
     return native_calls.run(
         "matching_forward", velocity, x0, sigma, advantage, row, *native_calls.noise(source),
         "nft" if nft else "awm", WEIGHTINGS[weighting], old_velocity, velocity_ref, velocity_ema,
-        ref_coef, ema_coef, clip_low, clip_high, reduction,
-    )  # fmt: skip
+        ref_coef, ema_coef, clip_low, clip_high, reduction, False,
+    )[:-1]  # fmt: skip
 
 
 def backward(
     grad, slopes, velocity, x0, sigma, row, source: Noise, nft: bool,
-    old_velocity, velocity_ref, velocity_ema,
+    old_velocity, velocity_ref, velocity_ema, residual=None,
 ) -> Tensor:  # fmt: skip
     return native_calls.run(
         "matching_backward", grad, slopes, velocity, x0, row, *native_calls.noise(source),
-        old_velocity, velocity_ref, velocity_ema,
+        old_velocity, velocity_ref, velocity_ema, residual,
     )  # fmt: skip
 
 

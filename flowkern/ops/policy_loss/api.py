@@ -111,6 +111,18 @@ def _backward(
     )  # fmt: skip
 
 
+def _backward_over(
+    residual, grad, slopes, velocity, x_t, x_next, rows, row, old_velocity, noise, sample_id, step,
+    velocity_uncond, velocity_ref, seed, step_value, guidance_scale, guard, kernel,
+) -> Tensor:  # fmt: skip
+    """`_backward` over the residual that the CPU's kernel has kept, in its memory."""
+    source = _source(x_next, noise, seed, sample_id, step, step_value)
+    return native_impl.backward(
+        grad, slopes, velocity, x_t, x_next, rows, row, old_velocity, source,
+        velocity_uncond, guidance_scale, velocity_ref, guard, residual,
+    )  # fmt: skip
+
+
 def _source(x_next, noise, seed, sample_id, step, step_value) -> Noise | None:
     return Noise(noise, seed, sample_id, step, step_value) if x_next is None else None
 
@@ -222,13 +234,14 @@ def policy_loss(
         output = kernels.policy_forward(
             velocity, x_t, x_next, c_rows, advantage, row, old_velocity, old_log_prob,
             noise, seed, sample_id, step, velocity_uncond, guidance_scale, velocity_ref,
-            kl_coef, step_weight, clip_low, clip_high, ratio, reduction,
+            kl_coef, step_weight, clip_low, clip_high, ratio, reduction, torch.is_grad_enabled(),
         )  # fmt: skip
         if output is not None:
+            *output, residual = output
             source = NO_NOISE if x_next is not None else as_taken(noise, seed, sample_id, step)
             has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
             return _with_gradient(
-                output, velocity, x_t, x_next, c_rows.table, row, old_velocity, source,
+                output, residual, velocity, x_t, x_next, c_rows.table, row, old_velocity, source,
                 velocity_uncond, velocity_ref if has_kl else None, guidance_scale,
                 ratio == "guard", "native",
             )  # fmt: skip
@@ -290,18 +303,19 @@ def policy_loss(
         return PolicyLoss(*output[:-1])
     output = _forward(velocity, *others)
     return _with_gradient(
-        output, velocity, x_t, x_next, table, row, old_velocity, source, velocity_uncond,
+        output, None, velocity, x_t, x_next, table, row, old_velocity, source, velocity_uncond,
         None if kl_coef is None and kl_value == 0 else velocity_ref, float(guidance_scale),
         ratio == "guard", kernel,
     )  # fmt: skip
 
 
-def _with_gradient(output, velocity, *kept) -> PolicyLoss:
-    """A kernel's output; kept: the arguments of `_kept` after the velocity."""
+def _with_gradient(output, residual, velocity, *kept) -> PolicyLoss:
+    """A kernel's output, the residual it has kept or None, and what `_kept` takes."""
     loss, *statistics, slopes = output
     if velocity.requires_grad and torch.is_grad_enabled():
         tensors, settings = _kept(slopes, velocity, *kept)
-        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings, kept[-1]))
+        over = None if residual is None else (residual, _backward_over)
+        loss = EagerGradient.apply(velocity, tensors, (loss, _backward, settings, kept[-1]), over)
     return PolicyLoss(loss, *statistics)
 
 

@@ -18,15 +18,15 @@ def forward(
         "policy_forward", velocity, x_t, x_next, rows, advantage, row, old_velocity, old_log_prob,
         *native_calls.noise(source), velocity_uncond, float(guidance_scale), velocity_ref,
         kl_value if kl_coef is None else kl_coef, step_weight, clip_low, clip_high,
-        "guard" if guard else "sde", reduction,
-    )  # fmt: skip
+        "guard" if guard else "sde", reduction, False,
+    )[:-1]  # fmt: skip
 
 
 def backward(
     grad, slopes, velocity, x_t, x_next, rows, row, old_velocity, source: Noise | None,
-    velocity_uncond, guidance_scale, velocity_ref, guard,
+    velocity_uncond, guidance_scale, velocity_ref, guard, residual=None,
 ) -> Tensor:  # fmt: skip
     return native_calls.run(
         "policy_backward", grad, slopes, velocity, x_t, x_next, rows, row, old_velocity,
-        *native_calls.noise(source), velocity_uncond, guidance_scale, velocity_ref, guard,
+        *native_calls.noise(source), velocity_uncond, guidance_scale, velocity_ref, guard, residual,
     )  # fmt: skip
