@@ -1,4 +1,6 @@
 // flowkern._cpu: the CPU kernels as functions of tensors (verbs.h), by the widest instruction set that the processor has.
+#include <pthread.h>
+
 #include "common/arguments.h"
 #include "matching_loss/matching_loss_cpu.h"
 #include "policy_loss/policy_loss_cpu.h"
@@ -51,10 +53,13 @@ void use_isa(const std::string& isa) {
 
 constexpr bool kReadsValues = true;
 
+// A forked process has none of the threads of OpenMP, which would wait for them for ever.
+bool is_forked = false;
+
 // Without the interpreter's lock, on as many threads as torch uses.
 template <class T>
 void run(void (*kernel)(const T&), T& arguments, const Reader&) {
-  arguments.threads = int(PyLong_AsLong(checked(PyObject_CallNoArgs(torch.get_num_threads)).ptr()));
+  arguments.threads = is_forked ? 1 : int(PyLong_AsLong(checked(PyObject_CallNoArgs(torch.get_num_threads)).ptr()));
   const Unlocked unlocked;
   kernel(arguments);
 }
@@ -65,6 +70,7 @@ void run(void (*kernel)(const T&), T& arguments, const Reader&) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "flowkern's CPU kernels; call them through flowkern.ops.";
+  pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
   m.def("isa", [] { return std::string(kernels.isa); }, "The instruction set in use: baseline, avx2 or avx512.");
   m.def("use_isa", &use_isa, "Use a narrower instruction set; tests compare them.");
   m.def("connect", &connect, "What the functions need of torch; called once.");

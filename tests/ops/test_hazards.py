@@ -1,7 +1,9 @@
 """What callers do by mistake or to the limit: no crash, and no wrong answer without a word."""
 
+import os
 import pickle
 import re
+import signal
 
 import pytest
 import torch
@@ -179,6 +181,25 @@ def test_any_number_of_threads_gives_the_same_log_prob(backend):
 
 
 @needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_after_threads_computes_the_same():
+    """The threads are not in the child; it ends by an alarm where it waits for them."""
+    c = step_coefficients(sd3_sigmas(10), "flow_sde", noise_level=0.7)[4]
+    x, v = torch.randn(2, 8, 65_536)
+    draw = lambda: fk.sde_step(x, v, c, seed=1, sample_id=torch.arange(8), step=0)[1]  # noqa: E731
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = draw()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if draw().tolist() == expected.tolist() else 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_infinities_and_signed_zeros_agree_to_the_bit():
     m = multistep_coefficients((0.9, 0.8, 0.7), 2)
     x = X.clone()
