@@ -121,9 +121,12 @@ def report(folder):
 def test_every_verb_launches(tmp_path):
     """In a process of its own: the stub stays loaded, and tensors pretend."""
     pytest.importorskip("triton")
+    root = str(Path(__file__).parents[2])
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(tmp_path)], capture_output=True, text=True
-    )
+        [sys.executable, "-W", "ignore", __file__, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     for name, (_, _, programs) in VERBS.items():
