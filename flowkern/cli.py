@@ -127,7 +127,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         description="Train a small pipeline on handwritten digits, which come with the package, "
         "into runs/ of the working directory.",
     )
-    demo.add_argument("--algorithm", metavar="NAME", help="of configs/digits (default: flow-grpo)")
+    demo.add_argument("--algorithm", metavar="NAME", help="see flowkern cost for the names")
     demo.add_argument("overrides", metavar="key.path=value", nargs="*", help="as of train")
     demo.set_defaults(command=_demo)
 

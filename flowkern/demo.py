@@ -9,8 +9,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowkern.checks import ConfigError
+from flowkern.rl.algorithms import DEFAULT
+
 PACKAGE = Path(__file__).resolve().parent
-DEFAULT = "flow-grpo"
 
 
 def data() -> Path:
@@ -22,7 +24,6 @@ def data() -> Path:
 def run(overrides: Sequence[str], name: str | None = None) -> int:
     """Train the digits demo into the working directory; returns the exit status of a training."""
     from flowkern.train.config import load_config
-    from flowkern.train.trainer import Trainer
 
     assets = {
         "model.path": "digits-sd3",
@@ -32,8 +33,11 @@ def run(overrides: Sequence[str], name: str | None = None) -> int:
     # Quoted: a path may hold what YAML reads as something else.
     places = [f"{key}={json.dumps(str(data() / 'assets' / name))}" for key, name in assets.items()]
     folder = data() / "configs" / "digits"
-    chosen = folder / f"{(name or DEFAULT).replace('-', '_')}.yaml"
+    chosen = folder / f"{name or DEFAULT}.yaml"
     if not chosen.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise ValueError(f"--algorithm: got {name!r}, expected one of {known}")
-    return Trainer(load_config(chosen, [*places, *overrides])).run()
+        raise ConfigError(f"--algorithm: got {name!r}, expected one of {known}")
+    config = load_config(chosen, [*places, *overrides])  # refused before the imports
+    from flowkern.train.trainer import Trainer
+
+    return Trainer(config).run()

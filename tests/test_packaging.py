@@ -101,3 +101,12 @@ def test_versions_have_tested_bounds_and_what_is_required_is_used():
     required = {requirement.split(">")[0] for requirement in extras["train"]}
     for name in required - {"transformers"}:  # of pipelines, which load its encoders by name
         assert re.search(rf"\b(import|from) {modules.get(name, name)}\b", sources), name
+
+
+def test_the_lock_has_a_hash_for_every_version_of_the_constraints():
+    lock = (ROOT / "constraints-cpu.lock").read_text()
+    locked = dict(re.findall(r"(?m)^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", lock))
+    pins = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
+    assert len(pins) > 50
+    assert locked.pop("triton")  # without CUDA nothing pins it but the lock
+    assert locked == pins, "make it again: scripts/lock.py"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
 from flowkern.rollout.engine import Velocity, moved, slices
 from flowkern.train import distributed, lora, metrics, tracking
-from flowkern.train.config import Config
+from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import Copies
 from flowkern.train.distributed import Laps
 from flowkern.train.loading import load_pipeline
@@ -60,7 +61,7 @@ class Trainer:
         config, options = self.config, self.config.train
         torch.manual_seed(config.seed)
         self.model: Any = load_pipeline(config, self.device) if model is None else model
-        self.recipe.plan(self.model.sigmas)  # refused before anything is written
+        self._check_plan()  # refused before anything is written
         if config.model.gradient_checkpointing:
             self.model.network.enable_gradient_checkpointing()
         self.network = lora.add_lora(self.model, config.lora)
@@ -73,6 +74,14 @@ class Trainer:
         self.rewards = load_rewards(config.reward)
         self.objective = self.recipe.objective(uncond=len(self.slots))
         self.validation = Validation(config, self.accelerator, self.model, self.rewards, self.stop)
+
+    def _check_plan(self) -> None:
+        """On the grid of the model, which the configuration does not know."""
+        try:
+            self.recipe.plan(self.model.sigmas)
+        except ValueError as error:
+            is_option = str(error).partition(":")[0] in {f.name for f in fields(self.recipe)}
+            raise ConfigError(f"algorithm{'.' if is_option else ': '}{error}") from error
 
     def _names_of_copies(self) -> list[str]:
         names = list(self.recipe.copies)

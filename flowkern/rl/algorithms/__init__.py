@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "DEFAULT",
     "EvenGridRecipe",
     "Grid",
     "Levels",
@@ -36,6 +37,9 @@ __all__ = [
     "shared_random",
     "windowed",
 ]
+
+DEFAULT = "flow_grpo"
+"""The one that the others are compared with: what a demonstration runs."""
 
 Grid = Callable[[int], "Tensor"]
 """Number of steps -> the model's noise levels (S + 1,), from 1 to 0."""
