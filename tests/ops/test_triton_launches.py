@@ -164,7 +164,7 @@ def host_times(folder):
     import triton
 
     @triton.jit
-    def nothing_kernel(x_ptr, y_ptr, size, BLOCK: triton.language.constexpr):
+    def nothing_kernel(x_ptr, y_ptr, size):
         pass
 
     torch.set_num_threads(1)
@@ -180,7 +180,7 @@ def host_times(folder):
         )
         yield (
             "a launch of three arguments",
-            microseconds(lambda: nothing_kernel[(1,)](p.x, p.v, 7, BLOCK=16)),
+            microseconds(lambda: nothing_kernel[(1,)](p.x, p.v, 7)),
         )
         yield "torch.empty", microseconds(lambda: torch.empty(8))
 
