@@ -3,9 +3,9 @@
     python scripts/lock.py --index URL [--files DIRECTORY]
 
 URL: a package index that answers in JSON (PEP 691), as `pip config get global.index-url` names it.
-DIRECTORY: more files of these versions, such as a build of torch for the CPU alone. With hashes,
-pip installs nothing else (`pip install --require-hashes -r constraints-cpu.lock`); what a CUDA
-build of torch brings with it is not among them.
+DIRECTORY: files to take instead of the index's: the build of torch for the CPU, as what a CUDA build
+brings with it is not in the lock. `pip install --require-hashes -r constraints-cpu.lock` then
+installs these files or nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> int:
     pins = re.findall(r"(?m)^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text() + TRITON)
     lines = [f"# Made by scripts/lock.py from constraints.txt and {TRITON}."]
     for name, version in sorted(pins, key=lambda pin: pin[0].lower()):
-        hashes = {*published(options.index, name, version), *local(options.files, name, version)}
+        hashes = {*local(options.files, name, version)}
+        hashes = hashes or {*published(options.index, name, version)}
         if not hashes:
             print(f"{name}=={version}: no file found", file=sys.stderr)
             return 1

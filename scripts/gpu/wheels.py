@@ -19,7 +19,6 @@ NAMES = ("diffusers", "importlib_metadata", "lazy-importer", "setuptools")
 # What these need and a machine with torch, transformers, accelerate and peft is taken to have.
 PRESENT = {"filelock", "huggingface-hub", "numpy", "pillow", "regex", "requests", "safetensors"}
 PRESENT |= {"zipp"}
-SETUPTOOLS = "setuptools==80.9.0"  # constraints.txt holds none: any from 77 on will do
 
 
 def main() -> int:
@@ -41,7 +40,7 @@ def main() -> int:
 def wanted() -> list[str]:
     """Requirements, at the tested versions."""
     pins = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text()))
-    return [f"{name}=={pins[name]}" if name in pins else SETUPTOOLS for name in NAMES]
+    return [f"{name}=={pins[name]}" for name in NAMES]
 
 
 def unpack(wheels: Path, target: Path) -> list[Path]:

@@ -164,8 +164,9 @@ def per_sample_contiguous(x: Tensor) -> Tensor:
 
 def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of `x`, without gradient, one after the other in memory of `dtype`."""
-    if x.dtype is dtype and x.is_contiguous() and not (x.requires_grad or x.is_neg()):
-        return x
+    if not torch.compiler.is_compiling():  # which cannot trace is_neg
+        if x.dtype is dtype and x.is_contiguous() and not (x.requires_grad or x.is_neg()):
+            return x
     return x.detach().to(dtype).contiguous().resolve_neg()  # a view may hold the other sign
 
 
