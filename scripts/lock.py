@@ -3,8 +3,8 @@
     python scripts/lock.py --index URL [--files DIRECTORY]
 
 URL: a package index that answers in JSON (PEP 691), as `pip config get global.index-url` names it.
-DIRECTORY: files to take instead of the index's: the build of torch for the CPU, as what a CUDA build
-brings with it is not in the lock. `pip install --require-hashes -r constraints-cpu.lock` then
+DIRECTORY: files to take instead of the index's: torch built for the CPU, as the lock does not hold
+what a CUDA build brings with it. `pip install --require-hashes -r constraints-cpu.lock` then
 installs these files or nothing.
 """
 
