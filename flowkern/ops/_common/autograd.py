@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from .dispatch import BackendError, is_in_func
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True: no memory
+
 
 class EagerGradient(torch.autograd.Function):
     """Gives a kernel's output its gradient in `velocity`, for less than the dispatcher's price.
@@ -41,7 +43,8 @@ class EagerGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() or is_in_func() or forward_ad._current_level >= 0:
+        transformed = is_in_func() or forward_ad._current_level >= 0 or _is_batched(grad)
+        if transformed or torch.is_grad_enabled():
             _check_derivatives(ctx.backend)
         if grad.is_neg():
             grad = grad.resolve_neg()
@@ -61,6 +64,6 @@ def _check_derivatives(backend: str) -> None:
             "the kernels have no second derivative; with create_graph=True use backend='reference'"
         )
     raise BackendError(
-        "grad: the kernels' backward pass has no forward mode, nor torch.func (vmap); "
-        "use backend='reference'"
+        "grad: the kernels' backward pass has no forward mode, nor torch.func (vmap), nor "
+        "is_grads_batched=True; use backend='reference'"
     )
