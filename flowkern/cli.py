@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flowkern: {message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        print("flowkern: interrupted before anything was trained", file=sys.stderr)
+        print("flowkern: interrupted", file=sys.stderr)
         return 130
 
 
@@ -196,30 +196,35 @@ def _sample(options: argparse.Namespace) -> int:
         raise ConfigError(f"--num-images: got {options.num_images}, expected at least 1")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: got {options.seed}, expected 0 to 2**63 - 1")
-    import torch
-
-    from flowkern.rollout import prompt_ids
-    from flowkern.train.checkpoint import checkpoints, find_checkpoint
+    from flowkern.train.checkpoint import checkpoints, find_checkpoint, taking
     from flowkern.train.config import load_sampling
-    from flowkern.train.loading import load_pipeline
-    from flowkern.train.lora import attach_lora
     from flowkern.train.prompts import require_text
-    from flowkern.train.tracking import picture_format, save_grid, save_image
-    from flowkern.train.validation import SAMPLE_ITERATION, sample_images
 
     try:
         require_text(options.prompt, "--prompt")
-        picture_format(options.output, "--output")  # refused before the work, not after it
     except ValueError as error:
         raise ConfigError(str(error)) from None
     name = "latest" if checkpoints(options.checkpoint) else str(options.checkpoint)
     directory = find_checkpoint(name, options.checkpoint, key="checkpoint")
     config = load_sampling(directory / "config.yaml")
-    sampler = _sampler(config.validation, options)
+    sampler = _sampler(config.validation, options)  # what is wrong there shows before the imports
+    import torch
+
+    from flowkern.rollout import prompt_ids
+    from flowkern.train.loading import load_pipeline
+    from flowkern.train.lora import attach_lora
+    from flowkern.train.tracking import picture_format, save_grid, save_image
+    from flowkern.train.validation import SAMPLE_ITERATION, sample_images
+
+    try:
+        picture_format(options.output, "--output")  # refused before the work, not after it
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set
-    attach_lora(model, config.lora, averaged if averaged.is_dir() else directory)
+    with taking(directory, "checkpoint"):
+        attach_lora(model, config.lora, averaged if averaged.is_dir() else directory)
     member = torch.arange(options.num_images, device=device)
     images = sample_images(
         model,

@@ -51,8 +51,11 @@ class SD3:
             max_sequence_length = 256
             if pipeline.text_encoder_3 is not None:
                 max_sequence_length = min(256, pipeline.tokenizer_3.model_max_length)
-        if not 0 <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length: got {max_sequence_length}, expected 0 to 512")
+        least = 0 if pipeline.text_encoder_3 is None else 1  # its tokenizer takes no 0
+        if not least <= max_sequence_length <= 512:
+            raise ValueError(
+                f"max_sequence_length: got {max_sequence_length}, expected {least} to 512"
+            )
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module) and module is not pipeline.transformer:
                 module.eval().requires_grad_(False)

@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flowkern.train.config import ConfigError
 from flowkern.train.durable import DELETED, PARTIAL, replace, set_aside, sync
+from flowkern.train.errors import describe
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -61,9 +63,9 @@ def find_checkpoint(
         faults.append(f"{path} is broken: {fault}")
         print(f"{faults[-1]}; passed over", file=sys.stderr, flush=True)
     if faults:
+        anew = "; train.overwrite_output_dir=true starts anew" if key.startswith("train.") else ""
         raise ConfigError(
-            f"{key}: no checkpoint of {str(output_dir)!r} is whole: "
-            f"{faults[0]}; train.overwrite_output_dir=true starts anew"
+            f"{key}: no checkpoint of {str(output_dir)!r} is whole: {faults[0]}{anew}"
         )
     return None
 
@@ -86,6 +88,21 @@ def broken(directory: Path) -> str | None:
         if _digest(path) != digest:
             return f"{name} is not what was written (SHA-256)"
     return None
+
+
+@contextmanager
+def taking(directory: Path, key: str = "train.resume_from_checkpoint") -> Iterator[None]:
+    """Around what reads a sound checkpoint: another version's, or one sealed by hand, may lack or
+    hold anything, and the readers of its files raise of every kind. Raises ConfigError for that.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {str(directory)!r} cannot be used: {describe(error):.200}"
+        ) from error
 
 
 def write(

@@ -92,7 +92,7 @@ class TrainConfig:
     """Optimizer steps."""
     max_batch: Annotated[int, count(2**20)] = 16
     """Rows of one network call at most, in sampling and in training, on each process."""
-    learning_rate: Annotated[float, ABOVE_0] = 3e-4
+    learning_rate: Annotated[float, Range(0, above=True, most=1e6)] = 3e-4
     """Of AdamW, at its highest."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """The learning rate over train.steps, as diffusers' scripts name it."""
@@ -102,10 +102,10 @@ class TrainConfig:
     """Decay of AdamW's mean of gradients."""
     adam_beta2: Annotated[float, BELOW_1] = 0.999
     """Decay of AdamW's mean of squares."""
-    adam_weight_decay: Annotated[float, AT_LEAST_0] = 1e-4
+    adam_weight_decay: Annotated[float, Range(0, most=1e6)] = 1e-4
     """AdamW's decoupled weight decay."""
-    adam_epsilon: Annotated[float, ABOVE_0] = 1e-8
-    """Added to AdamW's denominator."""
+    adam_epsilon: Annotated[float, Range(1e-30)] = 1e-8
+    """Added to AdamW's denominator; float32 has it, so that a gradient of 0 moves nothing."""
     max_grad_norm: Annotated[float, ABOVE_0] = 1.0
     """The gradient is scaled down to this norm."""
     ema_decay: Annotated[float | None, BELOW_1] = None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowkern.checks import ConfigError
+
 
 class Copies:
     """Running means of the trained weights, by name; they begin as the weights are."""
@@ -58,7 +60,7 @@ class Copies:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         stored_copies, self._current = state["copies"], set(state["current"])
         if stored_copies.keys() != self._copies.keys():
-            raise ValueError(
+            raise ConfigError(
                 f"train.resume_from_checkpoint: has the weight copies {sorted(stored_copies)}, "
                 f"expected {sorted(self._copies)}, those of this configuration"
             )

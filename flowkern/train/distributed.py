@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import LoggerType, gather_object
 from torch import Tensor
 
 from flowkern.train.config import Config, ConfigError
@@ -24,16 +25,20 @@ Found = TypeVar("Found")
 def make_accelerator(config: Config) -> Accelerator:
     """One process, or as many as `accelerate launch` or `torchrun` started.
 
-    Raises ConfigError for a tracker that is not installed; accelerate would say nothing.
+    Raises ConfigError for a tracker that there is not, or that is not installed.
     """
     tracker = config.train.report_to
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=tracker,
-        project_dir=config.output_dir,
-        # Frozen, and as large as pos_embed; DDP otherwise sends them at every optimizer step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    if tracker is not None and tracker not in LoggerType.list():
+        known = ", ".join(LoggerType.list())
+        raise ConfigError(f"train.report_to: got {tracker!r}, expected one of {known}")
+    with warnings.catch_warnings(action="ignore"):  # of that tracker, in two lines
+        accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            log_with=tracker,
+            project_dir=config.output_dir,
+            # Frozen, and as large as pos_embed; DDP otherwise sends them at every optimizer step.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
     if tracker and not accelerator.log_with:
         raise ConfigError(f"train.report_to: {tracker!r} is not installed here")
     return accelerator

@@ -180,7 +180,8 @@ def _meant(key: str, path: str, known: Mapping[str, Any], root: type) -> str:
     close, far = nearest(name, known, cutoff=0.75), nearest(name, known, cutoff=0.5)
     elsewhere = next((full for full in _keys(root) if full.rpartition(".")[2] == name), None)
     found = (close and path + close) or ALIASES.get(name) or elsewhere or (far and path + far)
-    return f"; did you mean {found!r}?" if found else f"; known are {', '.join(known)}"
+    is_another = found and found != path + key  # the very key may be one of other algorithms
+    return f"; did you mean {found!r}?" if is_another else f"; known are {', '.join(known)}"
 
 
 def _keys(kind: type, path: str = "") -> Iterator[str]:

@@ -60,7 +60,7 @@ class Lock:
         try:
             owner = json.loads(os.pread(self._descriptor, 4096, 0))
             return {"host": str(owner["host"]), "pid": int(owner["pid"])}
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             return None
 
     def _is_free(self, pid: int) -> bool:

@@ -19,14 +19,20 @@ _PREFIX = "base_model.model."  # peft's; diffusers' keys begin at the network it
 
 
 def add_lora(model: Any, config: LoraConfig) -> PeftModel:
-    """Adapt the model's network, and freeze all else; the update starts at exactly zero."""
+    """Adapt the model's network, and freeze all else; the update starts at exactly zero.
+
+    Raises ConfigError where the network has none of the layers, or one that cannot be adapted.
+    """
     adapter = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
         init_lora_weights="gaussian",
     )
-    model.network = get_peft_model(model.network, adapter).eval()
+    try:
+        model.network = get_peft_model(model.network, adapter).eval()
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
     return model.network
 
 

@@ -149,10 +149,10 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 def draw_prompts(available: int, count: int, seed: int, iteration: int) -> list[int]:
     """`count` different rows of `available`; follows from seed and iteration alone.
 
-    Raises ValueError where there are too few.
+    Raises ConfigError where there are too few.
     """
     if count > available:
-        raise ValueError(
+        raise ConfigError(
             f"algorithm.prompts_per_rollout: got {count}, expected at most the {available} of "
             "data.train_prompts"
         )

@@ -115,7 +115,8 @@ class Run:
         trainer, options, tree = self.trainer, self.config.train, to_dict(self.config)
         found = distributed.on_main(self.accelerator, lambda: self._claim(tree))
         if found is not None:
-            trainer.load(Path(found))
+            with checkpoint.taking(Path(found)):
+                trainer.load(Path(found))
             self.logged = trainer.global_step
             self.saved = self.logged if self._is_mine(found) else 0
         distributed.on_main(self.accelerator, lambda: self._prepare(found, tree))
@@ -125,14 +126,23 @@ class Run:
     def _claim(self, tree: dict[str, Any]) -> str | None:
         """The checkpoint to continue from; what can be refused is refused here, before a change."""
         name = self.config.train.resume_from_checkpoint
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = Lock(self.output_dir)
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.output_dir)
+        except OSError as error:
+            if error.errno is None:  # another run has it
+                raise
+            raise ConfigError(
+                f"output_dir: {error.strerror}: {str(error.filename)!r:.300}"
+            ) from error
         found = checkpoint.find_checkpoint(name, self.output_dir) if name else None
         if found is None:
             return None
-        self.taken = run_directory.refuse_other_run(found, tree)
-        stored = json.loads((found / PROMPTS).read_text())
-        for key, digest in self._prompts().items():
+        prompts = self._prompts()
+        with checkpoint.taking(found):
+            self.taken = run_directory.refuse_other_run(found, tree)
+            stored = dict(json.loads((found / PROMPTS).read_bytes()))
+        for key, digest in prompts.items():
             if stored.get(key) != digest:
                 raise ConfigError(
                     f"{key}: holds other prompts than when the run that is resumed began; "

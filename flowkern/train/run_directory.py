@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from flowkern.train import checkpoint, durable
+from flowkern.train import tree as trees
 from flowkern.train.config import ConfigError
 from flowkern.train.tracking import flat
 
@@ -79,9 +80,7 @@ def dump(tree: Mapping[str, Any]) -> str:
 
 def changes(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What the configuration `tree` has otherwise than the checkpoint's: key -> (its, ours)."""
-    its, ours = (
-        flat(yaml.safe_load(text)) for text in ((found / CONFIG).read_text("utf-8"), dump(tree))
-    )
+    its, ours = flat(trees.read_file(found / CONFIG)), flat(yaml.safe_load(dump(tree)))
     differing = {key: (its.get(key), ours.get(key)) for key in its | ours}
     return {
         key: (old, new)

@@ -21,7 +21,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str
         tree = merged(tree, read_file(path))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not (key and equals):
+        if not (equals and all(key.split("."))):
             raise ConfigError(f"override: got {override!r}, expected key.path=value")
         _set(tree, key, parse(text, key))
     return tree

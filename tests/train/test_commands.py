@@ -73,6 +73,7 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
 
     from flowkern.cli import main
     from flowkern.models.sd3 import SD3
+    from flowkern.train import checkpoint
     from flowkern.train.run import Run
     from flowkern.train.trainer import Trainer
 
@@ -96,6 +97,14 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == "sample.png\n" and (tmp_path / "sample.png").is_file()
     assert seen[0] == seen[1] and seen[1]["dtype"] == torch.bfloat16
     assert seen[1]["max_sequence_length"] == 5
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    (saved / "adapter_model.safetensors").write_bytes(b"of another version")
+    (saved / "manifest.json").unlink()
+    checkpoint._seal(saved)  # as its manifest says, and of no use
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flowkern: checkpoint: ") and error.count("\n") == 1
 
 
 def test_errors_are_one_line(capsys, monkeypatch):

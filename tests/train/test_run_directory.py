@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
@@ -242,8 +243,10 @@ def test_a_directory_is_written_by_one_run_at_a_time(tmp_path):
     lock.path.write_text('{"host": "elsewhere", "pid": 7}')
     with pytest.raises(OSError, match="process 7 on elsewhere; if that run is gone, remove .*lock"):
         Lock(tmp_path)
-    lock.path.write_text("")  # killed before it was written
-    Lock(tmp_path).release()
+    # Killed before it was written, or none of ours.
+    for content in ("", "{}", "[]", '{"host": "x", "pid": 1e400}', "[" * 4000):
+        lock.path.write_text(content)
+        Lock(tmp_path).release()
 
 
 def test_where_files_have_no_locks_the_process_is_asked_for(tmp_path, monkeypatch):
@@ -277,6 +280,20 @@ def test_what_would_make_it_another_run_is_refused_by_key(tmp_path, changed, mes
     assert run_directory.refuse_other_run(tmp_path, same) == {}
     taken = tree | {"train": {"learning_rate": 2e-3, "steps": 8}}
     assert run_directory.refuse_other_run(tmp_path, taken) == {"train.learning_rate": (1e-3, 2e-3)}
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\x00junk", None])
+def test_a_sound_checkpoint_that_is_of_no_use_is_refused_in_a_line(a_run, content):
+    found = a_run / "checkpoint-6"
+    for name in ("config.yaml", "state.pt"):
+        (found / name).unlink() if content is None else (found / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{found}/config.yaml: ") as refused:
+        run_directory.refuse_other_run(found, TREE)
+    assert "\n" not in str(refused.value)
+    begins = f"train.resume_from_checkpoint: '{found}' cannot be used: "
+    with pytest.raises(ConfigError, match=begins) as refused, checkpoint.taking(found):
+        torch.load(found / "state.pt", weights_only=True)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_configuration_until_a_change_stays(a_run):

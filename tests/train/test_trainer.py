@@ -229,8 +229,22 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
         assert torch.equal(by_update, torch.arange(12).view(2, 6)), "the same for any world"
     with pytest.raises(ValueError, match="prompts_per_rollout: got 10, expected a multiple of 3"):
         share(10, 0, 3, 1)
-    with pytest.raises(ValueError, match="prompts_per_rollout: got 241, expected at most the 240"):
-        Trainer(tiny("algorithm.prompts_per_rollout=241"))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("algorithm.prompts_per_rollout=241", "algorithm.prompts_per_rollout: got 241, .* the 240"),
+        ("train.report_to=nope", "train.report_to: got 'nope', expected one of .*tensorboard"),
+        ("lora.target_modules=[nope]", "lora.target_modules: .*nope"),
+        ("model.max_sequence_length=0", "model.max_sequence_length: got 0, expected 1 to 512"),
+        ("output_dir=/dev/null/run", "output_dir: Not a directory: '/dev/null/run'"),
+    ],
+)
+def test_what_only_this_machine_or_the_model_can_refuse_is_refused_by_key(tiny, override, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as refused:
+        Trainer(tiny(override)).run()
+    assert "\n" not in str(refused.value)
 
 
 def test_the_host_waits_for_no_result_between_the_rewards_and_the_update(tiny, monkeypatch):
