@@ -192,8 +192,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    if options.num_images < 1:
-        raise ConfigError(f"--num-images: got {options.num_images}, expected at least 1")
+    if not 1 <= options.num_images <= 1000:
+        raise ConfigError(f"--num-images: got {options.num_images}, expected 1 to 1000")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: got {options.seed}, expected 0 to 2**63 - 1")
     from flowkern.train.checkpoint import checkpoints, find_checkpoint, taking

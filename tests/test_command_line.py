@@ -28,6 +28,11 @@ SAID = [
     (["train", CONFIG, "algorithm.name=mixgpo"], 2, "algorithm.name: .*did you mean 'mixgrpo'"),
     (["train", CONFIG, "algorithm.name=no_such:Recipe"], 2, "there is no module no_such"),
     (["sample", "x"], 2, "required: --prompt"),
+    (
+        ["sample", "x", "--prompt", "p", "--num-images", "1001"],
+        2,
+        "--num-images: .* 1 to 1000",
+    ),
 ]
 
 
