@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "rewards": set(),
     "compat": {"schedules", "ops"},
     "train": {"schedules", "ops", "rollout", "rl", "models", "rewards"},
-    "demo": {"train"},
+    "demo": {"rl", "train"},
     "cli": {"schedules", "ops", "rollout", "rl", "models", "rewards", "train", "demo"},
 }
 HEAVY = {
