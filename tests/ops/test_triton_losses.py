@@ -265,8 +265,11 @@ def test_siblings_have_the_bits_of_repeated_rows(loss, problem, siblings):
     assert torch.equal(gradient, expected) and (gradient[2] == 0).all()
 
 
-@laws_of_both
-@pytest.mark.parametrize("is_shared", [False, True], ids=["own rows", "siblings"])
+@pytest.mark.parametrize(  # few: interpreted, a program takes 50 ms
+    "loss, problem, is_shared",
+    [(*LOSSES[0], False), (*LOSSES[1], True)],
+    ids=["policy, own rows", "awm, siblings"],
+)
 def test_batches_of_many_groups(loss, problem, is_shared):
     """One program makes the statistics of 128 samples; of 260, some of the third group."""
     row = torch.arange(260, device=DEVICE).flip(0) % 2 if is_shared else None
