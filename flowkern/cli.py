@@ -199,9 +199,11 @@ def _sample(options: argparse.Namespace) -> int:
     from flowkern.train.checkpoint import checkpoints, find_checkpoint, taking
     from flowkern.train.config import load_sampling
     from flowkern.train.prompts import require_text
+    from flowkern.train.tracking import picture_format
 
     try:
         require_text(options.prompt, "--prompt")
+        picture_format(options.output, "--output")  # refused before the work, not after it
     except ValueError as error:
         raise ConfigError(str(error)) from None
     name = "latest" if checkpoints(options.checkpoint) else str(options.checkpoint)
@@ -213,13 +215,9 @@ def _sample(options: argparse.Namespace) -> int:
     from flowkern.rollout import prompt_ids
     from flowkern.train.loading import load_pipeline
     from flowkern.train.lora import attach_lora
-    from flowkern.train.tracking import picture_format, save_grid, save_image
+    from flowkern.train.tracking import save_grid, save_image
     from flowkern.train.validation import SAMPLE_ITERATION, sample_images
 
-    try:
-        picture_format(options.output, "--output")  # refused before the work, not after it
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set

@@ -1,5 +1,6 @@
 """The native CUDA kernels up to their launch, on a driver that records and runs nothing."""
 
+import os
 import subprocess
 import sys
 
@@ -13,9 +14,24 @@ import flowkern as fk
 from flowkern.ops._common import native_cuda
 
 pytest.importorskip("pybind11")
-pytestmark = pytest.mark.skipif(
-    stub_driver.why_not() is not None, reason=str(stub_driver.why_not())
+IS_ALONE = os.environ.get("FLOWKERN_STUB_DRIVER") == "1"
+alone = pytest.mark.skipif(
+    stub_driver.why_not() is not None or not IS_ALONE,
+    reason=str(stub_driver.why_not() or "runs in a process of its own, below"),
 )
+
+
+@pytest.mark.skipif(stub_driver.why_not() is not None, reason=str(stub_driver.why_not()))
+@pytest.mark.skipif(IS_ALONE, reason="this is that process")
+def test_launches_in_a_process_of_its_own():
+    """A process that has loaded the driver keeps it, and one loaded before would be found."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"FLOWKERN_STUB_DRIVER": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
 # What each verb launches, whatever the size.
 LAUNCHED = {
     "draw": ["sde_draw"],
@@ -50,10 +66,12 @@ def driver(stub):
         yield driver
 
 
+@alone
 def test_the_table_is_that_of_all_verbs():
     assert LAUNCHED.keys() == calls.VERBS.keys()
 
 
+@alone
 @pytest.mark.parametrize("verb", LAUNCHED)
 def test_one_launch_per_direction_on_the_stream(driver, verb):
     p = calls.Arguments("cpu", batch=3, size=5000)
@@ -65,6 +83,7 @@ def test_one_launch_per_direction_on_the_stream(driver, verb):
     assert {(launch.stream, launch.device) for launch in found} == {(77, 0)}
 
 
+@alone
 def test_outputs_share_one_allocation(driver):
     p = calls.Arguments("cpu", batch=3, size=40)
     for verb in ("policy", "matching"):
@@ -76,6 +95,7 @@ def test_outputs_share_one_allocation(driver):
         assert [x._version for x in out] == [before[0], before[1] + 1, *before[2:]]
 
 
+@alone
 def test_a_capture_gets_scratch_of_its_own_and_clears_it(driver, monkeypatch):
     asked = []
     given = stub_driver.memory_of_the_host
@@ -94,6 +114,7 @@ def test_a_capture_gets_scratch_of_its_own_and_clears_it(driver, monkeypatch):
     assert asked == [False, True, True, True, True]
 
 
+@alone
 def test_many_samples_come_sorted_and_few_do_not(driver, monkeypatch):
     p = calls.Arguments("cpu", batch=4, size=16)
     for batch, is_sorted in ((1024, False), (1025, True)):
@@ -117,12 +138,14 @@ def test_many_samples_come_sorted_and_few_do_not(driver, monkeypatch):
 SIBLINGS = native_cuda.siblings
 
 
+@alone
 def test_the_order_of_siblings():
     row = torch.tensor([2, 0, 2, 9, -4, 0, 2])
     order, first = SIBLINGS(row, 4)
     assert order.tolist() == [1, 4, 5, 0, 2, 6, 3] and first.tolist() == [0, 3, 3, 6, 7]
 
 
+@alone
 def test_values_are_not_read_on_the_host(stub):
     """Every argument lies in memory that must not be touched: a look at it ends the process."""
     code = """
@@ -160,6 +183,7 @@ print(driver.count)
     assert int(done.stdout) == sum(map(len, LAUNCHED.values()))
 
 
+@alone
 def test_what_is_not_read_as_it_is_goes_through_python(driver):
     """Permuted, of another integer dtype, in float64 tables: copied or converted, then launched."""
     p = calls.Arguments("cpu", batch=3, size=40)
