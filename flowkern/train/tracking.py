@@ -9,10 +9,11 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a name of a picture is refused before torch is there
+    import torch
+    from torch import Tensor
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 ENCODING: dict[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 95, "subsampling": 0}}
@@ -24,6 +25,8 @@ INK, ACCENT, SOFT = "#222222", "#1f5fa8", "#d9822b"
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory allocated on a CUDA device; else of the process."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
