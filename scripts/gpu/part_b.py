@@ -1,4 +1,6 @@
-"""Part B: whole iterations of a large model, flowkern and the plain loop on the same images."""
+"""Part B: whole iterations of a large model, flowkern and the plain loop on the same images; then
+every algorithm's demo, on the device and on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -10,3 +12,4 @@ def run(steps: Steps) -> None:
     if IS_REHEARSAL:
         command += ["--device", "cpu", "--tiny", "--rollouts", "0", "--images", "2"]
     steps.run("e2e", 195, command)
+    steps.run("train", 100, [PYTHON, "scripts/gpu/train.py"])

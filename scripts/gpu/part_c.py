@@ -1,4 +1,6 @@
-"""Part C: memory errors, what bounds the kernels, and torch.compile with the time that is left."""
+"""Part C: memory errors, what bounds the kernels, their tiles, and torch.compile with the time that
+is left.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ def run(steps: Steps) -> None:
         launch = []
     if launch:
         steps.run("profile", 30, launch)
+    steps.run("tiles", 80, [PYTHON, "scripts/gpu/tiles.py", "--device", device])
     command = [PYTHON, "benchmarks/speed.py", "--device", device, "--kernels", "--only", "image"]
     if IS_REHEARSAL:
         command += ["--seconds", "0.001", "--no-compile", "--only", "forward, off"]
