@@ -106,7 +106,7 @@ def _case(
             Contender("torch.compile", lambda: with_gradient(run), note),
         ]
     largest = 1.0 if is_forward else truth.abs().max()  # the losses of a batch nearly cancel
-    check = lambda found: float((found - truth).abs().max() / largest)  # noqa: E731
+    check = lambda found: float((found.detach() - truth).abs().max() / largest)  # noqa: E731
     name = f"forward{'' if is_forward else ' + backward'}, {name}"
     case = Case("policy_loss", name, shape, str(dtype).removeprefix("torch."), contenders, check)
     case.allowed = 1e-5 if is_forward else 1e-3 if dtype == torch.float32 else 1e-2

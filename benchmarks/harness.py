@@ -253,10 +253,10 @@ def describe_machine(device: torch.device) -> dict:
         about["instruction_set"] = native.cpu().isa() if native.cpu() else None
     about["backends"] = flowkern.backends(device)
     about["utc"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-    about |= {
-        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("FLOWKERN_COMMIT"),
-        "dirty": bool(_git("status", "--porcelain", "-uno")),
-    }
+    # A name that is given counts: a tree that was carried here is not what its .git says.
+    named = os.environ.get("FLOWKERN_COMMIT")
+    about["commit"] = named or _git("rev-parse", "--short", "HEAD")
+    about["dirty"] = not named and bool(_git("status", "--porcelain", "-uno"))
     return about
 
 

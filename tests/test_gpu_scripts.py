@@ -17,12 +17,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts" / "gpu")]
+sys.path.append(str(ROOT / "tests" / "ops"))
 import bench_large_model  # noqa: E402
+import calls  # noqa: E402
 import device_time  # noqa: E402
 import part_a  # noqa: E402
 import smoke  # noqa: E402
+import train  # noqa: E402
 import wheels  # noqa: E402
 from steps import Steps  # noqa: E402
+
+from flowkern.train.config import load_config  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -89,6 +94,21 @@ def test_a_kernel_that_failed_its_first_call_is_left_out_of_the_timings(tmp_path
     lines = [good, good | {"ok": False}, good | {"op": "noise", "backend": "native", "ok": False}]
     (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert part_a.left_out(Steps("A", 1, tmp_path)) == ["noise:native", "sde_step:triton"]
+
+
+@pytest.mark.parametrize("verb", calls.VERBS)
+def test_every_first_call_can_be_made(verb, backend):
+    """On the CPU: a verb that refuses what it is given there would refuse it on a device."""
+    assert smoke._here(verb, backend, "cpu") == 0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/digits").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_demos_of_part_b_are_configurations(path):
+    for more in (train.FIRST, train.FURTHER):
+        config = load_config(path, [*train.SMALL, *more, "output_dir=x"])
+        assert config.train.steps % config.algorithm.updates_per_rollout == 0
 
 
 def test_the_first_call_knows_wrong_from_right():

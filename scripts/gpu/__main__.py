@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,14 +59,6 @@ def prepare(results: Path) -> None:
         "PYTHONUNBUFFERED": "1",
         "FLOWKERN_RESULTS": str(results),
     }
-    if "FLOWKERN_COMMIT" not in os.environ:
-        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        try:
-            found = subprocess.run(git, capture_output=True, text=True)
-        except OSError:
-            return
-        if found.returncode == 0:
-            os.environ["FLOWKERN_COMMIT"] = found.stdout.strip()
 
 
 if __name__ == "__main__":

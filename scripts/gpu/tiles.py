@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "ops"), str(ROOT / "benchmarks")]
 import device_time  # noqa: E402
-from calls import Arguments, call  # noqa: E402
+from calls import Arguments, call, takes  # noqa: E402
 
 IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
 TIMED = ["draw", "draw, noise given", "replay", "replay, gradient", "policy, gradient"]
@@ -52,6 +52,8 @@ def main() -> int:
                 first = Arguments(device, 8, size, getattr(torch, dtype))
                 copies = [first.to(device) for _ in range(2 if size > 2**20 else 16)]
                 for verb in TIMED[:2] if IS_REHEARSAL else TIMED:
+                    if not takes(verb, getattr(torch, dtype)):
+                        continue
                     line = {"verb": verb, "size": size, "dtype": dtype}
                     line["us"] = _times(verb, copies)
                     file.write(json.dumps(line) + "\n")
@@ -86,7 +88,7 @@ def _compile_apart() -> None:
 def _compile(verb: str, device: torch.device) -> int:
     for dtype in DTYPES:
         p = Arguments(device, 8, SIZES[0], getattr(torch, dtype))
-        for tile in TILES:
+        for tile in TILES if takes(verb, p.x.dtype) else ():
             try:
                 _with_tile(tile, lambda: call(verb, p, "triton"))  # noqa: B023
             except Exception as error:  # told when it is timed

@@ -22,8 +22,11 @@ IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
 SECONDS = 400 if IS_REHEARSAL else 80  # of one run
 STEPS = 2
 SMALL = ["algorithm.group_size=4", "algorithm.prompts_per_rollout=4", "train.max_batch=32"]
+SMALL += [f"algorithm.updates_per_rollout={STEPS}"]
 SMALL += ["train.checkpointing_steps=1", "validation.num_prompts=2"]
 SMALL += ["validation.num_inference_steps=2", "validation.steps=1000"]
+FIRST = [f"train.steps={STEPS}"]
+FURTHER = [f"train.steps={2 * STEPS}", "train.resume_from_checkpoint=latest"]
 # Relative to the CPU's value. Rewards go through convolutions, which CUDA does in TF32.
 ALLOWED = {"reward/mean": 0.01, "grad_norm": 0.05, "ratio_mean": 1e-3}
 
@@ -52,7 +55,7 @@ def _on_both(name: str, folder: Path) -> dict:
     line, found = {"run": name}, {}
     for where in ("device", "cpu"):
         out = folder / f"{name}-{where}"
-        line[f"seconds_{where}"], why = _train(name, out, where, [f"train.steps={STEPS}"])
+        line[f"seconds_{where}"], why = _train(name, out, where, FIRST)
         if why:
             return line | {"why": f"on the {where}: {why}"}
         found[where] = _metrics(out)
@@ -66,7 +69,7 @@ def _on_both(name: str, folder: Path) -> dict:
 def _resumed(name: str, out: Path) -> dict:
     """The same run, twice as far."""
     line = {}
-    line["seconds_resumed"], why = _train(name, out, "device", [f"train.steps={2 * STEPS}"])
+    line["seconds_resumed"], why = _train(name, out, "device", FURTHER)
     steps = [] if why else [row["step"] for row in _metrics(out)]
     if why or steps != list(range(1, 2 * STEPS + 1)):
         line["why"] = f"resumed: {why or steps}"
@@ -76,9 +79,7 @@ def _resumed(name: str, out: Path) -> dict:
 def _launched(name: str, folder: Path) -> dict:
     line = {"run": f"{name}, by torchrun"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    line["seconds_device"], why = _train(
-        name, folder / "launched", "device", [f"train.steps={STEPS}"], launcher
-    )
+    line["seconds_device"], why = _train(name, folder / "launched", "device", FIRST, launcher)
     return line | ({"why": why} if why else {})
 
 

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "numpy", "setuptools", "pybind11", "pytest", "pytest-xdist")
 PACKAGES += ("pytest-timeout", "hypothesis", "diffusers", "transformers", "accelerate", "peft")
 PACKAGES += (
@@ -32,7 +33,8 @@ COMMANDS = {
 
 
 def main() -> int:
-    print(f"commit {os.environ.get('FLOWKERN_COMMIT')}")
+    here = _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip()
+    print(f"commit {os.environ.get('FLOWKERN_COMMIT') or here}")
     print(f"python {platform.python_version()}, {os.cpu_count()} cores, {platform.platform()}")
     for name in PACKAGES:
         print(f"{name} {_version(name)}")

@@ -96,6 +96,14 @@ VERBS = {
     "philox_normal": (lambda p, b: (fk.philox_normal(p.shape, **p.key, backend=b),), 1),
 }
 
+# What the noise of a stored state cannot be drawn again for.
+FLOAT32_ALONE = {"policy, drawn again"}
+
+
+def takes(verb, dtype):
+    """Whether a verb takes states of this dtype."""
+    return dtype == torch.float32 or verb not in FLOAT32_ALONE
+
 
 def call(verb, p, backend):
     """The results, by this backend: every op has its kernel, a refusal is a failure."""

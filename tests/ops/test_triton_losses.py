@@ -479,7 +479,7 @@ def test_in_a_cuda_graph(loss, problem):
 
 def test_a_guarded_ratio_without_noise_is_one_whatever_the_data():
     arguments = policy_problem(2, 40, ratio="guard")
-    arguments["c_rows"] = fk.schedules.step_coefficients(fk.schedules.sd3_sigmas(4), "ode", 0.0)[0]
+    arguments["c_rows"] = step_coefficients(sd3_sigmas(4), "ode", 0.0)[0].to(DEVICE)
     arguments["x_next"][0, 3] = float("nan")
     out, gradient = differentiated(fk.policy_loss, arguments, 1.0)
     assert (out[1] == 0).all() and (out[2] == 1).all()
