@@ -132,8 +132,8 @@ def tile(grown: bool) -> tuple[int, int]:
 
 
 def cut(x: Tensor, *others: Tensor, may_grow: bool = False) -> Cut:
-    """For samples as those of `x`. may_grow: programs end with an arrival, and have registers left,
-    as those that draw the noise of a loss again, or loop over siblings, have not.
+    """For samples as those of `x`. may_grow: programs end with an arrival or draw noise, and have
+    registers left, as those that loop over siblings have not.
     """
     batch = x.shape[0]
     size = x.numel() // batch if batch else 0

@@ -299,7 +299,7 @@ def forward(
     reduction: str,
 ) -> tuple[Tensor, ...]:
     """The fields of MatchingLoss, and the slopes (B, 4)."""
-    batch, made = x0.shape[0], cut(velocity, x0, may_grow=row is None and source.given is not None)
+    batch, made = x0.shape[0], cut(velocity, x0, may_grow=row is None)
     sums = sum(x is not None for x in (velocity, velocity_ref, velocity_ema))
     sums += nft + 2 * (old_velocity is not None)
     out = loss_outputs(batch, 5, 4, reduction, velocity.device)
@@ -348,7 +348,7 @@ def add_noise(x0: Tensor, sigma: Tensor, source: Noise) -> Tensor:
     x_t = torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
     if x0.numel():
         launch(
-            _add_noise_kernel, x0, cut(x0),
+            _add_noise_kernel, x0, cut(x0, may_grow=True),
             packed_latent(x_t), packed_latent(x0), sigma.contiguous(), *packed_noise(source),
             STREAM=STREAMS["match"],
         )  # fmt: skip
