@@ -21,7 +21,10 @@ if WHY_NOT is not None:
     pytest.skip(WHY_NOT, allow_module_level=True)
 
 import fused  # noqa: E402
+import interpreter  # noqa: E402
 
+if INTERPRETED:
+    interpreter.patch_once()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
 
@@ -74,7 +77,7 @@ def same_rounding(got, expected):
 def test_noise_has_the_bits_of_the_reference(seed):
     ids = torch.tensor([0, 7, 2**31, 2**40 + 5, -3], device=DEVICE)
     steps = torch.tensor([0, 1, 2, 2**28 - 1, 5], device=DEVICE)
-    for shape, step in (((5, 4099), steps), ((5, 3, 1), 0), ((5, 1), 2**28 - 1)):
+    for shape, step in (((5, 1027), steps), ((5, 3, 1), 0), ((5, 1), 2**28 - 1)):
         got, expected = both(fk.philox_normal, shape, seed, ids, step, "match")
         assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
 
@@ -86,8 +89,8 @@ def test_draw_rounds_as_the_reference(dtypes):
     for shape, uncond, history in (
         ((3, 1), False, 0),
         ((2, 4, 64), True, 0),
-        ((3, 7, 11, 13), False, 3),
-        ((2, 777), True, 1),
+        ((2, 7, 11, 7), False, 3),
+        ((2, 300), True, 1),
     ):
         arguments = problem(*shape, dtype=dtype, uncond=uncond, history=history)
         arguments["out_dtype"] = out_dtype
@@ -116,12 +119,12 @@ def test_draw_rounds_as_the_reference(dtypes):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_replayed_ratio_is_exactly_one_for_any_split(dtype):
     """Also for a sample stored in another dtype, where a kernel lays out its threads otherwise."""
-    for out_dtype, size in itertools.product(DTYPES, (777, 1)):
-        arguments = problem(4, size, dtype=dtype, uncond=True)
-        x_next, drawn = fk.sde_step(**arguments, **key(4), out_dtype=out_dtype, backend="triton")
+    for out_dtype, size in itertools.product(DTYPES, (520, 1)):
+        arguments = problem(3, size, dtype=dtype, uncond=True)
+        x_next, drawn = fk.sde_step(**arguments, **key(3), out_dtype=out_dtype, backend="triton")
         tensors = [n for n, v in arguments.items() if n != "guidance_scale"]
-        for split in ([4], [1, 3]):
-            for index in torch.tensor([2, 0, 3, 1], device=DEVICE).split(split):
+        for split in ([3], [1, 2]):
+            for index in torch.tensor([2, 0, 1], device=DEVICE).split(split):
                 part = arguments | {n: arguments[n][index] for n in tensors}
                 replayed = fk.sde_log_prob(**part, x_next=x_next[index], backend="triton")
                 assert torch.equal(replayed, drawn[index])

@@ -1,4 +1,4 @@
-"""Runs the Triton tests in Triton's interpreter: in a process that has not imported triton yet."""
+"""Runs the Triton tests in Triton's interpreter: in processes that have not imported triton yet."""
 
 import os
 import re
@@ -10,19 +10,25 @@ import pytest
 
 # What may skip: what needs a GPU, and bits that rest on an fma that rounds once. No more may hide.
 GRAPHS = "CUDA graphs need a GPU"
+FILES = [Path(__file__).with_name(f"test_triton{name}.py") for name in ("", "_losses")]
 
 
-@pytest.mark.parametrize("name", ["test_triton", "test_triton_losses"])
-def test_kernels_in_the_interpreter(name):
+def test_kernels_in_the_interpreter():
+    """Both files at once, on a core each: the interpreter computes on one thread."""
     pytest.importorskip("triton")
     from fused import REASON
 
-    tests = Path(__file__).with_name(f"{name}.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(tests)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=tests.parents[2], capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
-    skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", run.stdout, re.MULTILINE)
-    assert skipped and set(skipped) <= {GRAPHS, REASON}, run.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    command += ["-p", "no:hypothesispytest"]  # whose import takes seconds
+    runs = [
+        subprocess.Popen(
+            [*command, file], cwd=FILES[0].parents[2], text=True,
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for file in FILES
+    ]  # fmt: skip
+    for run, said in zip(runs, [run.communicate()[0] for run in runs], strict=True):
+        assert run.returncode == 0 and " passed" in said, said
+        skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)
+        assert skipped and set(skipped) <= {GRAPHS, REASON}, said

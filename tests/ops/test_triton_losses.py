@@ -21,10 +21,14 @@ pytestmark = pytest.mark.gpu
 if WHY_NOT is not None:
     pytest.skip(WHY_NOT, allow_module_level=True)
 
+import interpreter  # noqa: E402
+
 from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
 
+if INTERPRETED:
+    interpreter.patch_once()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
 ROW = torch.tensor([1, 0, 1, 1], device=DEVICE)  # row 2 of three has no sample

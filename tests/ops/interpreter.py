@@ -1,0 +1,37 @@
+"""Triton's interpreter, its language patched once a launch: by itself it patches it again at each
+call of a device function, which takes most of its time.
+"""
+
+import functools
+import inspect
+
+from triton.runtime import interpreter
+
+
+def patch_once() -> None:
+    """For this process. A function that sees another part of the language has that patched, too."""
+    patch = interpreter._patch_lang
+    parts = (interpreter.tl, interpreter.tl.core)
+    patched = set()
+
+    @functools.cache
+    def parts_of(function):
+        return {id(x) for x in function.__globals__.values() if inspect.ismodule(x) and x in parts}
+
+    def patch_what_is_not(function):
+        seen = parts_of(function)
+        if seen and seen <= patched:
+            return None  # to a device function, which does not ask
+        scope = patch(function)
+        if not patched:  # by a launch, which puts back
+            restore = scope.restore
+
+            def forget():
+                restore()
+                patched.clear()
+
+            scope.restore = forget
+        patched.update(seen)
+        return scope
+
+    interpreter._patch_lang = patch_what_is_not
