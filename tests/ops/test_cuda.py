@@ -10,8 +10,6 @@ import itertools
 import platform
 import shutil
 import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,9 @@ from flowkern.ops.sde_step import api as step_api
 from flowkern.ops.sde_step import native_impl as step_native
 from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
 
-pybind11 = pytest.importorskip("pybind11")
+pytest.importorskip("pybind11")
+import builds
+
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MULTISTEP = multistep_coefficients(sd3_sigmas(10)[2:6], 3).to("cpu", torch.float32)
@@ -44,22 +44,10 @@ def module(tmp_path_factory):
     if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs g++ on x86-64")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    paths = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in paths)]
-    emulate = ["-include", str(Path(__file__).parent / "cuda_on_cpu.h"), "-x", "c++"]
+    emulate = ["-include", Path(__file__).parent / "cuda_on_cpu.h", "-x", "c++"]
     emulate += ["-O2", "-mf16c", "-mfma", "-ffp-contract=off"]
-
-    def compile(source):
-        target = folder / f"{source.stem}.o"
-        more = emulate if source.suffix == ".cu" else ["-O1"]
-        command = [compiler, *flags, *more, "-c", source, "-o", target]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return str(target)
-
-    sources = [*sorted(ROOT.glob("csrc/*/*_cuda.cu")), ROOT / "csrc" / "cuda_module.cpp"]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile, sources))
+    sources = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+    objects = builds.compiled(sources, *builds.FOR_PYTHON, *emulate)
     library = folder / "_cuda.so"
     subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", library)

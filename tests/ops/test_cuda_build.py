@@ -10,12 +10,13 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import pytest
+
+pytest.importorskip("pybind11")
+import builds
 
 ROOT = Path(__file__).parents[2]
 with mock.patch("setuptools.setup"):  # for its flags: what is looked at is what is installed
@@ -57,19 +58,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(arch, folder):
-    """Object files of all kernels, with PTX."""
-
-    def compile(source):
-        target = folder / f"{Path(source).stem}_{arch}.o"
-        code = f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
-        command = [NVCC, *BUILD["CUDA_COMMON"], code, "-c", ROOT / source, "-o", target]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile, BUILD["CUDA_KERNELS"]))
+def compiled(arch):
+    """Object files of all kernels, with PTX, and of the module."""
+    code = f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
+    return builds.compiled(BUILD["CUDA_KERNELS"], NVCC, *BUILD["CUDA_COMMON"], code)
 
 
 def dump(path, flag):
@@ -110,8 +102,13 @@ def report(objects):
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    return compiled("90", tmp_path_factory.mktemp("cuda"))
+def built():
+    return compiled("90")
+
+
+@pytest.fixture
+def objects(built):
+    return built[:-1]
 
 
 def test_no_spills_and_latents_in_128_bit_accesses(objects):
@@ -150,12 +147,9 @@ def test_one_atomic_to_arrive_with_and_no_other(objects):
             assert found == ({"atom.acq_rel.gpu.global.add.s32"} if adds_up else set()), kernel
 
 
-def test_the_module_imports_without_a_driver_and_a_launch_raises(objects, tmp_path):
-    pybind11 = pytest.importorskip("pybind11")
+def test_the_module_imports_without_a_driver_and_a_launch_raises(built, tmp_path):
     library = tmp_path / "_cuda.so"
-    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", *includes]
-    command += [ROOT / "csrc/cuda_module.cpp", *objects, BUILD["cuda_runtime"](NVCC)]
+    command = ["g++", "-shared", *built, BUILD["cuda_runtime"](NVCC)]
     command += ["-ldl", "-lrt", "-lpthread", "-o", library]
     subprocess.run(list(map(str, command)), check=True)
     code = (
@@ -185,14 +179,11 @@ def test_architectures_are_checked(monkeypatch):
 
 
 def main():
-    import tempfile
-
     cells = "{:30}{:>7}" + "{:>11}" * len(FIGURES)
     print(cells.format("kernel", "arch", *FIGURES))
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in BUILD["CUDA_ARCHS"]:
-            for kernel, found in report(compiled(arch, Path(folder))).items():
-                print(cells.format(kernel, f"sm_{arch}", *found.values()), flush=True)
+    for arch in BUILD["CUDA_ARCHS"]:
+        for kernel, found in report(compiled(arch)[:-1]).items():
+            print(cells.format(kernel, f"sm_{arch}", *found.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,18 +87,11 @@ def native_kernels(folder: Path):
     """flowkern._cuda from its sources, with g++, on the driver that `load` has put into `folder`;
     to be connected. Kernels are not run, so they are not optimized either.
     """
-    import pybind11
+    import builds
 
     folder = Path(folder)
-    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    common = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", *includes]
     on_stub = ["-include", HERE / "runtime_on_stub.h", "-x", "c++", "-O0", "-mf16c", "-mfma"]
-    objects = []
-    for source in (*sorted(CSRC.glob("*/*_cuda.cu")), CSRC / "cuda_module.cpp"):
-        objects.append(folder / f"{source.stem}.o")
-        flags = on_stub if source.suffix == ".cu" else ["-O2"]
-        command = [*common, *flags, "-c", source, "-o", objects[-1]]
-        subprocess.run(list(map(str, command)), check=True)
+    objects = builds.compiled(sorted(CSRC.glob("*/*_cuda.cu")), *builds.FOR_PYTHON, *on_stub)
     command = ["g++", "-shared", *objects, folder / "libcuda.so.1", "-o", folder / "_cuda.so"]
     subprocess.run(list(map(str, command)), check=True)
     spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")

@@ -1,0 +1,54 @@
+"""Object files for tests, each compiled once: kept in build/tests for whoever wants the same."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "tests"
+INCLUDES = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+FOR_PYTHON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", *INCLUDES]
+
+
+def compiled(sources, *command):
+    """Of each source an object made by the command, and that of the module, whichever way kernels
+    are built the same; two at a time.
+    """
+    module = ROOT / "csrc" / "cuda_module.cpp"
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(_object, ROOT / source, command) for source in sources]
+        jobs.append(pool.submit(_object, module, (*FOR_PYTHON, "-O2")))
+        return [job.result() for job in jobs]
+
+
+def _object(source, command):
+    command = [*map(str, command), "-c", str(source.relative_to(ROOT)), "-o"]
+    way = hashlib.sha256(repr(command).encode()).hexdigest()[:12]
+    target = KEPT / f"{source.stem}-{way}-{_inputs(command[0])}.o"
+    if target.exists():
+        return target
+    KEPT.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}")
+    done = subprocess.run([*command, part], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for old in KEPT.glob(f"{source.stem}-{way}-*.o"):
+        old.unlink(missing_ok=True)
+    return part.replace(target)  # whole, whoever else makes it
+
+
+@cache
+def _inputs(compiler):
+    """A hash of all that may be included, and of who compiles."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    found = hashlib.sha256(version + sys.version.encode() + pybind11.__version__.encode())
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    for path in sorted([*files, *Path(__file__).parent.rglob("*.h")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
