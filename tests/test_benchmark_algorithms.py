@@ -26,6 +26,12 @@ TINY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """In an evaluation: the benchmark's 240 take seconds."""
+    monkeypatch.setattr(algorithm_runs, "IMAGES", 12)
+
+
 def run(name, seed, rewards, judges=None, **more):
     """A run whose evaluations lie 100 forward-equivalents and a second apart."""
     judges = judges or rewards

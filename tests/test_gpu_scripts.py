@@ -206,6 +206,7 @@ def test_a_worker_leaves_after_a_fault_and_the_next_test_has_a_new_one(tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
     command = [sys.executable, "-m", "pytest", "-v", "-n", "1", "-p", "no:cacheprovider"]
+    command += ["-p", "no:hypothesispytest"]  # whose import takes seconds
     run = subprocess.run([*command, tmp_path], capture_output=True, text=True, cwd=tmp_path)
     assert "crashed while running 'test_it.py::test_faults'" in run.stdout, run.stdout
     assert "PASSED test_it.py::test_comes_after" in run.stdout, run.stdout
