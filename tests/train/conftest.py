@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,27 @@ TINY = [
 
 
 @pytest.fixture
-def tiny(tmp_path) -> Callable[..., Config]:
+def drawn():
+    """A test that asks for it has the pictures of its runs drawn."""
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """Drawing is half of a tiny run: figures are made, and saved as one pixel."""
+    if "drawn" in request.fixturenames or find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def savefig(self, path, *, format, **_):
+        Image.new("RGB", (1, 1)).save(path, format)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(Figure, "tight_layout", lambda self: None)
+
+
+@pytest.fixture
+def tiny(tmp_path, undrawn) -> Callable[..., Config]:
     """tiny("key=value", ..., name="run"): a configuration whose output_dir is tmp_path/name."""
 
     def make(*overrides: str, name: str = "run") -> Config:

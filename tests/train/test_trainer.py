@@ -34,7 +34,7 @@ FIRST_AFTER_ROLLOUT = {
 }  # fmt: skip
 
 
-def test_a_run_leaves_its_files_and_exactly_the_agreed_keys(tiny, capsys):
+def test_a_run_leaves_its_files_and_exactly_the_agreed_keys(tiny, drawn, capsys):
     config = tiny("algorithm.updates_per_rollout=2")
     assert Trainer(config).run() == 0
     directory = Path(config.output_dir)
