@@ -2,13 +2,15 @@
 
 The ops are called on the CPU and their launches compile for an architecture instead, so that the
 kernels are those that users get, specialized as a launch specializes them.
-`python tests/ops/test_triton_aot.py` prints the table of registers, stack and vector widths.
+`python tests/ops/test_triton_aot.py` checks all of them and prints the table of registers, stack
+and vector widths.
 """
 
 import itertools
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,12 +187,15 @@ class Target:
 
 
 @contextmanager
-def compiling(arch, take=lambda compile: compile()):
-    """Launches compile for `arch`, or do what `take` does, run nothing and end up in the list."""
+def compiling(arch, take=lambda compile: compile(), least=0):
+    """Launches compile for `arch`, or do what `take` does, run nothing and end up in the list. Of
+    blocks below `least` none compiles.
+    """
     launches, run = [], JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
-        kernel = take(lambda: run(self, *arguments, grid=grid, warmup=True, **options))
+        compile = lambda: run(self, *arguments, grid=grid, warmup=True, **options)  # noqa: E731
+        kernel = take(compile) if options["BLOCK"] >= least else None
         launches.append((kernel, options["BLOCK"], options["num_warps"]))
 
     JITFunction.run = compile_only
@@ -212,69 +217,102 @@ class Compiled(NamedTuple):
 
 
 def compiled(name, dtypes, size, arch):
-    """Every launch of a case."""
+    """Every launch of a case; of long samples those that take a larger tile, as others compile to
+    the same kernels as with shorter ones.
+    """
     verb, options = CASES[name]
-    with compiling(arch) as kernels:
+    with compiling(arch, least=2048 if size == VIDEO else 0) as kernels:
         expected = verb(Calls(*dtypes, size), **options)
     for (kernel, *tile), latents in zip(kernels, expected, strict=True):
+        if kernel is None:
+            continue
         backward = " backward" * ("backward" in kernel.metadata.name)
         yield Compiled(name + backward, kernel, *tile, *latents)
 
 
-def cuobjdump(kernel, *flags):
+def cuobjdump(kernel):
+    """What it uses, and its instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         return subprocess.run(
-            [tool, *flags, file.name], check=True, capture_output=True, text=True
-        ).stdout
+            [tool, "--dump-resource-usage", "-sass", file.name],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
 
 
 def report(kernel):
     """FIGURES: bytes of stack and shared memory, instructions that spill, 128-bit accesses."""
-    usage = cuobjdump(kernel, "--dump-resource-usage")
+    dumped = cuobjdump(kernel)
     registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+        int(re.search(rf"{name}:(\d+)", dumped)[1]) for name in ("REG", "STACK", "LOCAL")
     )
-    sass = cuobjdump(kernel, "-sass")
-    loads, stores = (len(re.findall(rf"\b{op}\.E\S*\.128\b", sass)) for op in ("LDG", "STG"))
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    loads, stores = (len(re.findall(rf"\b{op}\.E\S*\.128\b", dumped)) for op in ("LDG", "STG"))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", dumped))
     shared = kernel.metadata.shared
     return dict(
         zip(FIGURES, (registers, stack + local, spills, shared, loads, stores), strict=True)
     )
 
 
-def everything(arch):
-    """Each case in one of the dtypes; over the architectures, in all: a kernel takes a second. And
-    those that take a larger tile.
+def taken(arch):
+    """What the suite compiles, as a kernel takes a second: for 90 each case, the others share them;
+    each in one of the dtypes. And those that take a larger tile, once. This file, run by itself,
+    looks at everything for every architecture.
     """
-    for turn, case in enumerate(CASES):
+    others = [other for other in ARCHS if other != 90]
+    share = slice(None) if arch == 90 else slice(others.index(arch), None, len(others))
+    for turn, case in list(enumerate(CASES))[share]:
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
-    for case in GROWN[ARCHS.index(arch) % 2 :: 2]:
+    for case in GROWN[1::2] if arch == 90 else GROWN[::2][share]:
         yield from compiled(case, (H, H), VIDEO, arch)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_and_every_latent_in_128_bit_accesses(arch):
-    for name, kernel, block, warps, read, written in everything(arch):
-        found = report(kernel)
-        per_thread = block // (32 * warps)
-        wide = name.removesuffix(" backward") in DRAWN_SIBLINGS
-        wide |= (name, block) == ("awm, drawn", 2048)  # measured: 5 % faster than half of it
-        aside = 16 if wide or triton.__version__.startswith("3.6.") else 0
-        assert found["stack"] <= aside and (aside or not found["spills"]), (name, found)
-        loads = sum(per_thread * t.itemsize // 16 for t in read)
-        if block > 1024:  # an even number of sums, which the last program reads in pairs
-            assert found["loads128"] >= loads, (name, found)
-        else:
-            assert found["loads128"] == loads, (name, found)
-        assert found["stores128"] == sum(per_thread * t.itemsize // 16 for t in written), name
-        if triton.__version__.startswith("3.6."):  # its ptxas hoists the loads of the last program
-            wide |= "siblings" in name
-        most = MOST_OF_DRAWN_SIBLINGS if wide else MOST_REGISTERS
-        assert found["registers"] <= most, (name, found)
+def check(made):
+    """No spills, every latent in 128-bit accesses, room for many programs; returns the figures."""
+    name, kernel, block, warps, read, written = made
+    found = report(kernel)
+    per_thread = block // (32 * warps)
+    wide = name.removesuffix(" backward") in DRAWN_SIBLINGS
+    wide |= (name, block) == ("awm, drawn", 2048)  # measured: 5 % faster than half of it
+    aside = 16 if wide or triton.__version__.startswith("3.6.") else 0
+    assert found["stack"] <= aside and (aside or not found["spills"]), (name, found)
+    loads = sum(per_thread * t.itemsize // 16 for t in read)
+    if block > 1024:  # an even number of sums, which the last program reads in pairs
+        assert found["loads128"] >= loads, (name, found)
+    else:
+        assert found["loads128"] == loads, (name, found)
+    assert found["stores128"] == sum(per_thread * t.itemsize // 16 for t in written), name
+    if triton.__version__.startswith("3.6."):  # its ptxas hoists the loads of the last program
+        wide |= "siblings" in name
+    most = MOST_OF_DRAWN_SIBLINGS if wide else MOST_REGISTERS
+    assert found["registers"] <= most, (name, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def others():
+    """The other architectures, in a process beside."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    run = subprocess.Popen(
+        [sys.executable, __file__, *(str(arch) for arch in ARCHS if arch != 90)],
+        env=os.environ | {"PYTHONPATH": path}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    yield run
+    run.kill()
+    run.wait()
+
+
+def test_no_spills_and_every_latent_in_128_bit_accesses(others):
+    for made in taken(90):
+        check(made)
+
+
+def test_nor_on_other_architectures(others):
+    said = others.communicate()[1]
+    assert others.returncode == 0, said
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -293,7 +331,7 @@ def test_arithmetic_is_ieee_without_contraction():
     """What the bits of the noise, of the mean and of a replay rest on. Fused multiply-adds are
     those that the noise asks for, and those of exp and of division in float64.
     """
-    for name, kernel, *_ in everything(90):
+    for name, kernel, *_ in taken(90):
         ptx = kernel.asm["ptx"]
         arithmetic = set(
             re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f\d\d\b", ptx)
@@ -310,7 +348,7 @@ def test_atomics_are_integers_and_few():
     """One per program where a draw or replay has a log-probability; in a loss one for the chunks of
     a row, one for the samples of a group and one for the groups; sums of floats are ordered.
     """
-    for name, kernel, *_ in everything(90):
+    for name, kernel, *_ in taken(90):
         losses = name.startswith(("policy", "awm", "nft"))
         expected = 3 if losses else name.startswith(("draw", "replay"))
         if "backward" in name:
@@ -332,14 +370,17 @@ def table():
         short = ", ".join(str(t).removeprefix("torch.").replace("float", "f") for t in dtypes)
         for arch, case in itertools.product(ARCHS, CASES):
             sizes = (SIZE, VIDEO) if case in GROWN and dtypes == (H, H) else (SIZE,)
-            for name, kernel, block, warps, *_ in (
-                made for size in sizes for made in compiled(case, dtypes, size, arch)
-            ):
-                found = report(kernel)
-                yield cells.format(name, short, block, warps, f"sm_{arch}", *found.values())
+            for made in itertools.chain(*(compiled(case, dtypes, size, arch) for size in sizes)):
+                kernel = made.name, short, made.block, made.warps, f"sm_{arch}"
+                yield cells.format(*kernel, *check(made).values())
 
 
 if __name__ == "__main__":
-    print(f"triton {triton.__version__}; 128-bit accesses per thread")
-    for line in table():
-        print(line, flush=True)
+    if sys.argv[1:]:
+        for number in sys.argv[1:]:
+            for one in taken(int(number)):
+                check(one)
+    else:
+        print(f"triton {triton.__version__}; 128-bit accesses per thread")
+        for line in table():
+            print(line, flush=True)
