@@ -34,7 +34,7 @@ from fuzz_ops import STEPS, WEIGHTS, float32
 import flowkern as fk
 from flowkern.ops._common import native
 
-ENOUGH = 1000  # calls, for every kind of layout and output to come up
+ENOUGH = 500  # calls, for every kind of layout and output to come up
 NAMED_ERRORS = (TypeError, ValueError, IndexError, fk.BackendError)
 
 
