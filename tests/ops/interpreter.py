@@ -5,11 +5,11 @@ call of a device function, which takes most of its time.
 import functools
 import inspect
 
-from triton.runtime import interpreter
-
 
 def patch_once() -> None:
     """For this process. A function that sees another part of the language has that patched, too."""
+    from triton.runtime import interpreter  # of no use to a device
+
     patch = interpreter._patch_lang
     parts = (interpreter.tl, interpreter.tl.core)
     patched = set()
