@@ -29,10 +29,21 @@ struct Philox4 {
   uint32_t x, y, z, w;
 };
 
+// a b, all 64 bits. nvcc makes one instruction of it if told so; of the product of a uint64_t it makes two.
+FK_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 FK_INLINE Philox4 philox4x32_10(Philox4 c, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c.x;
-    const uint64_t p1 = uint64_t{0xCD9E8D57u} * c.z;
+    const uint64_t p0 = wide_product(0xD2511F53u, c.x);
+    const uint64_t p1 = wide_product(0xCD9E8D57u, c.z);
     c = {uint32_t(p1 >> 32) ^ c.y ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w ^ key1, uint32_t(p0)};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
@@ -66,13 +77,27 @@ FK_INLINE float log_unit(float n) {
   return fmaf(exponent, 0.693147180559945f, p);
 }
 
+// sqrtf of 0 and of numbers far from the ends of float32, as the square of a radius is. On CUDA it is what nvcc makes of sqrtf, to the
+// bit, without its branch for other numbers: branches keep the pairs of a thread from being computed side by side.
+FK_INLINE float root(float square) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
+  const float near = square * inverse;
+  const float rounded = fmaf(fmaf(-near, near, square), 0.5f * inverse, near);
+  return square == 0.0f ? square : rounded;
+#else
+  return sqrtf(square);
+#endif
+}
+
 struct Normal2 {
   float first, second;
 };
 
 // Box-Muller: the radius from 31 bits, the angle from 32, reduced to a quarter turn in integers.
 FK_INLINE Normal2 box_muller(uint32_t radius_bits, uint32_t angle_bits) {
-  const float radius = sqrtf(-2.0f * log_unit(float(int32_t(radius_bits >> 1)) + 0.5f));
+  const float radius = root(-2.0f * log_unit(float(int32_t(radius_bits >> 1)) + 0.5f));
   const uint32_t turned = angle_bits + 0x20000000u;  // by an eighth: the top two bits are the nearest quarter turn
   const float y = float(int32_t(angle_bits << 2)) * 3.657295198e-10f;  // 2 pi / 2^34: within pi / 4
   const float y2 = y * y;

@@ -82,16 +82,41 @@ void launch(const char* name, void (*kernel)(Arguments), const Arguments& argume
   check_cuda(name, cudaGetLastError());
 }
 
-template <class Arguments>
-const void* code(void (*kernel)(Arguments)) {
-  return reinterpret_cast<const void*>(kernel);
+// Divides the index of a block, below 2**31, by a number of the launch. A multiplication: the quotient stays in registers that a warp
+// shares, and so does what addresses have in common.
+struct Divisor {
+  unsigned by = 1, multiplier = 0;
+  int shift = 0;
+};
+
+inline Divisor divisor(int64_t by) {
+  int log = 0;
+  while (int64_t{1} << log < by) ++log;
+  return {unsigned(by), unsigned(((uint64_t{1} << (31 + log)) + by - 1) / by), 31 + log};
 }
 
+FK_DEVICE unsigned quotient(unsigned index, const Divisor& divisor) {
+  return unsigned(uint64_t{index} * divisor.multiplier >> divisor.shift);
+}
+
+// What a kernel is compiled for. A plain call has latents of one dtype; a loss that is plain has samples with velocity rows of their own,
+// and no guidance.
+enum class Calls : int { any, plain_float32, plain_bfloat16 };
+
+// A kernel, compiled for each.
+template <class Arguments>
+struct Kernels {
+  void (*for_calls[3])(Arguments);
+};
+
 // Why these kernels cannot run on a device; empty where they can. It loads them: the first launch may be captured into a graph.
-static inline std::string load_kernels(int device, std::initializer_list<const void*> kernels) try {
+template <class Arguments>
+std::string load_kernels(int device, std::initializer_list<Kernels<Arguments>> all) try {
   const OnDevice guard(device);
   cudaFuncAttributes attributes;
-  for (const void* kernel : kernels) check_cuda("loading the kernels", cudaFuncGetAttributes(&attributes, kernel));
+  for (const auto& kernels : all)
+    for (const auto kernel : kernels.for_calls)
+      check_cuda("loading the kernels", cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
   return "";
 } catch (const std::runtime_error& error) {
   return error.what();

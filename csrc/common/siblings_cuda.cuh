@@ -11,9 +11,15 @@ struct Walk {
   const int64_t* row;  // (batch,) the velocity row of each sample; nullptr: sample b has row b
   const int64_t *order, *first;  // nullptr, or the samples sorted by their rows, and where a row's begin
   int64_t rows, batch;
-  int tiles;   // of a row
+  Divisor tiles;  // of a row
   int slices;  // a row's samples are dealt out to so many blocks
 };
+
+// Every sample has a row of its own: what a kernel for such calls knows.
+FK_DEVICE void know_own_rows(Walk& walk) {
+  walk.row = walk.order = walk.first = nullptr;
+  walk.slices = 1;
+}
 
 // What a block takes.
 struct RowTile {
@@ -22,8 +28,8 @@ struct RowTile {
 };
 
 FK_DEVICE RowTile row_tile_of_block(const Walk& walk) {
-  const unsigned part = blockIdx.x / unsigned(walk.tiles);
-  return {int64_t(part / unsigned(walk.slices)), int64_t(blockIdx.x % unsigned(walk.tiles)), int(part % unsigned(walk.slices))};
+  const unsigned part = quotient(blockIdx.x, walk.tiles);
+  return {int64_t(part / unsigned(walk.slices)), int64_t(blockIdx.x - part * walk.tiles.by), int(part % unsigned(walk.slices))};
 }
 
 FK_DEVICE bool is_out_of_range(const Walk& walk, int64_t sample) {
@@ -98,10 +104,18 @@ FK_DEVICE void sum_siblings(const Walk& walk, const RowTile& at, const Scratch& 
       if (place % (int(blockDim.x) / kWarp) != warp_index()) continue;
       const int64_t sample = sample_of(left);
       double totals[kSums];
-      if (complete_sample(scratch, of_warp[place], sample, at.tile, walk.tiles, totals)) finish(sample, totals);
+      if (complete_sample(scratch, of_warp[place], sample, at.tile, walk.tiles.by, totals)) finish(sample, totals);
     }
     if (walk.row) __syncthreads();  // before the next samples' sums take the place of these
   }
+}
+
+// The same for a sample that has its row alone, from every thread's share of its sums.
+template <int kSums, class Finish>
+FK_DEVICE void sum_alone(const RowTile& at, const Walk& walk, const Scratch& scratch, unsigned used, const float (&sums)[kSums],
+                         Finish finish) {
+  double totals[kSums];
+  if (sample_sums(scratch, used, sums, at.row, at.tile, walk.tiles.by, totals)) finish(at.row, totals);
 }
 
 // What a loss keeps in its scratch, beside the sums of tiles.
@@ -125,11 +139,11 @@ FK_DEVICE void reduce_loss(const LossScratch& scratch, int64_t sample, int64_t b
   const int64_t blocks = (batch + kLossBlock - 1) / kLossBlock, block = sample / kLossBlock, begin = block * kLossBlock;
   const int64_t count = batch - begin < kLossBlock ? batch - begin : kLossBlock;
   if (!last_to_arrive(scratch.arrivals + block, count)) return;
-  double sum = sum_in_order(scratch.sample_loss + begin, count, 1);
+  double sum = sum_in_order(scratch.sample_loss + begin, count);
   if (blocks > 1) {
     if (lane_index() == 0) scratch.of_block[block] = sum;
     if (!last_to_arrive(scratch.arrivals + blocks, blocks)) return;
-    sum = sum_in_order(scratch.of_block, blocks, 1);
+    sum = sum_in_order(scratch.of_block, blocks);
   }
   if (lane_index() == 0) *loss = float(sum * share);
 }
@@ -141,5 +155,5 @@ Walk walk_of(const Arguments& of, int64_t tiles) {
   const int64_t all = rows * tiles > 0 ? rows * tiles : 1;
   const int64_t enough = (kEnoughBlocks + all - 1) / all, most = of.row && rows ? (batch + rows - 1) / rows : 1;
   const int64_t slices = enough < most ? enough : most;
-  return {of.row, of.order, of.first, rows, batch, int(tiles), int(slices > 0 ? slices : 1)};
+  return {of.row, of.order, of.first, rows, batch, divisor(tiles), int(slices > 0 ? slices : 1)};
 }

@@ -16,9 +16,23 @@ struct MatchingLaunch {
 };
 struct NoisingLaunch {
   NoisingArguments n;
-  int tiles;  // of a sample
+  Divisor tiles;  // of a sample
   bool vectors;
 };
+
+template <Calls kCalls>
+FK_DEVICE MatchingLaunch known(MatchingLaunch launch) {
+  MatchingArguments& m = launch.m;
+  know_dtypes<kCalls>(m.velocity, m.old_velocity, m.ref, m.ema, m.x0, m.noise, m.grad_velocity);
+  if constexpr (kCalls != Calls::any) know_own_rows(launch.walk);
+  return launch;
+}
+
+template <Calls kCalls>
+FK_DEVICE NoisingLaunch known(NoisingLaunch launch) {
+  know_dtypes<kCalls>(launch.n.x0, launch.n.noise, launch.n.out);
+  return launch;
+}
 
 // What a sample has of its own.
 struct SampleGroups {
@@ -102,31 +116,68 @@ FK_DEVICE void finish_sample(const MatchingLaunch& launch, int64_t sample, const
   if (m.is_reduced) reduce_loss(launch.scratch, sample, m.batch, m.rule.share, m.loss);
 }
 
-// kDrawn: noise is made, not given. The registers that takes would cost the other half its threads.
+// What the samples of a row share.
+struct RowGroups {
+  Group velocity, old, ref, ema;
+};
+
+FK_DEVICE RowGroups load_row(const MatchingArguments& m, const Place& at, bool is_whole) {
+  return {load_group(m.velocity, at, is_whole), load_group(m.old_velocity, at, is_whole), load_group(m.ref, at, is_whole),
+          load_group(m.ema, at, is_whole)};
+}
+
 template <bool kDrawn>
-__global__ void __launch_bounds__(256) matching_forward_kernel(const __grid_constant__ MatchingLaunch launch) {
+FK_DEVICE void add_terms(const MatchingArguments& m, const RowGroups& row, const SampleGroups& groups, const Place& at,
+                         float (&sums)[kMatchingSums]) {
+  const Floats target = target_of<kDrawn>(m, groups, at);
+  const Floats v = widen(row.velocity, m.velocity.dtype), old = widen(row.old, m.old_velocity.dtype);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (i < at.count) add_terms(m.rule, v.v[i], old.v[i], target.v[i], sums);
+}
+
+FK_DEVICE void add_distances(const MatchingArguments& m, const RowGroups& row, int count, float (&sums)[kMatchingSums]) {
+  sums[4] = distance(widen(row.velocity, m.velocity.dtype), m.ref, row.ref, count);
+  sums[5] = distance(widen(row.velocity, m.velocity.dtype), m.ema, row.ema, count);
+}
+
+// The sums of a sample that has its row alone: all loads in flight before the first is used.
+template <bool kDrawn>
+FK_DEVICE void add_alone(const MatchingArguments& m, const Place& at, bool is_whole, float (&sums)[kMatchingSums]) {
+  const RowGroups row = load_row(m, at, is_whole);
+  const SampleGroups groups = load_sample(m.x0, m.noise, at, is_whole);
+  add_terms<kDrawn>(m, row, groups, at, sums);
+  add_distances(m, row, at.count, sums);
+}
+
+// kDrawn: noise is made, not given. The registers that takes would cost the other half its threads.
+template <Calls kCalls, bool kDrawn>
+__global__ void __launch_bounds__(256, kCalls == Calls::any ? 2 : 3) matching_forward_kernel(const __grid_constant__ MatchingLaunch given) {
+  const MatchingLaunch launch = known<kCalls>(given);
   const MatchingArguments& m = launch.m;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
   const bool is_whole = launch.vectors && at.count == kGroup;
-  const auto place_of = [&](int64_t sample) { return Place{sample, at.first, at.count}; };
-  const auto fetch = [&](int64_t sample) { return load_sample(m.x0, m.noise, place_of(sample), is_whole); };
-  const Group velocity = load_group(m.velocity, at, is_whole), old_velocity = load_group(m.old_velocity, at, is_whole);
-  const Group ref = load_group(m.ref, at, is_whole), ema = load_group(m.ema, at, is_whole);
-  const SampleGroups only = launch.walk.row ? SampleGroups{} : fetch(tile.row);
-  const float to_ref = distance(widen(velocity, m.velocity.dtype), m.ref, ref, at.count);
-  const float to_ema = distance(widen(velocity, m.velocity.dtype), m.ema, ema, at.count);
-  const auto term = [&](int64_t sample, const SampleGroups& groups, float (&sums)[kMatchingSums]) {
-    const Floats target = target_of<kDrawn>(m, groups, place_of(sample));
-    const Floats v = widen(velocity, m.velocity.dtype), old = widen(old_velocity, m.old_velocity.dtype);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if (i < at.count) add_terms(m.rule, v.v[i], old.v[i], target.v[i], sums);
-    sums[4] = to_ref;
-    sums[5] = to_ema;
-  };
   const auto finish = [&](int64_t sample, const double (&totals)[kMatchingSums]) { finish_sample(launch, sample, totals); };
-  sum_siblings<kMatchingSums>(launch.walk, tile, launch.scratch.tiles, used_sums(m), only, fetch, term, finish);
+  if constexpr (kCalls != Calls::any) {
+    float sums[kMatchingSums] = {};
+    if (is_whole) add_alone<kDrawn>(m, at, true, sums);
+    else if (at.count > 0) add_alone<kDrawn>(m, at, false, sums);
+    sum_alone(tile, launch.walk, launch.scratch.tiles, used_sums(m), sums, finish);
+  } else {
+    const auto place_of = [&](int64_t sample) { return Place{sample, at.first, at.count}; };
+    const auto fetch = [&](int64_t sample) { return load_sample(m.x0, m.noise, place_of(sample), is_whole); };
+    const RowGroups row = load_row(m, at, is_whole);
+    const SampleGroups only = launch.walk.row ? SampleGroups{} : fetch(tile.row);
+    float of_row[kMatchingSums] = {};
+    add_distances(m, row, at.count, of_row);
+    const auto term = [&](int64_t sample, const SampleGroups& groups, float (&sums)[kMatchingSums]) {
+      add_terms<kDrawn>(m, row, groups, place_of(sample), sums);
+      sums[4] = of_row[4];
+      sums[5] = of_row[5];
+    };
+    sum_siblings<kMatchingSums>(launch.walk, tile, launch.scratch.tiles, used_sums(m), only, fetch, term, finish);
+  }
 }
 
 // A slope of 0 stays 0 whatever comes in, and what only it needs is not read.
@@ -140,8 +191,9 @@ FK_DEVICE void add_in_order(float& sum, float value) {
   for (unsigned left = __ballot_sync(kAllLanes, value != 0); left; left &= left - 1) sum += __shfl_sync(kAllLanes, value, __ffs(left) - 1);
 }
 
-template <bool kDrawn>
-__global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_constant__ MatchingLaunch launch) {
+template <Calls kCalls, bool kDrawn>
+__global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_constant__ MatchingLaunch given) {
+  const MatchingLaunch launch = known<kCalls>(given);
   const MatchingArguments& m = launch.m;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
@@ -192,10 +244,11 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
   store_group(m.grad_velocity, at, is_whole, gradient);
 }
 
-template <bool kDrawn>
-__global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ NoisingLaunch launch) {
+template <Calls kCalls, bool kDrawn>
+__global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ NoisingLaunch given) {
+  const NoisingLaunch launch = known<kCalls>(given);
   const NoisingArguments& n = launch.n;
-  const int64_t sample = blockIdx.x / unsigned(launch.tiles), tile = blockIdx.x % unsigned(launch.tiles);
+  const unsigned sample = quotient(blockIdx.x, launch.tiles), tile = blockIdx.x - sample * launch.tiles.by;
   const Place at = place_of_thread(sample, tile, n.size);
   if (at.count == 0) return;
   const bool is_whole = launch.vectors && at.count == kGroup;
@@ -206,6 +259,23 @@ __global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ 
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) out.v[i] = noised(sigma, x0.v[i], noise.v[i]);
   store_group(n.out, at, is_whole, out);
+}
+
+template <bool kDrawn>
+constexpr Kernels<MatchingLaunch> kForward = {{matching_forward_kernel<Calls::any, kDrawn>,
+                                               matching_forward_kernel<Calls::plain_float32, kDrawn>,
+                                               matching_forward_kernel<Calls::plain_bfloat16, kDrawn>}};
+template <bool kDrawn>
+constexpr Kernels<MatchingLaunch> kBackward = {{matching_backward_kernel<Calls::any, kDrawn>,
+                                                matching_backward_kernel<Calls::plain_float32, kDrawn>,
+                                                matching_backward_kernel<Calls::plain_bfloat16, kDrawn>}};
+template <bool kDrawn>
+constexpr Kernels<NoisingLaunch> kAddNoise = {{add_noise_kernel<Calls::any, kDrawn>, add_noise_kernel<Calls::plain_float32, kDrawn>,
+                                               add_noise_kernel<Calls::plain_bfloat16, kDrawn>}};
+
+auto pick(const Kernels<MatchingLaunch>& kernels, const MatchingArguments& m) {
+  const Calls calls = calls_of({&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.x0, &m.noise, &m.grad_velocity});
+  return kernels.for_calls[int(m.row ? Calls::any : calls)];
 }
 
 MatchingLaunch prepared(const MatchingArguments& m) {
@@ -221,28 +291,27 @@ MatchingLaunch prepared(const MatchingArguments& m) {
 void matching_forward(const MatchingArguments& m, const Queue& queue) {
   if (m.batch == 0) return;
   MatchingLaunch launched = prepared(m);
-  launched.scratch = loss_scratch(queue.scratch, m.batch, launched.walk.tiles, kMatchingSums, m.is_reduced ? nullptr : m.loss);
-  const auto kernel = m.noise.data ? matching_forward_kernel<false> : matching_forward_kernel<true>;
-  launch("matching_forward", kernel, launched, m.rows * launched.walk.slices * launched.walk.tiles, threads_of(m.rule.size), queue);
+  launched.scratch = loss_scratch(queue.scratch, m.batch, launched.walk.tiles.by, kMatchingSums, m.is_reduced ? nullptr : m.loss);
+  const auto kernel = pick(m.noise.data ? kForward<false> : kForward<true>, m);
+  launch("matching_forward", kernel, launched, m.rows * launched.walk.slices * launched.walk.tiles.by, threads_of(m.rule.size), queue);
 }
 
 void matching_backward(const MatchingArguments& m, const Queue& queue) {
   if (m.rule.size == 0) return;
   MatchingLaunch launched = prepared(m);
   launched.walk.slices = 1;
-  const auto kernel = m.noise.data ? matching_backward_kernel<false> : matching_backward_kernel<true>;
-  launch("matching_backward", kernel, launched, m.rows * launched.walk.tiles, threads_of(m.rule.size), queue);
+  const auto kernel = pick(m.noise.data ? kBackward<false> : kBackward<true>, m);
+  launch("matching_backward", kernel, launched, m.rows * launched.walk.tiles.by, threads_of(m.rule.size), queue);
 }
 
 void add_noise(const NoisingArguments& n, const Queue& queue) {
-  NoisingLaunch launched = {n, int(tiles_of(n.size)), false};
+  NoisingLaunch launched = {n, divisor(tiles_of(n.size)), false};
   launched.vectors = takes_vectors(n.x0, n.batch) && takes_vectors(n.noise, n.batch) && takes_vectors(n.out, n.batch);
-  const auto kernel = n.noise.data ? add_noise_kernel<false> : add_noise_kernel<true>;
-  launch("add_noise", kernel, launched, n.size > 0 ? n.batch * launched.tiles : 0, threads_of(n.size), queue);
+  const auto kernel = (n.noise.data ? kAddNoise<false> : kAddNoise<true>).for_calls[int(calls_of({&n.x0, &n.noise, &n.out}))];
+  launch("add_noise", kernel, launched, n.size > 0 ? n.batch * launched.tiles.by : 0, threads_of(n.size), queue);
 }
 
 std::string matching_why_not(int device) {
-  return load_kernels(device, {code(matching_forward_kernel<false>), code(matching_forward_kernel<true>),
-                               code(matching_backward_kernel<false>), code(matching_backward_kernel<true>),
-                               code(add_noise_kernel<false>), code(add_noise_kernel<true>)});
+  const std::string why_not = load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
+  return why_not.empty() ? load_kernels(device, {kAddNoise<false>, kAddNoise<true>}) : why_not;
 }

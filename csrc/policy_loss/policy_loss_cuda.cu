@@ -15,6 +15,17 @@ struct PolicyLaunch {
   bool vectors;         // whether latents allow 128-bit accesses
 };
 
+template <Calls kCalls>
+FK_DEVICE PolicyLaunch known(PolicyLaunch launch) {
+  PolicyArguments& p = launch.p;
+  know_dtypes<kCalls>(p.velocity, p.x_t, p.old_velocity, p.velocity_ref, p.x_next, p.noise, p.grad_velocity);
+  if constexpr (kCalls != Calls::any) {
+    p.velocity_uncond = {};
+    know_own_rows(launch.walk);
+  }
+  return launch;
+}
+
 FK_DEVICE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
   return *reinterpret_cast<const StepRow*>(p.edges + sample * p.edge_stride);
 }
@@ -116,29 +127,51 @@ FK_DEVICE float kl_sum(const Floats& velocity, const Floats& ref, int count) {
   return sum;
 }
 
-// kDrawn: x_next is drawn again. The registers that takes would cost the usual loss half its threads.
 template <bool kDrawn>
-__global__ void __launch_bounds__(256) policy_forward_kernel(const __grid_constant__ PolicyLaunch launch) {
+FK_DEVICE float ratio_sum(const PolicyArguments& p, const RowGroups& row, const Group& group, const Place& at, bool is_whole) {
+  if (p.settings.ratio == Ratio::on_policy) return 0.0f;
+  const StepRow edge = edge_of(p, at.sample);  // after the latents: they do not wait for it
+  const Chunk chunk = chunk_of(p, row);
+  return ratio_sum(p.settings.ratio, edge, chunk, next_of<kDrawn>(p, edge, chunk, group, at, is_whole), at.count);
+}
+
+// The sums of a sample that has its row alone: all loads in flight before the first is used.
+template <bool kWhole, bool kDrawn>
+FK_DEVICE void add_alone(const PolicyArguments& p, const Place& at, float (&sums)[kPolicySums]) {
+  const RowGroups row = load_row<kWhole>(p, at);
+  const Group group = load_sample<kDrawn>(p, at, kWhole);
+  const Group ref = load_if_given<kWhole>(p.velocity_ref, at);
+  sums[0] = ratio_sum<kDrawn>(p, row, group, at, kWhole);
+  if (p.velocity_ref.data) sums[1] = kl_sum(velocity_of(p, row), widen(ref, p.velocity_ref.dtype), at.count);
+}
+
+// kDrawn: x_next is drawn again. The registers that takes would cost the usual loss half its threads.
+template <Calls kCalls, bool kDrawn>
+__global__ void __launch_bounds__(256, kCalls == Calls::any ? 2 : 0) policy_forward_kernel(const __grid_constant__ PolicyLaunch given) {
+  const PolicyLaunch launch = known<kCalls>(given);
   const PolicyArguments& p = launch.p;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, p.size);
   const bool is_whole = launch.vectors && at.count == kGroup;
-  const auto fetch = [&](int64_t sample) { return load_sample<kDrawn>(p, of_sample(at, sample), is_whole); };
-  const RowGroups row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
-  const Group ref = load_group(p.velocity_ref, at, is_whole);
-  const Group only = launch.walk.row ? Group{} : fetch(tile.row);
-  const float kl = p.velocity_ref.data ? kl_sum(velocity_of(p, row), widen(ref, p.velocity_ref.dtype), at.count) : 0.0f;
-  const auto term = [&](int64_t sample, const Group& group, float (&sums)[kPolicySums]) {
-    sums[1] = kl;
-    if (p.settings.ratio == Ratio::on_policy) return;
-    const StepRow edge = edge_of(p, sample);
-    const Chunk chunk = chunk_of(p, row);
-    const Floats next = next_of<kDrawn>(p, edge, chunk, group, of_sample(at, sample), is_whole);
-    sums[0] = ratio_sum(p.settings.ratio, edge, chunk, next, at.count);
-  };
   const auto finish = [&](int64_t sample, const double (&sums)[kPolicySums]) { finish_sample(launch, sample, sums); };
   const unsigned used = (p.settings.ratio == Ratio::on_policy ? 0u : 1u) | (p.velocity_ref.data ? 2u : 0u);
-  sum_siblings<kPolicySums>(launch.walk, tile, launch.scratch.tiles, used, only, fetch, term, finish);
+  if constexpr (kCalls != Calls::any) {
+    float sums[kPolicySums] = {};
+    if (is_whole) add_alone<true, kDrawn>(p, at, sums);
+    else if (at.count > 0) add_alone<false, kDrawn>(p, at, sums);
+    sum_alone(tile, launch.walk, launch.scratch.tiles, used, sums, finish);
+  } else {
+    const auto fetch = [&](int64_t sample) { return load_sample<kDrawn>(p, of_sample(at, sample), is_whole); };
+    const RowGroups row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
+    const Group ref = load_group(p.velocity_ref, at, is_whole);
+    const Group only = launch.walk.row ? Group{} : fetch(tile.row);
+    const float kl = p.velocity_ref.data ? kl_sum(velocity_of(p, row), widen(ref, p.velocity_ref.dtype), at.count) : 0.0f;
+    const auto term = [&](int64_t sample, const Group& group, float (&sums)[kPolicySums]) {
+      sums[0] = ratio_sum<kDrawn>(p, row, group, of_sample(at, sample), is_whole);
+      sums[1] = kl;
+    };
+    sum_siblings<kPolicySums>(launch.walk, tile, launch.scratch.tiles, used, only, fetch, term, finish);
+  }
 }
 
 FK_DEVICE float weight(const PolicyArguments& p, int64_t sample, int which) {
@@ -147,8 +180,9 @@ FK_DEVICE float weight(const PolicyArguments& p, int64_t sample, int which) {
 }
 
 // Nothing is read until a slope asks for it.
-template <bool kDrawn>
-__global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_constant__ PolicyLaunch launch) {
+template <Calls kCalls, bool kDrawn>
+__global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_constant__ PolicyLaunch given) {
+  const PolicyLaunch launch = known<kCalls>(given);
   const PolicyArguments& p = launch.p;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, p.size);
@@ -191,11 +225,24 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
   store_group(p.grad_velocity, at, is_whole, gradient);
 }
 
-bool all_take_vectors(const PolicyArguments& p) {
-  for (const Latent* latent : {&p.velocity, &p.x_t, &p.old_velocity, &p.velocity_uncond, &p.velocity_ref, &p.grad_velocity})
-    if (!takes_vectors(*latent, p.rows)) return false;
-  return takes_vectors(p.x_next, p.batch) && takes_vectors(p.noise, p.batch);
+// Tells what the kernels have to know of the call, and picks one.
+auto pick(const Kernels<PolicyLaunch>& kernels, PolicyLaunch& launched) {
+  const PolicyArguments& p = launched.p;
+  const auto all = {&p.velocity, &p.x_t, &p.old_velocity, &p.velocity_uncond, &p.velocity_ref, &p.grad_velocity, &p.x_next, &p.noise};
+  launched.vectors = true;
+  for (const Latent* latent : all)
+    launched.vectors = launched.vectors && takes_vectors(*latent, latent == &p.x_next || latent == &p.noise ? p.batch : p.rows);
+  return kernels.for_calls[int(p.row || p.velocity_uncond.data ? Calls::any : calls_of(all))];
 }
+
+template <bool kDrawn>
+constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn>,
+                                             policy_forward_kernel<Calls::plain_float32, kDrawn>,
+                                             policy_forward_kernel<Calls::plain_bfloat16, kDrawn>}};
+template <bool kDrawn>
+constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any, kDrawn>,
+                                              policy_backward_kernel<Calls::plain_float32, kDrawn>,
+                                              policy_backward_kernel<Calls::plain_bfloat16, kDrawn>}};
 
 }  // namespace
 
@@ -206,12 +253,13 @@ void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
   if (p.settings.ratio == Ratio::on_policy) p.x_t = p.x_next = {};  // then the log-ratio needs no data, and maybe nothing does
   if (p.settings.ratio == Ratio::on_policy && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
   if (!p.velocity.data) p.size = 0;
-  launched.vectors = all_take_vectors(p);
   launched.walk = walk_of(p, tiles_of(p.size));
-  launched.scratch = loss_scratch(queue.scratch, p.batch, launched.walk.tiles, kPolicySums, p.reduction == Reduction::none ? p.loss : nullptr);
+  launched.scratch = loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums,
+                                  p.reduction == Reduction::none ? p.loss : nullptr);
   if (p.reduction == Reduction::mean) launched.share = 1.0 / double(p.batch);
-  const auto kernel = p.settings.ratio == Ratio::on_policy || p.x_next.data ? policy_forward_kernel<false> : policy_forward_kernel<true>;
-  launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles, threads_of(p.size), queue);
+  const bool is_drawn = !(p.settings.ratio == Ratio::on_policy || p.x_next.data);
+  const auto kernel = pick(is_drawn ? kForward<true> : kForward<false>, launched);
+  launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles.by, threads_of(p.size), queue);
 }
 
 void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
@@ -220,14 +268,12 @@ void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
   PolicyArguments& p = launched.p;
   if (!p.settings.guard && p.x_next.data) p.old_velocity = {};  // needed neither to draw nor for the residual
   if (p.settings.guard && p.old_velocity.data && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
-  launched.vectors = all_take_vectors(p);
   launched.walk = walk_of(p, tiles_of(p.size));
   launched.walk.slices = 1;
-  const auto kernel = p.x_next.data ? policy_backward_kernel<false> : policy_backward_kernel<true>;
-  launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles, threads_of(p.size), queue);
+  const auto kernel = pick(p.x_next.data ? kBackward<false> : kBackward<true>, launched);
+  launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles.by, threads_of(p.size), queue);
 }
 
 std::string policy_why_not(int device) {
-  return load_kernels(device, {code(policy_forward_kernel<false>), code(policy_forward_kernel<true>),
-                               code(policy_backward_kernel<false>), code(policy_backward_kernel<true>)});
+  return load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
 }

@@ -24,26 +24,43 @@ with mock.patch("setuptools.setup"):  # for its flags: what is looked at is what
 NVCC = BUILD["nvcc"]()
 FIGURES = ("registers", "stack", "spills", "shared", "loads128", "stores128")
 
-# 128-bit accesses per thread: two for a latent, one of which float32 alone takes.
+# Latents that a thread reads and writes in 128-bit accesses: in kernels for any calls, in those for
+# plain ones, and written. An access takes a bfloat16 group, two a float32 one; so two where the
+# dtype is known only at run time.
 #   the step: x_t, velocity, velocity_uncond, then noise (and history) | x_next | x_next
-#   the losses load a given sample in two places, to be ahead of its sums
-ACCESSES = {
-    "sde_draw_kernel<0>": (8, 4),  # x_next and x0 are stored
-    "sde_draw_kernel<3>": (14, 4),
-    "sde_replay_kernel": (8, 0),
-    "sde_replay_backward_kernel": (8, 2),
-    "fill_philox_kernel": (0, 2),
-    "policy_forward_kernel<0>": (14, 0),
-    "policy_forward_kernel<1>": (12, 0),
-    "policy_backward_kernel<0>": (12, 2),
-    "policy_backward_kernel<1>": (12, 2),
-    "matching_forward_kernel<0>": (16, 0),
-    "matching_forward_kernel<1>": (12, 0),
-    "matching_backward_kernel<0>": (12, 2),
-    "matching_backward_kernel<1>": (10, 2),
-    "add_noise_kernel<0>": (4, 2),
-    "add_noise_kernel<1>": (2, 2),
+#   the losses load a given sample in two places, to be ahead of its sums; plain ones no uncond
+LATENTS = {
+    "sde_draw_kernel<0>": (4, 4, 2),  # x_next and x0 are stored
+    "sde_draw_kernel<3>": (7, 7, 2),
+    "sde_replay_kernel": (4, 4, 0),
+    "sde_replay_backward_kernel": (4, 4, 1),
+    "policy_forward_kernel<0>": (7, 5, 0),
+    "policy_forward_kernel<1>": (6, 5, 0),
+    "policy_backward_kernel<0>": (6, 5, 1),
+    "policy_backward_kernel<1>": (6, 5, 1),
+    "matching_forward_kernel<0>": (8, 6, 0),
+    "matching_forward_kernel<1>": (6, 5, 0),
+    "matching_backward_kernel<0>": (6, 6, 1),
+    "matching_backward_kernel<1>": (5, 5, 1),
+    "add_noise_kernel<0>": (2, 2, 1),
+    "add_noise_kernel<1>": (1, 1, 1),
 }
+LIGHT = {"fill_philox_kernel", "sde_draw_kernel<0>", "sde_replay_kernel"}
+LIGHT |= {"sde_replay_backward_kernel", "policy_forward_kernel<0>"}
+CALLS = {"any": 2, "float32": 2, "bfloat16": 1}  # the order of Calls; accesses of a latent
+
+
+def accesses():
+    """{kernel: (128-bit loads, stores)}."""
+    table = {"fill_philox_kernel": (0, 2)}
+    for kernel, (reads, plain_reads, writes) in LATENTS.items():
+        for calls, each in CALLS.items():
+            read = each * (reads if calls == "any" else plain_reads)
+            table[f"{kernel} {calls}"] = (read, each * writes)
+    return table
+
+
+ACCESSES = accesses()
 
 
 def cuobjdump():
@@ -70,10 +87,12 @@ def dump(path, flag):
 
 
 def kernel_of(mangled):
-    """name, or name<first template argument>."""
-    names = "|".join({kernel.split("<")[0] for kernel in ACCESSES})
-    name, argument = re.search(rf"({names})(?:IL[a-z](\d)E)?", mangled).groups()
-    return name if argument is None else f"{name}<{argument}>"
+    """name, or name<its last template argument>; and the calls it is compiled for."""
+    names = "|".join({re.split("[< ]", kernel)[0] for kernel in ACCESSES})
+    pattern = rf"({names})(?:IL\w*?5CallsE?(\d)E(?:L[a-z](\d)E)?)?"
+    name, calls, argument = re.search(pattern, mangled).groups()
+    name = name if argument is None else f"{name}<{argument}>"
+    return name if calls is None else f"{name} {list(CALLS)[int(calls)]}"
 
 
 def by_kernel(text, marker):
@@ -116,8 +135,11 @@ def test_no_spills_and_latents_in_128_bit_accesses(objects):
     assert table.keys() == ACCESSES.keys()
     for kernel, found in table.items():
         assert found["spills"] == found["stack"] == 0, (kernel, found)
-        # At image size, 8 x 65,536, all 512 blocks of 128 threads run at once on 132 processors.
-        assert found["registers"] <= 128, (kernel, found)
+        # At image size, 8 x 65,536, all 512 blocks of 128 threads run at once on 132 processors; of
+        # the 256 threads of larger samples an SM holds two blocks at least, four of the lightest.
+        name, _, calls = kernel.partition(" ")
+        at_most = 128 if calls == "any" else 64 if name in LIGHT else 96
+        assert found["registers"] <= at_most, (kernel, found)
         loads, stores = ACCESSES[kernel]
         assert found["loads128"] >= loads and found["stores128"] == stores, (kernel, found)
 
@@ -128,15 +150,14 @@ def test_arithmetic_is_ieee_without_contraction(objects):
     for path in objects:
         kernels |= by_kernel(dump(path, "-ptx"), r"\.entry (\S+)\(")
     assert kernels.keys() == ACCESSES.keys()
-    makes_noise = {k for k in kernels if k.endswith("<1>")} | {"fill_philox_kernel"}
-    makes_noise |= {"sde_draw_kernel<0>", "sde_draw_kernel<3>"}
+    makes_noise = {k for k in kernels if "<1>" in k or k.startswith(("fill_philox", "sde_draw"))}
     for kernel, ptx in kernels.items():
-        arithmetic = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f32\b", ptx))
-        allowed = r"(mul|add|sub|div)\.rn\.f32" + (
-            r"|fma\.rn\.f32|sqrt\.rn\.f32" * (kernel in makes_noise)
-        )
+        arithmetic = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|ex2|lg2)\S*f32\b", ptx))
+        allowed = r"(mul|add|sub|div)\.rn\.f32" + (r"|fma\.rn\.f32" * (kernel in makes_noise))
         assert all(re.fullmatch(allowed, a) for a in arithmetic), (kernel, arithmetic)
-        assert ("sqrt.rn.f32" in arithmetic) == (kernel in makes_noise), kernel
+        # A square root is what nvcc makes of sqrt.rn: an approximate inverse, then two corrections.
+        roots = set(re.findall(r"\br?sqrt\.\S*f32\b", ptx))
+        assert roots == ({"rsqrt.approx.ftz.f32"} if kernel in makes_noise else set()), kernel
 
 
 def test_one_atomic_to_arrive_with_and_no_other(objects):
@@ -179,7 +200,7 @@ def test_architectures_are_checked(monkeypatch):
 
 
 def main():
-    cells = "{:30}{:>7}" + "{:>11}" * len(FIGURES)
+    cells = "{:38}{:>7}" + "{:>11}" * len(FIGURES)
     print(cells.format("kernel", "arch", *FIGURES))
     for arch in BUILD["CUDA_ARCHS"]:
         for kernel, found in report(compiled(arch)[:-1]).items():
