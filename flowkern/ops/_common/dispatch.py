@@ -36,7 +36,8 @@ def choose(
     backend: str | None,
     transformed: bool = False,
 ) -> Impl:
-    """The best of `impls` that can serve (on the CPU the first), or the one named `backend`.
+    """The first of `impls` that can serve, or the one named `backend`. Native kernels come first:
+    on an H100 they take the device about as long as Triton's, the host a sixth of it (docs/gpu.md).
 
     `dtype` is float64 where any input is, else float32; `transformed` is `is_transformed()`. Raises
     ValueError for an unknown name, BackendError with the reason where the named one, or every one,
@@ -52,7 +53,7 @@ def choose(
         return impl.why_not(device, dtype)
 
     if backend is None:
-        for impl in best_first(impls, device):
+        for impl in impls:
             if why_not(impl) is None and not (impl.name == "triton" and interpreting()):
                 return impl
         reasons = {impl.name: why_not(impl) for impl in impls}
@@ -68,23 +69,11 @@ def choose(
     raise ValueError(f"backend: expected one of {[i.name for i in impls]} or None, got {backend!r}")
 
 
-# On CUDA devices. Where the native kernels are measured to be faster, they belong first: this is
-# the place for that rule, by the op and the size of its samples if need be.
-_CUDA_ORDER = ("triton", "native", "reference")
-
-
-def best_first(impls: Sequence[Impl], device: torch.device) -> Sequence[Impl]:
-    if device.type != "cuda":
-        return impls
-    return [impl for name in _CUDA_ORDER for impl in impls if impl.name == name]
-
-
 @functools.cache
-def straight_on_cuda(index: int, backend: str | None) -> ModuleType | None:
-    """The native CUDA kernels, where they are the backend named, or the best where none is."""
-    reasons = backends(torch.device("cuda", index))
-    best = backend or next(name for name in _CUDA_ORDER if reasons[name] is None)
-    return native.cuda() if best == "native" and reasons["native"] is None else None
+def straight_on_cuda(index: int) -> ModuleType | None:
+    """The native CUDA kernels, where they serve that device."""
+    reason = native_why_not(torch.device("cuda", index), torch.float32)
+    return native.cuda() if reason is None else None
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:

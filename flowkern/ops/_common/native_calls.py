@@ -32,7 +32,7 @@ def direct(backend: str | None, like: Tensor) -> ModuleType | None:
     if is_dynamo_compiling() or _num_modes() or is_in_func() or forward_ad._current_level >= 0:
         return None  # the latter two are is_transformed()
     if getattr(like, "is_cuda", False):
-        return straight_on_cuda(like.get_device(), backend)
+        return straight_on_cuda(like.get_device())
     return native._load()[0]  # cpu(): each frame that is spared is half a microsecond, cold
 
 

@@ -114,7 +114,7 @@ def native_on(module, stream: int = 0):
     native.connect(module, native._EXCHANGE, native._CPU, **others)
     before = native.cuda, native_calls.straight_on_cuda
     native.cuda = lambda: module
-    native_calls.straight_on_cuda = lambda index, backend: module
+    native_calls.straight_on_cuda = lambda index: module
     try:
         yield
     finally:
