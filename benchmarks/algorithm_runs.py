@@ -216,7 +216,7 @@ def iteration_costs() -> list[Row]:
     Seconds are of the first iterations, where the window is at its start; forward-equivalents are
     means over a whole run, by counting the plans.
     """
-    from flowkern.rl.algorithms import mean_cost
+    from flowkern.rl.cost import mean_cost
 
     _quiet()
     trainers = {name: _trainer(Job(name, TUNING_SEED, 0, COST_OVERRIDES)) for name in COSTED}

@@ -252,7 +252,8 @@ def _sampler(validation: Any, options: argparse.Namespace) -> Any:
 
 
 def _cost(options: argparse.Namespace) -> int:
-    from flowkern.rl.algorithms import mean_cost, name_of, names, recipe
+    from flowkern.rl.algorithms import name_of, names, recipe
+    from flowkern.rl.cost import mean_cost
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
     if options.config is None:

@@ -66,7 +66,7 @@ assert not heavy, heavy
 def test_the_installed_command_finds_modules_of_the_working_directory(tmp_path):
     """It does not begin with the working directory on Python's path, as `python -m` does."""
     (tmp_path / "mine.py").write_text(
-        "import sibling\nfrom flowkern.rl.algorithms.awm import Recipe as Mine\n"
+        "import sibling\nfrom flowkern.rl.algorithms.awm import AWM as Mine\n"
     )
     (tmp_path / "sibling.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_thing\n")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, check_fields, count
-from flowkern.rl.algorithms import Levels, Recipe, name_of
+from flowkern.rl.algorithms import name_of
+from flowkern.rl.recipe import Levels, Recipe
 from flowkern.train import tree as trees
 from flowkern.train.fields import Place, build
 

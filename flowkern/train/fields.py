@@ -14,7 +14,8 @@ from typing import Any, Literal, NewType, Union
 
 from flowkern.checks import ConfigError, shown
 from flowkern.lookup import nearest
-from flowkern.rl.algorithms import PolicyRecipe, Recipe, recipe
+from flowkern.rl.algorithms import recipe
+from flowkern.rl.recipe import PolicyRecipe, Recipe
 
 Place = NewType("Place", str)
 """A file or a directory: absolute once it is read, so that a run's own configuration serves from

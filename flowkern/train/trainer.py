@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkern.rollout import Plan, Rollout, Source, batch, network_rows, prompt_ids, run
+from flowkern.rollout import Layout, Plan, Rollout, Source, batch, network_rows, prompt_ids, run
 from flowkern.rollout.engine import Velocity, moved, slices
 from flowkern.train import distributed, lora, metrics, tracking
 from flowkern.train.config import Config, ConfigError
@@ -127,7 +127,7 @@ class Trainer:
     def learn_from(self, rollout: Rollout, share: Tensor, advantage: Tensor) -> dict[str, float]:
         """One optimizer step, on the prompts `share` of every rank; returns what it reports."""
         totals = torch.zeros(len(metrics.STATISTICS), device=self.device)
-        calls = self.network_calls(rollout.plan, advantage, share)
+        calls = self.network_calls(rollout.layout, advantage, share)
         choices = len(share) * advantage.shape[2]
         for i, (site, prompt) in enumerate(calls):
             rows = batch(rollout, site, share[prompt], advantage[self.rank])
@@ -188,11 +188,11 @@ class Trainer:
         return torch.arange(len(self.slots)).tensor_split(self.recipe.updates_per_rollout)
 
     def network_calls(
-        self, plan: Plan, advantage: Tensor, share: Tensor
+        self, layout: Layout, advantage: Tensor, share: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """Which sites of which of the prompts `share` each call of an optimizer step is for."""
         limit, needs_all = self.config.train.max_batch, self.objective.needs_all
-        return network_rows(plan, advantage[:, share], self.rank, limit, needs_all)
+        return network_rows(layout, advantage[:, share], self.rank, limit, needs_all)
 
     def update(self, means: Tensor, teaches: bool = True) -> dict[str, float]:
         """The optimizer step; the only place in a step where the host waits for its results.

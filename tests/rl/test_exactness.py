@@ -171,7 +171,9 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
         for rank, rollout in enumerate(rollouts):
             velocity = {name: net.of(slots[rank]) for name, net in nets.items()}
             anchors = {name: velocity[name] for name in objective.anchors}
-            calls = network_rows(plan, advantage[:, share], rank, max_batch, objective.needs_all)
+            calls = network_rows(
+                rollout.layout, advantage[:, share], rank, max_batch, objective.needs_all
+            )
             for site, prompt in calls:
                 part = batch(rollout, site, share[prompt], advantage[rank])
                 out = objective(part, velocity[None], anchors)

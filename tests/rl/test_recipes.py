@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flowkern.rl import algorithms
-from flowkern.rl.algorithms import cost, mean_cost, names, recipe
+from flowkern.rl.algorithms import cost, names, recipe
+from flowkern.rl.cost import mean_cost
 from flowkern.rollout import Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
 
@@ -552,8 +553,15 @@ def test_the_public_count():
         assert counts["sample"] == (start + 1) + 12 * (24 - start) and counts["naive_sample"] == 300
         assert (counts["train"], counts["naive_train"], counts["decode"]) == (37, 48, 12)
     assert cost("flow_grpo", group_size=8)["sample"] == 80
-    with pytest.raises(ValueError, match="window_start: got 20, which mixgrpo never reaches"):
+    with pytest.raises(ValueError, match="window_start: got 20, which MixGRPO never reaches"):
         cost("mixgrpo", window_start=20)
+
+
+def test_every_file_is_an_algorithm_that_is_found_by_its_name():
+    files = {path.stem for path in Path(algorithms.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(names())
+    for name in names():
+        assert algorithms.name_of(recipe(name)()) == name
 
 
 def test_names_of_nothing_are_told_apart():

@@ -228,9 +228,9 @@ def test_a_recipe_of_ones_own_may_sample_with_a_copy(small, tmp_path, monkeypatc
     """The ratio is then that to the copy, in the first update too."""
     (tmp_path / "trailing.py").write_text(
         "from dataclasses import dataclass\n"
-        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
+        "from flowkern.rl.algorithms.flow_grpo import FlowGRPO\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Recipe(Base):\n"
+        "class Recipe(FlowGRPO):\n"
         "    copies = {'old': lambda n: 0.9}\n"
         "    sampler = 'old'\n"
     )

@@ -110,7 +110,8 @@ def test_every_config_has_the_agreed_keys():
 
 def test_every_field_says_what_it_is():
     """Once: a recipe that only sets another default leaves the words to the one it derives from."""
-    recipes = sorted((ROOT / "flowkern/rl/algorithms").glob("*.py"))
+    rl = ROOT / "flowkern/rl"
+    recipes = [rl / "recipe.py", *sorted((rl / "algorithms").glob("*.py"))]
     said, set_again = set(), []
     for path in [Path(module.__file__), *recipes]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -130,9 +131,9 @@ def test_every_field_says_what_it_is():
 def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
+        "from flowkern.rl.algorithms.flow_grpo import FlowGRPO\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Short(Base):\n"
+        "class Short(FlowGRPO):\n"
         "    num_inference_steps: int = 4\n"
         "    temperature: float = 1.0\n"
     )

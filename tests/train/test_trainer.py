@@ -263,7 +263,7 @@ def test_the_host_waits_for_no_result_between_the_rewards_and_the_update(tiny, m
     assert rollout.latents.device == device
     advantage = torch.randn(1, len(trainer.slots), len(rollout.plan.trained))
     (share,) = trainer.split()
-    for site, prompt in trainer.network_calls(rollout.plan, advantage, share):
+    for site, prompt in trainer.network_calls(rollout.layout, advantage, share):
         rows = batch(rollout, site, share[prompt], advantage[0])
         out = trainer.objective(rows, trainer.learn, trainer.anchors())
         trainer.accelerator.backward(out.loss)
