@@ -162,7 +162,7 @@ class BuildPackage(build_py):
         if not self.editable_mode:
             target = Path(self.build_lib, "flowkern", "demo_data")
             shutil.rmtree(target, ignore_errors=True)
-            for folder in ("assets", "configs/digits"):
+            for folder in ("assets", "configs"):
                 shutil.copytree(folder, target / folder)
 
 

@@ -122,10 +122,10 @@ class Bench:
             self._set_batch()
 
     def _set_batch(self) -> None:
-        from dataclasses import replace
-
         config = self.trainer.config
-        self.trainer.config = replace(config, train=replace(config.train, max_batch=self.batch))
+        self.trainer.config = config.model_copy(
+            update={"train": config.train.model_copy(update={"max_batch": self.batch})}
+        )
         self.plain.batch_size = max(1, self.batch // 2)
 
     def _rollout(self, way: str) -> dict:
@@ -186,7 +186,7 @@ def _config(images: int, architecture, folder: str):
         "output_dir": folder,
         "model": {"path": "in memory", "height": pixels, "width": pixels},
         "data": {"train_prompts": str(prompts)},
-        "reward": {"weights": {"bench_large_model:brightness": 1.0}},
+        "reward": {"bench_large_model:brightness": {"weight": 1.0}},
         "algorithm": algorithm | {"updates_per_rollout": 1, "kl_coef": 0.004},
         "lora": {"rank": 32, "alpha": 64},
         "train": {"steps": 100, "max_batch": BATCH, "mixed_precision": "bf16"},

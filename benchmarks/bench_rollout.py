@@ -126,7 +126,8 @@ def _trainer(name: str, folder: str, *more: str):
     from flowkern.train.trainer import Trainer
 
     overrides = [f"model.path={ROOT / 'assets/digits-sd3'}", f"output_dir={folder}"]
-    overrides += ["reward.report=[]", f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
+    overrides += ["reward={digits_classifier: {}}"]
+    overrides += [f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
     for split in ("train", "test"):
         overrides.append(f"data.{split}_prompts={ROOT / f'assets/digits-prompts/{split}.jsonl'}")
     path = ROOT / "configs" / "digits" / f"{name}.yaml"

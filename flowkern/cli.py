@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +16,11 @@ from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
 ROLLOUTS = 300
-OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w:-]+)*=")
 OPTIONS = ("help", "traceback", "config", "algorithm")  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
-EXTRAS |= {"tqdm", "transformers"}
+EXTRAS |= {"pydantic", "tqdm", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,10 +243,13 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _sampler(validation: Any, options: argparse.Namespace) -> Any:
     """The sampler of validation, with what the command line says of it."""
+    from flowkern.train.fields import build
+
     given = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+    changed = {name: value for name, value in given.items() if value is not None}
     try:
-        return replace(validation, **{n: value for n, value in given.items() if value is not None})
-    except ValueError as error:
+        return build(type(validation), validation.model_dump() | changed)
+    except ConfigError as error:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Any:
         raise
     except Exception as error:  # the loaders raise of every kind, some without a word of the file
         message = " ".join(str(error).split())
-        keys = [f.name for f in dataclasses.fields(ModelConfig)]
+        keys = list(ModelConfig.model_fields)
         if not message.startswith(tuple(f"{key}: " for key in keys)):
             message = f"path: {options.path!r} cannot be loaded: {type(error).__name__}: {message}"
         raise ConfigError(f"model.{message}") from error

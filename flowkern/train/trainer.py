@@ -60,6 +60,8 @@ class Trainer:
     def _load(self, model: Any) -> None:
         config, options = self.config, self.config.train
         torch.manual_seed(config.seed)
+        self.rewards = load_rewards(config.reward)  # in seconds; the model may take minutes
+        torch.manual_seed(config.seed)  # as if they had drawn nothing
         self.model: Any = load_pipeline(config, self.device) if model is None else model
         self._check_plan()  # refused before anything is written
         if config.model.gradient_checkpointing:
@@ -71,7 +73,6 @@ class Trainer:
         self.copies = Copies(self.parameters, self._names_of_copies())
         # `trained` is `network` as gradients need it: wrapped for several processes.
         self.trained, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        self.rewards = load_rewards(config.reward)
         self.objective = self.recipe.objective(uncond=len(self.slots))
         self.validation = Validation(config, self.accelerator, self.model, self.rewards, self.stop)
 

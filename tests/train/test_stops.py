@@ -178,10 +178,10 @@ def of_validation(trainer):
 @pytest.mark.parametrize(
     "fail, message",
     [
-        (of_reward(SystemExit(0)), "step 3: reward.report.digits_judge: SystemExit: 0"),
-        (of_reward(ZeroDivisionError("no")), "step 3: reward.report.digits_judge: ZeroDivision"),
+        (of_reward(SystemExit(0)), "step 3: reward.digits_judge: SystemExit: 0"),
+        (of_reward(ZeroDivisionError("no")), "step 3: reward.digits_judge: ZeroDivision"),
         (of_recipe, "step 3: KeyError: 'gone'"),
-        (of_validation, "validation after step 2: reward.report.digits_judge: nan for image 0"),
+        (of_validation, "validation after step 2: reward.digits_judge: nan for image 0"),
     ],
     ids=["exit", "exception", "recipe", "validation"],
 )

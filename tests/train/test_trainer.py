@@ -197,13 +197,11 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_move(tiny, tmp_path
         "    return images.mean()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match="^step 1: reward.rewards_of_mine:nan: nan for image 0"):
+        Trainer(tiny("reward.rewards_of_mine:nan={weight: 0}", "data.test_prompts=null")).run()
+    wrong = tiny("reward.rewards_of_mine:scalar={weight: 0}", name="wrong")
     with pytest.raises(
-        RunError, match="^step 1: reward.report.rewards_of_mine:nan: nan for image 0"
-    ):
-        Trainer(tiny("reward.report=['rewards_of_mine:nan']", "data.test_prompts=null")).run()
-    wrong = tiny("reward.report=['rewards_of_mine:scalar']", name="wrong")
-    with pytest.raises(
-        RunError, match=r"^validation after step 0: reward\.report\.rewards_of_mine:scalar: .* \(\)"
+        RunError, match=r"^validation after step 0: reward\.rewards_of_mine:scalar: .* \(\)"
     ):
         Trainer(wrong).run()
     config = tiny(name="poisoned")
