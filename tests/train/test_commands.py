@@ -117,6 +117,11 @@ def test_errors_are_one_line(capsys, monkeypatch):
     for override, message in (
         (["configs/digits"], "Is a directory"),
         (["configs/digits/flow_grpo.yaml", "train.steps=["], "train.steps: got '[', not YAML"),
+        # Before the model is loaded, which is not there either.
+        (
+            ["configs/digits/flow_grpo.yaml", "reward.digits_judge.zz=1", "model.path=nowhere"],
+            "reward.digits_judge.zz: unknown key; known are weight, kind, directory",
+        ),
     ):
         assert main(["train", *override]) == 2
         error = capsys.readouterr().err
