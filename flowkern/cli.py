@@ -179,9 +179,9 @@ def _train(options: argparse.Namespace) -> int:
     if not files:
         _fail("train: expected a CONFIG.yaml, as in configs/", "flowkern train")
     config = load_config(files, overrides)  # what is wrong there shows before the imports
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
-    return Trainer(config).run()
+    return Loop(config).run()
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -231,7 +231,6 @@ def _sample(options: argparse.Namespace) -> int:
         num_inference_steps=sampler.num_inference_steps,
         guidance_scale=sampler.guidance_scale,
         max_batch=config.train.max_batch,
-        size=(config.model.height, config.model.width),
     )
     if options.num_images == 1:
         save_image(options.output, images[0])

@@ -62,6 +62,9 @@ class Recipe(ABC):
     sampler: ClassVar[str | None] = None
     """The copy that samples; None: the current weights."""
 
+    task: ClassVar[str] = "flow"
+    """What is trained: the name of a Task of the trainer's, or "module:attribute" of one's own."""
+
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """Other published settings, to be counted beside the defaults: name -> options."""
 

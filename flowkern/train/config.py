@@ -29,9 +29,6 @@ Precision = Annotated[
 ]
 Pixels = Annotated[int | None, count(2**16)]
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-ATTENTION += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
 
 class ModelConfig(Section):
     path: Place
@@ -108,12 +105,13 @@ class LoraConfig(Section):
     """Of the low-rank update of each target."""
     alpha: Annotated[int, count(2**20)] = 64
     """The update is scaled by alpha / rank."""
-    target_modules: list[Text] = Field(default_factory=lambda: list(ATTENTION))
-    """Linear layers that are adapted, by the end of their name."""
+    target_modules: list[Text] | None = None
+    """Linear layers that are adapted, by the end of their name; None: those of the model's
+    family."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not self.target_modules:
+        if self.target_modules == []:
             raise ValueError("target_modules: got none, expected at least one name")
         return self
 
