@@ -195,12 +195,12 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
 
     resumed.update = asked_to_stop
     assert resumed.run() == 128 + signal.SIGTERM
-    directory = resumed.output_dir
+    directory = resumed.directory.path
     assert (directory / "checkpoint-3").is_dir() and not (directory / "checkpoint-4").exists()
     again = Loop(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
     again.run()
     for file in ("metrics.jsonl", "validation.jsonl"):
-        expected = lines(straight.output_dir / file)
+        expected = lines(straight.directory.path / file)
         assert lines(directory / file) == expected and len(expected) >= 2
     states = [
         torch.load(loop.directory.path / "checkpoint-4/state.pt", weights_only=True)["copies"][
