@@ -126,12 +126,12 @@ def is_tracing(*arguments: object) -> bool:
     if torch.compiler.is_compiling() or private.num_modes() > 0:
         return True
     for x in arguments:  # a loop: this is asked at every call, and a generator costs as much again
-        kind = type(x)
-        if x is None or kind is torch.Tensor or kind is torch.nn.Parameter:
-            continue
-        if isinstance(x, torch.Tensor):
+        if type(x) not in _PLAIN and isinstance(x, torch.Tensor):
             return True
     return False
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def is_transformed() -> bool:
