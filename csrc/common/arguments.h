@@ -10,6 +10,11 @@
 #include "philox.h"
 #include "tensors.h"
 
+inline bool is_given(PyObject* x) { return x != Py_None; }
+
+// The streams of noise, as flowkern.ops._common.arguments numbers them.
+enum Stream : uint32_t { kStep = 1, kMatch = 2 };
+
 // Reads the arguments of one call. What a kernel cannot take as it is makes the call one that is not served: nothing is run,
 // Python gets None, and looks closer: it copies, converts or says what is wrong.
 class Reader {
@@ -299,22 +304,48 @@ inline Made make(Reader& read, const int64_t* shape, int ndim, Element element) 
   return made_of(checked(PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames)));
 }
 
+inline float* floats(const Made& made) { return reinterpret_cast<float*>(made.data); }
+
+// A new latent of the shape of the first, for a kernel to write.
+inline Made make_like_first(Reader& read, DType dtype, Latent& latent) {
+  Made made = make(read, read.first().shape, read.first().ndim, Element(dtype));
+  latent = {made.data, read.size, dtype};
+  return made;
+}
+
 // Without the interpreter's lock, as long as it lives.
 struct Unlocked {
   PyThreadState* state = PyEval_SaveThread();
   ~Unlocked() { PyEval_RestoreThread(state); }
 };
 
+// The arguments of a call: as many as its function names, which the compiler counts.
+template <size_t count>
+using Given = PyObject* const (&)[count];
+
+// Some of them, that a function of theirs names.
+template <size_t first, size_t count, size_t all>
+Given<count> part(Given<all> given) {
+  static_assert(first + count <= all);
+  return *reinterpret_cast<PyObject* const (*)[count]>(given + first);
+}
+
+template <size_t count>
+constexpr Py_ssize_t count_of(py::object (*)(Given<count>, Reader&)) {
+  return count;
+}
+
 // A Python function of positional arguments.
-template <py::object (*call)(PyObject* const*, Reader&), int count>
+template <auto call>
 PyObject* function(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  constexpr Py_ssize_t count = count_of(call);
   if (given != count && given != count + 1) {
-    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", count, given);
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
     return nullptr;
   }
   try {
     Reader reader(given > count ? values[count] : nullptr);
-    return call(values, reader).release().ptr();
+    return call(*reinterpret_cast<PyObject* const (*)[count]>(values), reader).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {

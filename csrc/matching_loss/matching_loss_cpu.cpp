@@ -1,8 +1,9 @@
 // The matching losses on a CPU: sums and slopes, the gradient, the noising of x0. Compiled once per instruction set.
-#include "matching_loss_cpu.h"
+#include "matching_loss.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 #include "../common/siblings_cpu.h"
 

@@ -1,8 +1,9 @@
 // The policy loss on a CPU, forward and backward. Compiled once per instruction set (FK_ISA names the instance).
-#include "policy_loss_cpu.h"
+#include "policy_loss.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 #include "../common/siblings_cpu.h"
 

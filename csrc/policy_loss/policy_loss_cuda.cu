@@ -1,10 +1,12 @@
 // The policy loss on CUDA, forward and backward; one launch each. A block takes one tile of one velocity row, a thread eight elements.
-#include "policy_loss_cuda.h"
+#include "policy_loss.h"
 
 #include "../common/latent_cuda.cuh"
 #include "../common/siblings_cuda.cuh"
 
 namespace {
+
+constexpr int kPolicySums = 2;  // per sample: of the ratio, of the KL
 
 // What a launch adds to the arguments.
 struct PolicyLaunch {
@@ -246,6 +248,9 @@ constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any,
 
 }  // namespace
 
+// The backward pass has no loss.
+ScratchSize scratch_of(const PolicyArguments& p) { return p.loss ? scratch_of_loss(p.batch, p.size, kPolicySums) : ScratchSize{}; }
+
 void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
   if (arguments.batch == 0) return;
   PolicyLaunch launched = {arguments, {}, {}, 1.0, false};
@@ -274,6 +279,6 @@ void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
   launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles.by, threads_of(p.size), queue);
 }
 
-std::string policy_why_not(int device) {
+std::string policy_loss_why_not(int device) {
   return load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
 }

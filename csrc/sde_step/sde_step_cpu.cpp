@@ -1,8 +1,9 @@
 // The step on a CPU: draw, replay, its gradient. Compiled once per instruction set (FK_ISA names the instance).
-#include "sde_step_cpu.h"
+#include "sde_step.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 
 namespace FK_ISA {

@@ -1,9 +1,8 @@
 // The step on CUDA: draw, replay, its gradient; one launch each. A block takes one tile of one sample, a thread eight elements.
-#include "sde_step_cuda.h"
+#include "sde_step.h"
 
 #include "../common/latent_cuda.cuh"
 #include "../common/sums_cuda.cuh"
-#include "sde_step.h"
 
 namespace {
 
@@ -216,6 +215,9 @@ void launch_step(const char* name, const Kernels<StepLaunch>& kernels, const Ste
 
 }  // namespace
 
+ScratchSize scratch_of(const StepArguments& s) { return s.log_prob ? scratch_of_samples(s.batch, s.size) : ScratchSize{}; }
+ScratchSize scratch_of(const NormalArguments&) { return {}; }
+
 void sde_draw(const StepArguments& s, const Queue& queue) { launch_step("sde_draw", s.num_history ? kDraw<3> : kDraw<0>, s, queue); }
 
 void sde_replay(const StepArguments& s, const Queue& queue) { launch_step("sde_replay", kReplay, s, queue); }
@@ -227,7 +229,7 @@ void fill_philox(const NormalArguments& n, const Queue& queue) {
   launch("fill_philox", fill_philox_kernel, launched, n.size > 0 ? n.batch * launched.tiles.by : 0, threads_of(n.size), queue);
 }
 
-std::string step_why_not(int device) {
+std::string sde_step_why_not(int device) {
   const std::string why_not = load_kernels<NormalLaunch>(device, {{{fill_philox_kernel, fill_philox_kernel, fill_philox_kernel}}});
   return why_not.empty() ? load_kernels(device, {kDraw<0>, kDraw<3>, kReplay, kReplayBackward}) : why_not;
 }

@@ -466,15 +466,17 @@ def test_a_changed_input_is_noticed_where_none_is_read_again(name):
 
 def test_a_kernel_called_past_the_verbs_checks_what_it_reads():
     kernels, slopes, ones = native.cpu(), torch.zeros(3, 2), torch.ones(3)
-    states, rest = (V, X, NEXT, ROWS.table), (None,) * 6 + (1.0, None, False, None)
-    call = (ones, slopes, *states, ROW + 1, *rest)
+    inputs = PolicyInputs._make([None] * 21)._replace(
+        velocity=V, x_t=X, x_next=NEXT, c_rows=ROWS.table, guidance_scale=1.0, ratio="sde"
+    )
+    call = (ones, slopes, *inputs._replace(row=ROW + 1), None)
     assert kernels.policy_backward(*call, False) is None
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 3\), got 3"):
         kernels.policy_backward(*call, True)
-    call = (ones, slopes[:2], *states, None, *rest)
+    call = (ones, slopes[:2], *inputs, None)
     with pytest.raises(ValueError, match="slopes: not as the kernels read it"):
         kernels.policy_backward(*call, True)
-    with pytest.raises(TypeError, match="expected 17 arguments, got 2"):
+    with pytest.raises(TypeError, match="expected 24 arguments, got 2"):
         kernels.policy_backward(ones, slopes)
     latent_first = (X, V, NEXT, ROWS.table, None, 1.0)
     assert kernels.sde_replay(*latent_first) is None  # a table is for those who have checked it

@@ -18,11 +18,7 @@ def forward(i: MatchingInputs) -> tuple[Tensor, ...]:
 def backward(
     grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor | None = None
 ) -> Tensor:
-    noise = i.noise, i.seed, i.sample_id, i.step
-    anchors = i.old_velocity, i.velocity_ref, i.velocity_ema
-    return native_calls.run(
-        "matching_backward", grad, slopes, i.velocity, i.x0, i.row, *noise, *anchors, residual
-    )
+    return native_calls.run("matching_backward", grad, slopes, *i, residual)
 
 
 def add_noise(x0: Tensor, sigma: Tensor, source: Noise) -> Tensor:

@@ -17,7 +17,4 @@ def forward(i: PolicyInputs) -> tuple[Tensor, ...]:
 def backward(
     grad: Tensor, slopes: Tensor, i: PolicyInputs, residual: Tensor | None = None
 ) -> Tensor:
-    states = i.velocity, i.x_t, i.x_next, i.c_rows, i.row, i.old_velocity
-    noise = i.noise, i.seed, i.sample_id, i.step
-    rest = i.velocity_uncond, i.guidance_scale, i.velocity_ref, i.ratio == "guard", residual
-    return native_calls.run("policy_backward", grad, slopes, *states, *noise, *rest)
+    return native_calls.run("policy_backward", grad, slopes, *i, residual)
