@@ -7,10 +7,10 @@
 #define FK_FIELD(name, Arguments) void (*name)(const Arguments&);
 #define FK_DECLARE(name, Arguments) void name(const Arguments&);
 #define FK_ADDRESS(name, Arguments) name,
-#define FK_INSTANCE(isa)                                         \
-  namespace isa {                                                \
-  FK_KERNELS(FK_DECLARE)                                         \
-  constexpr Kernels kKernels = {#isa, FK_KERNELS(FK_ADDRESS)};   \
+#define FK_INSTANCE(isa)                                       \
+  namespace isa {                                              \
+  FK_KERNELS(FK_DECLARE)                                       \
+  constexpr Kernels kKernels = {#isa, FK_KERNELS(FK_ADDRESS)}; \
   }
 
 namespace {

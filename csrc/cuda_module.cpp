@@ -7,8 +7,8 @@
 
 #define FK_FIELD(name, Arguments) void (*name)(const Arguments&, const Queue&);
 #define FK_ADDRESS(name, Arguments) name,
-#define FK_DECLARE(name, Arguments)            \
-  void name(const Arguments&, const Queue&);   \
+#define FK_DECLARE(name, Arguments)          \
+  void name(const Arguments&, const Queue&); \
   ScratchSize scratch_of(const Arguments&);
 #define FK_DECLARE_OP(op) std::string op##_why_not(int device);
 #define FK_WHY_NOT(op) op##_why_not,

@@ -49,7 +49,7 @@ void connect(const py::dict& names) {
   if (api && api->view) torch.exchange = api;
 }
 
-#define FK_FUNCTION(name, Arguments)                                                                                 \
+#define FK_FUNCTION(name, Arguments) \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&function<&functions::name>)), METH_FASTCALL, nullptr},
 
 PyMethodDef kFunctions[] = {FK_KERNELS(FK_FUNCTION){nullptr, nullptr, 0, nullptr}};

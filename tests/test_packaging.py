@@ -103,6 +103,13 @@ def test_versions_have_tested_bounds_and_what_is_required_is_used():
         assert re.search(rf"\b(import|from) {modules.get(name, name)}\b", sources), name
 
 
+def test_pre_commit_formats_as_make_lint_does():
+    pins = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff-pre-commit\n    rev: v(\S+)", hooks)[1] == pins["ruff"]
+    assert re.search(r"\[clang-format==(\S+)\]", hooks)[1] == pins["clang-format"]
+
+
 def test_the_lock_has_a_hash_for_every_version_of_the_constraints():
     lock = (ROOT / "constraints-cpu.lock").read_text()
     locked = dict(re.findall(r"(?m)^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", lock))

@@ -90,18 +90,20 @@ class Reader {
   T* vector(PyObject* x, int64_t count, const char* name, int64_t columns = 0) {
     View v;
     const Element wanted = std::is_same_v<std::remove_const_t<T>, float> ? Element::float32 : Element::int64;
-    const bool fits = serves && view(x, v, name) && v.element() == wanted && v.ndim == (columns ? 2 : 1) &&
-                      v.shape[0] == count && (!columns || v.shape[1] == columns) && v.is_packed(0);
+    const bool fits = serves && view(x, v, name) && v.element() == wanted && v.ndim == (columns ? 2 : 1) && v.shape[0] == count &&
+                      (!columns || v.shape[1] == columns) && v.is_packed(0);
     require(fits, name);
     return fits ? v.at<T>() : nullptr;
   }
   template <class T>
-  T* optional_vector(PyObject* x, int64_t count, const char* name) { return x == Py_None ? nullptr : vector<T>(x, count, name); }
+  T* optional_vector(PyObject* x, int64_t count, const char* name) {
+    return x == Py_None ? nullptr : vector<T>(x, count, name);
+  }
   // A gradient of float32: (count,) of any stride, or one number for all.
   const float* gradient(PyObject* x, int64_t count, int64_t& stride) {
     View v;
-    const bool fits = serves && view(x, v, "grad") && v.element() == Element::float32 &&
-                      (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
+    const bool fits =
+        serves && view(x, v, "grad") && v.element() == Element::float32 && (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
     require(fits, "grad");
     stride = fits && v.ndim ? v.strides[0] : 0;
     return fits ? v.at<const float>() : nullptr;
@@ -138,8 +140,8 @@ class Reader {
       require(is_checked_, "rows");
     }
     View v;
-    const bool fits = serves && view(table.ptr(), v, "rows") && v.ndim >= 1 && v.is_packed(v.ndim - 1) &&
-                      v.shape[v.ndim - 1] == kColumns && (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
+    const bool fits = serves && view(table.ptr(), v, "rows") && v.ndim >= 1 && v.is_packed(v.ndim - 1) && v.shape[v.ndim - 1] == kColumns &&
+                      (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
     require(fits && (v.element() == Element::float32 || (v.element() == Element::float64 && torch.reads_values)), "rows");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
@@ -271,8 +273,7 @@ class Reader {
     if (!torch.reads_values) return require(!index || is_checked_ || !is_debugging(), name);
     for (int64_t b = 0; index && b < batch; ++b)
       if (index[b] < 0 || index[b] >= count)
-        return refuse<py::index_error>(name + (": expected values in [0, " + std::to_string(count)) + "), got " +
-                                       std::to_string(index[b]));
+        return refuse<py::index_error>(name + (": expected values in [0, " + std::to_string(count)) + "), got " + std::to_string(index[b]));
   }
 };
 
@@ -327,7 +328,7 @@ using Given = PyObject* const (&)[count];
 template <size_t first, size_t count, size_t all>
 Given<count> part(Given<all> given) {
   static_assert(first + count <= all);
-  return *reinterpret_cast<PyObject* const (*)[count]>(given + first);
+  return *reinterpret_cast<PyObject* const(*)[count]>(given + first);
 }
 
 template <size_t count>
@@ -345,7 +346,7 @@ PyObject* function(PyObject*, PyObject* const* values, Py_ssize_t given) {
   }
   try {
     Reader reader(given > count ? values[count] : nullptr);
-    return call(*reinterpret_cast<PyObject* const (*)[count]>(values), reader).release().ptr();
+    return call(*reinterpret_cast<PyObject* const(*)[count]>(values), reader).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {

@@ -76,8 +76,7 @@ FK_INLINE double awm_slope(int weighting, double t, double m) {
 }
 
 // On policy log_ratio is exactly 0, but NaN where M is NaN.
-FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
-                        MatchingResult& result) {
+FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean, MatchingResult& result) {
   double log_ratio = mean.squares == mean.squares ? 0.0 : mean.squares;
   if (rule.has_old) log_ratio = awm_log_ratio(rule.weighting, t, mean.squares, mean.old_squares, mean.drift);
   const Clipped clip = clipped(clip_range<double>(rule.clip_low, rule.clip_high), advantage, log_ratio);
@@ -92,8 +91,7 @@ FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, co
 }
 
 // Residuals are normalized by their own mean size, which has no gradient.
-FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
-                        MatchingResult& result) {
+FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean, MatchingResult& result) {
   double r = 0.5 + 0.5 * advantage;
   r = r < 0.0 ? 0.0 : r > 1.0 ? 1.0 : r;  // NaN stays
   const double minus_squares = rule.has_old ? mean.old_squares : mean.squares;
@@ -115,13 +113,11 @@ FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, co
 FK_INLINE MatchingResult matching_result(MatchingRule rule, float sigma, float advantage, const MatchingSums& sums) {
   if (rule.size == 0) rule.size = 1;
   const double d = double(rule.size);
-  const MatchingSums mean{sums.squares / d, sums.old_squares / d, sums.drift / d, sums.sizes / d,
-                          sums.old_sizes / d, sums.ref / d, sums.ema / d};
+  const MatchingSums mean{sums.squares / d,   sums.old_squares / d, sums.drift / d, sums.sizes / d,
+                          sums.old_sizes / d, sums.ref / d,         sums.ema / d};
   MatchingResult result{};
-  if (rule.nft)
-    nft_loss(rule, sigma, advantage, mean, result);
-  else
-    awm_loss(rule, sigma, advantage, mean, result);
+  if (rule.nft) nft_loss(rule, sigma, advantage, mean, result);
+  else awm_loss(rule, sigma, advantage, mean, result);
   result.ref = float(mean.ref);
   result.ema = float(mean.ema);
   result.loss += rule.ref_coef * mean.ref + rule.ema_coef * mean.ema;
@@ -142,7 +138,7 @@ struct MatchingArguments {
   NoiseKey key;
   MatchingRule rule;
 
-  const float *sigma, *advantage;              // (batch,); no sigma: sigma_value for all
+  const float *sigma, *advantage;  // (batch,); no sigma: sigma_value for all
   float sigma_value;
   bool is_reduced;                             // loss is one number, not (batch,)
   float *loss, *log_ratio, *ratio, *matching;  // (batch,)
@@ -151,7 +147,7 @@ struct MatchingArguments {
   // On a CPU, (rows, size) of float32, where row b has sample b alone: velocity - u. Forward writes it; given to backward, it takes the
   // place of x0 and noise, and becomes the gradient.
   Latent residual;
-  float* slopes;                               // (batch, 4)
+  float* slopes;  // (batch, 4)
 
   const float* grad;  // backward: of the loss, (batch,), or one number: grad_stride 0
   int64_t grad_stride;
@@ -168,7 +164,7 @@ struct NoisingArguments {
 };
 
 // Its kernels, on every device.
-#define FK_KERNELS_OF_matching_loss(X) \
-  X(matching_forward, MatchingArguments) \
+#define FK_KERNELS_OF_matching_loss(X)    \
+  X(matching_forward, MatchingArguments)  \
   X(matching_backward, MatchingArguments) \
   X(add_noise, NoisingArguments)

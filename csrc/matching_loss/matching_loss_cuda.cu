@@ -291,9 +291,7 @@ MatchingLaunch prepared(const MatchingArguments& m) {
 }  // namespace
 
 // The backward pass has no loss.
-ScratchSize scratch_of(const MatchingArguments& m) {
-  return m.loss ? scratch_of_loss(m.batch, m.rule.size, kMatchingSums) : ScratchSize{};
-}
+ScratchSize scratch_of(const MatchingArguments& m) { return m.loss ? scratch_of_loss(m.batch, m.rule.size, kMatchingSums) : ScratchSize{}; }
 ScratchSize scratch_of(const NoisingArguments&) { return {}; }
 
 void matching_forward(const MatchingArguments& m, const Queue& queue) {

@@ -47,12 +47,12 @@ struct PolicySettings {
   bool guard;  // the gradient is that of a guarded ratio, on policy too
   ClipRange<float> range;
   double slope_scale;  // share of a sample in the loss * guidance_scale / D
-  int64_t size;  // D
+  int64_t size;        // D
 };
 
 // share: of a sample in the loss, 1/B for a mean, else 1. guidance_scale is 1 without guidance.
-FK_INLINE PolicySettings policy_settings(Ratio ratio, bool guard, double clip_low, double clip_high, double share,
-                                         double guidance_scale, int64_t size) {
+FK_INLINE PolicySettings policy_settings(Ratio ratio, bool guard, double clip_low, double clip_high, double share, double guidance_scale,
+                                         int64_t size) {
   const double slope_scale = share * guidance_scale / double(size > 0 ? size : 1);
   return {ratio, guard, clip_range<float>(clip_low, clip_high), slope_scale, size};
 }
@@ -68,8 +68,8 @@ struct PolicySample {
 FK_INLINE bool is_silent(float slope) { return slope == 0 && copysignf(1.0f, slope) > 0; }
 
 // A sample's loss and slopes from its sums over D: ratio_sum of ratio_term, kl_sum of kl_term.
-FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum,
-                                     float advantage, float old_log_prob, float step_weight, float kl_coef) {
+FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum, float advantage,
+                                     float old_log_prob, float step_weight, float kl_coef) {
   const double size = s.size > 0 ? double(s.size) : 1.0, mean = ratio_sum / size;
   const bool noisy = row.std > 0;
   PolicySample out;
@@ -107,7 +107,7 @@ struct PolicyArguments {
   float guidance_scale;
   const int64_t* row;            // (batch,), nullptr: sample b has row b
   const int64_t *order, *first;  // of many samples on a device: order[first[r]] to order[first[r + 1]] have row r, in ascending order
-  const float* edges;  // StepRow per sample; edge_stride 0: one for all
+  const float* edges;            // StepRow per sample; edge_stride 0: one for all
   int64_t edge_stride;
   NoiseKey key;
   PolicySettings settings;

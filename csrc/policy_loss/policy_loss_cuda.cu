@@ -106,9 +106,9 @@ FK_DEVICE float ratio_sum(Ratio kind, const StepRow& edge, const Chunk& chunk, c
 FK_DEVICE void finish_sample(const PolicyLaunch& launch, int64_t sample, const double (&sums)[kPolicySums]) {
   const PolicyArguments& p = launch.p;
   if (lane_index() == 0) {
-    const PolicySample out = policy_sample(p.settings, edge_of(p, sample), sums[0], sums[1], p.advantage[sample],
-                                           p.old_log_prob ? p.old_log_prob[sample] : 0.0f, p.step_weight ? p.step_weight[sample] : 1.0f,
-                                           p.kl_coef ? p.kl_coef[sample] : p.kl_value);
+    const PolicySample out =
+        policy_sample(p.settings, edge_of(p, sample), sums[0], sums[1], p.advantage[sample], p.old_log_prob ? p.old_log_prob[sample] : 0.0f,
+                      p.step_weight ? p.step_weight[sample] : 1.0f, p.kl_coef ? p.kl_coef[sample] : p.kl_value);
     p.log_ratio[sample] = out.log_ratio;
     p.ratio[sample] = out.ratio;
     p.kl[sample] = out.kl;
@@ -238,8 +238,7 @@ auto pick(const Kernels<PolicyLaunch>& kernels, PolicyLaunch& launched) {
 }
 
 template <bool kDrawn>
-constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn>,
-                                             policy_forward_kernel<Calls::plain_float32, kDrawn>,
+constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn>, policy_forward_kernel<Calls::plain_float32, kDrawn>,
                                              policy_forward_kernel<Calls::plain_bfloat16, kDrawn>}};
 template <bool kDrawn>
 constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any, kDrawn>,
@@ -259,8 +258,8 @@ void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
   if (p.settings.ratio == Ratio::on_policy && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
   if (!p.velocity.data) p.size = 0;
   launched.walk = walk_of(p, tiles_of(p.size));
-  launched.scratch = loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums,
-                                  p.reduction == Reduction::none ? p.loss : nullptr);
+  launched.scratch =
+      loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums, p.reduction == Reduction::none ? p.loss : nullptr);
   if (p.reduction == Reduction::mean) launched.share = 1.0 / double(p.batch);
   const bool is_drawn = !(p.settings.ratio == Ratio::on_policy || p.x_next.data);
   const auto kernel = pick(is_drawn ? kForward<true> : kForward<false>, launched);

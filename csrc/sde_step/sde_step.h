@@ -42,8 +42,8 @@ struct NormalArguments {
 };
 
 // Its kernels, on every device.
-#define FK_KERNELS_OF_sde_step(X) \
-  X(sde_draw, StepArguments) \
-  X(sde_replay, StepArguments) \
+#define FK_KERNELS_OF_sde_step(X)       \
+  X(sde_draw, StepArguments)            \
+  X(sde_replay, StepArguments)          \
   X(sde_replay_backward, StepArguments) \
   X(fill_philox, NormalArguments)
