@@ -1,7 +1,7 @@
 // flowkern._cpu: the CPU kernels as functions of tensors (verbs.h), by the widest instruction set that the processor has.
 #include <pthread.h>
 
-#include "common/arguments.h"
+#include "common/function.h"
 #include "ops.h"
 
 #define FK_FIELD(name, Arguments) void (*name)(const Arguments&);

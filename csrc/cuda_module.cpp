@@ -1,7 +1,7 @@
 // flowkern._cuda: the CUDA kernels as functions of tensors (verbs.h).
 //
 // It carries its own CUDA runtime, so it imports where there is no driver; a launch there is an exception.
-#include "common/arguments.h"
+#include "common/function.h"
 #include "common/launch_cuda.h"
 #include "ops.h"
 

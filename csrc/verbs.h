@@ -10,7 +10,7 @@
 //   run(kernel, arguments, read)   a launch, with what it needs besides its arguments
 #pragma once
 
-#include "common/arguments.h"
+#include "common/function.h"
 #include "matching_loss/matching_loss_python.h"
 #include "ops.h"
 #include "policy_loss/policy_loss_python.h"

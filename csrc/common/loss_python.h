@@ -1,7 +1,7 @@
 // What the losses share as functions of Python's: what comes out of them, and the gradient.
 #pragma once
 
-#include "arguments.h"
+#include "function.h"
 #include "reduction.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // The step as functions of Python's (verbs.h).
 #pragma once
 
-#include "../common/arguments.h"
+#include "../common/function.h"
 #include "sde_step.h"
 
 namespace {
