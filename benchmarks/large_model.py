@@ -95,8 +95,7 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
         encoders[1], tokenizers[1], encoders[2], tokenizers[2],
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    pixels = architecture.pixels
-    return SD3(pipeline, height=pixels, width=pixels)
+    return SD3(pipeline)
 
 
 def _vae(architecture: Architecture) -> AutoencoderKL:

@@ -1,6 +1,4 @@
-"""Rollouts: what is sampled (plan, and its layout), how it is run (engine), what of it is trained
-(batches).
-"""
+"""Rollouts: what is sampled (plan), how it is run (engine), what of it is trained (batches)."""
 
 from typing import TYPE_CHECKING
 
@@ -9,13 +7,11 @@ from flowkern.lookup import lazily
 if TYPE_CHECKING:
     from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_rows
     from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
-    from flowkern.rollout.layout import Layout
     from flowkern.rollout.plan import Cost, Plan
 
 __all__ = [
     "Cost",
     "Guidance",
-    "Layout",
     "Plan",
     "PointBatch",
     "Rollout",
@@ -30,7 +26,6 @@ __all__ = [
 _HOMES = {
     "Cost": "flowkern.rollout.plan",
     "Guidance": "flowkern.rollout.engine",
-    "Layout": "flowkern.rollout.layout",
     "Plan": "flowkern.rollout.plan",
     "PointBatch": "flowkern.rollout.batches",
     "Rollout": "flowkern.rollout.engine",

@@ -1,4 +1,4 @@
-"""Every algorithm through the loop, small: what it costs, that it begins on policy, that it is
+"""Every algorithm through the trainer, small: what it costs, that it begins on policy, that it is
 the same on two processes and after a resume.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
 from flowkern.train.config import from_dict, to_dict
-from flowkern.train.loop import Loop
+from flowkern.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
@@ -64,26 +64,26 @@ def test_every_algorithm_is_tried():
 
 @pytest.mark.parametrize("name", names())
 def test_it_costs_what_its_plan_says_and_begins_on_policy(small, name):
-    loop = Loop(small(name))
-    recipe = loop.recipe
+    trainer = Trainer(small(name))
+    recipe = trainer.recipe
     for _ in range(2):
-        cost = recipe.plan(loop.task.model.sigmas, loop.iteration, 0).cost()
-        records = loop.step()
+        cost = recipe.plan(trainer.model.sigmas, trainer.iteration, 0).cost()
+        records = trainer.step()
         rows = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
         assert records[0]["nfe/sample"] == rows <= records[0]["nfe/naive_sample"]
         trained = [record["nfe/train"] for record in records]
         # Less where a copy of the weights still equals them, or rewards are all alike.
-        assert max(trained) <= 2 * cost.train * loop.task.objective.forwards
+        assert max(trained) <= 2 * cost.train * trainer.objective.forwards
         assert records[0]["ratio_mean"] == pytest.approx(1, abs=1e-5)
         assert all(record["grad_norm"] > 0 for record in records)
     if not recipe.copies:
-        assert trained[0] == 2 * cost.train * loop.task.objective.forwards, "none is skipped here"
-    before = [p.detach().clone() for p in loop.parameters]
+        assert trained[0] == 2 * cost.train * trainer.objective.forwards, "none is skipped here"
+    before = [p.detach().clone() for p in trainer.parameters]
     assert any(p.abs().sum() > 0 for p in before)
 
 
 def one_step(config) -> dict[str, float]:
-    records = Loop(config).step()
+    records = Trainer(config).step()
     loose = ("timing_s/", "throughput/", "memory/")
     return {k: v for r in records for k, v in r.items() if not k.startswith(loose)}
 
@@ -135,11 +135,12 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
     program = (
         "import json, sys\n"
         "from flowkern.train.config import from_dict\n"
-        "from flowkern.train.loop import Loop\n"
+        "from flowkern.train.run import Run\n"
+        "from flowkern.train.trainer import Trainer\n"
         "for tree in json.loads(sys.argv[1]):\n"
-        "    loop = Loop(from_dict(tree))\n"
-        "    loop.begin()\n"
-        "    loop.advance()\n"
+        "    run = Run(Trainer(from_dict(tree)))\n"
+        "    run.begin()\n"
+        "    run.advance()\n"
         "import torch.distributed as group\n"
         "group.barrier()\n"
         "group.destroy_process_group()\n"
@@ -151,11 +152,11 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
         )
         return make("validation.num_prompts=4", "train.ema_decay=0.9", *options, name=name)
 
-    Loop(config("one")).run()
+    Trainer(config("one")).run()
     trees = [config("two"), config("two_two", "two"), config("one_two", "one")]
     program = written(tmp_path / "program.py", program)
     on_processes(2, program, json.dumps([to_dict(tree) for tree in trees]))
-    Loop(config("two_one", "two")).run()
+    Trainer(config("two_one", "two")).run()
     on_processes(4, ROOT / "scripts/train.py", config("two_four", "two", tiny_file))
     straight = lines(tmp_path / "two/metrics.jsonl")
     assert straight[0] == pytest.approx(
@@ -183,7 +184,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
 @pytest.mark.parametrize("name", ["awm", "diffusion_nft"])
 def test_copies_of_the_weights_survive_a_resume(small, name, lines):
     extra = {"checkpointing_steps": 2, "ema_decay": 0.9}
-    straight, resumed = (Loop(small(name, run, **extra)) for run in ("straight", "resumed"))
+    straight, resumed = (Trainer(small(name, run, **extra)) for run in ("straight", "resumed"))
     assert straight.run() == 0
     update = resumed.update
 
@@ -195,18 +196,18 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
 
     resumed.update = asked_to_stop
     assert resumed.run() == 128 + signal.SIGTERM
-    directory = resumed.directory.path
+    directory = resumed.output_dir
     assert (directory / "checkpoint-3").is_dir() and not (directory / "checkpoint-4").exists()
-    again = Loop(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
+    again = Trainer(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
     again.run()
     for file in ("metrics.jsonl", "validation.jsonl"):
-        expected = lines(straight.directory.path / file)
+        expected = lines(straight.output_dir / file)
         assert lines(directory / file) == expected and len(expected) >= 2
     states = [
-        torch.load(loop.directory.path / "checkpoint-4/state.pt", weights_only=True)["copies"][
+        torch.load(trainer.output_dir / "checkpoint-4/state.pt", weights_only=True)["copies"][
             "copies"
         ]
-        for loop in (straight, again)
+        for trainer in (straight, again)
     ]
     assert states[0].keys() == states[1].keys() >= {*straight.recipe.copies, "evaluated"}
     for key, copy in states[0].items():
@@ -219,7 +220,7 @@ def test_ratios_are_means_over_what_was_trained(small):
     """And not over what was left out because it teaches nothing."""
     tree = to_dict(small("dance_grpo"))
     tree["algorithm"] |= {"group_size": 4, "best_of": 2}
-    record = Loop(from_dict(tree)).step()[0]
+    record = Trainer(from_dict(tree)).step()[0]
     assert record["ratio_mean"] == pytest.approx(1, abs=1e-5)
 
 
@@ -227,15 +228,15 @@ def test_a_recipe_of_ones_own_may_sample_with_a_copy(small, tmp_path, monkeypatc
     """The ratio is then that to the copy, in the first update too."""
     (tmp_path / "trailing.py").write_text(
         "from dataclasses import dataclass\n"
-        "from flowkern.rl.algorithms.flow_grpo import FlowGRPO\n"
+        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Recipe(FlowGRPO):\n"
+        "class Recipe(Base):\n"
         "    copies = {'old': lambda n: 0.9}\n"
         "    sampler = 'old'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     tree = to_dict(small("flow_grpo", learning_rate=2e-2))
     tree["algorithm"] |= {"name": "trailing:Recipe", "updates_per_rollout": 1}
-    loop = Loop(from_dict(tree))
-    ratios = [loop.step()[0]["ratio_mean"] for _ in range(3)]
+    trainer = Trainer(from_dict(tree))
+    ratios = [trainer.step()[0]["ratio_mean"] for _ in range(3)]
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-5

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern.ops._common import torch_private as private
 from flowkern.ops._common.arguments import (
     FLOATS,
     Noise,
@@ -39,7 +38,7 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
-from flowkern.ops._common.native_calls import direct
+from flowkern.ops._common.native_calls import direct, increment_version
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
@@ -211,7 +210,7 @@ def sde_step(
         )  # fmt: skip
         if drawn is not None:
             if out is not None:
-                private.increment_version((out,))
+                increment_version((out,))
             return drawn[:2]
     latents = _latents(x_t, velocity, velocity_uncond, history, noise)
     dtype = _check_output(latents, out_dtype, out)
@@ -258,7 +257,7 @@ def ode_step(
         )  # fmt: skip
         if drawn is not None:
             if out is not None:
-                private.increment_version((out,))
+                increment_version((out,))
             return drawn[::2] if return_x0 else drawn[0]
     latents = _latents(x_t, velocity, velocity_uncond, history)
     dtype = _check_output(latents, out_dtype, out)
@@ -323,12 +322,8 @@ def _with_gradient(log_prob: Tensor, saved: tuple, guidance_scale: float, kernel
     velocity = saved[1]
     if not (velocity.requires_grad and torch.is_grad_enabled()):
         return log_prob
-    how = _gradient, (guidance_scale,), kernel
-    return EagerGradient.apply(velocity, (log_prob, saved, how, None))
-
-
-def _gradient(grad: Tensor, saved: tuple, settings: tuple, kernel: str, _) -> Tensor:
-    return _GRADIENT[kernel](grad, *saved, *settings)
+    backward = _GRADIENT[kernel]
+    return EagerGradient.apply(velocity, saved, (log_prob, backward, (guidance_scale,), kernel))
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowkern.rl.algorithms.mixgrpo_flash import MixGRPOFlash
+from flowkern.rl.algorithms.mixgrpo_flash import Recipe as MixGRPOFlash
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixGRPOFlashStar(MixGRPOFlash):
+class Recipe(MixGRPOFlash):
     """The released defaults."""
 
     stride: int = 0
