@@ -1,15 +1,16 @@
 """How much of a sample a Triton program should take: python scripts/gpu/tiles.py [--device cuda]
 
 Device time of each verb for every (elements, warps) of a program, against what rows_triton.tile
-chooses. First all are compiled, in many processes, then timed in one, from graphs as the benchmark
-does. A line of JSON per verb, dtype and size goes to tiles.jsonl in the folder that
-FLOWKERN_RESULTS names. GPU_REHEARSE=1 times the CPU's kernels, which have no tiles, to walk the
-same way.
+chooses and the native kernel. First all are compiled, in many processes, then timed in one, from
+graphs as the benchmark does. A line of JSON per verb, dtype and size goes to tiles.jsonl in the
+folder that FLOWKERN_RESULTS names. GPU_REHEARSE=1 times the CPU's kernels, which have no tiles, to
+walk the same way.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -98,14 +99,16 @@ def _compile(verb: str, device: torch.device) -> int:
 
 
 def _times(verb: str, copies: list[Arguments]) -> dict[str, float | str]:
-    """Microseconds by tile, the tiles in turns: the median."""
-    backend = "native" if IS_REHEARSAL else "triton"
-    calls = [lambda p=p: call(verb, p, backend) for p in copies]
+    """Microseconds by tile, and of the native kernel, in turns: the median."""
     graphs, found = {}, {}
-    for tile in [None, *TILES]:
-        name = "chosen" if tile is None else f"{tile[0]}/{tile[1]}"
+    for tile in ["native", None, *TILES]:
+        name = "chosen" if tile is None else tile if tile == "native" else f"{tile[0]}/{tile[1]}"
+        is_triton = tile != "native" and not IS_REHEARSAL
+        backend = "triton" if is_triton else "native"
+        calls = [lambda p=p, backend=backend: call(verb, p, backend) for p in copies]
+        make = functools.partial(device_time.Graph, calls, copies[0].device)
         try:
-            graphs[name] = _with_tile(tile, lambda: device_time.Graph(calls, copies[0].device))
+            graphs[name] = _with_tile(tile if is_triton else None, make)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
     times = [{name: 1e3 * graph.replay() for name, graph in graphs.items()} for _ in range(ROUNDS)]
