@@ -3,8 +3,16 @@
 import os
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core to each; before torch asks
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: -getattr(item.get_closest_marker("long"), "args", (0,))[0])
 
 
 @pytest.fixture

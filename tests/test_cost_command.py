@@ -51,6 +51,7 @@ def printed(capsys, *arguments):
     return out
 
 
+@pytest.mark.long(15)
 def test_every_algorithm_at_its_papers_defaults(capsys):
     found = printed(capsys)
     assert found == {(name, ""): row for name, row in DEFAULTS.items()} | {

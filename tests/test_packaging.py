@@ -1,5 +1,6 @@
 """What is handed on: the source distribution is whole, and a wheel brings the demo with it."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -30,7 +31,9 @@ def setup(*command, cwd=ROOT):
 def sdist(tmp_path_factory):
     """Unpacked; made without the egg-info of an earlier build, whose list would be taken over."""
     folder = tmp_path_factory.mktemp("sdist")
-    setup("egg_info", "--egg-base", folder, "sdist", "--formats", "tar", "--dist-dir", folder)
+    with open(ROOT / "pyproject.toml") as lock:  # it is gathered in a folder of the tree
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        setup("egg_info", "--egg-base", folder, "sdist", "--formats", "tar", "--dist-dir", folder)
     (archive,) = folder.glob("*.tar")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -62,6 +65,7 @@ def test_the_sdist_holds_what_every_kernel_is_built_from(sdist):
     assert all(path.is_relative_to(sdist.resolve()) for path in seen)
 
 
+@pytest.mark.long(20)
 def test_the_demo_runs_from_a_wheel_in_an_empty_folder(sdist, tmp_path):
     pytest.importorskip("diffusers")
     setup(

@@ -1,5 +1,8 @@
-"""Object files for tests, each compiled once: kept in build/tests for whoever wants the same."""
+"""Object files for tests, each compiled once: kept in build/tests for whoever wants the same, at
+once or later.
+"""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -32,15 +35,17 @@ def _object(source, command):
     command = [*map(str, command), "-c", str(source.relative_to(ROOT)), "-o"]
     way = hashlib.sha256(repr(command).encode()).hexdigest()[:12]
     target = KEPT / f"{source.stem}-{way}-{_inputs(command[0])}.o"
-    if target.exists():
-        return target
     KEPT.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([*command, part], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for old in KEPT.glob(f"{source.stem}-{way}-*.o"):
-        old.unlink(missing_ok=True)
-    return part.replace(target)  # whole, whoever else makes it
+    with open(KEPT / f"{source.stem}-{way}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of the suite may be at it
+        if not target.exists():
+            part = target.with_suffix(f".{os.getpid()}")
+            done = subprocess.run([*command, part], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            for old in KEPT.glob(f"{source.stem}-{way}-*.o"):
+                old.unlink()
+            part.replace(target)  # whole, or not at all
+    return target
 
 
 @cache

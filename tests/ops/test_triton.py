@@ -86,12 +86,13 @@ def test_noise_has_the_bits_of_the_reference(seed):
 def test_draw_rounds_as_the_reference(dtypes):
     """Noise given or keyed, guidance, history; a size of one, of a tile, of a tile and a bit."""
     dtype, out_dtype = dtypes
-    for shape, uncond, history in (
+    shapes = (
         ((3, 1), False, 0),
         ((2, 4, 64), True, 0),
         ((2, 7, 11, 7), False, 3),
         ((2, 300), True, 1),
-    ):
+    )
+    for shape, uncond, history in shapes if dtype == out_dtype or not INTERPRETED else shapes[::2]:
         arguments = problem(*shape, dtype=dtype, uncond=uncond, history=history)
         arguments["out_dtype"] = out_dtype
         noise = fk.philox_normal(shape, **key(shape[0]), backend="triton")

@@ -10,7 +10,6 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,12 +256,12 @@ def report(kernel):
 
 
 def taken(arch):
-    """What the suite compiles, as a kernel takes a second: for 90 each case, the others share them;
-    each in one of the dtypes. And those that take a larger tile, once. This file, run by itself,
-    looks at everything for every architecture.
+    """What the suite compiles, as a kernel takes more than a second: for 90 each case, of which the
+    others share a half; each in one of the dtypes. And those that take a larger tile, once. This
+    file, run by itself, looks at everything for every architecture.
     """
     others = [other for other in ARCHS if other != 90]
-    share = slice(None) if arch == 90 else slice(others.index(arch), None, len(others))
+    share = slice(None) if arch == 90 else slice(2 * others.index(arch), None, 2 * len(others))
     for turn, case in list(enumerate(CASES))[share]:
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
     for case in GROWN[1::2] if arch == 90 else GROWN[::2][share]:
@@ -291,28 +290,11 @@ def check(made):
     return found
 
 
-@pytest.fixture(scope="module")
-def others():
-    """The other architectures, in a process beside."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    run = subprocess.Popen(
-        [sys.executable, __file__, *(str(arch) for arch in ARCHS if arch != 90)],
-        env=os.environ | {"PYTHONPATH": path}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    yield run
-    run.kill()
-    run.wait()
-
-
-def test_no_spills_and_every_latent_in_128_bit_accesses(others):
-    for made in taken(90):
+@pytest.mark.long(40)
+@pytest.mark.parametrize("arch", [90, *(arch for arch in ARCHS if arch != 90)])
+def test_no_spills_and_every_latent_in_128_bit_accesses(arch):
+    for made in taken(arch):
         check(made)
-
-
-def test_nor_on_other_architectures(others):
-    said = others.communicate()[1]
-    assert others.returncode == 0, said
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -376,11 +358,6 @@ def table():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        for number in sys.argv[1:]:
-            for one in taken(int(number)):
-                check(one)
-    else:
-        print(f"triton {triton.__version__}; 128-bit accesses per thread")
-        for line in table():
-            print(line, flush=True)
+    print(f"triton {triton.__version__}; 128-bit accesses per thread")
+    for line in table():
+        print(line, flush=True)

@@ -13,22 +13,19 @@ GRAPHS = "CUDA graphs need a GPU"
 FILES = [Path(__file__).with_name(f"test_triton{name}.py") for name in ("", "_losses")]
 
 
-def test_kernels_in_the_interpreter():
-    """Both files at once, on a core each: the interpreter computes on one thread."""
+@pytest.mark.long(60)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_in_the_interpreter(file):
     pytest.importorskip("triton")
     from fused import REASON
 
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     command += ["-p", "no:hypothesispytest"]  # whose import takes seconds
-    runs = [
-        subprocess.Popen(
-            [*command, file], cwd=FILES[0].parents[2], text=True,
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for file in FILES
-    ]  # fmt: skip
-    for run, said in zip(runs, [run.communicate()[0] for run in runs], strict=True):
-        assert run.returncode == 0 and " passed" in said, said
-        skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)
-        assert skipped and set(skipped) <= {GRAPHS, REASON}, said
+    run = subprocess.run(
+        [*command, file], cwd=file.parents[2], capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    said = run.stdout + run.stderr
+    assert run.returncode == 0 and " passed" in said, said
+    skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)
+    assert skipped and set(skipped) <= {GRAPHS, REASON}, said

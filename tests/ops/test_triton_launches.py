@@ -101,49 +101,37 @@ def on_the_stub(folder, entered):
         yield driver
 
 
-def report(folder, half):
-    """Of every second verb: (kernel, programs, threads) of its launches; devices entered on the
-    way.
-    """
-    verbs = dict(list(VERBS.items())[half::2])
-    made = {name: calls.Arguments("cpu", **arguments) for name, (arguments, *_) in verbs.items()}
+def report(folder):
+    """(kernel, programs, threads) of the launches of each verb; devices entered on the way."""
+    made = {name: calls.Arguments("cpu", **arguments) for name, (arguments, *_) in VERBS.items()}
     found, entered = {}, []
     with on_the_stub(folder, entered) as driver:
-        for name, (_, call, _) in verbs.items():
+        for name, (_, call, _) in VERBS.items():
             driver.clear()
             call(made[name], "triton")
             found[name] = [(x.name, x.grid[0], x.block[0]) for x in driver.launches()]
             assert not entered, name
         torch.Tensor.get_device = lambda self: 1
-        name, (_, call, _) = next(iter(verbs.items()))
+        name, (_, call, _) = next(iter(VERBS.items()))
         call(made[name], "triton")
     return {"launches": found, "entered": entered}
 
 
 @pytest.mark.skipif(stub_driver.why_not() is not None, reason=str(stub_driver.why_not()))
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted")
+@pytest.mark.long(50)
 def test_every_verb_launches(tmp_path):
-    """In processes of their own, as the stub stays loaded and tensors pretend; two, as all that
-    takes time is compiling.
-    """
+    """In a process of its own, as the stub stays loaded and tensors pretend."""
     pytest.importorskip("triton")
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    runs = []
-    for half in ("0", "1"):
-        (tmp_path / half).mkdir()
-        runs.append(
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, str(tmp_path / half), half],
-                env=os.environ | {"PYTHONPATH": path}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
-    launches = {}
-    for run, (out, error) in zip(runs, [run.communicate() for run in runs], strict=True):
-        assert run.returncode == 0, error
-        found = json.loads(out)
-        assert set(found["entered"]) == {1}  # the current device is not set again
-        launches |= found["launches"]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, tmp_path],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert set(found["entered"]) == {1}  # the current device is not set again
+    launches = found["launches"]
     for name, (_, _, programs) in VERBS.items():
         assert [launch[1] for launch in launches[name]] == programs, (name, launches[name])
         assert {launch[2] for launch in launches[name]} == {128}
@@ -200,7 +188,7 @@ def host_times(folder):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(report(Path(sys.argv[1]), int(sys.argv[2]))))
+        print(json.dumps(report(Path(sys.argv[1]))))
     else:
         print("us per call, fastest of 200 rounds of 5; launches go nowhere, memory is the host's")
         with tempfile.TemporaryDirectory() as stub:

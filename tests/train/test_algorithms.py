@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+import forked
 from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
@@ -62,11 +63,38 @@ def test_every_algorithm_is_tried():
     assert sorted(SMALL) == names()
 
 
+@pytest.fixture(scope="session")
+def on_processes():
+    """on_processes(count, file, *arguments); a file may import this one."""
+    with forked.server() as run:
+        yield run
+
+
+def written(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+ONE_STEP = (
+    "import json, sys\n"
+    "from flowkern.train.config import from_dict\n"
+    "from flowkern.train.trainer import Trainer\n"
+    "records = Trainer(from_dict(json.loads(sys.argv[1]))).step()\n"
+    "open(sys.argv[2], 'w').write(''.join(json.dumps(record) + '\\n' for record in records))\n"
+    "import torch.distributed as group\n"
+    "group.destroy_process_group()\n"
+)
+
+
 @pytest.mark.parametrize("name", names())
-def test_it_costs_what_its_plan_says_and_begins_on_policy(small, name):
+def test_it_costs_what_its_plan_says_begins_on_policy_and_is_the_same_on_two_processes(
+    small, name, tmp_path, on_processes, lines
+):
+    tree, of_two = json.dumps(to_dict(small(name))), tmp_path / "of_two.jsonl"
+    on_processes(2, written(tmp_path / "program.py", ONE_STEP), tree, of_two)
     trainer = Trainer(small(name))
     recipe = trainer.recipe
-    for _ in range(2):
+    for iteration in range(2):
         cost = recipe.plan(trainer.model.sigmas, trainer.iteration, 0).cost()
         records = trainer.step()
         rows = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
@@ -76,61 +104,33 @@ def test_it_costs_what_its_plan_says_and_begins_on_policy(small, name):
         assert max(trained) <= 2 * cost.train * trainer.objective.forwards
         assert records[0]["ratio_mean"] == pytest.approx(1, abs=1e-5)
         assert all(record["grad_norm"] > 0 for record in records)
+        if iteration == 0:
+            of_one = "".join(json.dumps(record) + "\n" for record in records)
+            of_one = lines(written(tmp_path / "of_one.jsonl", of_one))
+            for two, one in zip(lines(of_two), of_one, strict=True):
+                assert two == pytest.approx(one, rel=2e-3, abs=1e-6)
     if not recipe.copies:
         assert trained[0] == 2 * cost.train * trainer.objective.forwards, "none is skipped here"
     before = [p.detach().clone() for p in trainer.parameters]
     assert any(p.abs().sum() > 0 for p in before)
 
 
-def one_step(config) -> dict[str, float]:
-    records = Trainer(config).step()
-    loose = ("timing_s/", "throughput/", "memory/")
-    return {k: v for r in records for k, v in r.items() if not k.startswith(loose)}
-
-
-def on_processes(count: int, *command: object) -> None:
-    """Run a file with arguments; it may import this file."""
+def launched(count: int, *command: object) -> None:
+    """The same by torch's launcher."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, command)],
-        env=environment | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+        env=os.environ | environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def written(path: Path, content: str) -> Path:
-    path.write_text(content)
-    return path
-
-
-def test_two_processes_take_the_steps_of_one(small, tmp_path):
-    for name in names():
-        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(small(name))))
-    program = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from flowkern.train.config import from_dict\n"
-        "from test_algorithms import one_step\n"
-        "for path in sorted(Path(sys.argv[1]).glob('*.json')):\n"
-        "    record = one_step(from_dict(json.loads(path.read_text())))\n"
-        "    path.with_suffix('.two').write_text(json.dumps(record))\n"
-        "import torch.distributed as group\n"
-        "group.destroy_process_group()\n"
-    )
-    on_processes(2, written(tmp_path / "program.py", program), tmp_path)
-    for name in names():
-        one, two = one_step(small(name)), json.loads((tmp_path / f"{name}.two").read_text())
-        assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
-
-
-def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, lines):
-    """Two processes train as one does. From one to two, from two to two, to one and, by the file
-    that launchers start, to four; two to two bit for bit.
+@pytest.mark.long(70)
+def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, lines, on_processes):
+    """Two processes train as one does. From one to, by the file that launchers start, two; from two
+    to two, to one and to four; two to two bit for bit.
     """
     program = (
         "import json, sys\n"
@@ -153,11 +153,14 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
         return make("validation.num_prompts=4", "train.ema_decay=0.9", *options, name=name)
 
     Trainer(config("one")).run()
-    trees = [config("two"), config("two_two", "two"), config("one_two", "one")]
     program = written(tmp_path / "program.py", program)
-    on_processes(2, program, json.dumps([to_dict(tree) for tree in trees]))
+    for count, *configs in (
+        (2, config("two"), config("two_two", "two")),
+        (4, config("two_four", "two")),
+    ):
+        on_processes(count, program, json.dumps([to_dict(each) for each in configs]))
     Trainer(config("two_one", "two")).run()
-    on_processes(4, ROOT / "scripts/train.py", config("two_four", "two", tiny_file))
+    launched(2, ROOT / "scripts/train.py", config("one_two", "one", tiny_file))
     straight = lines(tmp_path / "two/metrics.jsonl")
     assert straight[0] == pytest.approx(
         lines(tmp_path / "one/metrics.jsonl")[0], rel=1e-4, abs=1e-6

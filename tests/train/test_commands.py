@@ -26,6 +26,7 @@ def start(*command: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long(25)
 def test_ctrl_c_saves_the_step_it_interrupts_and_sample_draws_from_it(
     tiny, tiny_file, drawn, tmp_path
 ):

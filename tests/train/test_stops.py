@@ -92,6 +92,7 @@ def assert_same_end(one: Path, two: Path, lines):
             assert torch.equal(value, states[1]["optimizer"]["state"][key][name])
 
 
+@pytest.mark.long(30)
 def test_a_run_stopped_anywhere_and_resumed_is_the_one_that_never_stopped(tiny, lines, capsys):
     options = (
         "algorithm.updates_per_rollout=2", "train.lr_scheduler=linear", "train.ema_decay=0.9",

@@ -1,0 +1,103 @@
+"""Groups of processes, as a launcher starts them, forked from one that has imported what training
+imports: that takes each process that is started seconds.
+
+`with server() as run: run(2, "file.py", "argument")` runs the file in two processes, where it may
+import this folder; pictures are not drawn.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@contextmanager
+def server():
+    """In a process of its own; what it is asked for runs in its children, seven minutes at most."""
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
+    process = subprocess.Popen(
+        [sys.executable, __file__], env=os.environ | environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+    )  # fmt: skip
+
+    def run(count: int, *command: object) -> None:
+        process.stdin.write(json.dumps([count, *map(str, command)]) + "\n")
+        process.stdin.flush()
+        if process.stdout.readline() != "good\n":
+            said.seek(0)
+            raise AssertionError(said.read()[-3000:])
+
+    with said, process:
+        yield run
+        process.stdin.close()
+
+
+def group(count: int, file: str, *arguments: str) -> bool:
+    """Whether all ended well; where one did not, the others, which wait for it, are ended. The
+    store that they meet at is here, on a port that is free.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    children = set()
+    for rank in range(count):
+        pid = os.fork()
+        children.add(pid)
+        if pid == 0:
+            os.environ |= {k: str(v) for k, v in {**shared, "RANK": rank}.items()}
+            os.environ["LOCAL_RANK"] = str(rank)
+            os.dup2(2, 1)  # the answer is the parent's
+            signal.alarm(420)
+            child(file, *arguments)
+    is_good = True
+    while children:
+        pid, status = os.wait()
+        children.remove(pid)
+        if status and is_good:
+            is_good = False
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return is_good
+
+
+def child(file: str, *arguments: str) -> None:
+    """Ends the process, without what of its parent an exit would tidy away."""
+    import traceback
+
+    status = 1
+    try:
+        sys.argv = [file, *arguments]
+        runpy.run_path(file, run_name="__main__")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    import accelerate  # noqa: F401
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+    from conftest import without_drawing
+
+    import flowkern.models.sd3
+    import flowkern.train.run
+    import flowkern.train.trainer  # noqa: F401
+
+    without_drawing(setattr)
+    for line in sys.stdin:
+        count, *command = json.loads(line)
+        print("good" if group(count, *command) else "failed", flush=True)
