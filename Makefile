@@ -27,9 +27,12 @@ test: $(READY)
 train: $(READY)
 	$(RUN) -m flowkern train configs/digits/flow_grpo.yaml $(ARGS)
 
+# csrc too where there is a clang-format: the one of the dev extra, as another version formats in another way.
+CLANG_FORMAT = $(if $(filter none,$(VENV)),$(shell command -v clang-format),$(wildcard $(VENV)/bin/clang-format))
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(if $(CLANG_FORMAT),$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -type f),@echo "csrc: not looked at, there is no clang-format")
 
 # Random calls against float64 and, in sanitize, for memory errors and undefined behavior: make fuzz CALLS=1000 ARGS="--seed 7"
 CALLS ?= 10000

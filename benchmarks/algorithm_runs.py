@@ -104,9 +104,9 @@ class Counter:
         self.now = dict.fromkeys(("iterations", "sample", "train_forward", "train_gradient"), 0)
         self.now |= {"forward_equivalents": 0, "seconds": 0.0}
         self.images = 0
-        self._plan_images = lambda: len(trainer.recipe.plan(trainer.model.sigmas).leaves)
+        self._plan_images = lambda: len(trainer.recipe.plan(trainer.task.model.sigmas).leaves)
         self._with_gradient = 0
-        trainer.network.register_forward_pre_hook(self._count, with_kwargs=True)
+        trainer.task.model.network.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _, args, kwargs) -> None:
         """Rows that will go backward; all rows are in the trainer's metrics."""
@@ -144,7 +144,7 @@ def timed(call: Callable):
 def _trainer(job: Job):
     """The trainer of a job; it writes no files unless it is `run`."""
     from flowkern.train.config import load_config
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
     torch.set_num_threads(1)
     entry = ENTRIES[job.name]
@@ -152,7 +152,7 @@ def _trainer(job: Job):
     config = load_config(
         CONFIGS / f"{entry.config}.yaml", [*entry.overrides, *job.overrides, f"seed={job.seed}"]
     )
-    return Trainer(config)
+    return Loop(config)
 
 
 def evaluate(trainer) -> dict[str, float]:
@@ -172,9 +172,8 @@ def _scores(trainer, guidance_scale: float) -> dict[str, float]:
 
     rows = read_prompts(trainer.config.data.test_prompts)
     rows = [rows[i % len(rows)] for i in range(IMAGES)]
-    trainer.model.network = trainer.network
     images = sample_images(
-        trainer.model,
+        trainer.task.model,
         [row["prompt"] for row in rows],
         prompt_ids(RESERVED_ITERATION, torch.arange(IMAGES)),
         seed=EVALUATION_SEED,
@@ -182,7 +181,7 @@ def _scores(trainer, guidance_scale: float) -> dict[str, float]:
         guidance_scale=guidance_scale,
         max_batch=IMAGES,
     )
-    found = score(trainer.rewards, [(images, rows)]).rewards
+    found = score(trainer.task.rewards, [(images, rows)]).rewards
     names = {"reward": "digits_classifier", "judge": "digits_judge", "distance": "distance_to_real"}
     return {name: round(found[key].mean().item(), 5) for name, key in names.items()}
 
@@ -216,7 +215,7 @@ def iteration_costs() -> list[Row]:
     Seconds are of the first iterations, where the window is at its start; forward-equivalents are
     means over a whole run, by counting the plans.
     """
-    from flowkern.rl.algorithms import mean_cost
+    from flowkern.rl.cost import mean_cost
 
     _quiet()
     trainers = {name: _trainer(Job(name, TUNING_SEED, 0, COST_OVERRIDES)) for name in COSTED}
@@ -229,9 +228,9 @@ def iteration_costs() -> list[Row]:
     rows = []
     for name, trainer in trainers.items():
         recipe = trainer.recipe
-        prompts, forwards = recipe.prompts_per_rollout, trainer.objective.forwards
+        prompts, forwards = recipe.prompts_per_rollout, trainer.task.objective.forwards
         first, whole = (
-            mean_cost(recipe, trainer.model.sigmas, r)[0] for r in (range(1), COST_ROLLOUTS)
+            mean_cost(recipe, trainer.task.model.sigmas, r)[0] for r in (range(1), COST_ROLLOUTS)
         )
         counts = [prompts * (c.sample + (forwards + 2) * c.train) for c in (first, whole)]
         rows.append({

@@ -63,20 +63,20 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: torch.device):
         from large_model import MEDIUM, TINY, build
 
-        from flowkern.train.trainer import Trainer
+        from flowkern.train.loop import Loop
 
         self.device, self.folder = device, tempfile.TemporaryDirectory()
         architecture = TINY if options.tiny else MEDIUM
         model = build(architecture, device, torch.bfloat16)
         self.parameters = sum(p.numel() for p in model.network.parameters())
         config = _config(options.images, architecture, self.folder.name)
-        self.trainer, self.calls = Trainer(config, model), 0
-        self.trainer.network.register_forward_pre_hook(self._count)
+        self.trainer, self.calls = Loop(config, model), 0
+        self.trainer.task.model.network.register_forward_pre_hook(self._count)
         self.start = [p.detach().clone() for p in self.trainer.parameters]
         self.plain = Plain(self.trainer, BATCH // 2, self._noise)
         self.batch, self.found = BATCH, {}
-        sample = self.trainer.sample
-        self.trainer.sample = lambda prompts: self._keep(sample(prompts))
+        sample = self.trainer.task.sample
+        self.trainer.task.sample = lambda *given: self._keep(sample(*given))
         update = self.trainer.update
         self.trainer.update = lambda *given: self._keep_gradient(update, *given)
 
@@ -100,12 +100,9 @@ class Bench:
         from flowkern.rollout import prompt_ids
 
         trainer = self.trainer
-        ids = prompt_ids(trainer.iteration, trainer.slots)[slot] + torch.tensor(members)
-        shape = (len(members), *trainer.model.latent_shape(*self._size()))
+        ids = prompt_ids(trainer.iteration, trainer.task.slots)[slot] + torch.tensor(members)
+        shape = (len(members), *trainer.task.model.latent_shape)
         return philox_normal(shape, trainer.config.seed, ids.to(self.device), step, stream)
-
-    def _size(self) -> tuple[int, int]:
-        return self.trainer.config.model.height, self.trainer.config.model.width
 
     def rollout(self, way: str) -> dict:
         """One iteration; halves the batch until it fits."""
@@ -122,14 +119,14 @@ class Bench:
             self._set_batch()
 
     def _set_batch(self) -> None:
-        from dataclasses import replace
-
-        config = self.trainer.config
-        self.trainer.config = replace(config, train=replace(config.train, max_batch=self.batch))
+        task = self.trainer.task
+        task.config = task.config.model_copy(
+            update={"train": task.config.train.model_copy(update={"max_batch": self.batch})}
+        )
         self.plain.batch_size = max(1, self.batch // 2)
 
     def _rollout(self, way: str) -> dict:
-        trainer, model = self.trainer, self.trainer.model
+        trainer, model = self.trainer, self.trainer.task.model
         trainer.global_step = trainer.iteration = 0
         with torch.no_grad():
             torch._foreach_copy_(trainer.parameters, self.start)
@@ -186,7 +183,7 @@ def _config(images: int, architecture, folder: str):
         "output_dir": folder,
         "model": {"path": "in memory", "height": pixels, "width": pixels},
         "data": {"train_prompts": str(prompts)},
-        "reward": {"weights": {"bench_large_model:brightness": 1.0}},
+        "reward": {"bench_large_model:brightness": {"weight": 1.0}},
         "algorithm": algorithm | {"updates_per_rollout": 1, "kl_coef": 0.004},
         "lora": {"rank": 32, "alpha": 64},
         "train": {"steps": 100, "max_batch": BATCH, "mixed_precision": "bf16"},

@@ -38,7 +38,7 @@ class Way:
         self.start = trainer.global_step, trainer.iteration
         sampled, trained = rows
         # In rows forward; backward counts two.
-        self.work = sampled + trained * (1 + 2 / trainer.objective.forwards)
+        self.work = sampled + trained * (1 + 2 / trainer.task.objective.forwards)
 
     def __call__(self) -> tuple[torch.Tensor]:
         self.trainer.global_step, self.trainer.iteration = self.start
@@ -49,7 +49,7 @@ class Way:
 
 
 class Engine:
-    """`Trainer.step` with what the plain loops have: the first gradient and the network rows."""
+    """`Loop.step` with what the plain loops have: the first gradient and the network rows."""
 
     def __init__(self, trainer):
         self.trainer, self.gradient, self.trainer_update = trainer, None, trainer.update
@@ -76,7 +76,7 @@ def _is_ready() -> bool:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        import flowkern.train.trainer  # noqa: F401
+        import flowkern.train.loop  # noqa: F401
     except ImportError:
         return False
     diffusers_logging.disable_progress_bar()
@@ -89,7 +89,10 @@ def _case(name: str, quick: bool) -> Case:
     trainer = _trainer(name, folder.name)
     recipe, iteration = trainer.recipe, trainer.iteration
     size, trunks = recipe.group_size, getattr(recipe, "num_seeds", 1)
-    ours, theirs = recipe.plan(trainer.model.sigmas, iteration).cost(), recipe.released(iteration)
+    ours, theirs = (
+        recipe.plan(trainer.task.model.sigmas, iteration).cost(),
+        recipe.released(iteration),
+    )
 
     def plain(batch_size: int) -> Way:
         return _plain(_trainer(name, folder.name), name, batch_size, theirs)
@@ -115,7 +118,7 @@ def _case(name: str, quick: bool) -> Case:
     def check(gradient: torch.Tensor, folder=folder) -> float:  # keeps it as long as the case
         return float((gradient - truth).norm() / truth.norm())
 
-    shape = (round(ours.images * recipe.prompts_per_rollout), *trainer.model.latent_shape())
+    shape = (round(ours.images * recipe.prompts_per_rollout), *trainer.task.model.latent_shape)
     rounds = 2 if quick else 3
     return Case("training_step", name, shape, "float32", contenders, check, 1e-3, rounds=rounds)
 
@@ -123,14 +126,15 @@ def _case(name: str, quick: bool) -> Case:
 def _trainer(name: str, folder: str, *more: str):
     """A trainer in the middle of the demo's run."""
     from flowkern.train.config import load_config
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
     overrides = [f"model.path={ROOT / 'assets/digits-sd3'}", f"output_dir={folder}"]
-    overrides += ["reward.report=[]", f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
+    overrides += ["reward={digits_classifier: {}}"]
+    overrides += [f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
     for split in ("train", "test"):
         overrides.append(f"data.{split}_prompts={ROOT / f'assets/digits-prompts/{split}.jsonl'}")
     path = ROOT / "configs" / "digits" / f"{name}.yaml"
-    trainer = Trainer(load_config(path, [*overrides, *more]))
+    trainer = Loop(load_config(path, [*overrides, *more]))
     updates = trainer.recipe.updates_per_rollout
     trainer.iteration = trainer.config.train.steps // 2 // updates
     trainer.global_step = trainer.iteration * updates
@@ -143,10 +147,10 @@ def _plain(trainer, name: str, batch_size: int, cost) -> Way:
     from flowkern import philox_normal
     from flowkern.rollout import prompt_ids
 
-    ids = prompt_ids(trainer.iteration, trainer.slots)
+    ids = prompt_ids(trainer.iteration, trainer.task.slots)
 
     def noise(slot, members, step, stream):
-        shape = (len(members), *trainer.model.latent_shape())
+        shape = (len(members), *trainer.task.model.latent_shape)
         sample_id = (ids[slot] + torch.tensor(members)).to(trainer.device)
         return philox_normal(shape, trainer.config.seed, sample_id, step, stream)
 
@@ -155,7 +159,7 @@ def _plain(trainer, name: str, batch_size: int, cost) -> Way:
 
 def _rows(trainer, cost) -> tuple[int, int]:
     """Network rows of an iteration, forward: in sampling, in training."""
-    prompts, forwards = trainer.recipe.prompts_per_rollout, trainer.objective.forwards
+    prompts, forwards = trainer.recipe.prompts_per_rollout, trainer.task.objective.forwards
     return round(prompts * cost.sample), round(prompts * forwards * cost.train)
 
 

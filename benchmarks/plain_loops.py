@@ -56,7 +56,7 @@ class PlainLoop(ABC):
     def __init__(self, trainer, batch_size: int, noise: Noise | None = None):
         """noise: of the first iteration; None: torch.randn, as in all that follow."""
         self.trainer, self.batch_size, self.noise = trainer, batch_size, noise
-        self.recipe, self.model, self.device = trainer.recipe, trainer.model, trainer.device
+        self.recipe, self.model, self.device = trainer.recipe, trainer.task.model, trainer.device
         self.guidance_scale = trainer.recipe.guidance_scale
         self.both_halves_learn = True  # as released
         self.gradient: Tensor | None = None  # of the first update ever
@@ -64,9 +64,9 @@ class PlainLoop(ABC):
 
     def step(self) -> None:
         trainer, before = self.trainer, self.model.rows
-        self.model.network = trainer.network
-        prompts = trainer.draw_prompts()
+        prompts = trainer.task.draw_prompts(trainer.iteration)
         self.conditioning = self.model.encode([row["prompt"] for row in prompts] + [""])
+        self.conditioning = self.conditioning.to(self.device)
         with torch.no_grad():
             moves = [move for slot, row in enumerate(prompts) for move in self.rollout(slot, row)]
         self.credit(moves)
@@ -123,12 +123,12 @@ class PlainLoop(ABC):
     def randn(self, slot: int, members: Sequence[int], i: int, stream: str = "step") -> Tensor:
         if self.noise is not None:
             return self.noise(slot, members, i, stream)
-        return torch.randn(len(members), *self.model.latent_shape(), device=self.device)
+        return torch.randn(len(members), *self.model.latent_shape, device=self.device)
 
     def reward(self, latents: Tensor, row: dict) -> Tensor:
         """(B,): of images of one prompt."""
         images, rows = self.model.decode(latents), [row] * len(latents)
-        prompts, rewards = [row["prompt"]] * len(latents), self.trainer.rewards
+        prompts, rewards = [row["prompt"]] * len(latents), self.trainer.task.rewards
         weights = self.trainer.config.reward.weights
         return sum(w * rewards[name](images, prompts, rows) for name, w in weights.items()).cpu()
 
@@ -170,7 +170,7 @@ class PlainLoop(ABC):
         ratio, advantage = torch.exp(new - move.log_prob), move.advantage * move.weight
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
         if coefficient:
-            with torch.no_grad(), self.trainer.network.disable_adapter():
+            with torch.no_grad(), self.model.network.disable_adapter():
                 velocity = self.velocity(move.x, move.step, move.slot).expand_as(x)
                 anchor, _ = self.mean_and_std(velocity, x, move.step)
             loss = loss + coefficient * ((mean - anchor) ** 2 / (2 * std**2)).mean(dim=(1, 2, 3))

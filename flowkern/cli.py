@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +16,11 @@ from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
 ROLLOUTS = 300
-OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w:-]+)*=")
 OPTIONS = ("help", "traceback", "config", "algorithm")  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
-EXTRAS |= {"tqdm", "transformers"}
+EXTRAS |= {"pydantic", "tqdm", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,9 +179,9 @@ def _train(options: argparse.Namespace) -> int:
     if not files:
         _fail("train: expected a CONFIG.yaml, as in configs/", "flowkern train")
     config = load_config(files, overrides)  # what is wrong there shows before the imports
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
-    return Trainer(config).run()
+    return Loop(config).run()
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -232,7 +231,6 @@ def _sample(options: argparse.Namespace) -> int:
         num_inference_steps=sampler.num_inference_steps,
         guidance_scale=sampler.guidance_scale,
         max_batch=config.train.max_batch,
-        size=(config.model.height, config.model.width),
     )
     if options.num_images == 1:
         save_image(options.output, images[0])
@@ -244,15 +242,19 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _sampler(validation: Any, options: argparse.Namespace) -> Any:
     """The sampler of validation, with what the command line says of it."""
+    from flowkern.train.fields import build
+
     given = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+    changed = {name: value for name, value in given.items() if value is not None}
     try:
-        return replace(validation, **{n: value for n, value in given.items() if value is not None})
-    except ValueError as error:
+        return build(type(validation), validation.model_dump() | changed)
+    except ConfigError as error:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from None
 
 
 def _cost(options: argparse.Namespace) -> int:
-    from flowkern.rl.algorithms import mean_cost, name_of, names, recipe
+    from flowkern.rl.algorithms import name_of, names, recipe
+    from flowkern.rl.cost import mean_cost
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
     if options.config is None:

@@ -38,6 +38,6 @@ def run(overrides: Sequence[str], name: str | None = None) -> int:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"--algorithm: got {name!r}, expected one of {known}")
     config = load_config(chosen, [*places, *overrides])  # refused before the imports
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
-    return Trainer(config).run()
+    return Loop(config).run()

@@ -108,6 +108,20 @@ def test_algorithm_names_stay_in_their_room():
             )
 
 
+def test_names_of_model_families_stay_in_their_room():
+    from flowkern.models import MODELS
+
+    names = {word for item in MODELS.items() for word in re.split(r"\W+", " ".join(item))}
+    names -= {"flowkern", "models"}
+    assert "sd3" in names and "StableDiffusion3Pipeline" in names
+    for path in SOURCES:
+        if room(path) not in ("models", "compat"):
+            code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+            # A folder of the demo may be called after one, digits-sd3.
+            found = [name for name in names if re.search(rf"(?<![\w-]){name}\b", code)]
+            assert not found, f"{found} in {path}"
+
+
 def _without_docstrings(tree):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):

@@ -82,13 +82,13 @@ def test_rows_are_counted_as_the_plan_predicts(name, monkeypatch):
         algorithm_runs.evaluate(trainer)  # not counted
         counter.add(*algorithm_runs.timed(trainer.step))
     recipe, now = trainer.recipe, counter.now
-    plans = [recipe.plan(trainer.model.sigmas, i, 3).cost() for i in range(2)]
+    plans = [recipe.plan(trainer.task.model.sigmas, i, 3).cost() for i in range(2)]
     sampled, sites = (2 * sum(getattr(plan, k) for plan in plans) for k in ("sample", "train"))
     # In the first rollout AWM's running mean equals the weights, and is not called.
     skipped = sites / 2 if name == "awm" else 0
     assert now["sample"] == sampled * (1 if recipe.guidance_scale == 1 else 2)
     assert now["train_gradient"] == sites
-    assert now["train_forward"] == sites * trainer.objective.forwards - skipped
+    assert now["train_forward"] == sites * trainer.task.objective.forwards - skipped
     total = now["sample"] + now["train_forward"] + 2 * now["train_gradient"]
     assert counter.total == now["forward_equivalents"] == total
     assert counter.images == plans[0].images

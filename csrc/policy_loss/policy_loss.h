@@ -10,9 +10,11 @@
 // x_next drawn again is step_draw of mean_old, or mean_old where std == 0. docs/ops/policy_loss.md has the derivation.
 #pragma once
 
-#include <cmath>
-
+#include "../common/clip.h"
 #include "../common/gaussian_step.h"
+#include "../common/latent.h"
+#include "../common/philox.h"
+#include "../common/reduction.h"
 
 // How the log-ratio is formed. On policy it is 0 without a sum; its gradient is that of `sde`, or of `guard` if asked for.
 enum class Ratio : int { on_policy = 0, sde = 1, guard = 2, recorded = 3 };
@@ -42,17 +44,17 @@ FK_INLINE float ratio_residual(const StepRow& row, float x_t, float velocity, fl
 // What all samples of a call share.
 struct PolicySettings {
   Ratio ratio;
-  bool guard;               // the gradient is that of a guarded ratio, on policy too
-  float log_low, log_high;  // log1p(-clip_low), log1p(clip_high)
-  double slope_scale;       // share of a sample in the loss * guidance_scale / D
-  int64_t size;             // D
+  bool guard;  // the gradient is that of a guarded ratio, on policy too
+  ClipRange<float> range;
+  double slope_scale;  // share of a sample in the loss * guidance_scale / D
+  int64_t size;        // D
 };
 
 // share: of a sample in the loss, 1/B for a mean, else 1. guidance_scale is 1 without guidance.
-FK_INLINE PolicySettings policy_settings(Ratio ratio, bool guard, double clip_low, double clip_high, double share,
-                                         double guidance_scale, int64_t size) {
+FK_INLINE PolicySettings policy_settings(Ratio ratio, bool guard, double clip_low, double clip_high, double share, double guidance_scale,
+                                         int64_t size) {
   const double slope_scale = share * guidance_scale / double(size > 0 ? size : 1);
-  return {ratio, guard, float(log1p(-clip_low)), float(log1p(clip_high)), slope_scale, size};
+  return {ratio, guard, clip_range<float>(clip_low, clip_high), slope_scale, size};
 }
 
 struct PolicySample {
@@ -66,8 +68,8 @@ struct PolicySample {
 FK_INLINE bool is_silent(float slope) { return slope == 0 && copysignf(1.0f, slope) > 0; }
 
 // A sample's loss and slopes from its sums over D: ratio_sum of ratio_term, kl_sum of kl_term.
-FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum,
-                                     float advantage, float old_log_prob, float step_weight, float kl_coef) {
+FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum, float advantage,
+                                     float old_log_prob, float step_weight, float kl_coef) {
   const double size = s.size > 0 ? double(s.size) : 1.0, mean = ratio_sum / size;
   const bool noisy = row.std > 0;
   PolicySample out;
@@ -78,16 +80,14 @@ FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row
   if (s.ratio == Ratio::recorded) out.log_ratio = float(double(row.c) - double(row.k) * mean) - old_log_prob;
   out.ratio = float(exp(double(out.log_ratio)));
 
-  out.clipped_high = advantage > 0 && out.log_ratio > s.log_high;
-  out.clipped_low = advantage < 0 && out.log_ratio < s.log_low;
-  const bool clipped = out.clipped_high || out.clipped_low;
-  const double clamped = out.clipped_high ? s.log_high : out.clipped_low ? s.log_low : out.log_ratio;
-  const double policy = -double(advantage) * (1.0 + expm1(clamped)) * step_weight;
-  // d policy / d log_ratio is policy itself; a tie keeps it.
+  const Clipped clip = clipped(s.range, advantage, out.log_ratio);
+  out.clipped_low = clip.is_low;
+  out.clipped_high = clip.is_high;
+  const double policy = clip.value * step_weight;  // and so is its slope by log_ratio
   const double residual_factor = s.guard ? (noisy ? row.b / double(row.std) : 0.0) : 2.0 * double(row.k) * row.b;
   const float slope = float(policy * residual_factor * s.slope_scale);
-  const bool has_seen = s.ratio != Ratio::on_policy && (noisy || !s.guard);
-  out.slopes[0] = slope != 0 && !clipped ? slope : has_seen || clipped ? 0.0f : -0.0f;
+  const bool is_clipped = clip.is_low || clip.is_high, has_seen = s.ratio != Ratio::on_policy && (noisy || !s.guard);
+  out.slopes[0] = slope != 0 && !is_clipped ? slope : has_seen || is_clipped ? 0.0f : -0.0f;
 
   const double b_over_std = noisy ? row.b / double(row.std) : 0.0;  // std == 0: no density, no KL
   const double kl = b_over_std * b_over_std / 2 * (kl_sum / size);
@@ -96,3 +96,40 @@ FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row
   out.slopes[1] = float(kl_coef * b_over_std * b_over_std * s.slope_scale);
   return out;
 }
+
+// ---- what the kernels take ----
+// A tensor that is not given is not read: what a call leaves out costs nothing.
+
+struct PolicyArguments {
+  int64_t rows, batch, size;
+  Latent velocity, x_t, old_velocity, velocity_uncond, velocity_ref;  // (rows, size)
+  Latent x_next, noise;                                               // (batch, size)
+  float guidance_scale;
+  const int64_t* row;            // (batch,), nullptr: sample b has row b
+  const int64_t *order, *first;  // of many samples on a device: order[first[r]] to order[first[r + 1]] have row r, in ascending order
+  const float* edges;            // StepRow per sample; edge_stride 0: one for all
+  int64_t edge_stride;
+  NoiseKey key;
+  PolicySettings settings;
+
+  // Forward only.
+  const float *advantage, *old_log_prob, *step_weight, *kl_coef;  // (batch,); nullptr: absent, and kl_value for all
+  float kl_value;
+  Reduction reduction;
+  float *loss, *log_ratio, *ratio, *kl;
+  bool *clipped_low, *clipped_high;
+
+  // On a CPU, (rows, size) of float32, where row b has sample b alone: what slopes[0] multiplies. Forward writes it; given to backward,
+  // it takes the place of x_t, x_next and noise, and becomes the gradient.
+  Latent residual;
+  float* slopes;      // (batch, 2): written forward, read backward
+  const float* grad;  // backward only; grad_stride 0: one for all
+  int64_t grad_stride;
+  Latent grad_velocity;
+  int threads;  // of a CPU
+};
+
+// Its kernels, on every device.
+#define FK_KERNELS_OF_policy_loss(X) \
+  X(policy_forward, PolicyArguments) \
+  X(policy_backward, PolicyArguments)

@@ -1,8 +1,9 @@
 // The policy loss on a CPU, forward and backward. Compiled once per instruction set (FK_ISA names the instance).
-#include "policy_loss_cpu.h"
+#include "policy_loss.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 #include "../common/siblings_cpu.h"
 
@@ -37,8 +38,8 @@ FK_INLINE Chunk load_chunk(const PolicyArguments& p, const Place& at, Buffers& b
 }
 
 // x_next of a sample: as given, or drawn again around the old velocity's mean.
-__attribute__((noinline)) const float* load_next(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk,
-                                                 int64_t sample, const Place& at, Buffers& buffers) {
+__attribute__((noinline)) const float* load_next(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk, int64_t sample,
+                                                 const Place& at, Buffers& buffers) {
   if (p.x_next.data) return load(p.x_next, sample, at, buffers.next);
   float* next = buffers.next;
   const float *x = chunk.x, *old = chunk.old;
@@ -49,10 +50,8 @@ __attribute__((noinline)) const float* load_next(const PolicyArguments& p, const
     return next;
   }
   const float* noise = next;
-  if (p.noise.data)
-    noise = load(p.noise, sample, at, next);
-  else
-    fill_normals(next, at.first, at.count, p.key, sample, kNoPrefetch);
+  if (p.noise.data) noise = load(p.noise, sample, at, next);
+  else fill_normals(next, at.first, at.count, p.key, sample, kNoPrefetch);
 #pragma omp simd
   for (int64_t i = 0; i < at.count; ++i) next[i] = step_draw(row, step_mean(row, x[i], old[i]), noise[i]);
   return next;
@@ -74,14 +73,11 @@ struct Prefetch {
 
 // Adds a sample's share of one chunk to its sum, and keeps its residual where that is wanted.
 template <Ratio kind>
-FK_INLINE void add_ratio_terms(const PolicyArguments& p, const Chunk& chunk, const Prefetch& ahead, Buffers& buffers,
-                               double& sum) {
+FK_INLINE void add_ratio_terms(const PolicyArguments& p, const Chunk& chunk, const Prefetch& ahead, Buffers& buffers, double& sum) {
   const StepRow edge = edge_of(p, ahead.sample);
   const float *x = chunk.x, *velocity = chunk.velocity, *old = chunk.old;
   const float* next = load_next(p, edge, chunk, ahead.sample, ahead.at, buffers);
-  const auto term = [=](int64_t i) {
-    return ratio_term<kind>(edge, x[i], velocity[i], kind == Ratio::recorded ? 0.0f : old[i], next[i]);
-  };
+  const auto term = [=](int64_t i) { return ratio_term<kind>(edge, x[i], velocity[i], kind == Ratio::recorded ? 0.0f : old[i], next[i]); };
   if (!p.residual.data) return lane_sums(ahead.at.count, ahead, {&sum}, term);
   float* const residual = reinterpret_cast<float*>(p.residual.at(ahead.sample, ahead.at.first));
   const float* from = kind == Ratio::guard ? old : velocity;

@@ -1,8 +1,9 @@
 // The step on a CPU: draw, replay, its gradient. Compiled once per instruction set (FK_ISA names the instance).
-#include "sde_step_cpu.h"
+#include "sde_step.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 
 namespace FK_ISA {
@@ -138,8 +139,8 @@ void sde_replay(const StepArguments& s) {
     Buffers buffers;
     const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
-    return sum_of_squares(count, [&](int64_t i) { return next[i] - step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); },
-                          Prefetch{s, sample, first});
+    return sum_of_squares(
+        count, [&](int64_t i) { return next[i] - step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); }, Prefetch{s, sample, first});
   });
 }
 
@@ -149,8 +150,8 @@ void sde_replay_backward(const StepArguments& s) {
     const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
     const StepRow& row = chunk.row;
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
-    const float scale =
-        float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * row.k * row.b * (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
+    const float scale = float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * row.k * row.b *
+                              (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
     const bool direct = s.grad.dtype == DType::float32;
     float* out = direct ? reinterpret_cast<float*>(s.grad.at(sample, first)) : buffers.noise;
 #pragma omp simd

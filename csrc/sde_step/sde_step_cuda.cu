@@ -1,9 +1,8 @@
 // The step on CUDA: draw, replay, its gradient; one launch each. A block takes one tile of one sample, a thread eight elements.
-#include "sde_step_cuda.h"
+#include "sde_step.h"
 
 #include "../common/latent_cuda.cuh"
 #include "../common/sums_cuda.cuh"
-#include "sde_step.h"
 
 namespace {
 
@@ -12,7 +11,7 @@ struct StepLaunch {
   StepArguments s;
   Scratch scratch;
   Divisor tiles;  // of a sample
-  bool vectors;  // whether latents allow 128-bit accesses
+  bool vectors;   // whether latents allow 128-bit accesses
 };
 struct NormalLaunch {
   NormalArguments n;
@@ -154,8 +153,9 @@ FK_DEVICE void replay_backward(const StepArguments& s, const Place& at) {
 
 // kHistory: how many earlier predictions there may be. Their registers would cost the plain draw half its threads.
 template <Calls kCalls, int kHistory>
-__global__ void __launch_bounds__(256, kHistory == 0 ? 0 : kCalls == Calls::plain_bfloat16 ? 3 : 2)
-    sde_draw_kernel(const __grid_constant__ StepLaunch launch) {
+__global__ void __launch_bounds__(256, kHistory == 0                     ? 0
+                                       : kCalls == Calls::plain_bfloat16 ? 3
+                                                                         : 2) sde_draw_kernel(const __grid_constant__ StepLaunch launch) {
   const StepArguments s = known<kCalls>(launch.s);
   const Tile tile = tile_of_block(launch.tiles);
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
@@ -197,24 +197,25 @@ __global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant_
 }
 
 template <int kHistory>
-constexpr Kernels<StepLaunch> kDraw = {
-    {sde_draw_kernel<Calls::any, kHistory>, sde_draw_kernel<Calls::plain_float32, kHistory>,
-     sde_draw_kernel<Calls::plain_bfloat16, kHistory>}};
+constexpr Kernels<StepLaunch> kDraw = {{sde_draw_kernel<Calls::any, kHistory>, sde_draw_kernel<Calls::plain_float32, kHistory>,
+                                        sde_draw_kernel<Calls::plain_bfloat16, kHistory>}};
 constexpr Kernels<StepLaunch> kReplay = {
     {sde_replay_kernel<Calls::any>, sde_replay_kernel<Calls::plain_float32>, sde_replay_kernel<Calls::plain_bfloat16>}};
-constexpr Kernels<StepLaunch> kReplayBackward = {
-    {sde_replay_backward_kernel<Calls::any>, sde_replay_backward_kernel<Calls::plain_float32>,
-     sde_replay_backward_kernel<Calls::plain_bfloat16>}};
+constexpr Kernels<StepLaunch> kReplayBackward = {{sde_replay_backward_kernel<Calls::any>, sde_replay_backward_kernel<Calls::plain_float32>,
+                                                  sde_replay_backward_kernel<Calls::plain_bfloat16>}};
 
 void launch_step(const char* name, const Kernels<StepLaunch>& kernels, const StepArguments& s, const Queue& queue) {
   StepLaunch launched = {s, queue.scratch, divisor(tiles_of(s.size)), true};
-  const std::initializer_list<const Latent*> latents = {&s.x_t, &s.velocity, &s.velocity_uncond, &s.noise, &s.x_next, &s.x0,
-                                                        &s.history[0], &s.history[1], &s.history[2], &s.grad};
+  const std::initializer_list<const Latent*> latents = {&s.x_t, &s.velocity,   &s.velocity_uncond, &s.noise,      &s.x_next,
+                                                        &s.x0,  &s.history[0], &s.history[1],      &s.history[2], &s.grad};
   for (const Latent* latent : latents) launched.vectors = launched.vectors && takes_vectors(*latent, s.batch);
   launch(name, kernels.for_calls[int(calls_of(latents))], launched, s.batch * launched.tiles.by, threads_of(s.size), queue);
 }
 
 }  // namespace
+
+ScratchSize scratch_of(const StepArguments& s) { return s.log_prob ? scratch_of_samples(s.batch, s.size) : ScratchSize{}; }
+ScratchSize scratch_of(const NormalArguments&) { return {}; }
 
 void sde_draw(const StepArguments& s, const Queue& queue) { launch_step("sde_draw", s.num_history ? kDraw<3> : kDraw<0>, s, queue); }
 
@@ -227,7 +228,7 @@ void fill_philox(const NormalArguments& n, const Queue& queue) {
   launch("fill_philox", fill_philox_kernel, launched, n.size > 0 ? n.batch * launched.tiles.by : 0, threads_of(n.size), queue);
 }
 
-std::string step_why_not(int device) {
+std::string sde_step_why_not(int device) {
   const std::string why_not = load_kernels<NormalLaunch>(device, {{{fill_philox_kernel, fill_philox_kernel, fill_philox_kernel}}});
   return why_not.empty() ? load_kernels(device, {kDraw<0>, kDraw<3>, kReplay, kReplayBackward}) : why_not;
 }

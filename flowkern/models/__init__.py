@@ -1,64 +1,108 @@
 """Models: one adapter per family over a diffusers pipeline directory. Protocol and lookup here.
 
 An adapter is what a sampler and a trainer need of a pipeline: encode prompts, lay out noise levels,
-predict a velocity, decode latents. B samples, L text tokens, D latent elements per sample.
+predict a velocity, decode latents. B samples, *D one latent: (C, h, w) of an image, (C, f, h, w) of
+a video, never packed; sigma 1 is noise, and a velocity is noise - clean.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowkern.lookup import load
-from flowkern.models.pipeline import read_index
+from flowkern.models.directory import read_index
 
-__all__ = ["MODELS", "Conditioning", "Model", "load_model", "pipeline_class"]
+__all__ = ["MODELS", "Conditioning", "Guidance", "Model", "load_model", "pipeline_class"]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts, one row each; ``conditioning[index]`` picks, repeats or reorders rows."""
+    """Encoded prompts: a row of every part for each; ``conditioning[index]`` picks, repeats or
+    reorders rows. On the host until it is moved, as a whole.
+    """
 
-    tokens: Tensor
-    """(B, L, E): the text tokens the network attends to."""
-    pooled: Tensor
-    """(B, P): one vector per prompt."""
+    parts: Mapping[str, Tensor]
+    """By name, (B, ...) each; text of several lengths is padded to one, the same in all of a run,
+    with its mask as a part."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(next(iter(self.parts.values())))
 
-    def __getitem__(self, index: Tensor | slice | list[int]) -> "Conditioning":
+    def __getitem__(self, index: Tensor | slice | list[int]) -> Conditioning:
         """The rows of an index tensor (int64 or bool), a slice or a list."""
-        return Conditioning(self.tokens[index], self.pooled[index])
+        return Conditioning({name: part[index] for name, part in self.parts.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """On a device; the host does not wait for the copy to one."""
+        is_cuda = torch.device(device).type == "cuda"
+
+        def moved(part: Tensor) -> Tensor:
+            if is_cuda and part.device.type == "cpu":
+                return part.pin_memory().to(device, non_blocking=True)
+            return part.to(device)
+
+        return Conditioning({name: moved(part) for name, part in self.parts.items()})
 
     @staticmethod
-    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """The rows of all parts, in order; their L must agree."""
+    def cat(many: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all, in order; beyond the first dimension their parts agree."""
         return Conditioning(
-            torch.cat([part.tokens for part in parts]), torch.cat([part.pooled for part in parts])
+            {name: torch.cat([one.parts[name] for one in many]) for name in many[0].parts}
         )
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How a family is guided."""
+
+    kind: Literal["none", "cfg"]
+    """ "cfg": uncond + w (cond - uncond), which the step kernels fuse; "none": w up to 1 only."""
+    negative_prompt: str = ""
+    """What stands for no prompt."""
+
+
 class Model(Protocol):
-    """What every adapter offers; `flowkern.models.sd3.SD3` documents the parts."""
+    """What every adapter offers; `flowkern.models.pipeline.Pipeline` documents and shares it."""
 
     network: nn.Module
+    guidance: Guidance
+    lora_targets: str | list[str]
     rows: int
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
-
-    def latent_shape(
-        self, height: int | None = None, width: int | None = None
-    ) -> tuple[int, ...]: ...
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
 
     def sigmas(self, num_steps: int) -> Tensor: ...
 
-    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        network: nn.Module | None = None,
+        sigma_host: Sequence[float] | None = None,
+    ) -> Tensor: ...
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def save_lora(self, directory: str | Path) -> None: ...
+
+    def load_lora(self, directory: str | Path) -> None: ...
+
+    def release_encoders(self) -> None: ...
+
+    def describe(self) -> dict[str, Any]: ...
 
 
 MODELS = {"StableDiffusion3Pipeline": "flowkern.models.sd3:SD3"}
@@ -73,14 +117,32 @@ def pipeline_class(path: str | Path) -> str:
     return read_index(path)["_class_name"]
 
 
-def load_model(path: str | Path, **options: Any) -> Model:
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    **options: Any,
+) -> Model:
     """The adapter for a pipeline directory, by the class its model_index.json names.
 
-    `options` go to the adapter's ``from_pretrained``: dtype, device and what the family has.
-    Raises FileNotFoundError for no pipeline directory, ValueError for a class without an adapter.
+    dtype: of the network and the text encoders. height, width, num_frames: the size of all its
+    latents and images, in pixels and frames; None: the pipeline's own. options: what the family has
+    beside; None counts as not given.
+    Raises FileNotFoundError for no pipeline directory, ValueError for a class without an adapter,
+    an option that its adapter does not take, or a size that it does not have.
     """
     name = pipeline_class(path)
     if name not in MODELS:
         known = ", ".join(sorted(MODELS))
         raise ValueError(f"path: {str(path)!r} is a {name}; expected one of {known}")
-    return load(name, MODELS).from_pretrained(path, **options)
+    family = load(name, MODELS)
+    options |= {"height": height, "width": width, "num_frames": num_frames}
+    options = {option: value for option, value in options.items() if value is not None}
+    takes = list(inspect.signature(family).parameters)[1:]
+    for option, value in options.items():
+        if option not in takes:
+            raise ValueError(f"{option}: got {value!r}, but a {name} takes {', '.join(takes)} only")
+    return family.from_pretrained(path, dtype=dtype, device=device, **options)

@@ -1,107 +1,275 @@
-"""What families share: a pipeline directory is looked through before it is loaded, because its
-loader makes up what is missing and imports what is named.
+"""What all families share: a diffusers pipeline as a velocity field, which an adapter completes.
+
+B samples, *D one latent, S steps. An adapter is a subclass in a file of its own: it says which
+pipeline it is for, what its parts are called, how a prompt is encoded and how the network is
+called. It has no loop.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-LIBRARIES = {"diffusers", "transformers"}
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-"""Any of these sets of files makes a tokenizer; without, transformers makes one of a few words."""
-SPARE_ROWS = 0.9  # an encoder's table is rounded up, T5's from 32,100 to 32,128
+import torch
+from torch import Tensor, nn
+
+from flowkern.models import Conditioning, Guidance, pipeline_class
+from flowkern.models.directory import (
+    check_directory,
+    check_vocabularies,
+    check_whole,
+    loaded_apart,
+)
+
+__all__ = ["Pipeline", "dynamic_mu", "scheduler_sigmas"]
+
+ENCODE_ROWS = 32  # prompts per text encoder call
+DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
+CACHED_PROMPTS = 1024  # megabytes each, on the host
 
 
-def read_index(path: str | Path) -> dict[str, Any]:
-    """A pipeline directory's model_index.json.
+class Pipeline(ABC):
+    """A pipeline of images: encode, latent_shape, sigmas, velocity, decode, adapter files."""
 
-    Raises FileNotFoundError where there is none, ValueError where it is no such index.
-    """
-    file = Path(path) / "model_index.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"path: {str(path)!r} has no model_index.json; expected a local pipeline directory as "
-            "diffusers' save_pretrained writes it (from a hub: hf download NAME --local-dir DIR)"
+    kind: ClassVar[type]
+    """The diffusers class of the pipeline."""
+    guidance = Guidance("cfg")
+    lora_targets: str | list[str]
+    """The layers that are adapted by default: ends of names, or a pattern of whole names."""
+
+    network: nn.Module
+    """In eval mode with its gradients on: what is trained. May be replaced by a wrapper of itself
+    (peft) that takes the same call; all other modules are frozen."""
+    rows: int
+    """Rows sent forward through the network so far, guidance and reference passes included."""
+
+    def __init__(self, pipeline: Any, *, height: int | None = None, width: int | None = None):
+        """pipeline: in memory and on its device. height, width: of images, in pixels; None: the
+        pipeline's own.
+
+        Raises ValueError for a size that is no positive multiple of a patch.
+        """
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module) and module is not pipeline.transformer:
+                module.eval().requires_grad_(False)
+        self.pipeline, self.network = pipeline, pipeline.transformer.eval()
+        self.rows, self._is_released = 0, False
+        config, scale = pipeline.transformer.config, pipeline.vae_scale_factor
+        own, unit = config.sample_size * scale, config.patch_size * scale
+        self.height, self.width = height or own, width or own
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels <= 0 or pixels % unit:
+                raise ValueError(f"{name}: got {pixels}, expected a positive multiple of {unit}")
+        self._dtype = pipeline.transformer.dtype  # as loaded: adapters added later may differ
+        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ):
+        """Load a local directory written by diffusers; nothing is downloaded.
+
+        dtype: of the network and the text encoders; the VAE is always float32, because a reward
+        should not see its rounding. options: of the constructor.
+        Raises FileNotFoundError without a model_index.json or a part that it names, ValueError for
+        another pipeline class, a tokenizer made for another encoder, or weights that are not whole.
+        """
+        name, expected = pipeline_class(path), cls.kind.__name__
+        if name != expected:
+            raise ValueError(f"path: {str(path)!r} is a {name}, expected {expected}")
+        check_directory(path)
+        pipeline = cls.kind.from_pretrained(
+            path,
+            dtype={"default": dtype, "vae": torch.float32},
+            local_files_only=True,
+            use_safetensors=True,
+            **loaded_apart(path, dtype),
         )
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"path: {file} is not JSON: {error}") from None
-    if not isinstance(index, dict):
-        raise ValueError(f"path: {file} holds a {type(index).__name__}, expected an object")
-    if not isinstance(index.get("_class_name"), str):
-        name = index.get("_class_name")
-        raise ValueError(f"path: {file} has _class_name {name!r}, expected a pipeline class")
-    return index
+        check_whole(pipeline)
+        check_vocabularies(pipeline)
+        return cls(pipeline.to(device), **options)
+
+    # ---- what an adapter says ----
+
+    @abstractmethod
+    def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The parts of a `Conditioning`, (B, ...) each, of at most ENCODE_ROWS prompts."""
+
+    @abstractmethod
+    def call(
+        self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
+        """d x / d sigma: x_t (B, *D) in the network's dtype, sigma (B,) float32, both on its device
+        as is `parts`, of a `Conditioning`.
+        """
+
+    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
+        """What the scheduler's set_timesteps takes beside the number of steps."""
+        return {}
+
+    def closed_form(self, num_steps: int) -> Tensor | None:
+        """The family's grid in float64, (S + 1,), where it is known."""
+        return None
+
+    # ---- what they share ----
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of one latent."""
+        scale = self.pipeline.vae_scale_factor
+        channels = self.pipeline.transformer.config.in_channels
+        return channels, self.height // scale, self.width // scale
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The grid of the pipeline's own scheduler at this size, (S + 1,) float64 from exactly 1 to
+        0, S = num_steps. The scheduler rounds to float32; where the family's closed form gives the
+        same up to that, it is taken as it is.
+
+        Raises ValueError for a scheduler whose levels are no such grid.
+        """
+        exact = self.closed_form(num_steps)  # refuses a number of steps that is none
+        arguments = self.grid_arguments(num_steps)
+        grid = scheduler_sigmas(self.pipeline.scheduler, num_steps, **arguments)
+        is_same = exact is not None and bool((exact - grid).abs().max() <= 2**-22)
+        return exact if is_same else grid
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts as rows on the host.
+
+        Each distinct prompt is encoded once and remembered (the latest 1,024 of them).
+        Raises TypeError for a bare string and ValueError for no prompts.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts: got the string {prompts!r}, expected a list of strings")
+        if not prompts:
+            raise ValueError("prompts: got none, expected at least one")
+        rows = {prompt: self._encoded[prompt] for prompt in prompts if prompt in self._encoded}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+        if missing and self._is_released:
+            raise ValueError(f"prompts: {missing[0]!r:.80} is new, and the encoders are released")
+        for start in range(0, len(missing), ENCODE_ROWS):
+            some = missing[start : start + ENCODE_ROWS]
+            found = Conditioning(self.encode_rows(some)).to("cpu")
+            # Indexed by a list, which copies: a slice would keep the whole batch in the cache.
+            rows |= {prompt: found[[row]] for row, prompt in enumerate(some)}
+        self._encoded.update(rows)
+        while len(self._encoded) > CACHED_PROMPTS:
+            self._encoded.popitem(last=False)
+        return Conditioning.cat([rows[prompt] for prompt in prompts])
+
+    def release_encoders(self) -> None:
+        """Free the text encoders; what was encoded stays."""
+        self._is_released = True
+        names = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        self.pipeline.register_modules(**dict.fromkeys(names))
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        network: nn.Module | None = None,
+        sigma_host: Sequence[float] | None = None,
+    ) -> Tensor:
+        """d x / d sigma at x_t (B, *D), noise levels sigma (B,) in [0, 1]; shaped like x_t.
+
+        network: the one that is asked, in place of `network`: the same with a wrapper around it.
+        sigma_host: the same levels on the host, for families that route rows by them.
+        Computed and returned in the network's dtype; differentiable in the network's parameters
+        and in x_t. Adds B to `rows`. Raises ValueError where the three do not have B rows.
+        """
+        batch = len(x_t)
+        if sigma.shape != (batch,):
+            raise ValueError(f"sigma: got shape {tuple(sigma.shape)}, expected ({batch},) as x_t")
+        if len(conditioning) != batch:
+            raise ValueError(f"conditioning: got {len(conditioning)} rows, expected {batch} as x_t")
+        self.rows += batch
+        network = self.network if network is None else network
+        parts = conditioning.to(x_t.device).parts
+        return self.call(network, x_t.to(self._dtype), sigma.float(), dict(parts))
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
+        """uncond + w (cond - uncond)."""
+        return v_uncond + w * (v_cond - v_uncond)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
+        vae = self.pipeline.vae
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
+        images = [
+            vae.decode(part.to(vae.dtype) / scale + shift, return_dict=False)[0]
+            for part in latents.split(max(1, DECODE_PIXELS // pixels))
+        ]
+        return self.pipeline.image_processor.postprocess(torch.cat(images), output_type="pt")
+
+    def save_lora(self, directory: str | Path) -> None:
+        """Write the adapter of `network` for peft and for the pipeline's `load_lora_weights`."""
+        from flowkern.models import lora  # here: peft is for training
+
+        lora.write(self.network, self.kind, str(self.pipeline.name_or_path), Path(directory))
+
+    def load_lora(self, directory: str | Path) -> None:
+        """Give the adapter that `network` has the weights that `save_lora` wrote.
+
+        Raises ValueError where they are not those of this adapter.
+        """
+        from flowkern.models import lora
+
+        lora.read(self.network, Path(directory))
+
+    def describe(self) -> dict[str, Any]:
+        """What the model is, in plain values."""
+        shape, transformer = self.latent_shape, self.pipeline.transformer
+        return {
+            "pipeline": self.kind.__name__,
+            "size": (self.height, self.width),
+            "latent_shape": shape,
+            "elements": torch.Size(shape).numel(),
+            "parameters": sum(p.numel() for p in transformer.parameters()),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "guidance": self.guidance.kind,
+        }
 
 
-def check_directory(path: str | Path) -> None:
-    """Raise ValueError or FileNotFoundError naming the component that lacks its files."""
-    for name, entry in read_index(path).items():
-        if name.startswith("_") or not isinstance(entry, list) or entry in ([None, None], []):
-            continue
-        if entry[0] not in LIBRARIES or len(entry) != 2:
-            raise ValueError(
-                f"path: model_index.json has {name} from {entry[0]!r}, expected one of "
-                f"{', '.join(sorted(LIBRARIES))}"
-            )
-        folder = Path(path) / name
-        if not folder.is_dir():
-            raise FileNotFoundError(f"path: {str(path)!r} lacks {name}/, which its index names")
-        if "Tokenizer" in str(entry[1]):
-            if not any(all((folder / f).is_file() for f in files) for files in TOKENIZERS):
-                wanted = ", or ".join(" and ".join(files) for files in TOKENIZERS)
-                raise FileNotFoundError(
-                    f"path: {str(folder)!r} has no vocabulary; expected {wanted}"
-                )
+def dynamic_mu(scheduler: Any, patches: int) -> float:
+    """The shift of a scheduler that shifts by the number of patches, as diffusers interpolates."""
+    config = scheduler.config
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (most - least)
+    return patches * slope + (low - slope * least)
 
 
-def check_vocabulary(name: str, tokenizer: Any, encoder: Any) -> None:
-    """Raise ValueError where a tokenizer was not made for its encoder.
+def scheduler_sigmas(scheduler: Any, num_steps: int, **arguments: Any) -> Tensor:
+    """The noise levels that a diffusers scheduler walks, (S + 1,) float64, the first exactly 1.
 
-    Its ids number at most the encoder's rows, and at least nine tenths of them.
+    arguments: of its set_timesteps. The scheduler is left as it is.
+    Raises ValueError where they do not fall from 1 to 0, S times.
     """
-    if tokenizer is None or encoder is None:
-        return
-    ids, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    if not SPARE_ROWS * rows <= ids <= rows:
+    name = type(scheduler).__name__
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_steps, **arguments)
+    if not hasattr(scheduler, "sigmas"):
+        raise ValueError(f"path: the pipeline's scheduler, a {name}, has no sigmas, as a flow has")
+    sigmas = torch.as_tensor(scheduler.sigmas).double().cpu()
+    falls = bool((sigmas.diff() < 0).all()) and len(sigmas) == num_steps + 1
+    if not falls or abs(float(sigmas[0]) - 1) > 1e-4 or sigmas[-1] != 0:
+        levels = ", ".join(f"{level:.4g}" for level in sigmas[:4].tolist())
         raise ValueError(
-            f"path: {name} has {ids} words and its encoder {rows} rows; expected the tokenizer "
-            "that the encoder was trained with"
+            f"path: the pipeline's scheduler, a {name}, has the {len(sigmas)} levels {levels} ... "
+            f"for {num_steps} steps; expected a flow grid, which falls from 1 to 0"
         )
-
-
-def check_whole(pipeline: Any) -> None:
-    """Raise ValueError naming a weight that no file had."""
-    for name, part in pipeline.components.items():
-        for weight, value in getattr(part, "named_parameters", dict)() or ():
-            if value.is_meta:
-                raise ValueError(f"path: the weights of {name} lack {weight}")
-
-
-def load_encoders(path: str | Path, names: Sequence[str], dtype: Any) -> dict[str, Any]:
-    """The text encoders of a directory that are not null in its index, by name.
-
-    Raises ValueError where a file lacks a tensor: the pipeline's own loader draws it by lot, with
-    a warning at most.
-    """
-    import transformers
-
-    index, found = read_index(path), {}
-    for name in names:
-        _, kind = index.get(name) or (None, None)
-        if kind is None:
-            continue
-        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        found[name], told = getattr(transformers, kind).from_pretrained(
-            Path(path) / name, dtype=dtype, **options
-        )
-        missing = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-        if missing:
-            raise ValueError(
-                f"path: the weights of {name} lack {missing[0]}, or have another shape"
-            )
-    return found
+    sigmas[0] = 1.0
+    return sigmas

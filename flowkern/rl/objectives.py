@@ -10,11 +10,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from flowkern.ops.matching_loss import add_noise, matching_loss
-from flowkern.ops.policy_loss import PolicyLoss, policy_loss
+from flowkern.ops.policy_loss import policy_loss
 from flowkern.rollout.batches import PointBatch, StepBatch
 from flowkern.rollout.engine import Guidance, Velocity, guided
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective says of B choices."""
+
+    loss: Tensor
+    """Summed over them, differentiable."""
+    statistics: Mapping[str, Tensor]
+    """(B,) each, detached, by the name that their mean is reported under."""
+
+
+def _statistics(ratio: Tensor, higher: Tensor, lower: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    """Of every objective of this room, in the order of a record."""
+    clipped = {"pg_clipfrac_higher": higher, "pg_clipfrac_lower": lower}
+    return {"ratio_mean": ratio, **clipped, "kl": kl}
 
 
 class Objective(Protocol):
@@ -35,9 +52,7 @@ class Objective(Protocol):
         """Does a row whose advantages are zero still teach something?"""
         ...
 
-    def __call__(
-        self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]
-    ) -> PolicyLoss:
+    def __call__(self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]) -> Outcome:
         """The summed loss of a batch, with the statistics of its choices.
 
         anchors: of the names in `anchors`; a copy that equals the weights may be left out.
@@ -71,7 +86,7 @@ class RatioClip:
 
     def __call__(
         self, batch: StepBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
-    ) -> PolicyLoss:
+    ) -> Outcome:
         """The unconditional half of guidance has no gradient, so it is run without."""
         v_ref = None
         with torch.no_grad():
@@ -80,7 +95,7 @@ class RatioClip:
                 v_ref = reference(batch.x_t, batch.sigma, batch.prompt)
                 v_ref = guided(v_ref, **self._guide(reference, batch))
             guide = self._guide(velocity, batch)
-        return policy_loss(
+        out = policy_loss(
             velocity(batch.x_t, batch.sigma, batch.prompt),
             batch.x_t,
             batch.x_next,
@@ -99,6 +114,7 @@ class RatioClip:
             **guide,
             **(batch.key if batch.x_next is None else {}),
         )
+        return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl))
 
     def _guide(self, velocity: Velocity, batch: StepBatch) -> dict[str, Any]:
         """The guidance arguments of a step; none without guidance."""
@@ -147,7 +163,7 @@ class Matching:
 
     def __call__(
         self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
-    ) -> PolicyLoss:
+    ) -> Outcome:
         x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
         with torch.no_grad():
             v = {
@@ -173,5 +189,4 @@ class Matching:
             backend=self.backend,
             **batch.key,
         )
-        statistics = (out.log_ratio, out.ratio, out.ref, out.clipped_low, out.clipped_high)
-        return PolicyLoss(out.loss, *statistics)
+        return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.ref))

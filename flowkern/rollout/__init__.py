@@ -1,4 +1,6 @@
-"""Rollouts: what is sampled (plan), how it is run (engine), what of it is trained (batches)."""
+"""Rollouts: what is sampled (plan, and its layout), how it is run (engine), what of it is trained
+(batches).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -7,11 +9,13 @@ from flowkern.lookup import lazily
 if TYPE_CHECKING:
     from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_rows
     from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
+    from flowkern.rollout.layout import Layout
     from flowkern.rollout.plan import Cost, Plan
 
 __all__ = [
     "Cost",
     "Guidance",
+    "Layout",
     "Plan",
     "PointBatch",
     "Rollout",
@@ -26,6 +30,7 @@ __all__ = [
 _HOMES = {
     "Cost": "flowkern.rollout.plan",
     "Guidance": "flowkern.rollout.engine",
+    "Layout": "flowkern.rollout.layout",
     "Plan": "flowkern.rollout.plan",
     "PointBatch": "flowkern.rollout.batches",
     "Rollout": "flowkern.rollout.engine",

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from flowkern.rollout.engine import Rollout, moved
-from flowkern.rollout.plan import Plan
+from flowkern.rollout.layout import Layout, Points
 from flowkern.schedules import Coefficients
 
 
@@ -60,57 +59,8 @@ class PointBatch:
     """seed, sample_id (B,), step (B,)"""
 
 
-@dataclass(frozen=True)
-class _Edges:
-    """What batches ask of a plan: its trained edges (C) and their sites (S)."""
-
-    origins: list[int]
-    """(S,) nodes."""
-    ends: list[int]
-    """(C,) nodes."""
-    order: Tensor
-    """(C,): the edges, site by site."""
-    first: Tensor
-    """(S,): where those of a site begin in `order`."""
-    count: Tensor
-    """(S,): how many they are."""
-    sigma: Tensor
-    """(S,)"""
-    table: Tensor
-    """(C, columns): their coefficients."""
-    noise: Tensor
-    """(C, 2): member and step."""
-    weight: Tensor
-    """(C,)"""
-
-
-@lru_cache(maxsize=2)  # a plan serves every batch of a rollout
-def _edges(plan: Plan) -> _Edges:
-    of_choice, origins, ends = site_of(plan), plan.origins, plan.trained
-    nodes, count = [plan.nodes[i] for i in ends], of_choice.bincount()
-    return _Edges(
-        origins,
-        ends,
-        order=of_choice.argsort(stable=True),
-        first=count.cumsum(0) - count,
-        count=count,
-        sigma=torch.tensor([plan.nodes[i].sigma for i in origins], dtype=torch.float64),
-        table=torch.stack([node.edge.table for node in nodes]),
-        noise=torch.tensor([[node.member, node.depth - 1] for node in nodes]),
-        weight=torch.tensor([node.weight for node in nodes], dtype=torch.float64),
-    )
-
-
-def site_of(plan: Plan) -> Tensor:
-    """(C,): the site of each choice."""
-    if plan.points:
-        return torch.arange(len(plan.points))
-    place = {node: i for i, node in enumerate(plan.origins)}
-    return torch.tensor([place[plan.nodes[i].parent] for i in plan.trained], dtype=torch.int64)
-
-
 def network_rows(
-    plan: Plan, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
+    layout: Layout, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """The network calls of one optimizer step on `rank`: (site (R,), prompt (R,)) each.
 
@@ -118,7 +68,7 @@ def network_rows(
     needs_all: the loss does not vanish with the advantage. Otherwise rows whose advantages are all
     zero are left out; but every rank gets as many calls as every other, and at least one.
     """
-    site, sites = site_of(plan), len(plan.points or plan.origins)
+    site, sites = layout.trained.site, layout.sites
     size = advantage.new_zeros(*advantage.shape[:2], sites)
     is_live = (size.index_add(2, site, advantage.abs()) > 0) | needs_all
     live = [each.flatten().nonzero().flatten() for each in is_live]
@@ -135,19 +85,17 @@ def batch(
     rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor
 ) -> StepBatch | PointBatch:
     """The rows (site, prompt), both (R,), on the host as is advantage (P, C)."""
-    return (_points if rollout.plan.points else _steps)(rollout, site, prompt, advantage)
+    is_points = isinstance(rollout.layout.trained, Points)
+    return (_points if is_points else _steps)(rollout, site, prompt, advantage)
 
 
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
-    plan, source = rollout.plan, rollout.source
+    points, source = rollout.layout.trained, rollout.source
     device = source.prompt_id.device
-    leaf = torch.tensor([leaf for leaf, _ in plan.points])
-    sigma = torch.tensor([sigma for _, sigma in plan.points], dtype=torch.float64)
-    leaf_of = leaf[site]
-    where, leaf_of, step = (moved(value, device) for value in (prompt, leaf_of, site))
+    where, leaf_of, step = (moved(value, device) for value in (prompt, points.leaf[site], site))
     return PointBatch(
         x0=rollout.latents[where, leaf_of],
-        sigma=moved(sigma[site], device, source.precision),
+        sigma=moved(points.sigma[site], device, source.precision),
         prompt=where,
         advantage=moved(advantage[prompt, site], device, source.precision),
         key={
@@ -159,7 +107,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
 
 
 def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> StepBatch:
-    source, edges = rollout.source, _edges(rollout.plan)
+    source, edges = rollout.source, rollout.layout.trained
     device, first, count = source.prompt_id.device, edges.first, edges.count
     # The choices of every row, one row after another.
     row = torch.arange(len(site)).repeat_interleave(count[site])

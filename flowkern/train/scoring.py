@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowkern.rewards import Reward, RewardError, load_reward
 from flowkern.rl.advantage import LARGEST
-from flowkern.train.config import ConfigError, RewardConfig
+from flowkern.train.config import ConfigError, Rewards
 
 Row = dict[str, Any]
 
@@ -78,21 +78,24 @@ class Scores:
         return means | {f"info/{e}": v.mean().item() for e, v in known.items() if len(v)}
 
 
-def load_rewards(config: RewardConfig) -> dict[str, KeyedReward]:
-    """The rewards of a configuration, by name: those that are optimized, then the others.
+def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
+    """The rewards of a configuration, by name.
 
     Raises ConfigError, naming the key, for one that is not there or cannot be made.
     """
-    weights = config.weights | dict.fromkeys(config.report, 0.0)
     found = {}
-    for name, weight in weights.items():
-        key = f"reward.{'weights' if name in config.weights else 'report'}.{name}"
+    for name, one in config.root.items():
+        key = f"reward.{name}"
         try:
-            found[name] = KeyedReward(key, weight, load_reward(name))
+            reward = load_reward(one.kind or name, name, **one.options)
+        except ConfigError:
+            raise
         except (Exception, SystemExit) as error:
             is_said = isinstance(error, ValueError | TypeError | FileNotFoundError)
-            message = str(error).removeprefix("name: ") if is_said else _line(error)
-            raise ConfigError(f"{key}: {message}") from error
+            message = " ".join(str(error).split()) if is_said else _line(error)
+            is_option = message.partition(":")[0] in one.options
+            raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
+        found[name] = KeyedReward(key, one.weight, reward)
     return found
 
 
@@ -165,7 +168,7 @@ def score(
     for name, reward in rewards.items():
         _check(reward.key, values[name], rows)
     mean = sum(reward.weight * values[name] for name, reward in rewards.items() if reward.weight)
-    _check("reward.weights: their weighted sum", mean, rows)
+    _check("reward: the weighted sum", mean, rows)
     return Scores({"mean": mean} | values, dict(zip(entries, found[len(names) :], strict=True)))
 
 

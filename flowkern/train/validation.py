@@ -13,7 +13,7 @@ from torch import Tensor
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
 from flowkern.rollout.engine import ITERATION_BITS, moved
-from flowkern.train import durable, tracking
+from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.distributed import seed_generators, together
 from flowkern.train.prompts import read_prompts
@@ -40,13 +40,14 @@ class Validation:
         path, count = config.data.test_prompts, config.validation.num_prompts
         self.rows = read_prompts(path, "data.test_prompts")[:count] if path else []
 
-    def run(self, step: int) -> None:
-        """Write samples/step-N.png and append a line to validation.jsonl.
+    def run(self, step: int) -> dict[str, float]:
+        """Draw and score them: writes samples/step-N.png; returns the means, on the main process,
+        and nothing where there are no prompts.
 
         Raises RewardError as `scoring.score` does, naming the step.
         """
         if not self.rows:
-            return
+            return {}
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         seed_generators(self.config.seed, RESERVED_ITERATION, rank)
         mine = [i for i in range(len(self.rows)) if i % world == rank]
@@ -54,11 +55,12 @@ class Validation:
             found = together(self.accelerator, lambda: self._sample(mine) if mine else None)
         except RewardError as error:
             raise RewardError(f"validation after step {step}: {error}") from error
-        if self.accelerator.is_main_process:
-            images, scores = zip(*filter(None, found), strict=True)
-            order = torch.arange(len(self.rows))
-            order = torch.cat([order[first::world] for first in range(world)]).argsort()
-            self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
+        if not self.accelerator.is_main_process:
+            return {}
+        images, scores = zip(*filter(None, found), strict=True)
+        order = torch.arange(len(self.rows))
+        order = torch.cat([order[first::world] for first in range(world)]).argsort()
+        return self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
     def _sample(self, mine: list[int]) -> tuple[Tensor, Scores]:
         """The images and scores of the rows `mine`, on the host."""
@@ -72,12 +74,11 @@ class Validation:
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             max_batch=self.config.train.max_batch,
-            size=(self.config.model.height, self.config.model.width),
             poll=self.stop.poll,
         )
         return images.cpu(), score(self.rewards, [(images, rows)], self.stop.in_reward)
 
-    def _write(self, step: int, images: Tensor, scores: Scores) -> None:
+    def _write(self, step: int, images: Tensor, scores: Scores) -> dict[str, float]:
         directory, means = Path(self.config.output_dir), scores.means()
         shown = images[: self.config.validation.num_images]
         tracking.save_grid(
@@ -88,8 +89,7 @@ class Validation:
             f"held-out prompts after {step} optimizer steps, "
             f"mean reward {means['reward/mean']:.2f} over {len(images)}",
         )
-        # Last: the line says that the validation is done.
-        durable.append_line(directory / "validation.jsonl", {"step": step, **means})
+        return means
 
 
 @torch.no_grad()
@@ -104,7 +104,6 @@ def sample_images(
     noise_level: float = 0.0,
     guidance_scale: float = 1.0,
     max_batch: int = 16,
-    size: tuple[int | None, int | None] = (None, None),
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One image per prompt, (B, 3, H, W) in [0, 1]; sample_id (B,) picks the noise.
@@ -112,7 +111,7 @@ def sample_images(
     kind, noise_level: of the sampler, as in `schedules`; by default the deterministic one.
     poll: called before every network call; may raise.
     """
-    conditioning = model.encode([*prompts, ""])
+    conditioning = model.encode([*prompts, model.guidance.negative_prompt]).to(sample_id.device)
     plan = Plan()
     node = plan.root(0)
     for sigma in model.sigmas(num_inference_steps).tolist()[1:]:
@@ -127,7 +126,7 @@ def sample_images(
     rollout = run(
         plan,
         velocity,
-        Source(seed, sample_id, model.latent_shape(*size)),
+        Source(seed, sample_id, model.latent_shape),
         max_batch,
         guidance=Guidance.of(guidance_scale, len(prompts)),
     )

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.ops._common import native, philox
-from flowkern.ops._common.arguments import Noise
+from flowkern.ops._common import loss_op, native, philox
 from flowkern.ops._common.dispatch import Impl, no_objection
 from flowkern.ops.matching_loss import api as matching_api
 from flowkern.ops.matching_loss import native_impl as matching_native
@@ -62,12 +61,12 @@ TABLES = (
     (step_api, "_REPLAY", step_native.replay),
     (step_api, "_REPLAY_BACKWARD", step_native.replay_backward),
     (philox, "_IMPLS", philox._native_normal),
-    (policy_api, "_IMPLS", policy_native.forward),
-    (policy_api, "_FORWARD", policy_native.forward),
-    (policy_api, "_BACKWARD", policy_native.backward),
-    (matching_api, "_IMPLS", matching_native.forward),
-    (matching_api, "_FORWARD", matching_native.forward),
-    (matching_api, "_BACKWARD", matching_native.backward),
+    (policy_api.LOSS, "impls", policy_native.forward),
+    (policy_api.LOSS, "forwards", policy_native.forward),
+    (policy_api.LOSS, "backwards", policy_native.backward),
+    (matching_api.LOSS, "impls", matching_native.forward),
+    (matching_api.LOSS, "forwards", matching_native.forward),
+    (matching_api.LOSS, "backwards", matching_native.backward),
     (matching_api, "_ADD_NOISE", matching_native.add_noise),
 )
 
@@ -76,7 +75,7 @@ TABLES = (
 def native_is(monkeypatch, wrap=lambda call: call, straight=None):
     """straight: the kernels of the way that checks nothing in Python."""
     with monkeypatch.context() as patch:
-        for api in (step_api, policy_api, matching_api):
+        for api in (step_api, loss_op, matching_api):
             given = lambda backend, like: straight if backend == "native" else None  # noqa: E731
             patch.setattr(api, "direct", given)
         for api, name, call in TABLES:
@@ -103,7 +102,9 @@ def kernels(request, monkeypatch):
     def memory(index, stream, floats, needed, is_captured):  # sums start as rubbish
         return torch.full((floats,), torch.nan), counts[:needed]
 
-    native.connect(module, native._EXCHANGE, native._CPU, stream=lambda index: 0, scratch=memory)
+    native.connect(
+        module, native.private.exchange, native._CPU, stream=lambda index: 0, scratch=memory
+    )
     straight = module if request.param == "straight" else None
 
     @contextlib.contextmanager
@@ -126,8 +127,8 @@ def on_device(call, device="cuda"):
                 value.shape, value.stride(), dtype=value.dtype, device=device
             )
             return there.copy_(value.detach())
-        if isinstance(value, Noise):
-            return Noise(*map(moved, value))
+        if hasattr(value, "_make"):
+            return value._make(map(moved, value))
         if isinstance(value, list | tuple):
             return type(value)(map(moved, value))
         return torch.device(device) if isinstance(value, torch.device) else value

@@ -125,7 +125,7 @@ def test_many_samples_come_sorted_and_few_do_not(driver, monkeypatch):
         from flowkern.ops._common import native
 
         native.connect(
-            native.cuda(), native._EXCHANGE, native._CPU, stream=lambda index: 0,
+            native.cuda(), native.private.exchange, native._CPU, stream=lambda index: 0,
             scratch=stub_driver.memory_of_the_host,
             siblings=lambda row, rows, found=found: found.append(rows) or SIBLINGS(row, rows),
         )  # fmt: skip

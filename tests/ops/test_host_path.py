@@ -1,23 +1,28 @@
 """The straight way into the CPU kernels: taken where it can be, and only the clock can tell."""
 
 import contextlib
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
-from flowkern.ops._common import native
+from flowkern.ops._common import loss_op, native, torch_private
 from flowkern.ops._common.dispatch import choose
 from flowkern.ops.matching_loss import api as matching_api
+from flowkern.ops.matching_loss.inputs import MatchingInputs
 from flowkern.ops.policy_loss import api as policy_api
+from flowkern.ops.policy_loss.inputs import PolicyInputs
 from flowkern.ops.sde_step import api as step_api
 from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
 
 pytestmark = pytest.mark.skipif(
     fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
 )
-APIS = (step_api, policy_api, matching_api)
+APIS = (step_api, loss_op, matching_api)  # with a straight way
 C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)
 ROWS = C[torch.tensor([0, 4, 8])].to("cpu", torch.float32)
 MULTISTEP = multistep_coefficients((0.9, 0.8, 0.7), 2)
@@ -174,7 +179,7 @@ def attributes_only():
     """As with a torch from before DLPack's C exchange API."""
     native.connect(native.cpu(), None)
     yield
-    native.connect(native.cpu(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    native.connect(native.cpu(), torch_private.exchange)
 
 
 class Watched:
@@ -244,8 +249,57 @@ def test_without_the_exchange_api(name, monkeypatch, attributes_only):
     kernels = compare(call, monkeypatch)
     assert kernels.taken == (name in STRAIGHT or name == "noise and a step of 0")
     got = call()
-    native.connect(native.cpu(), torch.Tensor.__dlpack_c_exchange_api__)
+    native.connect(native.cpu(), torch_private.exchange)
     assert same(got, call())
+
+
+@pytest.mark.parametrize("name", ["num_modes", "is_in_func", "forward_level", "is_batched"])
+def test_without_a_private_name_of_torch(name, monkeypatch):
+    """As with a torch that has it no more: its public way gives the same, and the same refusals."""
+    calls = [call for key, call in STRAIGHT.items() if key in ("draw", "ode", "policy", "awm")]
+    expected = [call() for call in calls]
+    monkeypatch.setattr(torch_private, name, torch_private.PUBLIC[name])
+    for call, result in zip(calls, expected, strict=True):
+        assert same(call(), result)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(fk.BackendError, match="forward"):
+        step(backend="native")()
+    with pytest.raises(fk.BackendError, match="its kernels have no forward mode"):
+        torch.func.grad(lambda v: fk.ode_step(X, v, C[3], backend="native").sum())(V)
+    if name == "num_modes":
+        return  # the dispatcher serves, and refuses in its own words
+    v = V.clone().requires_grad_()
+    log_prob = fk.sde_log_prob(X, v, NEXT, ROWS)
+    with pytest.raises(fk.BackendError, match="grad: the kernels"):
+        torch.autograd.grad(log_prob, v, torch.ones(2, 3), is_grads_batched=True)
+
+
+def test_public_ways_that_need_no_call(monkeypatch):
+    """Of what the kernels ask on a device, of a version, and of what compilers look for."""
+    stream = type("Stream", (), {"cuda_stream": 7})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    assert torch_private.PUBLIC["raw_stream"](0) == 7
+    monkeypatch.setattr(
+        torch_private, "increment_version", torch_private.PUBLIC["increment_version"]
+    )
+    test_out_is_marked_as_written()
+    ours, public = lambda: None, lambda: None
+    torch_private.as_constant(ours)
+    torch_private.PUBLIC["as_constant"](public)
+    assert vars(ours) == vars(public) != {}
+
+
+def test_private_names_of_torch_are_in_one_file():
+    room = Path(loss_op.__file__).parents[1]
+    private = re.compile(r"torch\._|forward_ad\._|_dynamo_marked|__dlpack_c")
+    users = {path.name for path in room.rglob("*.py") if private.search(path.read_text())}
+    assert users == {"torch_private.py"}
+
+
+@pytest.mark.parametrize(
+    "verb, inputs", [(fk.policy_loss, PolicyInputs), (fk.matching_loss, MatchingInputs)]
+)
+def test_inputs_are_the_arguments_in_their_order(verb, inputs):
+    assert [*inspect.signature(verb).parameters] == [*inputs._fields, "backend"]
 
 
 def test_without_the_module(monkeypatch, request):
@@ -367,8 +421,14 @@ def test_the_residual_kept_forward_is_the_gradient_once(name, reduction, monkeyp
     given = (of_policy if function is fk.policy_loss else of_matching) | {"clip_high": 9.0} | change
     v = (OLD + 0.01 * V).requires_grad_()
     api = policy_api if function is fk.policy_loss else matching_api
-    over, calls = api._backward_over, []
-    monkeypatch.setattr(api, "_backward_over", lambda *a: calls.append(a[0]) or over(*a))
+    calls = []
+
+    def backward(grad, slopes, inputs, residual=None):
+        calls.extend([] if residual is None else [residual])
+        return native_backward(grad, slopes, inputs, residual)
+
+    native_backward = api.LOSS.backwards["native"]
+    monkeypatch.setitem(api.LOSS.backwards, "native", backward)
 
     def loss_of(**more):
         return function(v, advantage=A, reduction=reduction, **given | more).loss
@@ -406,29 +466,17 @@ def test_a_changed_input_is_noticed_where_none_is_read_again(name):
 
 def test_a_kernel_called_past_the_verbs_checks_what_it_reads():
     kernels, slopes, ones = native.cpu(), torch.zeros(3, 2), torch.ones(3)
-    none = (None,) * 4
-    call = (
-        ones,
-        slopes,
-        V,
-        X,
-        NEXT,
-        ROWS.table,
-        ROW + 1,
-        None,
-        *none,
-        None,
-        1.0,
-        None,
-        False,
-        None,
+    inputs = PolicyInputs._make([None] * 21)._replace(
+        velocity=V, x_t=X, x_next=NEXT, c_rows=ROWS.table, guidance_scale=1.0, ratio="sde"
     )
+    call = (ones, slopes, *inputs._replace(row=ROW + 1), None)
     assert kernels.policy_backward(*call, False) is None
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 3\), got 3"):
         kernels.policy_backward(*call, True)
+    call = (ones, slopes[:2], *inputs, None)
     with pytest.raises(ValueError, match="slopes: not as the kernels read it"):
-        kernels.policy_backward(ones, slopes[:2], *call[2:6], None, *call[7:], True)
-    with pytest.raises(TypeError, match="expected 17 arguments, got 2"):
+        kernels.policy_backward(*call, True)
+    with pytest.raises(TypeError, match="expected 24 arguments, got 2"):
         kernels.policy_backward(ones, slopes)
     latent_first = (X, V, NEXT, ROWS.table, None, 1.0)
     assert kernels.sde_replay(*latent_first) is None  # a table is for those who have checked it

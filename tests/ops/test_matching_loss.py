@@ -9,6 +9,8 @@ import torch
 
 import flowkern as fk
 from flowkern.ops._common import native
+from flowkern.ops.matching_loss.api import LOSS
+from flowkern.ops.matching_loss.inputs import MatchingInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LATENTS = ("velocity", "x0", "noise", "old_velocity", "velocity_ref", "velocity_ema")
@@ -383,15 +385,23 @@ def test_opcheck():
     v, row = p["velocity"].requires_grad_(), torch.tensor([0, 2, 2])
     anchors = (p["old_velocity"], p["velocity_ref"], p["velocity_ema"])
     ops = torch.ops.flowkern
-    for source in ((p["noise"], None, None), (None, torch.arange(3), torch.tensor([1, 2, 3]))):
-        for nft in (False, True):
-            call = (v, p["x0"], p["sigma"], p["advantage"], row, *source, *anchors, 3, 0, nft, 2)
-            call = (*call, 0.3, 0.7, 0.1, 0.1, "mean", "native")
+    of_samples = (v, p["x0"], p["sigma"], p["advantage"], row)
+    ids = torch.arange(3)
+    for source in ((p["noise"], None, None, None), (None, 3, ids, ids + 1), (None, 3, ids, 2)):
+        for objective in ("awm", "nft"):
+            coefficients = (0.3, 0.7, 0.1, 0.1, "mean")
+            inputs = MatchingInputs(
+                *of_samples, *source, objective, "ghuber", *anchors, *coefficients
+            )
+            call = LOSS.op_arguments(inputs, "native")
             torch.library.opcheck(ops.matching_loss, call)
             slopes = ops.matching_loss(*call)[-1].detach()
-            call = (slopes, v.detach(), p["x0"], p["sigma"], row, *source, *anchors, 3, 0, nft)
-            torch.library.opcheck(ops.matching_loss_backward, (torch.ones(()), *call, "native"))
-        torch.library.opcheck(ops.add_noise, (p["x0"], p["sigma"], *source, 3, 0, "native"))
+            tensors, settings = LOSS.keep(inputs._replace(velocity=v.detach()))
+            call = (torch.ones(()), slopes, *tensors, *settings, "native")
+            torch.library.opcheck(ops.matching_loss_backward, call)
+        given, _, ids_of, step = source
+        key = (None, 3, step) if isinstance(step, int) else (step, 3, 0)
+        torch.library.opcheck(ops.add_noise, (p["x0"], p["sigma"], given, ids_of, *key, "native"))
 
 
 @pytest.mark.parametrize("objective", ["awm", "nft"])
@@ -554,7 +564,9 @@ def test_a_row_out_of_range_never_reaches_memory():
     if native.cpu() is None:
         pytest.skip(native.why_not())
     x, a = torch.zeros(2, 8), torch.zeros(2)
-    row = torch.tensor([0, 2])
-    tail = (None, None, None, 0, 0, False, 2, 0.0, 0.0, 1.0, 1.0, "mean", "native")
+    row, none = torch.tensor([0, 2]), (None,) * 3
+    inputs = MatchingInputs(
+        x, x, a, a, row, x, *none, "awm", "ghuber", *none, 0.0, 0.0, 1.0, 1.0, "mean"
+    )
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 2\), got 2"):
-        torch.ops.flowkern.matching_loss(x, x, a, a, row, x, None, None, *tail)
+        torch.ops.flowkern.matching_loss(*LOSS.op_arguments(inputs, "native"))

@@ -11,6 +11,8 @@ from test_policy_loss import double, problem
 import flowkern as fk
 from flowkern.ops._common import native
 from flowkern.ops.policy_loss import native_impl
+from flowkern.ops.policy_loss.api import LOSS
+from flowkern.ops.policy_loss.inputs import PolicyInputs
 from flowkern.schedules import edge_coefficients, sd3_sigmas, step_coefficients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -304,11 +306,11 @@ def operator_arguments(x_next, row, ratio):
     p, _ = problem(6, (33,), dtype=torch.float32)
     v, old, x_t = (p[n].detach()[:4] for n in ("velocity", "old_velocity", "x_t"))
     ids = torch.arange(6)
-    key = (None, None, None) if x_next else (None, ids, ids + 1)
-    return (
-        v.requires_grad_(), x_t, p["x_next"] if x_next else None, p["c_rows"].table.float(), row,
-        old, *key, x_t + 1, x_t.clone(), p["advantage"], None, torch.rand(6), torch.rand(6),
-        3, 0, 4.5, ratio == "guard", 0.0, 1e-4, 1e-4, "none", "native",
+    key = (None,) * 4 if x_next else (None, 3, ids, ids + 1)
+    return PolicyInputs(
+        v.requires_grad_(), x_t, p["x_next"] if x_next else None, p["c_rows"].table.float(),
+        p["advantage"], row, old, None, *key, x_t + 1, 4.5, x_t.clone(), torch.rand(6),
+        torch.rand(6), 1e-4, 1e-4, ratio, "none",
     )  # fmt: skip
 
 
@@ -316,18 +318,17 @@ def operator_arguments(x_next, row, ratio):
 @pytest.mark.parametrize("x_next", [True, False])
 def test_opcheck(ratio, x_next):
     arguments = operator_arguments(x_next, torch.tensor([3, 0, 0, 2, 2, 2]), ratio)
+    arguments = LOSS.op_arguments(arguments, "native")
     torch.library.opcheck(torch.ops.flowkern.policy_loss, arguments)
 
 
 def test_a_row_out_of_range_is_an_error_in_compiled_code_too():
     arguments = operator_arguments(True, torch.tensor([3, 0, 0, 2, 4, 2]), "sde")
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 4\), got 4"):
-        torch.ops.flowkern.policy_loss(*arguments)
+        torch.ops.flowkern.policy_loss(*LOSS.op_arguments(arguments, "native"))
     slopes = torch.zeros(6, 2)
     with pytest.raises(IndexError, match="row: expected values"):
-        native_impl.backward(
-            torch.ones(6), slopes, *arguments[:5], None, None, None, 1.0, None, False
-        )
+        native_impl.backward(torch.ones(6), slopes, arguments)
 
 
 def test_eager_and_compiled_take_the_same_kernel():

@@ -29,7 +29,9 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from flowkern.ops._common.arguments import Noise  # noqa: E402
 from flowkern.ops._common.rows_triton import LONG  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
+from flowkern.ops.matching_loss.inputs import MatchingInputs  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
+from flowkern.ops.policy_loss.inputs import PolicyInputs  # noqa: E402
 from flowkern.ops.sde_step import triton_impl as step  # noqa: E402
 
 SIZE, VIDEO = 65_536, 2_096_640  # multiples of 16: sizes of one side of LONG make the same kernels
@@ -90,18 +92,17 @@ class Calls:
         x, v = F if drawn else self.x, self.v
         batch = 3 if siblings else 2
         row = torch.zeros(batch, dtype=torch.int64) if siblings else None
-        source = {"given": Noise(self.latent(F, batch)), "key": key(batch)}.get(drawn)
+        sources = {"given": (self.latent(F, batch), None, None, None), "key": seeded(batch)}
         x_next = None if drawn else self.latent(x, batch)
         old, ref, uncond = (self.latent(v) if there else None for there in (old, ref, uncond))
-        inputs = (self.latent(v), self.latent(x), x_next, torch.empty(batch, 9))
-        out = policy.forward(
-            *inputs, torch.empty(batch), row, old, None, source, uncond, 1.0, ref, None, 0.1, None,
-            1e-4, 1e-4, guard, "mean",
+        inputs = PolicyInputs(
+            self.latent(v), self.latent(x), x_next, torch.empty(batch, 9), torch.empty(batch), row,
+            old, None, *sources.get(drawn, (None,) * 4), uncond, 1.0, ref, 0.1, None, 1e-4, 1e-4,
+            "guard" if guard else "sde", "mean",
         )  # fmt: skip
+        out = policy.forward(inputs)
         kept = old if drawn or guard else None
-        policy.backward(
-            torch.empty(()), out[-1], *inputs, row, kept, source, uncond, 1.0, ref, guard
-        )
+        policy.backward(torch.empty(()), out[-1], inputs._replace(old_velocity=kept))
         read = (v,) * (1 + (ref is not None) + (uncond is not None))
         stored = () if drawn == "key" else (F,) if drawn else (x,)
         forward = read + ((v, x, *stored) if old is not None else ())
@@ -116,14 +117,15 @@ class Calls:
         x, v = self.x, self.v
         batch = 3 if siblings else 2
         row = torch.zeros(batch, dtype=torch.int64) if siblings else None
-        source = Noise(self.latent(F, batch)) if given else key(batch)
+        source = (self.latent(F, batch), None, None, None) if given else seeded(batch)
         old, ref, ema = (self.latent(v) if there else None for there in (old, anchors, anchors))
-        inputs = (self.latent(v), self.latent(x, batch), torch.empty(batch))
-        out = matching.forward(
-            *inputs, torch.empty(batch), row, source, nft, 2, old, ref, ema, 0.1, 0.1, 1.0, 1.0,
-            "mean",
+        inputs = MatchingInputs(
+            self.latent(v), self.latent(x, batch), torch.empty(batch), torch.empty(batch), row,
+            *source, "nft" if nft else "awm", "ghuber", old, ref, ema, 0.1, 0.1, 1.0, 1.0, "mean",
         )  # fmt: skip
-        matching.backward(torch.empty(()), out[-1], *inputs, row, source, nft, old, ref, ema)
+        out = matching.forward(inputs)
+        kept = old if nft else None
+        matching.backward(torch.empty(()), out[-1], inputs._replace(old_velocity=kept))
         read = (v, x) + (F,) * given + (v, v) * anchors
         was_read = (v,) * (old is not None)
         return [(read + was_read, ()), (read + was_read * nft, (v,))]
@@ -138,6 +140,11 @@ class Calls:
 
 def key(batch):
     return Noise(None, 3, torch.zeros(batch, dtype=torch.int64))
+
+
+def seeded(batch):
+    """noise, seed, sample_id, step of a loss."""
+    return None, 3, torch.zeros(batch, dtype=torch.int64), 0
 
 
 CASES = {  # name: (verb, options)

@@ -25,7 +25,9 @@ import interpreter  # noqa: E402
 
 from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
+from flowkern.ops.matching_loss.inputs import MatchingInputs  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
+from flowkern.ops.policy_loss.inputs import PolicyInputs  # noqa: E402
 
 if INTERPRETED:
     interpreter.patch_once()
@@ -431,17 +433,25 @@ def test_drawn_again_is_as_stored(ratio):
     assert stored[0][1][2] == 0 and not stored[1][2].any()  # no density, no gradient
 
 
+def nothing(inputs):
+    """Of a loss's inputs none: what a backward pass does not look at."""
+    return inputs._make([None] * len(inputs._fields))
+
+
 def test_what_has_no_slope_is_not_read(siblings):
     """Clipped samples do not read x_next, rows of none but such read nothing: NaN stays out."""
     arguments = policy_problem(4, 600, row=ROW, drift=0.5)
     velocity, x_t, x_next, rows = (arguments[n] for n in ("velocity", "x_t", "x_next", "c_rows"))
     slopes = torch.tensor([[1.0, 0], [0, 0], [0, 0], [2, 0]], device=DEVICE)
     grad = torch.ones((), device=DEVICE)
-    rest = (rows.table, ROW, None, None, None, 1.0, None, False)
-    expected = policy.backward(grad, slopes, velocity, x_t, x_next, *rest)
+    inputs = nothing(PolicyInputs)._replace(
+        velocity=velocity, x_t=x_t, x_next=x_next, c_rows=rows.table, row=ROW,
+        guidance_scale=1.0, ratio="sde",
+    )  # fmt: skip
+    expected = policy.backward(grad, slopes, inputs)
     assert expected[1].any() and not expected[0].any()
     x_next[1:3], x_t[0], velocity[0] = float("nan"), float("nan"), float("nan")
-    assert torch.equal(policy.backward(grad, slopes, velocity, x_t, x_next, *rest), expected)
+    assert torch.equal(policy.backward(grad, slopes, inputs), expected)
 
 
 def test_anchors_without_slope_are_not_read():
@@ -452,9 +462,11 @@ def test_anchors_without_slope_are_not_read():
     got = []
     for x in (x0, torch.cat([poison[:1], x0[1:]])):
         for ref in (noise, torch.cat([noise[:1], poison[1:]])):
-            source = fk.ops._common.arguments.Noise(given=noise)
-            rest = (None, None, source, True, poison, ref, poison)
-            got.append(matching.backward(grad, slopes, velocity, x, *rest))
+            inputs = nothing(MatchingInputs)._replace(
+                velocity=velocity, x0=x, noise=noise, old_velocity=poison, velocity_ref=ref,
+                velocity_ema=poison,
+            )  # fmt: skip
+            got.append(matching.backward(grad, slopes, inputs))
     assert torch.equal(got[0][0], velocity[0] - noise[0])
     assert all(torch.equal(x, got[0]) for x in got)
 

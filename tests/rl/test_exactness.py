@@ -171,12 +171,16 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
         for rank, rollout in enumerate(rollouts):
             velocity = {name: net.of(slots[rank]) for name, net in nets.items()}
             anchors = {name: velocity[name] for name in objective.anchors}
-            calls = network_rows(plan, advantage[:, share], rank, max_batch, objective.needs_all)
+            calls = network_rows(
+                rollout.layout, advantage[:, share], rank, max_batch, objective.needs_all
+            )
             for site, prompt in calls:
                 part = batch(rollout, site, share[prompt], advantage[rank])
                 out = objective(part, velocity[None], anchors)
                 (out.loss / choices / ranks).backward()
-                clipped[-1] += int((out.clipped_low | out.clipped_high).sum())
+                said = out.statistics
+                is_clipped = said["pg_clipfrac_lower"] | said["pg_clipfrac_higher"]
+                clipped[-1] += int(is_clipped.sum())
             rows[-1].append([len(site) for site, _ in calls])
         gradients.append(nets[None].take_gradient())
         nets[None].descend(gradients[-1])

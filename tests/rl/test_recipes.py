@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowkern.rl import algorithms
-from flowkern.rl.algorithms import cost, mean_cost, names, recipe
+from flowkern.ops.policy_loss import policy_loss
+from flowkern.rl import algorithms, objectives
+from flowkern.rl.algorithms import cost, names, recipe
+from flowkern.rl.cost import mean_cost
 from flowkern.rollout import Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
 
@@ -380,7 +382,7 @@ def test_the_kl_has_its_dt(name):
         f(rows.x_t, rows.sigma, rows.prompt)[row] for f in (velocity_of(1.0), *anchors.values())
     )
     kl = (c.b[:, None] * (v - v_ref)).square().mean(1) / (2 * c.std**2)
-    torch.testing.assert_close(out.kl, kl, rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.statistics["kl"], kl, rtol=1e-9, atol=0)
     # On policy the policy term is -weight A: the step weight leaves the KL alone.
     policy = -(rows.weight * rows.advantage).sum()
     torch.testing.assert_close(out.loss, policy + 0.5 * kl.sum(), rtol=1e-9, atol=0)
@@ -388,8 +390,15 @@ def test_the_kl_has_its_dt(name):
         assert rows.weight.std() > 0.1
 
 
-def test_the_guarded_ratio_is_each_samples_own():
+def test_the_guarded_ratio_is_each_samples_own(monkeypatch):
     """Released, std and dt are means over the batch: wrong where its samples differ in step."""
+    found = []  # what the op says beside the outcome
+
+    def watched(*arguments, **options):
+        found.append(policy_loss(*arguments, **options).log_ratio)
+        return policy_loss(*arguments, **options)
+
+    monkeypatch.setattr(objectives, "policy_loss", watched)
     rollout = rollout_of("grpo_guard")
     site, prompt, advantage = all_rows(rollout)
     objective, moved = objective_of("grpo_guard"), velocity_of(1.0001)
@@ -400,12 +409,13 @@ def test_the_guarded_ratio_is_each_samples_own():
     moved_mean = c.b[:, None] * (moved(rows.x_t, rows.sigma, rows.prompt) - rows.old_velocity)
     old_mean = c.a[:, None] * rows.x_t + c.b[:, None] * rows.old_velocity
     noise = (rows.x_next - old_mean) / c.std[:, None]
-    torch.testing.assert_close(together.log_ratio, (noise * moved_mean).mean(1), rtol=1e-9, atol=0)
+    (log_ratio,) = found
+    torch.testing.assert_close(log_ratio, (noise * moved_mean).mean(1), rtol=1e-9, atol=0)
     loss = 0
     for i in range(len(site)):
         alone = batch(rollout, site[i : i + 1], prompt[i : i + 1], advantage)
         out = objective(alone, moved, {})
-        torch.testing.assert_close(out.log_ratio[0], together.log_ratio[i], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[-1][0], log_ratio[i], rtol=1e-12, atol=0)
         loss += out.loss
     torch.testing.assert_close(loss, together.loss, rtol=1e-9, atol=1e-12)
     assert (objective.clip_low, objective.clip_high) == (2e-6, 2e-6)
@@ -552,8 +562,15 @@ def test_the_public_count():
         assert counts["sample"] == (start + 1) + 12 * (24 - start) and counts["naive_sample"] == 300
         assert (counts["train"], counts["naive_train"], counts["decode"]) == (37, 48, 12)
     assert cost("flow_grpo", group_size=8)["sample"] == 80
-    with pytest.raises(ValueError, match="window_start: got 20, which mixgrpo never reaches"):
+    with pytest.raises(ValueError, match="window_start: got 20, which MixGRPO never reaches"):
         cost("mixgrpo", window_start=20)
+
+
+def test_every_file_is_an_algorithm_that_is_found_by_its_name():
+    files = {path.stem for path in Path(algorithms.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(names())
+    for name in names():
+        assert algorithms.name_of(recipe(name)()) == name
 
 
 def test_names_of_nothing_are_told_apart():

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
+from flowkern.rl.algorithms.flow_grpo import FlowGRPO
 from flowkern.rl.objectives import RatioClip
-from flowkern.rollout import Guidance, Plan, Source, batch, engine, network_rows, prompt_ids, run
-from flowkern.rollout.batches import site_of
+from flowkern.rollout import (
+    Guidance,
+    Layout,
+    Plan,
+    Source,
+    batch,
+    engine,
+    network_rows,
+    prompt_ids,
+    run,
+)
 from flowkern.rollout.engine import moved
 from flowkern.schedules import sd3_sigmas
 
@@ -109,7 +118,9 @@ def test_the_engine_is_the_plain_recursion_in_float64():
         for e, node in enumerate(plan.trained):
             if torch.allclose(x_next, plain.state(node, where)[0], rtol=0, atol=1e-10):
                 it = plan.nodes[node]
-                assert it.parent == plan.origins[site[i]] and site_of(plan)[e] == site[i]
+                assert (
+                    it.parent == plan.origins[site[i]] and rollout.layout.trained.site[e] == site[i]
+                )
                 assert rows.advantage[j] == advantage[where, e]
                 assert torch.equal(rows.coefficients.table[j], it.edge.table)
                 assert rows.key["sample_id"][j] == source.prompt_id[where] + it.member
@@ -171,16 +182,18 @@ def test_only_what_training_needs_is_kept():
 def test_calls_of_training_are_as_many_on_every_rank_and_leave_out_what_teaches_nothing():
     plan = make_tree()
     advantage = torch.zeros(2, 3, len(plan.trained))
-    every = [network_rows(plan, advantage, rank, 4, needs_all=True) for rank in (0, 1)]
+    every = [network_rows(Layout(plan), advantage, rank, 4, needs_all=True) for rank in (0, 1)]
     sites = len(plan.origins)
     for calls in every:
         pairs = {pair for rows in calls for pair in zip(*(r.tolist() for r in rows), strict=True)}
         assert pairs == {(s, p) for s in range(sites) for p in range(3)}
         assert max(len(site) for site, _ in calls) <= 4
-    nothing = [network_rows(plan, advantage, rank, 4, needs_all=False) for rank in (0, 1)]
+    nothing = [network_rows(Layout(plan), advantage, rank, 4, needs_all=False) for rank in (0, 1)]
     assert [len(calls) for calls in nothing] == [1, 1], "momentum and gradient averages go on"
     advantage[1, 2] = 1.0  # one prompt of the second rank
-    first, second = (network_rows(plan, advantage, rank, 1, needs_all=False) for rank in (0, 1))
+    first, second = (
+        network_rows(Layout(plan), advantage, rank, 1, needs_all=False) for rank in (0, 1)
+    )
     assert len(first) == len(second) == sites
     assert all(int(prompt) == 2 for _, prompt in second)
 
@@ -222,7 +235,7 @@ def test_nothing_of_a_rollout_or_of_its_loss_is_read_on_the_host(max_batch):
     weight = torch.ones((), device="meta", requires_grad=True)
     objective = RatioClip(1e-2, 1e-2, kl_coef=0.1, guidance=scale)
     advantage = torch.linspace(-1, 1, 3 * len(plan.trained)).view(1, 3, -1)
-    for site, prompt in network_rows(plan, advantage, 0, max_batch, needs_all=True):
+    for site, prompt in network_rows(Layout(plan), advantage, 0, max_batch, needs_all=True):
         rows = batch(rollout, site, prompt, advantage[0])
         out = objective(rows, lambda *x: weight * field(*x), {"reference": field})
         out.loss.backward()

@@ -21,20 +21,21 @@ from flowkern.rewards import RewardError
 from flowkern.rl.advantage import Credit
 from flowkern.rollout import Plan
 from flowkern.train import distributed
-from flowkern.train.config import ConfigError, RewardConfig
+from flowkern.train.config import ConfigError, Rewards
 from flowkern.train.distributed import together
 from flowkern.train.errors import RunError
+from flowkern.train.fields import build
 from flowkern.train.prompts import read_prompts
 from flowkern.train.scoring import KeyedReward, Scores, evaluate, load_rewards, score
 
-KEY = "reward.weights.mine:reward"
+KEY = "reward.mine:reward"
 ROWS = [{"prompt": f"a {word}", "deep": {"tags": ["x"]}} for word in ("cat", "dog", "newt")]
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def named(**functions):
     """Rewards by name, each counting with weight 1."""
-    return {name: KeyedReward(f"reward.weights.{name}", 1.0, f) for name, f in functions.items()}
+    return {name: KeyedReward(f"reward.{name}", 1.0, f) for name, f in functions.items()}
 
 
 def giving(value):
@@ -147,7 +148,7 @@ def test_what_is_no_score_per_image_is_refused_by_key(value, message):
     (lambda images: 0, r"TypeError: .* takes 1 positional argument"),
 ])  # fmt: skip
 def test_a_reward_that_raises_or_leaves_is_named(function, message):
-    with pytest.raises(RewardError, match=f"^reward.weights.f: {message}"):
+    with pytest.raises(RewardError, match=f"^reward.f: {message}"):
         evaluate(named(f=function), IMAGES, ROWS)
     with pytest.raises(KeyboardInterrupt):  # not the reward's doing
         evaluate(named(f=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)), IMAGES, ROWS)
@@ -157,16 +158,12 @@ def test_a_reward_that_raises_or_leaves_is_named(function, message):
 def test_scores_that_are_not_finite_are_refused_with_the_image(bad):
     values = iter([[0, 1, 2], [0, bad, bad]])
     rewards = named(fine=lambda *_: [0, 0, 0], f=lambda *_: next(values))
-    text = (
-        r"^reward.weights.f: (-?inf|nan|1e\+160) for image 4 of 6, prompt 'a dog', and of 1 others"
-    )
+    text = r"^reward.f: (-?inf|nan|1e\+160) for image 4 of 6, prompt 'a dog', and of 1 others"
     with pytest.raises(RewardError, match=text):
         score(rewards, [(IMAGES, ROWS), (IMAGES, ROWS)])
     large = {name: KeyedReward(name, 1e60, lambda *_: [1e100, 0, 0]) for name in "ab"}
-    with pytest.raises(RewardError, match="reward.weights: their weighted sum: 2e.160 for image 0"):
+    with pytest.raises(RewardError, match="reward: the weighted sum: 2e.160 for image 0"):
         score(large, [(IMAGES, ROWS)])
-    with pytest.raises(ValueError, match=r"weights\.a: got 1e\+300, expected at most 1e100"):
-        RewardConfig(weights={"a": 1e300})
 
 
 def test_what_a_reward_tells_beside_its_scores_is_reported_or_warned_of():
@@ -177,7 +174,7 @@ def test_what_a_reward_tells_beside_its_scores_is_reported_or_warned_of():
             [0, 0, 0],
         ]
     )
-    with pytest.warns(UserWarning, match=r"weights\.judge: info 'why' is not one real number"):
+    with pytest.warns(UserWarning, match=r"reward\.judge: info 'why' is not one real number"):
         found = score(named(judge=lambda *_: next(batches)), [(IMAGES, ROWS)] * 3)
     assert found.rewards["judge"].tolist() == [1, 2, 3, 1, 1, 1, 0, 0, 0]
     told = {"info/judge/length": 36 / 5, "info/judge/7": 1.0}
@@ -201,11 +198,11 @@ def test_one_ranks_failure_is_every_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "gather_object", lambda mine: sent.extend(mine) or sent)
 
     def fails():
-        raise RewardError("reward.weights.a: gone")
+        raise RewardError("reward.a: gone")
 
-    with pytest.raises(RewardError, match="^reward.weights.a: gone"):
+    with pytest.raises(RewardError, match="^reward.a: gone"):
         together(there, fails)
-    with pytest.raises(RunError, match="^process 0: reward.weights.a: gone"):
+    with pytest.raises(RunError, match="^process 0: reward.a: gone"):
         together(there, lambda: 3)  # what the first one sent is there already
     sent.clear()
     assert together(there, lambda: 3) == [3]
@@ -231,11 +228,58 @@ def test_rewards_that_cannot_be_made_are_named_by_key(tmp_path, monkeypatch, nam
     )
     (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    others = {"digits_judge": 1.0}
-    with pytest.raises(ConfigError, match=f"^reward.report.{name}: {message}"):
-        load_rewards(RewardConfig(weights=others, report=[name]))
-    with pytest.raises(ConfigError, match=f"^reward.weights.{name}: {message}"):
-        load_rewards(RewardConfig(weights={name: 2.0}))
+    others = {"digits_judge": {"weight": 1.0}}
+    with pytest.raises(ConfigError, match=f"^reward.{name}: {message}"):
+        load_rewards(build(Rewards, others | {name: {"weight": 0}}))
+    with pytest.raises(ConfigError, match=f"^reward.mine(.kind)?: {message}"):
+        load_rewards(build(Rewards, others | {"mine": {"kind": name}}))
+
+
+SERVED = """
+class Served:
+    def __init__(self, url, name, *, batch=16):
+        if batch < 1:
+            raise ValueError(f"batch: got {batch}, expected at least 1")
+        self.told = url, name, batch
+    def __call__(self, images, prompts, metadata):
+        return [0.0] * len(images)
+class Named(Served):
+    def __init__(self, name="its own", **others):
+        self.told = name, others
+def plain(images, prompts, metadata): ...
+"""
+
+
+def test_options_go_to_what_makes_the_reward(tmp_path, monkeypatch):
+    (tmp_path / "served.py").write_text(SERVED)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind, tree = "served:Served", {"digits_judge": {"weight": 0}}
+    tree |= {"a": {"kind": kind, "url": "u"}, "b": {"kind": kind, "url": "u", "name": "x"}}
+    tree |= {"served:Named": {"scale": 1}, "digits_classifier": {"kind": "served:plain"}}
+    found = load_rewards(build(Rewards, tree))
+    assert list(found) == list(tree) and [r.weight for r in found.values()] == [0, 1, 1, 1, 1]
+    assert found["a"].reward.told == ("u", "a", 16), "a name that is required is the key"
+    assert found["b"].reward.told == ("u", "x", 16)
+    assert found["served:Named"].reward.told == ("its own", {"scale": 1})
+    assert found["digits_classifier"].reward.__name__ == "plain", "kind wins"
+    for options, message in (
+        ({"kind": kind}, "reward.a.url: missing, and has no default"),
+        (
+            {"kind": kind, "url": "u", "btach": 1},
+            "btach: .* did you mean 'reward.a.batch'",
+        ),
+        (
+            {"kind": kind, "url": "u", "zzz": 1},
+            "reward.a.zzz: unknown key; known are weight, ",
+        ),
+        ({"kind": kind, "url": "u", "batch": 0}, "reward.a.batch: got 0, expected at least 1"),
+        (
+            {"kind": "served:plain", "scale": 1},
+            "reward.a.scale: .* a function takes none",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_rewards(build(Rewards, {"a": options}))
 
 
 # ---- from a prompt file to advantages ----

@@ -220,8 +220,12 @@ class Noise(NamedTuple):
     step: Tensor | None = None  # (B,) int64, or None: step_value for all
     step_value: int = 0
 
-
-NO_NOISE = Noise()
+    @classmethod
+    def of(cls, given, seed: int | None, sample_id, step: int | Tensor | None) -> Noise:
+        """From what a loss's inputs hold: all None where there is none."""
+        if isinstance(step, Tensor):
+            return cls(given, seed, sample_id, step)
+        return cls(given, seed or 0, sample_id, None, step or 0)
 
 
 def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .dispatch import BackendError, is_in_func
-
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True: no memory
+from . import torch_private as private
+from .dispatch import BackendError, is_transformed
 
 
 class EagerGradient(torch.autograd.Function):
-    """Gives a kernel's output its gradient in `velocity`, for less than the dispatcher's price.
+    """Gives a kernel's output its gradient in one input, for less than the dispatcher's price.
 
-    All but the velocity comes in tuples, and one output goes out: each argument and each output of
+    All but that input comes in one tuple, and one output goes out: each argument and each output of
     a Function costs, and so does a setup_context.
 
     A forward pass may have kept a tensor that becomes the gradient: the first backward pass takes
@@ -24,35 +20,25 @@ class EagerGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        velocity: Tensor,
-        saved: tuple,
-        rest: tuple[Tensor, Callable, tuple, str],
-        kept: tuple[Tensor, Callable] | None = None,
-    ) -> Tensor:
-        """rest: the output, backward(grad, *saved, *settings), its settings, and the backend.
-
-        kept: a tensor that nobody else has, and over_kept(kept, grad, *saved, *settings), which
-        writes the gradient over it.
+    def forward(ctx, of: Tensor, rest: tuple[Tensor, tuple, tuple, Tensor | None]) -> Tensor:
+        """rest: the output; the tensors that are saved; how: backward(grad, saved, settings,
+        backend, kept), its settings, and the backend; and what is kept, or None: a tensor that
+        nobody else has, which backward writes over.
         """
+        output, saved, ctx.how, ctx.kept = rest
         ctx.save_for_backward(*saved)
-        output, ctx.backward_pass, ctx.settings, ctx.backend = rest
-        ctx.kept = kept
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        transformed = is_in_func() or forward_ad._current_level >= 0 or _is_batched(grad)
-        if transformed or torch.is_grad_enabled():
-            _check_derivatives(ctx.backend)
+        backward_pass, settings, backend = ctx.how
+        if is_transformed() or private.is_batched(grad) or torch.is_grad_enabled():
+            _check_derivatives(backend)
         if grad.is_neg():
             grad = grad.resolve_neg()
         saved = ctx.saved_tensors  # raises where an input has changed, also where none is read
-        if ctx.kept is None:
-            return ctx.backward_pass(grad, *saved, *ctx.settings), None, None, None
-        (kept, over_kept), ctx.kept = ctx.kept, None
-        return over_kept(kept, grad, *saved, *ctx.settings), None, None, None
+        kept, ctx.kept = ctx.kept, None
+        return backward_pass(grad, saved, settings, backend, kept), None
 
 
 def _check_derivatives(backend: str) -> None:

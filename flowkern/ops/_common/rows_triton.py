@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import torch_private as private
 from .arguments import per_sample_contiguous
 from .dispatch import interpreting
 
@@ -164,7 +165,7 @@ def scratch(x: Tensor, sums: int, counters: int) -> tuple[Tensor, Tensor]:
     """
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return _allocate(x.device, sums, counters)
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    stream = private.raw_stream(x.get_device())
     capacity = _KEPT_COUNTERS if counters <= _KEPT_COUNTERS else 1 << (counters - 1).bit_length()
     kept_sums, kept_counters = _kept(x.device, stream, capacity)
     if sums > _KEPT_SUMS:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowkern.ops._common import torch_private as private
 from flowkern.ops._common.arguments import (
     FLOATS,
     Noise,
@@ -38,7 +39,7 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
-from flowkern.ops._common.native_calls import direct, increment_version
+from flowkern.ops._common.native_calls import direct
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
@@ -210,7 +211,7 @@ def sde_step(
         )  # fmt: skip
         if drawn is not None:
             if out is not None:
-                increment_version((out,))
+                private.increment_version((out,))
             return drawn[:2]
     latents = _latents(x_t, velocity, velocity_uncond, history, noise)
     dtype = _check_output(latents, out_dtype, out)
@@ -257,7 +258,7 @@ def ode_step(
         )  # fmt: skip
         if drawn is not None:
             if out is not None:
-                increment_version((out,))
+                private.increment_version((out,))
             return drawn[::2] if return_x0 else drawn[0]
     latents = _latents(x_t, velocity, velocity_uncond, history)
     dtype = _check_output(latents, out_dtype, out)
@@ -322,8 +323,12 @@ def _with_gradient(log_prob: Tensor, saved: tuple, guidance_scale: float, kernel
     velocity = saved[1]
     if not (velocity.requires_grad and torch.is_grad_enabled()):
         return log_prob
-    backward = _GRADIENT[kernel]
-    return EagerGradient.apply(velocity, saved, (log_prob, backward, (guidance_scale,), kernel))
+    how = _gradient, (guidance_scale,), kernel
+    return EagerGradient.apply(velocity, (log_prob, saved, how, None))
+
+
+def _gradient(grad: Tensor, saved: tuple, settings: tuple, kernel: str, _) -> Tensor:
+    return _GRADIENT[kernel](grad, *saved, *settings)
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""A plan laid out for batches: the nodes of one depth are a wave, ready together.
+"""A plan laid out for batches, once. For sampling the nodes of one depth are a wave, all ready; for
+training the trained edges lie site by site.
 
-W nodes of a wave, of which something leaves the first I; C edges of one launch; P prompts. A row is
-a node of one prompt: row = position in the wave * P + prompt.
+W nodes of a wave, of which something leaves the first I; P prompts. A row of a wave is a node of
+one prompt: row = position in the wave * P + prompt. S sites of the plan, C choices that get an
+advantage (trained edges, or points to match at); of a launch, C edges.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,8 +59,96 @@ class Wave:
     launches: tuple[Launch, ...]
 
 
-def waves(plan: Plan) -> list[Wave]:
-    """The waves of a plan, from the roots on."""
+@dataclass(frozen=True)
+class Edges:
+    """The trained edges, which are the choices, and the sites that they leave."""
+
+    site: Tensor
+    """(C,): the site of each."""
+    origins: tuple[int, ...]
+    """(S,) nodes: the sites."""
+    ends: tuple[int, ...]
+    """(C,) nodes."""
+    order: Tensor
+    """(C,): the edges, site by site."""
+    first: Tensor
+    """(S,): where those of a site begin in `order`."""
+    count: Tensor
+    """(S,): how many they are."""
+    sigma: Tensor
+    """(S,)"""
+    table: Tensor
+    """(C, columns): their coefficients."""
+    noise: Tensor
+    """(C, 2): member and step."""
+    weight: Tensor
+    """(C,), of the policy term."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where a matching objective looks at the leaves: every point is a choice and a site."""
+
+    site: Tensor
+    """(C,): 0 to C - 1."""
+    leaf: Tensor
+    """(C,): positions among the leaves."""
+    sigma: Tensor
+    """(C,)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """`Layout(plan)`: what sampling and training ask of a plan, which is whole by then.
+
+    Raises ValueError for a plan that no rollout can use.
+    """
+
+    plan: Plan
+    waves: tuple[Wave, ...] = field(init=False)
+    """From the roots on."""
+    trained: Edges | Points = field(init=False)
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        plan.check()
+        trained = _points(plan) if plan.points else _edges(plan)
+        vars(self).update(waves=_waves(plan), trained=trained)
+
+    @property
+    def sites(self) -> int:
+        """S."""
+        return len(self.trained.sigma)
+
+
+def _points(plan: Plan) -> Points:
+    leaf, sigma = zip(*plan.points, strict=True)
+    sigmas = torch.tensor(sigma, dtype=torch.float64)
+    return Points(torch.arange(len(leaf)), torch.tensor(leaf), sigmas)
+
+
+def _edges(plan: Plan) -> Edges:
+    origins, ends = plan.origins, plan.trained
+    nodes, place = [plan.nodes[i] for i in ends], {node: i for i, node in enumerate(origins)}
+    site = torch.tensor([place[node.parent] for node in nodes], dtype=torch.int64)
+    count = site.bincount(minlength=len(origins))
+    tables = [node.edge.table for node in nodes]
+    noise = [[node.member, node.depth - 1] for node in nodes]
+    return Edges(
+        site,
+        tuple(origins),
+        tuple(ends),
+        order=site.argsort(stable=True),
+        first=count.cumsum(0) - count,
+        count=count,
+        sigma=torch.tensor([plan.nodes[i].sigma for i in origins], dtype=torch.float64),
+        table=torch.stack(tables) if tables else torch.empty(0),
+        noise=torch.tensor(noise, dtype=torch.int64),
+        weight=torch.tensor([node.weight for node in nodes], dtype=torch.float64),
+    )
+
+
+def _waves(plan: Plan) -> tuple[Wave, ...]:
     nodes = plan.nodes
     inner = {node.parent for node in nodes}
     by_depth: list[list[int]] = [[] for _ in range(1 + max(node.depth for node in nodes))]
@@ -85,7 +175,7 @@ def waves(plan: Plan) -> list[Wave]:
                 _launches(nodes, children, place, memory),
             )
         )
-    return out
+    return tuple(out)
 
 
 def _remembered(nodes: list[Node]) -> dict[int, int]:
