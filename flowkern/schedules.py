@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flowkern.checks import finite_number, is_integer, shown_in_a_line
+from flowkern.torch_private import num_modes
 
 KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
 MAX_HISTORY = 3
@@ -126,7 +127,7 @@ def _check_table(table: Tensor) -> None:
             f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
             f"got {tuple(table.shape)}"
         )
-    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    is_traced = torch.compiler.is_compiling() or num_modes() > 0
     if table.device.type != "cpu" or type(table) is not Tensor or is_traced or not table.numel():
         return
     if not bool(table.isfinite().all()):

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flowkern.ops.sde_step import ode_step, sde_log_prob, sde_step
 from flowkern.schedules import Coefficients, step_coefficients
+from flowkern.torch_private import assert_async
 
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
@@ -118,7 +119,7 @@ def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
     stock = type(scheduler).__module__.startswith("diffusers.")
     if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
         found = timestep[:, None] == scheduler.timesteps[None, :]
-        torch._assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
+        assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
         return found.int().argmax(1)
     return torch.tensor([int(scheduler.index_for_timestep(t)) for t in timestep], device=device)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowkern import torch_private
 from flowkern.checks import ConfigError
 
 REFERENCE = "reference"
@@ -38,7 +39,7 @@ class Copies:
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
         """copy = decay copy + (1 - decay) weights."""
-        torch._foreach_lerp_(self._copies[name], self._parameters, 1 - decay)
+        torch_private.lerp_all(self._copies[name], self._parameters, 1 - decay)
         if decay == 0:
             self._current.add(name)
 

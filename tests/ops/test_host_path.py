@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
-from flowkern.ops._common import loss_op, native, torch_private
+from flowkern import torch_private
+from flowkern.ops._common import loss_op, native
 from flowkern.ops._common.dispatch import choose
 from flowkern.ops.matching_loss import api as matching_api
 from flowkern.ops.matching_loss.inputs import MatchingInputs
@@ -278,6 +279,14 @@ def test_public_ways_that_need_no_call(monkeypatch):
     stream = type("Stream", (), {"cuda_stream": 7})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
     assert torch_private.PUBLIC["raw_stream"](0) == 7
+    for lerp_all in (torch_private.PUBLIC["lerp_all"], torch_private.lerp_all):
+        mean = [torch.zeros(2), torch.ones(3)]
+        lerp_all(mean, [torch.ones(2), torch.zeros(3)], 0.25)
+        assert mean[0].tolist() == [0.25] * 2 and mean[1].tolist() == [0.75] * 3
+    for assert_async in (torch_private.PUBLIC["assert_async"], torch_private.assert_async):
+        assert_async(torch.tensor(True), "a reason")
+        with pytest.raises(RuntimeError, match="a reason"):
+            assert_async(torch.tensor(False), "a reason")
     monkeypatch.setattr(
         torch_private, "increment_version", torch_private.PUBLIC["increment_version"]
     )
@@ -289,9 +298,9 @@ def test_public_ways_that_need_no_call(monkeypatch):
 
 
 def test_private_names_of_torch_are_in_one_file():
-    room = Path(loss_op.__file__).parents[1]
+    package = Path(torch_private.__file__).parent
     private = re.compile(r"torch\._|forward_ad\._|_dynamo_marked|__dlpack_c")
-    users = {path.name for path in room.rglob("*.py") if private.search(path.read_text())}
+    users = {path.name for path in package.rglob("*.py") if private.search(path.read_text())}
     assert users == {"torch_private.py"}
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.ops._common import dispatch, philox, torch_private
+from flowkern import torch_private
+from flowkern.ops._common import dispatch, philox
 from flowkern.ops.matching_loss import api as matching_api
 from flowkern.ops.policy_loss import api as policy_api
 from flowkern.ops.sde_step import api as step_api

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_private as private
+from flowkern import torch_private as private
 from .dispatch import BackendError, is_transformed
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from . import native
-from . import torch_private as private
+from flowkern import torch_private as private
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from typing import NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from . import torch_private as private
+from flowkern import torch_private as private
 from .autograd import EagerGradient
 from .dispatch import (
     Impl,

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowkern.schedules import Coefficients
 
 from . import native_cuda, outputs
-from . import torch_private as private
+from flowkern import torch_private as private
 
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import native
-from . import torch_private as private
+from flowkern import torch_private as private
 from .arguments import Noise, packed, per_sample_contiguous
 from .dispatch import straight_on_cuda
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import torch_private as private
+from flowkern import torch_private as private
 from .arguments import per_sample_contiguous
 from .dispatch import interpreting
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern.ops._common import torch_private as private
+from flowkern import torch_private as private
 from flowkern.ops._common.arguments import (
     FLOATS,
     Noise,

@@ -1,4 +1,4 @@
-"""Every private name of torch that the ops rest on, and the public way that serves without it.
+"""Every private name of torch that flowkern rests on, and the public way that serves without it.
 
 Asked at every call, so they are torch's own functions where it has them: the public ways take
 microseconds, or see less and so assume the worst. PUBLIC holds them; tests put them in place.
@@ -49,6 +49,16 @@ def _as_constant(function: Callable) -> Callable:
     return torch.compiler.assume_constant_result(function)
 
 
+def _lerp_all(into: list[Tensor], towards: list[Tensor], weight: float) -> None:
+    for one, other in zip(into, towards, strict=True):
+        one.lerp_(other, weight)
+
+
+def _assert_async(is_right: Tensor, message: str) -> None:
+    if not is_right:  # the host waits
+        raise RuntimeError(message)
+
+
 PUBLIC: dict[str, Callable] = {
     "num_modes": lambda: 1,  # public torch cannot tell: ops go through the dispatcher
     "is_in_func": _is_in_func,
@@ -57,6 +67,8 @@ PUBLIC: dict[str, Callable] = {
     "increment_version": torch.autograd.graph.increment_version,
     "raw_stream": lambda index: torch.cuda.current_stream(index).cuda_stream,
     "as_constant": _as_constant,
+    "lerp_all": _lerp_all,
+    "assert_async": _assert_async,
 }
 
 
@@ -72,6 +84,8 @@ is_in_func = _find("_C._are_functorch_transforms_active", "is_in_func")
 is_batched = _find("_C._functorch.is_legacy_batchedtensor", "is_batched")  # is_grads_batched=True
 increment_version = _find("_C._increment_version", "increment_version")  # of a tuple of tensors
 raw_stream = _find("_C._cuda_getCurrentRawStream", "raw_stream")  # of a CUDA device, by its index
+lerp_all = _find("_foreach_lerp_", "lerp_all")  # in place, of lists
+assert_async = _find("_assert_async", "assert_async")  # of a bool on a device, which does not wait
 exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # without it kernels read attributes
 
 if hasattr(forward_ad, "_current_level"):
