@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkern import torch_private as private
+
 from .dispatch import BackendError, is_transformed
 
 

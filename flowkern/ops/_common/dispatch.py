@@ -11,8 +11,9 @@ from types import ModuleType
 
 import torch
 
-from . import native
 from flowkern import torch_private as private
+
+from . import native
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowkern import torch_private as private
+
 from .autograd import EagerGradient
 from .dispatch import (
     Impl,

@@ -8,10 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from flowkern import torch_private as private
 from flowkern.schedules import Coefficients
 
 from . import native_cuda, outputs
-from flowkern import torch_private as private
 
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import native
 from flowkern import torch_private as private
+
+from . import native
 from .arguments import Noise, packed, per_sample_contiguous
 from .dispatch import straight_on_cuda
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern import torch_private as private
+
 from .arguments import per_sample_contiguous
 from .dispatch import interpreting
 
