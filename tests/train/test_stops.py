@@ -28,6 +28,14 @@ from flowkern.train.stop import Stop, StopRequest
 LATEST = "train.resume_from_checkpoint=latest"
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """SIGHUP ends a process, also where the tests were started by nohup, which a run respects."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def wrapped(function, condition, before):
     """`function`, with `before` called first, once, when `condition` holds."""
     left = [before]
