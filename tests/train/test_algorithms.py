@@ -76,11 +76,12 @@ def written(path: Path, content: str) -> Path:
 
 
 ONE_STEP = (
-    "import json, sys\n"
+    "import json, os, sys\n"
     "from flowkern.train.config import from_dict\n"
     "from flowkern.train.loop import Loop\n"
     "records = Loop(from_dict(json.loads(sys.argv[1]))).step()\n"
-    "open(sys.argv[2], 'w').write(''.join(json.dumps(record) + '\\n' for record in records))\n"
+    "if os.environ['RANK'] == '0':\n"  # two that write have each other's ends in one file
+    "    open(sys.argv[2], 'w').write(''.join(json.dumps(record) + '\\n' for record in records))\n"
     "import torch.distributed as group\n"
     "group.destroy_process_group()\n"
 )
