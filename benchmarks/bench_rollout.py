@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from harness import ROOT, Case, Contender, describe_machine, results_folder, run_case
 
+QUICK_PROMPTS = 2
 PROMPTS = {"flow_grpo": 8, "mixgrpo": 8, "mixgrpo_flash": 8, "tempflow_grpo": 4, "g2rpo": 4}
 SAMPLE, GROUP, PROMPT = (
     f"plain PyTorch, one {unit} at a time" for unit in ("sample", "group", "prompt")
@@ -86,7 +87,8 @@ def _is_ready() -> bool:
 
 def _case(name: str, quick: bool) -> Case:
     folder = tempfile.TemporaryDirectory()
-    trainer = _trainer(name, folder.name)
+    few = (f"algorithm.prompts_per_rollout={QUICK_PROMPTS}",) if quick else ()
+    trainer = _trainer(name, folder.name, *few)
     recipe, iteration = trainer.recipe, trainer.iteration
     size, trunks = recipe.group_size, getattr(recipe, "num_seeds", 1)
     ours, theirs = (
@@ -95,7 +97,7 @@ def _case(name: str, quick: bool) -> Case:
     )
 
     def plain(batch_size: int) -> Way:
-        return _plain(_trainer(name, folder.name), name, batch_size, theirs)
+        return _plain(_trainer(name, folder.name, *few), name, batch_size, theirs)
 
     def engine(trainer) -> Way:
         return Way(Engine(trainer), trainer, _rows(trainer, ours))
@@ -204,7 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=[*PROMPTS], help="NAME,..."
     )
-    parser.add_argument("--quick", action="store_true", help="not one sample at a time; 2 rounds")
+    parser.add_argument("--quick", action="store_true", help="few prompts, not one sample at a time; 2 rounds")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     unknown = [name for name in options.only if name not in PROMPTS]
