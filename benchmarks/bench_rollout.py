@@ -206,7 +206,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=[*PROMPTS], help="NAME,..."
     )
-    parser.add_argument("--quick", action="store_true", help="few prompts, not one sample at a time; 2 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="few prompts, not one sample at a time; 2 rounds"
+    )
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     unknown = [name for name in options.only if name not in PROMPTS]
