@@ -62,8 +62,9 @@ class Conditioning:
 class Guidance:
     """How a family is guided."""
 
-    kind: Literal["none", "cfg"]
-    """ "cfg": uncond + w (cond - uncond), which the step kernels fuse; "none": w up to 1 only."""
+    kind: Literal["none", "cfg", "embedded"]
+    """ "cfg": uncond + w (cond - uncond), which the step kernels fuse; "embedded": an input of the
+    network, and cfg on top of it where w is beyond 1; "none": w up to 1 only."""
     negative_prompt: str = ""
     """What stands for no prompt."""
 
@@ -105,7 +106,10 @@ class Model(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-MODELS = {"StableDiffusion3Pipeline": "flowkern.models.sd3:SD3"}
+MODELS = {
+    "FluxPipeline": "flowkern.models.flux:Flux",
+    "StableDiffusion3Pipeline": "flowkern.models.sd3:SD3",
+}
 """The adapter of each diffusers pipeline class; imported only when a directory asks for it."""
 
 
@@ -141,8 +145,15 @@ def load_model(
     family = load(name, MODELS)
     options |= {"height": height, "width": width, "num_frames": num_frames}
     options = {option: value for option, value in options.items() if value is not None}
-    takes = list(inspect.signature(family).parameters)[1:]
+    takes = _options(family)
     for option, value in options.items():
         if option not in takes:
             raise ValueError(f"{option}: got {value!r}, but a {name} takes {', '.join(takes)} only")
     return family.from_pretrained(path, dtype=dtype, device=device, **options)
+
+
+def _options(family: type) -> list[str]:
+    """The keywords of its constructor, with those that it hands on."""
+    own = [vars(kind)["__init__"] for kind in reversed(family.__mro__) if "__init__" in vars(kind)]
+    every = [p for init in own for p in inspect.signature(init).parameters.values()]
+    return [p.name for p in every if p.kind is p.KEYWORD_ONLY]

@@ -11,8 +11,9 @@ import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,27 @@ from flowkern.models.directory import (
     loaded_apart,
 )
 
-__all__ = ["Pipeline", "dynamic_mu", "scheduler_sigmas"]
+__all__ = ["ATTENTION", "Geometry", "Pipeline", "dynamic_mu", "even", "scheduler_sigmas"]
+
+ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+"""The attention layers of a network of two streams, as LoRA targets."""
 
 ENCODE_ROWS = 32  # prompts per text encoder call
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
 CACHED_PROMPTS = 1024  # megabytes each, on the host
+
+
+class Geometry(NamedTuple):
+    """What sizes a pipeline's latents have, and its own."""
+
+    channels: int
+    """Of a latent, unpacked."""
+    cell: int
+    """Pixels of an image to one of a latent, along each side."""
+    unit: int
+    """Pixels that heights and widths are multiples of."""
+    height: int
+    width: int
 
 
 class Pipeline(ABC):
@@ -38,6 +55,8 @@ class Pipeline(ABC):
     kind: ClassVar[type]
     """The diffusers class of the pipeline."""
     guidance = Guidance("cfg")
+    lengths: ClassVar[range] = range(1, 513)
+    """Tokens of a prompt that the text encoder takes."""
     lora_targets: str | list[str]
     """The layers that are adapted by default: ends of names, or a pattern of whole names."""
 
@@ -47,23 +66,42 @@ class Pipeline(ABC):
     rows: int
     """Rows sent forward through the network so far, guidance and reference passes included."""
 
-    def __init__(self, pipeline: Any, *, height: int | None = None, width: int | None = None):
-        """pipeline: in memory and on its device. height, width: of images, in pixels; None: the
-        pipeline's own.
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        negative_prompt: str | None = None,
+    ):
+        """pipeline: in memory and on its device. height, width: of images, in pixels.
+        max_sequence_length: tokens of a prompt. negative_prompt: what stands for no prompt. None:
+        the pipeline's or the family's own.
 
-        Raises ValueError for a size that is no positive multiple of a patch.
+        Raises ValueError for a size that is no positive multiple of a patch, or a length that the
+        text encoder does not have.
         """
         for module in pipeline.components.values():
             if isinstance(module, nn.Module) and module is not pipeline.transformer:
                 module.eval().requires_grad_(False)
         self.pipeline, self.network = pipeline, pipeline.transformer.eval()
         self.rows, self._is_released = 0, False
-        config, scale = pipeline.transformer.config, pipeline.vae_scale_factor
-        own, unit = config.sample_size * scale, config.patch_size * scale
-        self.height, self.width = height or own, width or own
+        own = self.geometry()
+        self.height = own.height if height is None else height
+        self.width = own.width if width is None else width
         for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels <= 0 or pixels % unit:
-                raise ValueError(f"{name}: got {pixels}, expected a positive multiple of {unit}")
+            if pixels <= 0 or pixels % own.unit:
+                raise ValueError(
+                    f"{name}: got {pixels}, expected a positive multiple of {own.unit}"
+                )
+        length = self.own_length() if max_sequence_length is None else max_sequence_length
+        if length not in self.lengths:
+            least, most = self.lengths[0], self.lengths[-1]
+            raise ValueError(f"max_sequence_length: got {length}, expected {least} to {most}")
+        self.max_sequence_length = length
+        if negative_prompt is not None:
+            self.guidance = replace(self.guidance, negative_prompt=negative_prompt)
         self._dtype = pipeline.transformer.dtype  # as loaded: adapters added later may differ
         self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
 
@@ -101,6 +139,14 @@ class Pipeline(ABC):
     # ---- what an adapter says ----
 
     @abstractmethod
+    def geometry(self) -> Geometry:
+        """Of this pipeline."""
+
+    def own_length(self) -> int:
+        """Tokens of a prompt where nothing else is asked for."""
+        return self.lengths[-1]
+
+    @abstractmethod
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The parts of a `Conditioning`, (B, ...) each, of at most ENCODE_ROWS prompts."""
 
@@ -120,14 +166,18 @@ class Pipeline(ABC):
         """The family's grid in float64, (S + 1,), where it is known."""
         return None
 
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Latents (B, *D) in the VAE's dtype as its decoder takes them."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
     # ---- what they share ----
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of one latent."""
-        scale = self.pipeline.vae_scale_factor
-        channels = self.pipeline.transformer.config.in_channels
-        return channels, self.height // scale, self.width // scale
+        channels, cell, *_ = self.geometry()
+        return channels, self.height // cell, self.width // cell
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The grid of the pipeline's own scheduler at this size, (S + 1,) float64 from exactly 1 to
@@ -206,11 +256,9 @@ class Pipeline(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
         vae = self.pipeline.vae
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-        pixels = latents.shape[-2] * latents.shape[-1] * self.pipeline.vae_scale_factor**2
         images = [
-            vae.decode(part.to(vae.dtype) / scale + shift, return_dict=False)[0]
-            for part in latents.split(max(1, DECODE_PIXELS // pixels))
+            vae.decode(self.to_vae(part.to(vae.dtype)), return_dict=False)[0]
+            for part in latents.split(max(1, DECODE_PIXELS // (self.height * self.width)))
         ]
         return self.pipeline.image_processor.postprocess(torch.cat(images), output_type="pt")
 
@@ -250,6 +298,11 @@ def dynamic_mu(scheduler: Any, patches: int) -> float:
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (high - low) / (most - least)
     return patches * slope + (low - slope * least)
+
+
+def even(num_steps: int) -> list[float]:
+    """The levels that most pipelines give their scheduler to shift: from 1 to 1 / num_steps."""
+    return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
 
 
 def scheduler_sigmas(scheduler: Any, num_steps: int, **arguments: Any) -> Tensor:

@@ -7,12 +7,12 @@ resolution, the VAE's scaling. L text tokens of width E: CLIP's and T5's togethe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from flowkern.models.pipeline import Pipeline, dynamic_mu
+from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline, dynamic_mu
 from flowkern.schedules import sd3_sigmas
 
 __all__ = ["SD3"]
@@ -24,31 +24,22 @@ class SD3(Pipeline):
     """
 
     kind = StableDiffusion3Pipeline
-    lora_targets: ClassVar[list[str]] = (
-        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-    )
+    lora_targets = ATTENTION
 
-    def __init__(
-        self,
-        pipeline: StableDiffusion3Pipeline,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        max_sequence_length: int | None = None,
-    ) -> None:
-        """max_sequence_length: T5 tokens (zeros where there is no T5), 0 to 512; None: the T5
-        tokenizer's own maximum, at most 256, which is 256 for SD3.5, as diffusers has it.
-        """
-        super().__init__(pipeline, height=height, width=width)
-        t5 = pipeline.tokenizer_3 if pipeline.text_encoder_3 is not None else None
-        if max_sequence_length is None:
-            max_sequence_length = 256 if t5 is None else min(256, t5.model_max_length)
-        least = 0 if t5 is None else 1  # its tokenizer takes no 0
-        if not least <= max_sequence_length <= 512:
-            raise ValueError(
-                f"max_sequence_length: got {max_sequence_length}, expected {least} to 512"
-            )
-        self.max_sequence_length = max_sequence_length
+    @property
+    def lengths(self) -> range:
+        """None where there is no T5, whose tokenizer takes no 0: zeros stand for its tokens."""
+        return range(0 if self.pipeline.text_encoder_3 is None else 1, 513)
+
+    def own_length(self) -> int:
+        """T5's tokenizer's own maximum, at most 256, which is 256 for SD3.5, as diffusers has it."""
+        has_t5 = self.pipeline.text_encoder_3 is not None
+        return min(256, self.pipeline.tokenizer_3.model_max_length) if has_t5 else 256
+
+    def geometry(self) -> Geometry:
+        config, scale = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
+        own = config.sample_size * scale
+        return Geometry(config.in_channels, scale, config.patch_size * scale, own, own)
 
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(

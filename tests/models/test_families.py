@@ -1,0 +1,188 @@
+"""Every family against its own pipeline, on tiny ones: solver, grid, images, adapters, rows of
+batches, gradients. What is wrong in an adapter (a sign, a unit, a statistic) fails here by far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+import tiny
+
+import flowkern as fk
+from flowkern.models import MODELS, Conditioning, load_model
+from flowkern.schedules import step_coefficients
+from flowkern.train.config import LoraConfig
+from flowkern.train.lora import add_lora
+
+PROMPTS = ["a red cat", "an old photo of the small blue dog on a seven"]  # of two lengths
+PIXELS = {"height": 64, "width": 48}
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Family:
+    scales: tuple[float, ...]
+    """w of none, and of the family's default."""
+    guided: Any
+    """w -> the arguments of the pipeline's own call."""
+    shared: dict[str, Any]
+    """Arguments of every call."""
+
+
+FAMILIES = {
+    "sd3": Family(
+        (1.0, 4.5), lambda w: {"guidance_scale": w}, {"max_sequence_length": 256}
+    ),
+    "flux": Family(
+        (1.0, 2.0),
+        lambda w: {"true_cfg_scale": w, "negative_prompt": [""] * len(PROMPTS)},
+        {"guidance_scale": 3.5},
+    ),
+}  # fmt: skip
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """directories(name): a saved pipeline."""
+    made = {}
+
+    def at(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            tiny.pipeline(name).save_pretrained(made[name])
+        return made[name]
+
+    return at
+
+
+@pytest.fixture
+def load(directories):
+    def model(name, **options):
+        found = load_model(directories(name), **PIXELS | options)
+        found.pipeline.set_progress_bar_config(disable=True)
+        return found
+
+    return model
+
+
+def latents(model, count=len(PROMPTS)):
+    return torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def euler(model, x_t, scale):
+    """The ODE with guidance, in plain PyTorch."""
+    conditioning = model.encode([*PROMPTS, model.guidance.negative_prompt])
+    rows, uncond = conditioning[: len(x_t)], conditioning[[-1] * len(x_t)]
+    for sigma, sigma_next in pairwise(model.sigmas(STEPS).float()):
+        level = sigma.expand(len(x_t))
+        velocity = model.velocity(x_t, level, rows)
+        if scale > 1:
+            velocity = model.guide(velocity, model.velocity(x_t, level, uncond), scale)
+        x_t = x_t + (sigma_next - sigma) * velocity
+    return x_t
+
+
+def test_every_family_is_tried():
+    assert {tiny.PIPELINES[name]().__class__.__name__ for name in FAMILIES} == set(MODELS)
+
+
+@every_family
+def test_euler_and_decoding_are_the_pipelines_own(name, load):
+    """In float32, with and without guidance; the grid is the one its network is asked at."""
+    model, family = load(name), FAMILIES[name]
+    x_t = latents(model)
+    for scale in family.scales:
+        options = dict(num_inference_steps=STEPS, **PIXELS, **family.shared, **family.guided(scale))
+        options["latents"] = tiny.as_given(model.pipeline, x_t)
+        images = model.pipeline(prompt=PROMPTS, output_type="pt", **options).images
+        grid = model.pipeline.scheduler.sigmas.double()
+        assert torch.equal(model.sigmas(STEPS)[1:].float(), grid[1:].float())
+        assert model.sigmas(STEPS)[0] == 1 and abs(grid[0] - 1) < 1e-5
+        found = euler(model, x_t, scale)
+        seen = tiny.before_decoding(model.pipeline, PROMPTS, options)
+        torch.testing.assert_close(model.to_vae(found), seen, rtol=0, atol=5e-6)
+        torch.testing.assert_close(model.decode(found), images, rtol=0, atol=5e-6)
+        assert images.std() > 0.01
+
+
+@every_family
+def test_a_row_is_the_same_in_a_batch_of_other_lengths_and_noise_levels(name, load):
+    model = load(name)
+    x_t, sigma = latents(model), torch.tensor([0.9, 0.2])
+    both = model.encode(PROMPTS)
+    with torch.no_grad():
+        together = model.velocity(x_t, sigma, both)
+        alone = [model.velocity(x_t[[i]], sigma[[i]], both[[i]]) for i in (0, 1)]
+        again = [model.velocity(x_t[[i]], sigma[[i]], model.encode([PROMPTS[i]])) for i in (0, 1)]
+    for found in (alone, again):
+        torch.testing.assert_close(torch.cat(found), together, rtol=0, atol=2e-6)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_ratio_is_one_before_the_first_update(name, load, dtype):
+    """Replayed as it was sampled, with gradients on; in both precisions bit for bit."""
+    model = load(name, dtype=dtype)
+    add_lora(model, LoraConfig(rank=2, alpha=4))
+    rows = model.encode(PROMPTS)
+    step = step_coefficients(model.sigmas(STEPS), "flow_sde", 0.7)[torch.tensor([0, 2])]
+    sigma = model.sigmas(STEPS)[[0, 2]].float()
+    x_t = latents(model)
+    with torch.no_grad():
+        old = model.velocity(x_t, sigma, rows)
+        x_next, log_prob = fk.sde_step(x_t, old, step, seed=1, sample_id=torch.arange(2), step=0)
+    velocity = model.velocity(x_t, sigma, rows)
+    assert velocity.dtype == dtype and torch.equal(velocity, old)
+    assert torch.equal(fk.sde_log_prob(x_t, velocity, x_next, step), log_prob)
+    advantage = torch.tensor([1.0, -1.0])
+    out = fk.policy_loss(velocity, x_t, x_next, step, advantage, old_velocity=old)
+    assert (out.ratio == 1).all()
+    out.loss.backward()
+    gradients = [p.grad for p in model.network.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@every_family
+def test_every_lora_parameter_learns_and_the_pipeline_loads_them(name, load, tmp_path):
+    model = load(name)
+    network = add_lora(model, LoraConfig(rank=2, alpha=3))
+    adapted = {key: p for key, p in network.named_parameters() if p.requires_grad}
+    assert adapted
+    with torch.no_grad():
+        for p in adapted.values():
+            p.add_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1
+            )
+    rows, x_t, sigma = model.encode(PROMPTS), latents(model), torch.tensor([0.8, 0.3])
+    velocity = model.velocity(x_t, sigma, rows)
+    velocity.square().mean().backward()
+    dead = [key for key, p in adapted.items() if p.grad is None or not p.grad.any()]
+    assert not dead
+    model.save_lora(tmp_path)
+    plain = load(name)
+    bare = plain.velocity(x_t, sigma, rows)
+    plain.pipeline.load_lora_weights(tmp_path)
+    found = plain.velocity(x_t, sigma, rows)
+    assert (found - velocity).abs().max() <= 2e-6 < (bare - velocity).abs().max()
+
+
+def test_mistakes_are_named(load):
+    with pytest.raises(ValueError, match="height: got 60, expected a positive multiple of 16"):
+        load("flux", height=60)
+    with pytest.raises(ValueError, match="max_sequence_length: got 513, expected 1 to 512"):
+        load("flux", max_sequence_length=513)
+    with pytest.raises(ValueError, match="guidance_embedding: got 3.5, but a StableDiff.* takes"):
+        load("sd3", guidance_embedding=3.5)
+    assert load("flux", negative_prompt="bad").guidance.negative_prompt == "bad"
+    assert len(Conditioning.cat([load("flux").encode(PROMPTS)] * 2)) == 4
