@@ -32,7 +32,7 @@ class SD3(Pipeline):
         return range(0 if self.pipeline.text_encoder_3 is None else 1, 513)
 
     def own_length(self) -> int:
-        """T5's tokenizer's own maximum, at most 256, which is 256 for SD3.5, as diffusers has it."""
+        """T5's tokenizer's own maximum, at most 256: 256 for SD3.5, as diffusers has it."""
         has_t5 = self.pipeline.text_encoder_3 is not None
         return min(256, self.pipeline.tokenizer_3.model_max_length) if has_t5 else 256
 

@@ -74,8 +74,10 @@ def load(directories):
     return model
 
 
-def latents(model, count=len(PROMPTS)):
-    return torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+def latents(model):
+    return torch.randn(
+        len(PROMPTS), *model.latent_shape, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @torch.no_grad()
