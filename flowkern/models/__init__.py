@@ -62,9 +62,10 @@ class Conditioning:
 class Guidance:
     """How a family is guided."""
 
-    kind: Literal["none", "cfg", "embedded"]
-    """ "cfg": uncond + w (cond - uncond), which the step kernels fuse; "embedded": an input of the
-    network, and cfg on top of it where w is beyond 1; "none": w up to 1 only."""
+    kind: Literal["none", "cfg", "cfg_rescaled", "embedded"]
+    """ "cfg": uncond + w (cond - uncond), which the step kernels fuse; "cfg_rescaled": that, with
+    the length of the conditional one, which the family computes (`guide`); "embedded": an input of
+    the network, and cfg on top of it where w is beyond 1; "none": w up to 1 only."""
     negative_prompt: str = ""
     """What stands for no prompt."""
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from flowkern.models import Guidance
 from flowkern.models.packing import packed, positions, unpacked
 from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline, dynamic_mu, even
-from flowkern.schedules import flux_sigmas
 
 __all__ = ["Flux"]
 
@@ -77,18 +76,10 @@ class Flux(Pipeline):
         )[0]
         return unpacked(tokens, height, width)
 
-    @property
-    def patches(self) -> int:
-        """Tokens of an image."""
-        _, height, width = self.latent_shape
-        return height * width // 4
-
     def grid_arguments(self, num_steps: int) -> dict[str, Any]:
         scheduler = self.pipeline.scheduler
-        own = {"mu": dynamic_mu(scheduler, self.patches)}
+        _, height, width = self.latent_shape
+        own = {"mu": dynamic_mu(scheduler, height * width // 4)}
         if scheduler.config.get("use_flow_sigmas"):
             return own
         return own | {"sigmas": even(num_steps)}
-
-    def closed_form(self, num_steps: int) -> Tensor | None:
-        return flux_sigmas(num_steps, self.patches)

@@ -8,6 +8,7 @@ called. It has no loop.
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,10 +27,26 @@ from flowkern.models.directory import (
     loaded_apart,
 )
 
-__all__ = ["ATTENTION", "Geometry", "Pipeline", "dynamic_mu", "even", "scheduler_sigmas"]
+__all__ = [
+    "ATTENTION",
+    "Geometry",
+    "attention",
+    "Pipeline",
+    "dynamic_mu",
+    "even",
+    "scheduler_sigmas",
+]
 
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 """The attention layers of a network of two streams, as LoRA targets."""
+
+
+def attention(dead: str) -> str:
+    """ATTENTION as a pattern of whole names, without the layer `dead`, whose result nothing reads:
+    it would get no gradient."""
+    names = "|".join(map(re.escape, ATTENTION))
+    return rf"(?!{re.escape(dead)}$).*\.({names})"
+
 
 ENCODE_ROWS = 32  # prompts per text encoder call
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowkern.models import Guidance
 from flowkern.models.packing import packed, unpacked
-from flowkern.models.pipeline import Geometry, Pipeline, dynamic_mu, even
+from flowkern.models.pipeline import Geometry, Pipeline, attention, dynamic_mu, even
 
 __all__ = ["QwenImage"]
 
@@ -30,16 +30,17 @@ class QwenImage(Pipeline):
 
     @property
     def lora_targets(self) -> str:
-        """The attention layers, but for the last block's text output, which nothing reads."""
         last = self.pipeline.transformer.config.num_layers - 1
-        names = "to_q|to_k|to_v|to_out\\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
-        return f"(?!.*\\b{last}\\.attn\\.to_add_out$).*\\.({names})"
+        return attention(dead=f"transformer_blocks.{last}.attn.to_add_out")
 
     def own_length(self) -> int:
         return 512
 
     def geometry(self) -> Geometry:
-        channels, scale = self.pipeline.transformer.config.in_channels, self.pipeline.vae_scale_factor
+        channels, scale = (
+            self.pipeline.transformer.config.in_channels,
+            self.pipeline.vae_scale_factor,
+        )
         own = self.pipeline.default_sample_size * scale
         return Geometry(channels // 4, scale, 2 * scale, own, own)
 

@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline, dynamic_mu
+from flowkern.models.pipeline import Geometry, Pipeline, attention, dynamic_mu
 from flowkern.schedules import sd3_sigmas
 
 __all__ = ["SD3"]
@@ -24,7 +24,12 @@ class SD3(Pipeline):
     """
 
     kind = StableDiffusion3Pipeline
-    lora_targets = ATTENTION
+
+    @property
+    def lora_targets(self) -> str:
+        """The last block's text queries are asked, and their answers dropped."""
+        last = self.pipeline.transformer.config.num_layers - 1
+        return attention(dead=f"transformer_blocks.{last}.attn.add_q_proj")
 
     @property
     def lengths(self) -> range:

@@ -211,10 +211,10 @@ def test_a_pipeline_without_t5_keeps_the_pipelines_256_zeros_also_from_a_directo
 def test_errors_name_the_argument(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="path: .* has no model_index.json"):
         SD3.from_pretrained(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="path: .* is a FluxPipeline, expected StableDiffusion3"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixelPipeline"}')
+    with pytest.raises(ValueError, match="path: .* is a PixelPipeline, expected StableDiffusion3"):
         SD3.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="path: .* is a FluxPipeline"):
+    with pytest.raises(ValueError, match="path: .* is a PixelPipeline"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="max_sequence_length: got 513"):
         SD3.from_pretrained(DIRECTORY, max_sequence_length=513)
