@@ -30,8 +30,8 @@ from flowkern.models.directory import (
 __all__ = [
     "ATTENTION",
     "Geometry",
-    "attention",
     "Pipeline",
+    "attention",
     "dynamic_mu",
     "even",
     "scheduler_sigmas",
