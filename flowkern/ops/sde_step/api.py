@@ -6,7 +6,7 @@
     log_prob = mean_D(-k (x_next - mean)^2) + c     (of the x_next that is stored)
 
 B = samples, D = latent elements of one sample. Arithmetic in float32; in float64 where any input is
-float64 (reference only). The coefficients are rows of flowkern.schedules.
+float64 (reference only). The coefficients are edges of flowkern.schedules.
 Source: Flow-GRPO (arXiv 2505.05470) and its relatives; docs/ops/sde_step.md has the derivation.
 """
 
@@ -21,11 +21,11 @@ from flowkern import torch_private as private
 from flowkern.ops._common.arguments import (
     FLOATS,
     Noise,
+    check_edges,
     check_guidance,
     check_latents,
     check_noise,
     check_out,
-    check_rows,
     compute_dtype,
 )
 from flowkern.ops._common.autograd import EagerGradient
@@ -70,7 +70,7 @@ _GRADIENT = {impl.name: impl.call for impl in _REPLAY_BACKWARD}
 def _draw_op(
     x_t: Tensor,
     velocity: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     history: Sequence[Tensor],
@@ -87,7 +87,7 @@ def _draw_op(
     dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, x0, *history)
     source = Noise(noise, seed, sample_id, step, step_value)
     choose(_DRAW, x_t.device, dtype, backend).call(
-        x_t, velocity, rows, velocity_uncond, guidance_scale, history, source, x_next, log_prob, x0
+        x_t, velocity, edges, velocity_uncond, guidance_scale, history, source, x_next, log_prob, x0
     )
 
 
@@ -101,18 +101,18 @@ def _replay_op(
     x_t: Tensor,
     velocity: Tensor,
     x_next: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     backend: str | None,
 ) -> Tensor:
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     impl = choose(_REPLAY, x_t.device, dtype, backend)
-    return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+    return impl.call(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
 
 
 @_replay_op.register_fake
-def _(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale, backend) -> Tensor:
+def _(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, backend) -> Tensor:
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     return x_t.new_empty(x_t.shape[0], dtype=dtype)
 
@@ -123,14 +123,14 @@ def _replay_backward_op(
     x_t: Tensor,
     velocity: Tensor,
     x_next: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     backend: str | None,
 ) -> Tensor:
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     impl = choose(_REPLAY_BACKWARD, x_t.device, dtype, backend)
-    return impl.call(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+    return impl.call(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
 
 
 @_replay_backward_op.register_fake
@@ -139,12 +139,12 @@ def _(grad, x_t, velocity, *_) -> Tensor:
 
 
 def _save_inputs(ctx, inputs, output) -> None:
-    x_t, velocity, x_next, rows, velocity_uncond, ctx.guidance_scale, ctx.backend = inputs
-    ctx.save_for_backward(x_t, velocity, x_next, rows, velocity_uncond)
+    x_t, velocity, x_next, edges, velocity_uncond, ctx.guidance_scale, ctx.backend = inputs
+    ctx.save_for_backward(x_t, velocity, x_next, edges, velocity_uncond)
 
 
 def _backward(ctx, grad: Tensor):
-    x_t, velocity, x_next, rows, velocity_uncond = ctx.saved_tensors
+    x_t, velocity, x_next, edges, velocity_uncond = ctx.saved_tensors
     grad_velocity = None
     if ctx.needs_input_grad[1]:
         grad_velocity = _replay_backward_op(
@@ -152,7 +152,7 @@ def _backward(ctx, grad: Tensor):
             x_t,
             velocity,
             x_next,
-            rows,
+            edges,
             velocity_uncond,
             ctx.guidance_scale,
             ctx.backend,
@@ -184,13 +184,13 @@ def sde_step(
 
     Args:
         x_t, velocity: (B, *D), any strides; float32, bfloat16 or float16 (float64: the reference).
-        c_rows: one edge for all samples, or B rows, of `flowkern.schedules`, on the device of x_t.
+        c_rows: one edge for all samples, or B, of `flowkern.schedules`, on the device of x_t.
         noise: (B, *D) standard normals. Or else all of
         seed, sample_id, step: Philox noise drawn in the kernel: 64 bits; (B,) int64 global ids; an
             int or (B,) int64.
         velocity_uncond: (B, *D), with guidance_scale: the step uses uncond + guidance_scale
             (velocity - uncond).
-        history: earlier x0 predictions, most recent first, for the rows of a multistep solver: up
+        history: earlier x0 predictions, most recent first, for the edges of a multistep solver: up
             to three of (B, *D).
         out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), contiguous, written
             instead of a new tensor. It may be x_t, velocity or noise itself (a draw in place), and
@@ -297,11 +297,11 @@ def sde_log_prob(
             saved = (x_t, velocity, x_next, c_rows.table, velocity_uncond)
             return _with_gradient(log_prob, saved, guidance_scale, "native")
     if isinstance(c_rows, Coefficients) and c_rows.num_history:
-        raise ValueError("c_rows: a replay takes one-step rows, got rows with history weights")
+        raise ValueError("c_rows: a replay takes one-step edges, got some with history weights")
     dtype = check_latents(_latents(x_t, velocity, velocity_uncond) | {"x_next": x_next})
     _check_step(velocity, c_rows, velocity_uncond, guidance_scale, ())
-    rows = check_rows("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
-    inputs = (x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale))
+    edges = check_edges("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
+    inputs = (x_t, velocity, x_next, edges, velocity_uncond, float(guidance_scale))
     transformed = is_transformed()
     if is_tracing(x_t, velocity, x_next, velocity_uncond) and not transformed:
         return _replay_op(*inputs, backend)
@@ -310,7 +310,7 @@ def sde_log_prob(
         x_t, x_next, uncond = (
             None if x is None else x.detach() for x in (x_t, x_next, velocity_uncond)
         )
-        return impl.call(x_t, velocity, x_next, rows, uncond, inputs[-1])
+        return impl.call(x_t, velocity, x_next, edges, uncond, inputs[-1])
     with torch.no_grad():  # the gradient is the kernel's
         log_prob = impl.call(*inputs)
     return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name)
@@ -345,9 +345,9 @@ def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str
     return latents
 
 
-def _check_step(velocity, rows, velocity_uncond, guidance_scale, history, name="c_rows") -> None:
+def _check_step(velocity, edges, velocity_uncond, guidance_scale, history, name="c_rows") -> None:
     check_guidance(velocity_uncond, guidance_scale, velocity)
-    needed = rows.num_history if isinstance(rows, Coefficients) else 0
+    needed = edges.num_history if isinstance(edges, Coefficients) else 0
     if not needed <= len(history) <= MAX_HISTORY:
         raise ValueError(
             f"history: {name} weigh {needed} earlier x0 predictions; "
@@ -375,11 +375,11 @@ def _empty(x_t: Tensor, out_dtype: torch.dtype | None) -> Tensor:
 
 
 def _draw(
-    x_t, velocity, rows, velocity_uncond, guidance_scale, history, source: Noise,
+    x_t, velocity, edges, velocity_uncond, guidance_scale, history, source: Noise,
     x_next, log_prob, x0, dtype, backend,
 ) -> None:  # fmt: skip
     name = "c_rows" if log_prob is not None else "m_rows"
-    table = check_rows(name, rows, x_t.shape[0], x_t.device, dtype)
+    table = check_edges(name, edges, x_t.shape[0], x_t.device, dtype)
     scale = float(guidance_scale)
     tensors = (x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next)
     transformed = is_transformed()

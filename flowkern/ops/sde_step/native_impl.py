@@ -14,7 +14,7 @@ from flowkern.ops._common.arguments import Noise
 def draw(
     x_t: Tensor,
     velocity: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     history: Sequence[Tensor],
@@ -25,10 +25,10 @@ def draw(
 ) -> None:
     if x_t.numel() == 0:
         if log_prob is not None:
-            log_prob.copy_(rows[..., 4])
+            log_prob.copy_(edges[..., 4])
         return
     written = native_calls.run(
-        "sde_draw", x_t, velocity, rows, velocity_uncond, guidance_scale, [*history],
+        "sde_draw", x_t, velocity, edges, velocity_uncond, guidance_scale, [*history],
         *native_calls.noise(source), x_next, None, log_prob, x0,
     )  # fmt: skip
     for out, result in zip((x_next, log_prob, x0), written, strict=True):
@@ -36,17 +36,19 @@ def draw(
             out.copy_(result)
 
 
-def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
+def replay(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
     if x_t.numel() == 0:
-        return torch.empty(x_t.shape[0], dtype=torch.float32, device=x_t.device).copy_(rows[..., 4])
+        return torch.empty(x_t.shape[0], dtype=torch.float32, device=x_t.device).copy_(
+            edges[..., 4]
+        )
     return native_calls.run(
-        "sde_replay", x_t, velocity, x_next, rows, velocity_uncond, guidance_scale
+        "sde_replay", x_t, velocity, x_next, edges, velocity_uncond, guidance_scale
     )
 
 
-def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
+def replay_backward(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
     if x_t.numel() == 0:
         return torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
     return native_calls.run(
-        "sde_replay_backward", grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale
+        "sde_replay_backward", grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale
     )
