@@ -33,7 +33,7 @@ def plain_replay(x, v, x_next, a, b, k, c):
 
 
 def published_draw(x, v, timestep, grid, timesteps, noise_level):
-    """The step as Flow-GRPO's scripts call it: rows found by the value of the timestep, sample by
+    """The step as Flow-GRPO's scripts call it: edges found by the value of the timestep, sample by
     sample, the coefficients made at every call, and each operation a pass of its own.
     """
     index = [(timesteps == t).nonzero()[0].item() for t in timestep]

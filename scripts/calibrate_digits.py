@@ -28,26 +28,26 @@ def measure_model(model: SD3, assets: Path, seed: int) -> dict:
     table = {}
     for split in ("train", "test"):
         lines = (assets / "digits-prompts" / f"{split}.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines] * (SAMPLES // len(lines))
-        prompts = [row["prompt"] for row in rows]
-        asked = torch.tensor([row["digit"] for row in rows])
+        prompts = [json.loads(line) for line in lines] * (SAMPLES // len(lines))
+        texts = [one["prompt"] for one in prompts]
+        asked = torch.tensor([one["digit"] for one in prompts])
         for steps, kind, noise_level in SAMPLERS:
             images = sample_images(
                 model,
-                prompts,
-                prompt_ids(0, torch.arange(len(rows))),
+                texts,
+                prompt_ids(0, torch.arange(len(prompts))),
                 seed=seed,
                 num_inference_steps=steps,
                 kind=kind,
                 noise_level=noise_level,
-                max_batch=len(rows),
+                max_batch=len(prompts),
             )
             seen = classifier.logits(images).argmax(-1)
             table[f"{split} prompts, {kind}, {steps} steps"] = {
-                "samples": len(rows),
+                "samples": len(prompts),
                 "classified": (seen == asked).float().mean().item(),
-                "reward": classifier(images, prompts, rows).mean().item(),
-                "judged": judge(images, prompts, rows).mean().item(),
+                "reward": classifier(images, texts, prompts).mean().item(),
+                "judged": judge(images, texts, prompts).mean().item(),
                 "distance_to_real": distance(images).mean().item(),
             }
     return table
@@ -64,7 +64,7 @@ def measure_rewards(model: SD3, assets: Path) -> dict:
     copies = model.decode(latents)
     classifier, judge = rewards.DigitsClassifier(directory), rewards.DigitsJudge(directory)
     distance = rewards.DistanceToReal(directory)
-    rows = [{"digit": digit} for digit in labels.tolist()]
+    asked = [{"digit": digit} for digit in labels.tolist()]
     table = {
         "vae_rmse": (copies - images).square().mean().sqrt().item(),
         "latent_mean": latents.mean().item(),
@@ -75,8 +75,8 @@ def measure_rewards(model: SD3, assets: Path) -> dict:
         table[name] = {
             "samples": len(labels),
             "classified": (seen == labels).float().mean().item(),
-            "reward": classifier(pictures, [], rows).mean().item(),
-            "judged": judge(pictures, [], rows).mean().item(),
+            "reward": classifier(pictures, [], asked).mean().item(),
+            "judged": judge(pictures, [], asked).mean().item(),
             "distance_to_real": distance(pictures).mean().item(),
         }
     return table

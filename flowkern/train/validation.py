@@ -38,7 +38,7 @@ class Validation:
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.model, self.rewards = model, rewards
         path, count = config.data.test_prompts, config.validation.num_prompts
-        self.rows = read_prompts(path, "data.test_prompts")[:count] if path else []
+        self.prompts = read_prompts(path, "data.test_prompts")[:count] if path else []
 
     def run(self, step: int) -> dict[str, float]:
         """Draw and score them: writes samples/step-N.png; returns the means, on the main process,
@@ -46,11 +46,11 @@ class Validation:
 
         Raises RewardError as `scoring.score` does, naming the step.
         """
-        if not self.rows:
+        if not self.prompts:
             return {}
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         seed_generators(self.config.seed, RESERVED_ITERATION, rank)
-        mine = [i for i in range(len(self.rows)) if i % world == rank]
+        mine = [i for i in range(len(self.prompts)) if i % world == rank]
         try:
             found = together(self.accelerator, lambda: self._sample(mine) if mine else None)
         except RewardError as error:
@@ -58,17 +58,17 @@ class Validation:
         if not self.accelerator.is_main_process:
             return {}
         images, scores = zip(*filter(None, found), strict=True)
-        order = torch.arange(len(self.rows))
+        order = torch.arange(len(self.prompts))
         order = torch.cat([order[first::world] for first in range(world)]).argsort()
         return self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
     def _sample(self, mine: list[int]) -> tuple[Tensor, Scores]:
-        """The images and scores of the rows `mine`, on the host."""
-        options, rows = self.config.validation, [self.rows[i] for i in mine]
+        """The images and scores of the prompts at `mine`, on the host."""
+        options, prompts = self.config.validation, [self.prompts[i] for i in mine]
         device = self.accelerator.device
         images = sample_images(
             self.model,
-            [row["prompt"] for row in rows],
+            [prompt["prompt"] for prompt in prompts],
             moved(prompt_ids(RESERVED_ITERATION, torch.tensor(mine)), device),
             seed=self.config.seed,
             num_inference_steps=options.num_inference_steps,
@@ -76,7 +76,7 @@ class Validation:
             max_batch=self.config.train.max_batch,
             poll=self.stop.poll,
         )
-        return images.cpu(), score(self.rewards, [(images, rows)], self.stop.in_reward)
+        return images.cpu(), score(self.rewards, [(images, prompts)], self.stop.in_reward)
 
     def _write(self, step: int, images: Tensor, scores: Scores) -> dict[str, float]:
         directory, means = Path(self.config.output_dir), scores.means()
@@ -84,7 +84,7 @@ class Validation:
         tracking.save_grid(
             directory / "samples" / f"step-{step}.png",
             shown,
-            [row["prompt"] for row in self.rows[: len(shown)]],
+            [prompt["prompt"] for prompt in self.prompts[: len(shown)]],
             scores.rewards["mean"][: len(shown)].tolist(),
             f"held-out prompts after {step} optimizer steps, "
             f"mean reward {means['reward/mean']:.2f} over {len(images)}",
