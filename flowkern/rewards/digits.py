@@ -30,7 +30,7 @@ IMAGE_SIZE = 32
 
 def asset(name: str, directory: str | Path | None = None) -> Path:
     """The path of one file: in `directory`, else in the checkout or what a wheel carries
-    (flowkern/demo.py), else under the working directory.
+    (flowkern/cli/demo.py), else under the working directory.
 
     Raises FileNotFoundError naming the places looked in.
     """
