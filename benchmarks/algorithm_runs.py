@@ -170,7 +170,7 @@ def _scores(trainer, guidance_scale: float) -> dict[str, float]:
     from flowkern.rollout import prompt_ids
     from flowkern.train.prompts import read_prompts
     from flowkern.train.scoring import score
-    from flowkern.train.validation import RESERVED_ITERATION, sample_images
+    from flowkern.train.validation import RESERVED_ITERATION, Sampler, sample_images
 
     prompts = read_prompts(trainer.config.data.test_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(IMAGES)]
@@ -178,9 +178,8 @@ def _scores(trainer, guidance_scale: float) -> dict[str, float]:
         trainer.task.model,
         [prompt["prompt"] for prompt in prompts],
         prompt_ids(RESERVED_ITERATION, torch.arange(IMAGES)),
+        Sampler(EVALUATION_STEPS, guidance_scale),
         seed=EVALUATION_SEED,
-        num_inference_steps=EVALUATION_STEPS,
-        guidance_scale=guidance_scale,
         max_batch=IMAGES,
     )
     found = score(trainer.task.rewards, [(images, prompts)]).rewards

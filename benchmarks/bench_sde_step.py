@@ -231,8 +231,9 @@ def _compiled_gradient(with_gradient, arguments):
 # ---- the third-order solver step ----
 
 
-def plain_third_order(x, v, m1, m2, sigma, sigma_next, r0, r1, h):
+def plain_third_order(x, v, history, sigmas, ratios, h):
     """DPM-Solver++ (arXiv 2211.01095) as one writes it down: from differences of x0 predictions."""
+    (m1, m2), (sigma, sigma_next), (r0, r1) = history, sigmas, ratios
     decay, alpha = math.exp(-h), 1 - sigma_next
     m0 = x - sigma * v
     first, second = (m0 - m1) / r0, (m1 - m2) / r1
@@ -271,14 +272,15 @@ def _third_order(shape, dtype, device) -> Case:
     edges = multistep_coefficients(sigmas[1:5], 3).to(device, torch.float32)
     log_snr = [math.log((1 - s) / s) for s in sigmas[1:5]]
     h1, h0, h = (b - a for a, b in itertools.pairwise(log_snr))
-    scalars = (sigmas[3], sigmas[4], h0 / h, h1 / h, h)
-    truth, _ = plain_third_order(*(t.double() for t in (x, v, m1, m2)), *scalars)
+    scalars = sigmas[3:5], (h0 / h, h1 / h), h
+    wide_x, wide_v, *wide = (t.double() for t in (x, v, m1, m2))
+    truth, _ = plain_third_order(wide_x, wide_v, wide, *scalars)
     out = torch.empty_like(x)
 
     def step(backend):
         return fk.ode_step(x, v, edges, history=(m1, m2), return_x0=True, out=out, backend=backend)
 
-    arguments = (x, v, m1, m2, *scalars)
+    arguments = (x, v, (m1, m2), *scalars)
     contenders = ours(device, step)
     if dtype == torch.float32:
         contenders += [

@@ -243,11 +243,9 @@ def edge_coefficients(
     if kind == "ode":
         a, b, std = torch.ones_like(s), dt, torch.zeros_like(s)
     elif kind in ("flow_sde", "dance_sde"):
-        g = (
-            _flow_diffusion(s, n, noise_level, sigma_max)
-            if kind == "flow_sde"
-            else torch.full_like(s, noise_level)
-        )
+        g = torch.full_like(s, noise_level)
+        if kind == "flow_sde":
+            g = _flow_diffusion(s, n, noise_level, sigma_max)
         a = 1 + g**2 * dt / (2 * s)
         b = dt * (1 + g**2 * (1 - s) / (2 * s))
         std = g * torch.sqrt(-dt)
@@ -367,34 +365,35 @@ def multistep_coefficients(
     order = 1 if path[-1] == 0 else min(order, len(path) - 1)
 
     decay = float(_exp_minus_h(s, n))
-    alpha, h = 1 - path[-1], -math.log(decay) if decay > 0 else math.inf
-    first = alpha * (1 - decay**2 if sde else 1 - decay)  # weight of the x0 prediction
-    weights = [first, 0.0, 0.0]  # on m0 (this node), m1, m2
-    if order >= 2:
-        # With m1 at sigma == 1 its lambda is -inf, 1 / r is 0 and the difference drops out.
-        inverse_r0 = h / (_log_snr(path[-2]) - _log_snr(path[-3]))
-        phi2 = alpha * ((decay - 1) / h + 1)
-    if order == 2:
-        weight = phi2 if variant == "heun" else 0.5 * first
-        weights = [first + weight * inverse_r0, -weight * inverse_r0, 0.0]
-    if order == 3:
-        inverse_r1 = h / (_log_snr(path[-3]) - _log_snr(path[-4]))
-        phi3 = -alpha * ((decay - 1 + h) / h**2 - 0.5)
-        r0 = 1 / inverse_r0
-        share = r0 * inverse_r1 / (1 + r0 * inverse_r1)  # r0 / (r0 + r1), also where r1 is inf
-        curvature = inverse_r1 / (1 + r0 * inverse_r1)  # 1 / (r0 + r1)
-        on_d0 = phi2 * (1 + share) + phi3 * curvature  # on D1_0 = (m0 - m1) / r0
-        on_d1 = -phi2 * share - phi3 * curvature  # on D1_1 = (m1 - m2) / r1
-        weights = [
-            first + on_d0 * inverse_r0,
-            -on_d0 * inverse_r0 + on_d1 * inverse_r1,
-            -on_d1 * inverse_r1,
-        ]
+    weights = _x0_weights(path, order, decay, variant, sde)
     a = n / s * (decay if sde else 1) + weights[0]
     b = -s * weights[0]
     std = n * math.sqrt(1 - decay**2) if sde else torch.zeros_like(s)
-    history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:order]]
+    history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:]]
     return _table(a, b, std, s, history=history)
+
+
+def _x0_weights(path, order: int, decay: float, variant: str, sde: bool) -> list[float]:
+    """On `order` x0 predictions: of this node, of the one before it, ...; decay: e^-h."""
+    alpha, h = 1 - path[-1], -math.log(decay) if decay > 0 else math.inf
+    first = alpha * (1 - decay**2 if sde else 1 - decay)
+    if order == 1:
+        return [first]
+    # With the node before at sigma == 1 its lambda is -inf, 1 / r is 0, the difference drops out.
+    inverse_r0 = h / (_log_snr(path[-2]) - _log_snr(path[-3]))
+    phi2 = alpha * ((decay - 1) / h + 1)
+    if order == 2:
+        weight = phi2 if variant == "heun" else 0.5 * first
+        return [first + weight * inverse_r0, -weight * inverse_r0]
+    inverse_r1 = h / (_log_snr(path[-3]) - _log_snr(path[-4]))
+    phi3 = -alpha * ((decay - 1 + h) / h**2 - 0.5)
+    r0 = 1 / inverse_r0
+    share = r0 * inverse_r1 / (1 + r0 * inverse_r1)  # r0 / (r0 + r1), also where r1 is inf
+    curvature = inverse_r1 / (1 + r0 * inverse_r1)  # 1 / (r0 + r1)
+    on_d0 = phi2 * (1 + share) + phi3 * curvature  # on D1_0 = (m0 - m1) / r0
+    on_d1 = -phi2 * share - phi3 * curvature  # on D1_1 = (m1 - m2) / r1
+    earliest = on_d1 * inverse_r1
+    return [first + on_d0 * inverse_r0, -on_d0 * inverse_r0 + earliest, -earliest]
 
 
 def _log_snr(sigma: float) -> float:

@@ -14,9 +14,9 @@ from flowkern.models import load_model
 from flowkern.models.sd3 import SD3
 from flowkern.rewards import digits as rewards
 from flowkern.rollout import prompt_ids
-from flowkern.train.validation import sample_images
+from flowkern.train.validation import Sampler, sample_images
 
-SAMPLERS = ((10, "ode", 0.0), (40, "ode", 0.0), (10, "flow_sde", 0.7))  # steps, kind, noise level
+SAMPLERS = Sampler(10), Sampler(40), Sampler(10, kind="flow_sde", noise_level=0.7)
 SAMPLES = 720  # a share near one half is then known to 2 %
 
 
@@ -31,19 +31,17 @@ def measure_model(model: SD3, assets: Path, seed: int) -> dict:
         prompts = [json.loads(line) for line in lines] * (SAMPLES // len(lines))
         texts = [one["prompt"] for one in prompts]
         asked = torch.tensor([one["digit"] for one in prompts])
-        for steps, kind, noise_level in SAMPLERS:
+        for sampler in SAMPLERS:
             images = sample_images(
                 model,
                 texts,
                 prompt_ids(0, torch.arange(len(prompts))),
+                sampler,
                 seed=seed,
-                num_inference_steps=steps,
-                kind=kind,
-                noise_level=noise_level,
                 max_batch=len(prompts),
             )
             seen = classifier.logits(images).argmax(-1)
-            table[f"{split} prompts, {kind}, {steps} steps"] = {
+            table[f"{split} prompts, {sampler.kind}, {sampler.num_inference_steps} steps"] = {
                 "samples": len(prompts),
                 "classified": (seen == asked).float().mean().item(),
                 "reward": classifier(images, texts, prompts).mean().item(),

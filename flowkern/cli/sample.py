@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from flowkern.train.loading import load_pipeline
     from flowkern.train.lora import attach_lora
     from flowkern.train.tracking import save_grid, save_image
-    from flowkern.train.validation import SAMPLE_ITERATION, sample_images
+    from flowkern.train.validation import SAMPLE_ITERATION, Sampler, sample_images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
@@ -69,9 +69,8 @@ def run(options: argparse.Namespace) -> int:
         model,
         [options.prompt] * options.num_images,
         prompt_ids(SAMPLE_ITERATION, torch.zeros_like(member)) + member,
+        Sampler(sampler.num_inference_steps, sampler.guidance_scale),
         seed=options.seed,
-        num_inference_steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale,
         max_batch=config.train.max_batch,
     )
     if options.num_images == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from flowkern.train.stop import StopRequest
 
 # Never a training rollout's: of validation, and of the sample command.
 RESERVED_ITERATION, SAMPLE_ITERATION = 2**ITERATION_BITS - 1, 2**ITERATION_BITS - 2
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn; the deterministic way by default."""
+
+    num_inference_steps: int
+    guidance_scale: float = 1.0
+    kind: str = "ode"
+    """As in `schedules`, with its noise level."""
+    noise_level: float = 0.0
 
 
 class Validation:
@@ -70,9 +82,8 @@ class Validation:
             self.model,
             [prompt["prompt"] for prompt in prompts],
             moved(prompt_ids(RESERVED_ITERATION, torch.tensor(mine)), device),
+            Sampler(options.num_inference_steps, options.guidance_scale),
             seed=self.config.seed,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
             max_batch=self.config.train.max_batch,
             poll=self.stop.poll,
         )
@@ -97,26 +108,24 @@ def sample_images(
     model: Any,
     prompts: Sequence[str],
     sample_id: Tensor,
+    sampler: Sampler,
     *,
     seed: int,
-    num_inference_steps: int,
-    kind: str = "ode",
-    noise_level: float = 0.0,
-    guidance_scale: float = 1.0,
     max_batch: int = 16,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One image per prompt, (B, 3, H, W) in [0, 1]; sample_id (B,) picks the noise.
 
-    kind, noise_level: of the sampler, as in `schedules`; by default the deterministic one.
-    poll: called before every network call; may raise.
+    poll: called before every batch of network calls; may raise.
     """
     conditioning = model.encode([*prompts, model.guidance.negative_prompt]).to(sample_id.device)
-    plan = Plan()
+    plan, kind, level = Plan(), sampler.kind, sampler.noise_level
     node = plan.root(0)
-    for sigma in model.sigmas(num_inference_steps).tolist()[1:]:
-        is_ode = kind == "ode" or noise_level == 0
-        node = plan.step(node, sigma) if is_ode else plan.draw(node, sigma, kind, noise_level, 0)
+    for sigma in model.sigmas(sampler.num_inference_steps).tolist()[1:]:
+        if kind == "ode" or level == 0:
+            node = plan.step(node, sigma)
+        else:
+            node = plan.draw(node, sigma, kind, level, 0)
     plan.leaf(node)
 
     def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
@@ -128,6 +137,6 @@ def sample_images(
         velocity,
         Source(seed, sample_id, model.latent_shape),
         max_batch,
-        guidance=Guidance.of(guidance_scale, len(prompts)),
+        guidance=Guidance.of(sampler.guidance_scale, len(prompts)),
     )
     return model.decode(rollout.latents.flatten(0, 1))

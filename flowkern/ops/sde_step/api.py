@@ -43,6 +43,7 @@ from flowkern.ops._common.native_calls import direct
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
+from .inputs import StepInputs
 
 _TRITON = "flowkern.ops.sde_step.triton_impl"
 
@@ -85,10 +86,9 @@ def _draw_op(
     backend: str | None,
 ) -> None:
     dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, x0, *history)
+    inputs = StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, history)
     source = Noise(noise, seed, sample_id, step, step_value)
-    choose(_DRAW, x_t.device, dtype, backend).call(
-        x_t, velocity, edges, velocity_uncond, guidance_scale, history, source, x_next, log_prob, x0
-    )
+    choose(_DRAW, x_t.device, dtype, backend).call(inputs, source, x_next, log_prob, x0)
 
 
 @_draw_op.register_fake
@@ -213,19 +213,8 @@ def sde_step(
             if out is not None:
                 private.increment_version((out,))
             return drawn[:2]
-    latents = _latents(x_t, velocity, velocity_uncond, history, noise)
-    dtype = _check_output(latents, out_dtype, out)
-    _check_step(velocity, c_rows, velocity_uncond, guidance_scale, history)
-    source = check_noise(noise, seed, sample_id, step, x_t)
-    if out is not None:
-        check_out(out, latents, {"c_rows": c_rows, "sample_id": sample_id, "step": step})
-    x_next = _empty(x_t, out_dtype) if out is None else out
-    log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
-    _draw(
-        x_t, velocity, c_rows, velocity_uncond, guidance_scale, history, source,
-        x_next, log_prob, None, dtype, backend,
-    )  # fmt: skip
-    return x_next, log_prob
+    inputs = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
+    return _draw(inputs, (noise, seed, sample_id, step), out, out_dtype, backend)[:2]
 
 
 def ode_step(
@@ -260,17 +249,8 @@ def ode_step(
             if out is not None:
                 private.increment_version((out,))
             return drawn[::2] if return_x0 else drawn[0]
-    latents = _latents(x_t, velocity, velocity_uncond, history)
-    dtype = _check_output(latents, out_dtype, out)
-    _check_step(velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
-    if out is not None:
-        check_out(out, latents, {"m_rows": m_rows})
-    x_next = _empty(x_t, out_dtype) if out is None else out
-    x0 = torch.empty_like(x_next) if return_x0 else None
-    _draw(
-        x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, Noise(),
-        x_next, None, x0, dtype, backend,
-    )  # fmt: skip
+    inputs = StepInputs(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history)
+    x_next, _, x0 = _draw(inputs, None, out, out_dtype, backend, return_x0)
     return (x_next, x0) if return_x0 else x_next
 
 
@@ -370,27 +350,41 @@ def _check_output(
     return torch.float64 if out_dtype == torch.float64 else dtype
 
 
-def _empty(x_t: Tensor, out_dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(x_t.shape, dtype=out_dtype or x_t.dtype, device=x_t.device)
-
-
 def _draw(
-    x_t, velocity, edges, velocity_uncond, guidance_scale, history, source: Noise,
-    x_next, log_prob, x0, dtype, backend,
-) -> None:  # fmt: skip
-    name = "c_rows" if log_prob is not None else "m_rows"
-    table = check_edges(name, edges, x_t.shape[0], x_t.device, dtype)
-    scale = float(guidance_scale)
-    tensors = (x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next)
+    i: StepInputs, key: tuple | None, out, out_dtype, backend: str | None, return_x0: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x_next, log_prob and x0, by the way that checks.
+
+    key: noise, seed, sample_id and step; None: the mean alone, without log_prob, of m_rows.
+    """
+    name = "m_rows" if key is None else "c_rows"
+    noise, _, sample_id, step = key or (None,) * 4
+    latents = _latents(i.x_t, i.velocity, i.velocity_uncond, i.history, noise)
+    dtype = _check_output(latents, out_dtype, out)
+    _check_step(i.velocity, i.edges, i.velocity_uncond, i.guidance_scale, i.history, name)
+    source = Noise() if key is None else check_noise(*key, i.x_t)
+    if out is not None:
+        check_out(out, latents, {name: i.edges, "sample_id": sample_id, "step": step})
+    batch, device = i.x_t.shape[0], i.x_t.device
+    x_next = out
+    if out is None:
+        x_next = torch.empty(i.x_t.shape, dtype=out_dtype or i.x_t.dtype, device=device)
+    log_prob = None if key is None else torch.empty(batch, dtype=dtype, device=device)
+    x0 = torch.empty_like(x_next) if return_x0 else None
+    edges = check_edges(name, i.edges, batch, device, dtype)
+    checked = i._replace(edges=edges, guidance_scale=float(i.guidance_scale))
+    _run(checked, source, (x_next, log_prob, x0), dtype, backend)
+    return x_next, log_prob, x0
+
+
+def _run(i: StepInputs, source: Noise, out: tuple, dtype: torch.dtype, backend: str | None) -> None:
+    """Through the dispatcher where a compiler is to see an operator, else straight."""
+    tensors = (i.x_t, i.velocity, i.velocity_uncond, source.given, source.sample_id, out[0])
     transformed = is_transformed()
     if is_tracing(*tensors) and not transformed:
-        x_t, velocity, *history = (t.detach() for t in (x_t, velocity, *history))
-        if velocity_uncond is not None:
-            velocity_uncond = velocity_uncond.detach()
-        inputs = (x_t, velocity, table, velocity_uncond, scale, history)
-        _draw_op(*inputs, *source, x_next, log_prob, x0, backend)
+        x_t, velocity, *history = (t.detach() for t in (i.x_t, i.velocity, *i.history))
+        uncond = None if i.velocity_uncond is None else i.velocity_uncond.detach()
+        _draw_op(x_t, velocity, i.edges, uncond, i.guidance_scale, history, *source, *out, backend)
         return
-    inputs = (x_t, velocity, table, velocity_uncond, scale, history)
-    impl = choose(_DRAW, x_t.device, dtype, backend, transformed)
-    impl.call(*inputs, source, x_next, log_prob, x0)
-    torch.autograd.graph.increment_version(x_next)  # a graph that saved `out` must notice
+    choose(_DRAW, i.x_t.device, dtype, backend, transformed).call(i, source, *out)
+    torch.autograd.graph.increment_version(out[0])  # a graph that saved it must notice

@@ -7,8 +7,6 @@ which programs ran or the kernel that asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,8 @@ from flowkern.ops._common.rows_triton import (
     store,
     sums_of,
 )
+
+from .inputs import StepInputs
 
 # Latents and edges as in rows_triton.
 # result: (log_prob (B,), partial sums, arrivals (B,) that are 0 before and after), or None
@@ -125,28 +125,19 @@ def _sde_replay_backward_kernel(
 
 
 def draw(
-    x_t: Tensor,
-    velocity: Tensor,
-    edges: Tensor,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    history: Sequence[Tensor],
-    source: Noise,
-    x_next: Tensor,
-    log_prob: Tensor | None,
-    x0: Tensor | None,
+    i: StepInputs, source: Noise, x_next: Tensor, log_prob: Tensor | None, x0: Tensor | None
 ) -> None:
-    if x_t.numel() == 0:
+    if i.x_t.numel() == 0:
         if log_prob is not None:
-            log_prob.copy_(edges[..., 4])
+            log_prob.copy_(i.edges[..., 4])
         return
-    inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
-    made = cut(x_t, velocity, may_grow=log_prob is not None)
-    out = _result(x_t, log_prob, made), packed_latent(x_next), packed_latent(x0)
+    inputs = _inputs(i.x_t, i.velocity, i.velocity_uncond, i.guidance_scale)
+    made = cut(i.x_t, i.velocity, may_grow=log_prob is not None)
+    out = _result(i.x_t, log_prob, made), packed_latent(x_next), packed_latent(x0)
     key = source.sample_id, source.step, source.step_value, *key_halves(source.seed)
     launch(
-        _sde_draw_kernel, x_t, made,
-        *out, *inputs, tuple(map(packed_latent, history)), *packed_edges(edges),
+        _sde_draw_kernel, i.x_t, made,
+        *out, *inputs, tuple(map(packed_latent, i.history)), *packed_edges(i.edges),
         packed_latent(source.given), *key,
         STREAM=STREAMS["step"],
     )  # fmt: skip
