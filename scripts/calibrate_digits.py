@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flowkern.models import load_model
-from flowkern.models.sd3 import SD3
+from flowkern.models.pipeline import Pipeline
 from flowkern.rewards import digits as rewards
 from flowkern.rollout import prompt_ids
 from flowkern.train.validation import Sampler, sample_images
@@ -20,7 +20,7 @@ SAMPLERS = Sampler(10), Sampler(40), Sampler(10, kind="flow_sde", noise_level=0.
 SAMPLES = 720  # a share near one half is then known to 2 %
 
 
-def measure_model(model: SD3, assets: Path, seed: int) -> dict:
+def measure_model(model: Pipeline, assets: Path, seed: int) -> dict:
     """Mean scores of samples, by split of the prompts and by sampler."""
     directory = assets / "digits-rewards"
     classifier, judge = rewards.DigitsClassifier(directory), rewards.DigitsJudge(directory)
@@ -52,7 +52,7 @@ def measure_model(model: SD3, assets: Path, seed: int) -> dict:
 
 
 @torch.no_grad()
-def measure_rewards(model: SD3, assets: Path) -> dict:
+def measure_rewards(model: Pipeline, assets: Path) -> dict:
     """Held-out real digits, and the same after the VAE: accuracies, distances, its error."""
     directory = assets / "digits-rewards"
     images, labels = rewards.real_digits("held_out", directory)
