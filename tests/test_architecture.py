@@ -81,10 +81,8 @@ def is_in(name, rooms):
 
 
 def test_every_room_is_known():
-    assert {room(path) for path in SOURCES} - {
-        "__init__",
-        "__main__",
-    } == MAY_IMPORT.keys() - TO_COME
+    rooms = {room(path) for path in SOURCES} - {"__init__", "__main__"}
+    assert MAY_IMPORT.keys() - TO_COME <= rooms <= MAY_IMPORT.keys()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
