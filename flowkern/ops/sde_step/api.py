@@ -371,8 +371,8 @@ def _draw(
         x_next = torch.empty(i.x_t.shape, dtype=out_dtype or i.x_t.dtype, device=device)
     log_prob = None if key is None else torch.empty(batch, dtype=dtype, device=device)
     x0 = torch.empty_like(x_next) if return_x0 else None
-    edges = check_edges(name, i.edges, batch, device, dtype)
-    checked = i._replace(edges=edges, guidance_scale=float(i.guidance_scale))
+    edges, scale = check_edges(name, i.edges, batch, device, dtype), float(i.guidance_scale)
+    checked = StepInputs(i.x_t, i.velocity, edges, i.velocity_uncond, scale, i.history)
     _run(checked, source, (x_next, log_prob, x0), dtype, backend)
     return x_next, log_prob, x0
 
