@@ -61,12 +61,14 @@ gpu:
 wheel: $(READY)
 	$(RUN) scripts/build_wheel.py $(ARGS)
 
-# The pinned torch first: whatever else wants a torch then takes that one.
+# The pinned torch first: whatever else wants a torch then takes that one. Modules become bytecode when they are first imported: of
+# the many that are installed few are.
+PIP = $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 $(VENV)/.ready-$(FLOWKERN_BUILD): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel pybind11
+	$(PIP) torch setuptools wheel pybind11
 	rm -f flowkern/*.so $(VENV)/.ready-*
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train,triton,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,triton,dev]'
 	$(VENV)/bin/python -c "import flowkern; print('backends:', flowkern.backends())"
 	touch $@
 

@@ -24,7 +24,7 @@ import torch
 from harness import ROOT, describe_machine, results_folder
 from plain_loops import FlowGRPO
 
-BATCH = 16  # network rows of one call
+BATCH = 16  # network calls of one batch, at most
 WAYS = ("flowkern", "plain PyTorch")
 
 
@@ -45,9 +45,9 @@ class Plain(FlowGRPO):
         self.seconds = {"reward": 0.0, "train": 0.0}
         super().step()
 
-    def reward(self, latents, row):
+    def reward(self, latents, prompt):
         self.images.append(latents)
-        return self._timed("reward", super().reward, latents, row)
+        return self._timed("reward", super().reward, latents, prompt)
 
     def update(self, moves) -> None:
         self._timed("train", super().update, moves)
@@ -70,7 +70,7 @@ class Bench:
         model = build(architecture, device, torch.bfloat16)
         self.parameters = sum(p.numel() for p in model.network.parameters())
         config = _config(options.images, architecture, self.folder.name)
-        self.trainer, self.calls = Loop(config, model), 0
+        self.trainer, self.batches = Loop(config, model), 0
         self.trainer.task.model.network.register_forward_pre_hook(self._count)
         self.start = [p.detach().clone() for p in self.trainer.parameters]
         self.plain = Plain(self.trainer, BATCH // 2, self._noise)
@@ -81,7 +81,7 @@ class Bench:
         self.trainer.update = lambda *given: self._keep_gradient(update, *given)
 
     def _count(self, *_) -> None:
-        self.calls += 1
+        self.batches += 1
 
     def _keep(self, rollout):
         self.found["flowkern", "latents"] = rollout.latents.flatten(0, 1)
@@ -112,7 +112,7 @@ class Bench:
             except torch.cuda.OutOfMemoryError as error:
                 if self.batch <= 2:
                     raise
-                print(f"{way}: out of memory with {self.batch} rows a call: {error}", flush=True)
+                print(f"{way}: out of memory with {self.batch} calls a batch: {error}", flush=True)
             self.trainer.optimizer.zero_grad()
             torch.cuda.empty_cache()
             self.batch //= 2
@@ -132,7 +132,7 @@ class Bench:
             torch._foreach_copy_(trainer.parameters, self.start)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.calls, rows, self.plain.gradient = 0, model.rows, None
+        self.batches, calls, self.plain.gradient = 0, model.calls, None
         begin = now(self.device)
         if way == "flowkern":
             (record,) = trainer.step()
@@ -147,8 +147,8 @@ class Bench:
         images = trainer.recipe.group_size * trainer.recipe.prompts_per_rollout
         return {
             "way": way, "seconds": seconds, "phases": phases, "images": images,
-            "images_per_s": images / seconds, "network_calls": self.calls,
-            "network_rows": model.rows - rows, "max_batch": self.batch,
+            "images_per_s": images / seconds, "network_calls": model.calls - calls,
+            "network_batches": self.batches, "max_batch": self.batch,
             "peak_memory_gb": _peak_memory(self.device),
         }  # fmt: skip
 
@@ -213,7 +213,7 @@ def main() -> int:
             path.write_text(json.dumps(result | _ratio(result["rollouts"]), indent=1) + "\n")
             phases = ", ".join(f"{name} {s:.2f}" for name, s in row["phases"].items())
             print(f"{way}: {row['seconds']:.2f} s ({phases}), {row['images_per_s']:.2f} images/s, "
-                  f"{row['network_rows']} rows in {row['network_calls']} calls, "
+                  f"{row['network_calls']} network calls in {row['network_batches']} batches, "
                   f"peak {row['peak_memory_gb']} GB", flush=True)  # fmt: skip
     print(json.dumps(result["relative_difference"] | _ratio(result["rollouts"])))
     return 0

@@ -2,10 +2,11 @@
 
     python benchmarks/host_time.py [--calls 3000]
 
-The launch is one of the stub driver's (tests/ops/stub_driver): recorded, and nothing runs; a real
-one adds about 3 us. Tensors of the CPU stand for a device's, whose allocation costs more. Printed
-are the best call and the 5th percentile, in microseconds: what the machine takes away elsewhere is
-no part of them. With a GPU at hand benchmarks/speed.py has the host's time beside the device's.
+The launch is one of the stub driver's (tests/ops/stub_driver): recorded, and nothing runs;
+docs/log.md has what a real one adds. Tensors of the CPU stand for a device's, whose allocation
+costs more. Printed are the best call and the 5th percentile, in microseconds: what the machine
+takes away elsewhere is no part of them. With a GPU at hand benchmarks/speed.py has the host's time
+beside the device's.
 """
 
 from __future__ import annotations

@@ -137,12 +137,12 @@ class Reader {
       num_history = int(integer(checked(PyObject_GetAttr(x, torch.num_history)).ptr(), 0, 3, "num_history"));
       table = checked(PyObject_GetAttr(x, torch.table));
     } else {
-      require(is_checked_, "rows");
+      require(is_checked_, "edges");
     }
     View v;
-    const bool fits = serves && view(table.ptr(), v, "rows") && v.ndim >= 1 && v.is_packed(v.ndim - 1) && v.shape[v.ndim - 1] == kColumns &&
-                      (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
-    require(fits && (v.element() == Element::float32 || (v.element() == Element::float64 && torch.reads_values)), "rows");
+    const bool fits = serves && view(table.ptr(), v, "edges") && v.ndim >= 1 && v.is_packed(v.ndim - 1) &&
+                      v.shape[v.ndim - 1] == kColumns && (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
+    require(fits && (v.element() == Element::float32 || (v.element() == Element::float64 && torch.reads_values)), "edges");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
     table_ = v.at<const char>(), table_bytes_ = (stride * (batch - 1) + kColumns) * (v.element() == Element::float32 ? 4 : 8);

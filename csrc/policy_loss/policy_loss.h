@@ -21,13 +21,13 @@ enum class Ratio : int { on_policy = 0, sde = 1, guard = 2, recorded = 3 };
 
 // One element's share of the sum that log_ratio is made of.
 template <Ratio kind>
-FK_INLINE float ratio_term(const StepRow& row, float x_t, float velocity, float old_velocity, float x_next) {
+FK_INLINE float ratio_term(const StepEdge& edge, float x_t, float velocity, float old_velocity, float x_next) {
   if (kind == Ratio::recorded) {
-    const float residual = x_next - step_mean(row, x_t, velocity);
+    const float residual = x_next - step_mean(edge, x_t, velocity);
     return residual * residual;
   }
-  const float e = x_next - step_mean(row, x_t, old_velocity);
-  const float d = row.b * (velocity - old_velocity);
+  const float e = x_next - step_mean(edge, x_t, old_velocity);
+  const float d = edge.b * (velocity - old_velocity);
   return kind == Ratio::guard ? e * d : d * (2.0f * e - d);
 }
 
@@ -37,8 +37,8 @@ FK_INLINE float kl_term(float velocity, float velocity_ref) {
 }
 
 // What slopes[0] multiplies in the gradient: e - d = x_next - mean(velocity), or e for a guarded ratio, from the old velocity.
-FK_INLINE float ratio_residual(const StepRow& row, float x_t, float velocity, float x_next) {
-  return x_next - step_mean(row, x_t, velocity);
+FK_INLINE float ratio_residual(const StepEdge& edge, float x_t, float velocity, float x_next) {
+  return x_next - step_mean(edge, x_t, velocity);
 }
 
 // What all samples of a call share.
@@ -68,28 +68,28 @@ struct PolicySample {
 FK_INLINE bool is_silent(float slope) { return slope == 0 && copysignf(1.0f, slope) > 0; }
 
 // A sample's loss and slopes from its sums over D: ratio_sum of ratio_term, kl_sum of kl_term.
-FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepRow& row, double ratio_sum, double kl_sum, float advantage,
+FK_INLINE PolicySample policy_sample(const PolicySettings& s, const StepEdge& edge, double ratio_sum, double kl_sum, float advantage,
                                      float old_log_prob, float step_weight, float kl_coef) {
   const double size = s.size > 0 ? double(s.size) : 1.0, mean = ratio_sum / size;
-  const bool noisy = row.std > 0;
+  const bool noisy = edge.std > 0;
   PolicySample out;
   out.log_ratio = 0.0f;
-  if (s.ratio == Ratio::sde) out.log_ratio = float(row.k * mean);
-  if (s.ratio == Ratio::guard && noisy) out.log_ratio = float(mean / row.std);
+  if (s.ratio == Ratio::sde) out.log_ratio = float(edge.k * mean);
+  if (s.ratio == Ratio::guard && noisy) out.log_ratio = float(mean / edge.std);
   // Rounded to float32 first, as the recorded one was: with the same velocity the difference is exactly 0.
-  if (s.ratio == Ratio::recorded) out.log_ratio = float(double(row.c) - double(row.k) * mean) - old_log_prob;
+  if (s.ratio == Ratio::recorded) out.log_ratio = float(double(edge.c) - double(edge.k) * mean) - old_log_prob;
   out.ratio = float(exp(double(out.log_ratio)));
 
   const Clipped clip = clipped(s.range, advantage, out.log_ratio);
   out.clipped_low = clip.is_low;
   out.clipped_high = clip.is_high;
   const double policy = clip.value * step_weight;  // and so is its slope by log_ratio
-  const double residual_factor = s.guard ? (noisy ? row.b / double(row.std) : 0.0) : 2.0 * double(row.k) * row.b;
+  const double residual_factor = s.guard ? (noisy ? edge.b / double(edge.std) : 0.0) : 2.0 * double(edge.k) * edge.b;
   const float slope = float(policy * residual_factor * s.slope_scale);
   const bool is_clipped = clip.is_low || clip.is_high, has_seen = s.ratio != Ratio::on_policy && (noisy || !s.guard);
   out.slopes[0] = slope != 0 && !is_clipped ? slope : has_seen || is_clipped ? 0.0f : -0.0f;
 
-  const double b_over_std = noisy ? row.b / double(row.std) : 0.0;  // std == 0: no density, no KL
+  const double b_over_std = noisy ? edge.b / double(edge.std) : 0.0;  // std == 0: no density, no KL
   const double kl = b_over_std * b_over_std / 2 * (kl_sum / size);
   out.kl = float(kl);
   out.loss = float(policy + kl_coef * kl);
@@ -107,7 +107,7 @@ struct PolicyArguments {
   float guidance_scale;
   const int64_t* row;            // (batch,), nullptr: sample b has row b
   const int64_t *order, *first;  // of many samples on a device: order[first[r]] to order[first[r + 1]] have row r, in ascending order
-  const float* edges;            // StepRow per sample; edge_stride 0: one for all
+  const float* edges;            // StepEdge per sample; edge_stride 0: one for all
   int64_t edge_stride;
   NoiseKey key;
   PolicySettings settings;

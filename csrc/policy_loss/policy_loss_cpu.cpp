@@ -10,8 +10,8 @@
 namespace FK_ISA {
 namespace {
 
-FK_INLINE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
-  StepRow edge;
+FK_INLINE StepEdge edge_of(const PolicyArguments& p, int64_t sample) {
+  StepEdge edge;
   std::memcpy(&edge, p.edges + sample * p.edge_stride, sizeof edge);
   return edge;
 }
@@ -38,22 +38,22 @@ FK_INLINE Chunk load_chunk(const PolicyArguments& p, const Place& at, Buffers& b
 }
 
 // x_next of a sample: as given, or drawn again around the old velocity's mean.
-__attribute__((noinline)) const float* load_next(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk, int64_t sample,
+__attribute__((noinline)) const float* load_next(const PolicyArguments& p, const StepEdge& edge, const Chunk& chunk, int64_t sample,
                                                  const Place& at, Buffers& buffers) {
   if (p.x_next.data) return load(p.x_next, sample, at, buffers.next);
   float* next = buffers.next;
   const float *x = chunk.x, *old = chunk.old;
-  const StepRow row = edge;
-  if (!(row.std > 0)) {
+  const StepEdge own = edge;
+  if (!(own.std > 0)) {
 #pragma omp simd
-    for (int64_t i = 0; i < at.count; ++i) next[i] = step_mean(row, x[i], old[i]);
+    for (int64_t i = 0; i < at.count; ++i) next[i] = step_mean(own, x[i], old[i]);
     return next;
   }
   const float* noise = next;
   if (p.noise.data) noise = load(p.noise, sample, at, next);
   else fill_normals(next, at.first, at.count, p.key, sample, kNoPrefetch);
 #pragma omp simd
-  for (int64_t i = 0; i < at.count; ++i) next[i] = step_draw(row, step_mean(row, x[i], old[i]), noise[i]);
+  for (int64_t i = 0; i < at.count; ++i) next[i] = step_draw(own, step_mean(own, x[i], old[i]), noise[i]);
   return next;
 }
 
@@ -74,7 +74,7 @@ struct Prefetch {
 // Adds a sample's share of one chunk to its sum, and keeps its residual where that is wanted.
 template <Ratio kind>
 FK_INLINE void add_ratio_terms(const PolicyArguments& p, const Chunk& chunk, const Prefetch& ahead, Buffers& buffers, double& sum) {
-  const StepRow edge = edge_of(p, ahead.sample);
+  const StepEdge edge = edge_of(p, ahead.sample);
   const float *x = chunk.x, *velocity = chunk.velocity, *old = chunk.old;
   const float* next = load_next(p, edge, chunk, ahead.sample, ahead.at, buffers);
   const auto term = [=](int64_t i) { return ratio_term<kind>(edge, x[i], velocity[i], kind == Ratio::recorded ? 0.0f : old[i], next[i]); };
@@ -192,7 +192,7 @@ void policy_backward(const PolicyArguments& given) {
       is_first = false;
     }
     for (; sample != end; ++sample, is_first = false) {
-      const StepRow edge = edge_of(p, *sample);
+      const StepEdge edge = edge_of(p, *sample);
       const float scale = weight(*sample, 0);
       if (is_kept) {
         add_term(out, at.count, is_first, [=](int64_t i) { return scale * kept[i]; });

@@ -28,8 +28,8 @@ FK_DEVICE PolicyLaunch known(PolicyLaunch launch) {
   return launch;
 }
 
-FK_DEVICE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
-  return *reinterpret_cast<const StepRow*>(p.edges + sample * p.edge_stride);
+FK_DEVICE StepEdge edge_of(const PolicyArguments& p, int64_t sample) {
+  return *reinterpret_cast<const StepEdge*>(p.edges + sample * p.edge_stride);
 }
 
 FK_DEVICE Place of_sample(const Place& at, int64_t sample) { return {sample, at.first, at.count}; }
@@ -71,7 +71,7 @@ FK_DEVICE Group load_sample(const PolicyArguments& p, const Place& at, bool is_w
 
 // x_next: as given, or drawn again around the old velocity's mean.
 template <bool kDrawn>
-FK_DEVICE Floats next_of(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk, const Group& group, const Place& at,
+FK_DEVICE Floats next_of(const PolicyArguments& p, const StepEdge& edge, const Chunk& chunk, const Group& group, const Place& at,
                          bool is_whole) {
   if constexpr (!kDrawn) {
     return widen(group, p.x_next.dtype);
@@ -88,7 +88,7 @@ FK_DEVICE Floats next_of(const PolicyArguments& p, const StepRow& edge, const Ch
 }
 
 template <Ratio kind>
-FK_DEVICE float ratio_sum(const StepRow& edge, const Chunk& chunk, const Floats& next, int count) {
+FK_DEVICE float ratio_sum(const StepEdge& edge, const Chunk& chunk, const Floats& next, int count) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i)
@@ -96,7 +96,7 @@ FK_DEVICE float ratio_sum(const StepRow& edge, const Chunk& chunk, const Floats&
   return sum;
 }
 
-FK_DEVICE float ratio_sum(Ratio kind, const StepRow& edge, const Chunk& chunk, const Floats& next, int count) {
+FK_DEVICE float ratio_sum(Ratio kind, const StepEdge& edge, const Chunk& chunk, const Floats& next, int count) {
   if (kind == Ratio::sde) return ratio_sum<Ratio::sde>(edge, chunk, next, count);
   if (kind == Ratio::guard) return ratio_sum<Ratio::guard>(edge, chunk, next, count);
   return ratio_sum<Ratio::recorded>(edge, chunk, next, count);
@@ -132,7 +132,7 @@ FK_DEVICE float kl_sum(const Floats& velocity, const Floats& ref, int count) {
 template <bool kDrawn>
 FK_DEVICE float ratio_sum(const PolicyArguments& p, const RowGroups& row, const Group& group, const Place& at, bool is_whole) {
   if (p.settings.ratio == Ratio::on_policy) return 0.0f;
-  const StepRow edge = edge_of(p, at.sample);  // after the latents: they do not wait for it
+  const StepEdge edge = edge_of(p, at.sample);  // after the latents: they do not wait for it
   const Chunk chunk = chunk_of(p, row);
   return ratio_sum(p.settings.ratio, edge, chunk, next_of<kDrawn>(p, edge, chunk, group, at, is_whole), at.count);
 }
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
       is_loaded = true;
       const Place there = of_sample(at, __shfl_sync(kAllLanes, mine, lane));
       const Group group = load_sample<kDrawn>(p, there, is_whole);
-      const StepRow edge = edge_of(p, there.sample);
+      const StepEdge edge = edge_of(p, there.sample);
       const Chunk chunk = chunk_of(p, row);
       const Floats next = next_of<kDrawn>(p, edge, chunk, group, there, is_whole);
       const bool is_old = p.settings.guard && p.old_velocity.data;

@@ -25,7 +25,7 @@ void read_policy(Reader& read, PolicyArguments& p, Given<kPolicyInputs> inputs) 
   p.velocity_ref = read.optional_latent(velocity_ref, p.rows, "velocity_ref");
   p.guidance_scale = float(read.guidance(guidance_scale, velocity_uncond));
   p.edges = read.coefficients(c_rows, p.batch, p.edge_stride, num_history);
-  read.require(num_history == 0, "rows");
+  read.require(num_history == 0, "edges");
   p.key = read.noise(noise, seed, sample_id, step, p.batch, kStep, p.noise);
   const bool is_drawn = is_given(noise) || is_given(sample_id);
   read.require(is_given(x_next) ? !is_drawn : is_drawn && is_given(old_velocity) && p.x_t.dtype == DType::float32, "x_next");

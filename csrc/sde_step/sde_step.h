@@ -5,11 +5,11 @@
 #include "../common/latent.h"
 #include "../common/philox.h"
 
-FK_INLINE float predicted_x0(const StepRow& row, float x_t, float velocity) { return x_t - row.sigma * velocity; }
+FK_INLINE float predicted_x0(const StepEdge& edge, float x_t, float velocity) { return x_t - edge.sigma * velocity; }
 
 // The log-probability of a sample from the sum over its D elements of (x_next - mean)^2.
-FK_INLINE float step_log_prob(const StepRow& row, double sum_of_squares, int64_t size) {
-  return float(double(row.c) - double(row.k) * (sum_of_squares / double(size)));
+FK_INLINE float step_log_prob(const StepEdge& edge, double sum_of_squares, int64_t size) {
+  return float(double(edge.c) - double(edge.k) * (sum_of_squares / double(size)));
 }
 
 // d log_prob / d velocity of one element, times the gradient that comes in: scale = grad 2 k b guidance_scale / D.
@@ -24,8 +24,8 @@ struct StepArguments {
   Latent history[3];
   int num_history;
   float guidance_scale;
-  const float* rows;  // row_stride 0: one edge for all samples
-  int64_t row_stride;
+  const float* edges;  // edge_stride 0: one edge for all samples
+  int64_t edge_stride;
   NoiseKey key;
   float* log_prob;        // (batch,), nullptr: not wanted
   const float* grad_out;  // (batch,), backward only, grad_stride apart

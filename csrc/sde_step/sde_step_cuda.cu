@@ -27,8 +27,8 @@ FK_DEVICE Tile tile_of_block(const Divisor& tiles) {
   return {int64_t(sample), int64_t(blockIdx.x - sample * tiles.by)};
 }
 
-FK_DEVICE StepRow row_of(const StepArguments& s, int64_t sample) {
-  return *reinterpret_cast<const StepRow*>(s.rows + sample * s.row_stride);
+FK_DEVICE StepEdge edge_of(const StepArguments& s, int64_t sample) {
+  return *reinterpret_cast<const StepEdge*>(s.edges + sample * s.edge_stride);
 }
 
 template <Calls kCalls>
@@ -59,10 +59,10 @@ FK_DEVICE Floats velocity_of(const StepArguments& s, const Inputs& in) {
   return widen(in.velocity, s.velocity_uncond.data ? DType::float32 : s.velocity.dtype);
 }
 
-FK_DEVICE Floats mean_of(const StepRow& row, const Floats& x, const Floats& velocity) {
+FK_DEVICE Floats mean_of(const StepEdge& edge, const Floats& x, const Floats& velocity) {
   Floats mean;
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) mean.v[i] = step_mean(row, x.v[i], velocity.v[i]);
+  for (int i = 0; i < kGroup; ++i) mean.v[i] = step_mean(edge, x.v[i], velocity.v[i]);
   return mean;
 }
 
@@ -78,16 +78,16 @@ FK_DEVICE float sum_of_squares(const Floats& value, const Floats& mean, int coun
 
 FK_DEVICE void finish(const StepLaunch& launch, const Tile& tile, float sum) {
   const StepArguments& s = launch.s;
-  const StepRow row = row_of(s, tile.sample);
+  const StepEdge edge = edge_of(s, tile.sample);
   double totals[1];
   if (sample_sums(launch.scratch, 1u, {sum}, tile.sample, tile.index, launch.tiles.by, totals) && lane_index() == 0)
-    s.log_prob[tile.sample] = step_log_prob(row, totals[0], s.size);
+    s.log_prob[tile.sample] = step_log_prob(edge, totals[0], s.size);
 }
 
 // Noise given, or made and then float32; 0 where there is neither.
 template <bool kWhole>
 FK_DEVICE Group noise_of(const StepArguments& s, const Place& at) {
-  if (s.noise.data) return load<kWhole>(s.noise, at);  // not only where std != 0: that would wait for the row
+  if (s.noise.data) return load<kWhole>(s.noise, at);  // not only where std != 0: that would wait for the edge
   return s.key.sample_id ? narrow(normals(s.key, at.sample, at.first), DType::float32) : Group{};
 }
 
@@ -99,29 +99,29 @@ FK_DEVICE float draw(const StepArguments& s, const Place& at) {
 #pragma unroll
   for (int j = 0; j < kHistory; ++j)
     if (j < s.num_history) earlier[j] = load<kWhole>(s.history[j], at);
-  const StepRow row = row_of(s, at.sample);  // after the latents: they do not wait for it
+  const StepEdge edge = edge_of(s, at.sample);  // after the latents: they do not wait for it
   const Group noises = noise_of<kWhole>(s, at);
 
   const Floats x = widen(in.x, s.x_t.dtype), velocity = velocity_of(s, in);
   if (s.x0.data) {
     Floats x0;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) x0.v[i] = predicted_x0(row, x.v[i], velocity.v[i]);
+    for (int i = 0; i < kGroup; ++i) x0.v[i] = predicted_x0(edge, x.v[i], velocity.v[i]);
     store<kWhole>(s.x0, at, narrow(x0, s.x0.dtype));
   }
-  Floats mean = mean_of(row, x, velocity);
+  Floats mean = mean_of(edge, x, velocity);
 #pragma unroll
   for (int j = 0; j < kHistory; ++j) {
     if (j >= s.num_history) continue;
     const Floats values = widen(earlier[j], s.history[j].dtype);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) mean.v[i] += row.h[j] * values.v[i];
+    for (int i = 0; i < kGroup; ++i) mean.v[i] += edge.h[j] * values.v[i];
   }
   Floats next = mean;
-  if (row.std != 0 && (s.noise.data || s.key.sample_id)) {
+  if (edge.std != 0 && (s.noise.data || s.key.sample_id)) {
     const Floats noise = widen(noises, s.noise.data ? s.noise.dtype : DType::float32);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) next.v[i] = step_draw(row, mean.v[i], noise.v[i]);
+    for (int i = 0; i < kGroup; ++i) next.v[i] = step_draw(edge, mean.v[i], noise.v[i]);
   }
   const Group stored = narrow(next, s.x_next.dtype);
   store<kWhole>(s.x_next, at, stored);
@@ -132,8 +132,8 @@ template <bool kWhole>
 FK_DEVICE float replay(const StepArguments& s, const Place& at) {
   const Inputs in = load_inputs<kWhole>(s, at);
   const Group next = load<kWhole>(s.x_next, at);
-  const StepRow row = row_of(s, at.sample);
-  const Floats mean = mean_of(row, widen(in.x, s.x_t.dtype), velocity_of(s, in));
+  const StepEdge edge = edge_of(s, at.sample);
+  const Floats mean = mean_of(edge, widen(in.x, s.x_t.dtype), velocity_of(s, in));
   return sum_of_squares(widen(next, s.x_next.dtype), mean, at.count);
 }
 
@@ -141,10 +141,11 @@ template <bool kWhole>
 FK_DEVICE void replay_backward(const StepArguments& s, const Place& at) {
   const Inputs in = load_inputs<kWhole>(s, at);
   const Group stored = load<kWhole>(s.x_next, at);
-  const StepRow row = row_of(s, at.sample);
+  const StepEdge edge = edge_of(s, at.sample);
   const float guidance = s.velocity_uncond.data ? s.guidance_scale : 1.0f;
-  const float scale = s.grad_out[at.sample * s.grad_stride] * 2.0f * row.k * row.b * guidance / float(s.size);  // every thread: no doubles
-  const Floats mean = mean_of(row, widen(in.x, s.x_t.dtype), velocity_of(s, in)), next = widen(stored, s.x_next.dtype);
+  const float scale =
+      s.grad_out[at.sample * s.grad_stride] * 2.0f * edge.k * edge.b * guidance / float(s.size);  // every thread: no doubles
+  const Floats mean = mean_of(edge, widen(in.x, s.x_t.dtype), velocity_of(s, in)), next = widen(stored, s.x_next.dtype);
   Floats slope;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) slope.v[i] = step_gradient(scale, next.v[i], mean.v[i]);

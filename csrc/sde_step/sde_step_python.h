@@ -7,13 +7,13 @@
 namespace {
 
 // What draw, replay and gradient share. x_next is read elsewhere where it is written.
-void read_step(Reader& read, StepArguments& s, PyObject* x_t, PyObject* velocity, PyObject* rows, PyObject* velocity_uncond,
+void read_step(Reader& read, StepArguments& s, PyObject* x_t, PyObject* velocity, PyObject* edges, PyObject* velocity_uncond,
                PyObject* guidance_scale, int& num_history) {
   s.x_t = read.first_latent(x_t, s.batch, "x_t");
   s.velocity = read.latent(velocity, s.batch, "velocity");
   s.velocity_uncond = read.optional_latent(velocity_uncond, s.batch, "velocity_uncond");
   s.guidance_scale = float(read.guidance(guidance_scale, velocity_uncond));
-  s.rows = read.coefficients(rows, s.batch, s.row_stride, num_history);
+  s.edges = read.coefficients(edges, s.batch, s.edge_stride, num_history);
   s.size = read.size;
   read.require(s.batch * s.size > 0, "x_t");
 }
@@ -23,11 +23,11 @@ namespace functions {
 // x_next: a tensor to write, or None, and its dtype then, or None; log_prob, x0: a tensor to write, or whether it is wanted.
 // Returns (x_next, log_prob, x0).
 py::object sde_draw(Given<14> given, Reader& read) {
-  const auto& [x_t, velocity, rows, velocity_uncond, guidance_scale, history, noise, seed, sample_id, step, x_next, dtype, log_prob, x0] =
+  const auto& [x_t, velocity, edges, velocity_uncond, guidance_scale, history, noise, seed, sample_id, step, x_next, dtype, log_prob, x0] =
       given;
   StepArguments s{};
   int needed = 0;
-  read_step(read, s, x_t, velocity, rows, velocity_uncond, guidance_scale, needed);
+  read_step(read, s, x_t, velocity, edges, velocity_uncond, guidance_scale, needed);
   const bool is_list = PyTuple_CheckExact(history) || PyList_CheckExact(history);
   const Py_ssize_t count = is_list ? PySequence_Fast_GET_SIZE(history) : -1;
   read.require(needed <= count && count <= 3, "history");
@@ -63,12 +63,12 @@ py::object sde_draw(Given<14> given, Reader& read) {
 
 // Returns log_prob.
 py::object sde_replay(Given<6> given, Reader& read) {
-  const auto& [x_t, velocity, x_next, rows, velocity_uncond, guidance_scale] = given;
+  const auto& [x_t, velocity, x_next, edges, velocity_uncond, guidance_scale] = given;
   StepArguments s{};
   int needed = 0;
-  read_step(read, s, x_t, velocity, rows, velocity_uncond, guidance_scale, needed);
+  read_step(read, s, x_t, velocity, edges, velocity_uncond, guidance_scale, needed);
   s.x_next = read.latent(x_next, s.batch, "x_next");
-  read.require(needed == 0, "rows");
+  read.require(needed == 0, "edges");
   if (!read.serves) return py::none();
   const Made log_prob = make(read, &s.batch, 1, Element::float32);
   s.log_prob = floats(log_prob);
@@ -78,10 +78,10 @@ py::object sde_replay(Given<6> given, Reader& read) {
 
 // Returns the gradient of velocity.
 py::object sde_replay_backward(Given<7> given, Reader& read) {
-  const auto& [grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale] = given;
+  const auto& [grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale] = given;
   StepArguments s{};
   int needed = 0;
-  read_step(read, s, x_t, velocity, rows, velocity_uncond, guidance_scale, needed);
+  read_step(read, s, x_t, velocity, edges, velocity_uncond, guidance_scale, needed);
   s.x_next = read.latent(x_next, s.batch, "x_next");
   s.grad_out = read.gradient(grad, s.batch, s.grad_stride);
   if (!read.serves) return py::none();

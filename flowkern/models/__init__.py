@@ -76,7 +76,7 @@ class Model(Protocol):
     network: nn.Module
     guidance: Guidance
     lora_targets: str | list[str]
-    rows: int
+    calls: int
 
     @property
     def latent_shape(self) -> tuple[int, ...]: ...

@@ -80,8 +80,8 @@ class Pipeline(ABC):
     network: nn.Module
     """In eval mode with its gradients on: what is trained. May be replaced by a wrapper of itself
     (peft) that takes the same call; all other modules are frozen."""
-    rows: int
-    """Rows sent forward through the network so far, guidance and reference passes included."""
+    calls: int
+    """Of the network so far, one for every row that went forward, guidance and references too."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Pipeline(ABC):
             if isinstance(module, nn.Module) and module is not pipeline.transformer:
                 module.eval().requires_grad_(False)
         self.pipeline, self.network = pipeline, pipeline.transformer.eval()
-        self.rows, self._is_released = 0, False
+        self.calls, self._is_released = 0, False
         own = self.geometry()
         self.height = own.height if height is None else height
         self.width = own.width if width is None else width
@@ -253,14 +253,14 @@ class Pipeline(ABC):
         network: the one that is asked, in place of `network`: the same with a wrapper around it.
         sigma_host: the same levels on the host, for families that route rows by them.
         Computed and returned in the network's dtype; differentiable in the network's parameters
-        and in x_t. Adds B to `rows`. Raises ValueError where the three do not have B rows.
+        and in x_t. Adds B to `calls`. Raises ValueError where the three do not have B rows.
         """
         batch = len(x_t)
         if sigma.shape != (batch,):
             raise ValueError(f"sigma: got shape {tuple(sigma.shape)}, expected ({batch},) as x_t")
         if len(conditioning) != batch:
             raise ValueError(f"conditioning: got {len(conditioning)} rows, expected {batch} as x_t")
-        self.rows += batch
+        self.calls += batch
         network = self.network if network is None else network
         parts = conditioning.to(x_t.device).parts
         return self.call(network, x_t.to(self._dtype), sigma.float(), dict(parts))

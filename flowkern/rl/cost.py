@@ -21,7 +21,7 @@ def mean_cost(
 def counts(recipe: Recipe, window_start: int | None = None) -> dict[str, float]:
     """Of one rollout: the first, or the first whose window begins at step `window_start`.
 
-    Returns sample, train (rows forward of the trained network), decode (images), and naive_sample,
+    Returns sample, train (calls of the trained network), decode (images), and naive_sample,
     naive_train, which the authors' released loop takes.
     """
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels

@@ -44,12 +44,12 @@ class Objective(Protocol):
 
     @property
     def forwards(self) -> int:
-        """Rows that go forward for each site, those of the anchors and of guidance included."""
+        """Network calls for each site, those of the anchors and of guidance included."""
         ...
 
     @property
     def needs_all(self) -> bool:
-        """Does a row whose advantages are zero still teach something?"""
+        """Does a site whose advantages are zero still teach something?"""
         ...
 
     def __call__(self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]) -> Outcome:

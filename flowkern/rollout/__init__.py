@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
-    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_rows
+    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches
     from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
     from flowkern.rollout.layout import Layout
     from flowkern.rollout.plan import Cost, Plan
@@ -22,7 +22,7 @@ __all__ = [
     "Source",
     "StepBatch",
     "batch",
-    "network_rows",
+    "network_batches",
     "prompt_ids",
     "run",
 ]
@@ -37,7 +37,7 @@ _HOMES = {
     "Source": "flowkern.rollout.engine",
     "StepBatch": "flowkern.rollout.batches",
     "batch": "flowkern.rollout.batches",
-    "network_rows": "flowkern.rollout.batches",
+    "network_batches": "flowkern.rollout.batches",
     "prompt_ids": "flowkern.rollout.engine",
     "run": "flowkern.rollout.engine",
 }

@@ -1,7 +1,8 @@
-"""What of a rollout is trained: rows of network calls, and the batches made of them.
+"""What of a rollout is trained: network calls in batches, and what each of them learns from.
 
 P prompts, S sites of a plan (the nodes that trained edges leave, or the points to match at), C
-choices that get an advantage (trained edges, or points), R rows of one call, B choices in it.
+choices that get an advantage (trained edges, or points), R rows of one batch, a network call each,
+B choices in it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class StepBatch:
     row: Tensor | None
     """(B,): the row that each edge leaves; None: B == R."""
     coefficients: Coefficients
-    """(B,) rows."""
+    """Of B edges."""
     advantage: Tensor
     """(B,)"""
     weight: Tensor
@@ -59,32 +60,32 @@ class PointBatch:
     """seed, sample_id (B,), step (B,)"""
 
 
-def network_rows(
+def network_batches(
     layout: Layout, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """The network calls of one optimizer step on `rank`: (site (R,), prompt (R,)) each.
+    """The network calls of one optimizer step on `rank`, by batches: (site (R,), prompt (R,)) each.
 
     advantage: (ranks, P, C), on the host, of the prompts that every rank trains on in this step.
-    needs_all: the loss does not vanish with the advantage. Otherwise rows whose advantages are all
-    zero are left out; but every rank gets as many calls as every other, and at least one.
+    needs_all: the loss does not vanish with the advantage. Otherwise calls whose advantages are all
+    zero are left out; but every rank gets as many batches as every other, and at least one.
     """
     site, sites = layout.trained.site, layout.sites
     size = advantage.new_zeros(*advantage.shape[:2], sites)
     is_live = (size.index_add(2, site, advantage.abs()) > 0) | needs_all
     live = [each.flatten().nonzero().flatten() for each in is_live]
-    calls = max(1, *(math.ceil(len(each) / max_batch) for each in live))
+    batches = max(1, *(math.ceil(len(each) / max_batch) for each in live))
     mine = live[rank]
-    if len(mine) < calls:  # as many of those left out come back as it takes
+    if len(mine) < batches:  # as many of those left out come back as it takes
         others = (~is_live[rank]).flatten().nonzero().flatten()
-        mine = torch.cat([mine, others[: calls - len(mine)]]).sort().values
-    parts = mine.tensor_split(calls)
+        mine = torch.cat([mine, others[: batches - len(mine)]]).sort().values
+    parts = mine.tensor_split(batches)
     return [(part % sites, part // sites) for part in parts]
 
 
 def batch(
     rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor
 ) -> StepBatch | PointBatch:
-    """The rows (site, prompt), both (R,), on the host as is advantage (P, C)."""
+    """What the calls (site, prompt), both (R,), learn from; on the host as is advantage (P, C)."""
     is_points = isinstance(rollout.layout.trained, Points)
     return (_points if is_points else _steps)(rollout, site, prompt, advantage)
 

@@ -1,7 +1,7 @@
-"""Run a plan for a batch of prompts: the network is called once per node, and for many at once.
+"""Run a plan for a batch of prompts: the network is called once per node, and in batches.
 
 P prompts, *D one latent; W nodes of a wave, L leaves, K kept nodes, O origins of a plan; B rows of
-one call. Nodes of one depth run together, whatever their noise levels. Noise follows from
+one batch. Nodes of one depth run together, whatever their noise levels. Noise follows from
 (seed, sample id, step) alone, so a sample is the same whatever batch, rank or world it is in.
 """
 
@@ -62,10 +62,10 @@ class Source:
         """Of noise levels, coefficients and advantages."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def empty(self, *rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """States to be written, (*rows, *D); dtype: if another than theirs."""
+    def empty(self, *counts: int, dtype: torch.dtype | None = None) -> Tensor:
+        """States to be written, (*counts, *D); dtype: if another than theirs."""
         device = self.prompt_id.device
-        return torch.empty(*rows, *self.shape, dtype=dtype or self.dtype, device=device)
+        return torch.empty(*counts, *self.shape, dtype=dtype or self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def run(
 ) -> Rollout:
     """Sample the tree of every prompt.
 
-    max_batch: rows of one network call at most; guidance takes two rows per node, in one call.
+    max_batch: network calls of one batch at most; guidance takes two per node, in the same batch.
     keep_velocity: needed where the weights will have moved between sampling and training.
     """
     layout, per_node = Layout(plan), 1 if guidance is None else 2
@@ -135,10 +135,10 @@ def run(
         memory = [source.empty(int((wave.memory >= 0).sum()), prompts), *memory[: MAX_HISTORY - 1]]
         tables = _tables(wave, source, backend)
         for part in slices(len(wave.sigma) * prompts, max_batch // per_node):
-            call = _ask(tables, part, x.flatten(0, 1)[part], velocity, guidance)
-            _keep(call, rollout.velocity, memory[0])
+            batch = _ask(tables, part, x.flatten(0, 1)[part], velocity, guidance)
+            _keep(batch, rollout.velocity, memory[0])
             for launch in tables.launches:
-                _walk(call, *launch, memory[1:], x_next)
+                _walk(batch, *launch, memory[1:], x_next)
         x = x_next
     return rollout
 
@@ -193,8 +193,8 @@ def _record(rollout: Rollout, wave: Wave, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the calls of a wave index, for every row (W * P) or edge of a prompt (C * P): on the
-    device once per rollout, so that a call copies next to nothing from the host.
+    """What the batches of a wave index, for every row (W * P) or edge of a prompt (C * P): on the
+    device once per rollout, so that a batch copies next to nothing from the host.
     """
 
     wave: Wave
@@ -208,8 +208,8 @@ class _Tables:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One network call: rows `part` of a wave, and what the network says of them."""
+class _Batch:
+    """Rows `part` of a wave, a network call each, and what the network says of them."""
 
     tables: _Tables
     node: Tensor
@@ -246,7 +246,7 @@ def _tables(wave: Wave, source: Source, backend: str | None) -> _Tables:
 
 def _ask(
     tables: _Tables, part: slice, x_t: Tensor, velocity: Velocity, guidance: Guidance | None
-) -> _Call:
+) -> _Batch:
     """The velocity of rows `part`, and with guidance that without a prompt."""
     prompt, sigma = tables.prompt[part], tables.sigma[part]
     guide: dict[str, Any] = {}
@@ -258,30 +258,30 @@ def _ask(
         v, uncond = v.chunk(2)
         guide = {"velocity_uncond": uncond, "guidance_scale": guidance.scale}
     row, prompts = torch.arange(part.start, part.stop), len(tables.source.prompt_id)
-    return _Call(tables, row // prompts, row % prompts, part, x_t, v, guide)
+    return _Batch(tables, row // prompts, row % prompts, part, x_t, v, guide)
 
 
-def _keep(call: _Call, velocity: Tensor | None, memory: Tensor) -> None:
+def _keep(batch: _Batch, velocity: Tensor | None, memory: Tensor) -> None:
     """Put aside the velocities that training needs and the predictions that steps need."""
-    wave = call.tables.wave
+    wave = batch.tables.wave
     if velocity is not None:
-        _put(call, velocity, wave.origin, lambda: guided(call.velocity, **call.guide))
+        _put(batch, velocity, wave.origin, lambda: guided(batch.velocity, **batch.guide))
     if len(memory):
-        to_clean = Coefficients(call.tables.to_clean[call.part])
-        _put(call, memory, wave.memory, lambda: _step(call, slice(None), to_clean))
+        to_clean = Coefficients(batch.tables.to_clean[batch.part])
+        _put(batch, memory, wave.memory, lambda: _step(batch, slice(None), to_clean))
 
 
-def _put(call: _Call, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
-    place = places[call.node]
+def _put(batch: _Batch, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
+    place = places[batch.node]
     here = (place >= 0).nonzero().flatten()
     if len(here):
-        rows = place[here] * target.shape[1] + call.prompt[here]
+        entry = place[here] * target.shape[1] + batch.prompt[here]
         device = target.device
-        target.flatten(0, 1)[_index(rows, device)] = value()[_index(here, device)]
+        target.flatten(0, 1)[_index(entry, device)] = value()[_index(here, device)]
 
 
 def _walk(
-    call: _Call,
+    batch: _Batch,
     launch: Launch,
     table: Tensor,
     ids: Tensor | None,
@@ -290,7 +290,7 @@ def _walk(
 ) -> None:
     """Walk the edges of a launch that leave these rows, into x_next (W, P, *D)."""
     prompts, device = x_next.shape[1], x_next.device
-    edge, prompt, row = launch.within(call.part, prompts)
+    edge, prompt, row = launch.within(batch.part, prompts)
     if not len(edge):
         return
     options: dict[str, Any] = {}
@@ -301,18 +301,20 @@ def _walk(
         ]
     entry = _index(edge * prompts + prompt, device)
     if ids is not None:
-        seed, step = call.tables.source.seed, call.tables.wave.depth
+        seed, step = batch.tables.source.seed, batch.tables.wave.depth
         options |= {"seed": seed, "sample_id": ids[entry], "step": step}
     target = _index(launch.child[edge] * prompts + prompt, device)
     coefficients = Coefficients(table[entry], launch.table.num_history)
-    x_next.flatten(0, 1)[target] = _step(call, _index(row, device), coefficients, **options)
+    x_next.flatten(0, 1)[target] = _step(batch, _index(row, device), coefficients, **options)
 
 
-def _step(call: _Call, rows: slice | Tensor, coefficients: Coefficients, **options: Any) -> Tensor:
-    options |= {"out_dtype": call.tables.source.dtype, "backend": call.tables.backend}
-    for name, value in call.guide.items():
+def _step(
+    batch: _Batch, rows: slice | Tensor, coefficients: Coefficients, **options: Any
+) -> Tensor:
+    options |= {"out_dtype": batch.tables.source.dtype, "backend": batch.tables.backend}
+    for name, value in batch.guide.items():
         options[name] = value[rows] if isinstance(value, Tensor) else value
-    inputs = (call.x_t[rows], call.velocity[rows], coefficients)
+    inputs = (batch.x_t[rows], batch.velocity[rows], coefficients)
     return sde_step(*inputs, **options)[0] if "seed" in options else ode_step(*inputs, **options)
 
 

@@ -26,7 +26,7 @@ class Launch:
     child: Tensor
     """(C,): positions in the next wave."""
     table: Coefficients
-    """(C,) rows."""
+    """Of C edges."""
     member: Tensor | None
     """(C,): whose noise; None: deterministic."""
     history: tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class Wave:
     sigma: Tensor
     """(I,) float64."""
     to_clean: Coefficients
-    """(I,) rows: the Euler edges to sigma 0, whose ends are the clean predictions."""
+    """Of I edges, Euler's to sigma 0, whose ends are the clean predictions."""
     origin: Tensor
     """(I,): places among the plan's origins, -1 elsewhere."""
     memory: Tensor

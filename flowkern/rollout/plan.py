@@ -44,9 +44,9 @@ class Cost:
     """Network calls and images per prompt, guidance not counted."""
 
     sample: float
-    """Rows forward in sampling: nodes that something leaves."""
+    """Calls in sampling: nodes that something leaves."""
     train: float
-    """Rows forward and backward in training: sites."""
+    """Calls in training, of the network that learns: sites."""
     images: float
     """Leaves."""
 

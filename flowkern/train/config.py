@@ -45,8 +45,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train_prompts: Place
-    """Prompts to train on: .txt lines, or rows of "prompt" and metadata for the rewards as .jsonl,
-    .json or .csv."""
+    """Prompts to train on: lines of .txt, or each with metadata for the rewards as .jsonl, .json or
+    .csv."""
     test_prompts: Place | None = None
     """Held-out prompts, in the same formats; None: no validation."""
 
@@ -120,7 +120,7 @@ class TrainConfig(Section):
     steps: Steps
     """Optimizer steps."""
     max_batch: Annotated[int, count(2**20)] = 16
-    """Rows of one network call at most, in sampling and in training, on each process."""
+    """Network calls that run as one batch, at most, in sampling and training, on each process."""
     learning_rate: Annotated[float, Range(0, above=True, most=1e6)] = 3e-4
     """Of AdamW, at its highest."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
@@ -220,7 +220,7 @@ class Sampling(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """The adapter's shape."""
     train: TrainConfig
-    """The precision, and the rows of a call."""
+    """The precision, and how many network calls are a batch."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """The sampler."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Model
 from flowkern.rl.objectives import Outcome
-from flowkern.rollout import Plan, Rollout, Source, network_rows, prompt_ids, run
+from flowkern.rollout import Plan, Rollout, Source, network_batches, prompt_ids, run
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, moved, slices
 from flowkern.train import distributed, lora
@@ -25,7 +25,7 @@ from flowkern.train.distributed import Laps
 from flowkern.train.loading import load_pipeline
 from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
-from flowkern.train.prompts import Row, draw_prompts, read_prompts
+from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
 from flowkern.train.scoring import Scores, load_rewards, score
 from flowkern.train.stop import StopRequest
 from flowkern.train.validation import Validation
@@ -46,7 +46,7 @@ class FlowExperience(Experience):
 class FlowBatch(Batch):
     experience: FlowExperience
     site: Tensor
-    """(R,): the sites of the rows of the call, on the host; so is prompt."""
+    """(R,): where the network is called, on the host; so is prompt."""
     prompt: Tensor
 
 
@@ -105,9 +105,9 @@ class FlowTask:
 
     def collect(self, iteration: int) -> FlowExperience:
         """A rollout of all the prompts of an iteration, scored."""
-        laps = Laps(self.device, lambda: self.model.rows)
+        laps = Laps(self.device, lambda: self.model.calls)
         prompts = self.draw_prompts(iteration)
-        texts = [*(row["prompt"] for row in prompts), self.model.guidance.negative_prompt]
+        texts = [*(prompt["prompt"] for prompt in prompts), self.model.guidance.negative_prompt]
         conditioning = self.model.encode(texts).to(self.device)
         rollout = self.sample(iteration, conditioning)
         laps.mark()
@@ -117,7 +117,7 @@ class FlowTask:
         laps.mark()
         weights = self.config.reward.weights
         flat = self.recipe.credit().zero_std_ratio(scores, weights, rollout.plan)
-        sampling, training = self.released_rows(iteration)
+        sampling, training = self.released_calls(iteration)
         return FlowExperience(
             figures=found.means() | {"zero_std_ratio": flat, "nfe/naive_sample": sampling},
             every={"nfe/naive_train": training // self.recipe.updates_per_rollout},
@@ -129,7 +129,7 @@ class FlowTask:
             advantage=advantage,
         )
 
-    def draw_prompts(self, iteration: int) -> list[Row]:
+    def draw_prompts(self, iteration: int) -> list[Prompt]:
         """This rank's prompts of the iteration, P."""
         count = self.recipe.prompts_per_rollout
         drawn = draw_prompts(len(self.prompts), count, self.config.seed, iteration)
@@ -149,12 +149,12 @@ class FlowTask:
             keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
         )
 
-    def score(self, rollout: Rollout, prompts: Sequence[Row]) -> Scores:
+    def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Scores:
         """Of the images of all ranks, prompt by prompt."""
         latents = rollout.latents.flatten(0, 1)
-        rows = [row for row in prompts for _ in rollout.plan.leaves]
+        asked = [prompt for prompt in prompts for _ in rollout.plan.leaves]
         parts = slices(len(latents), self.config.train.max_batch)
-        batches = ((self.model.decode(latents[part]), rows[part]) for part in parts)
+        batches = ((self.model.decode(latents[part]), asked[part]) for part in parts)
         found = distributed.together(
             self.accelerator, lambda: score(self.rewards, batches, self.stop.in_reward)
         )
@@ -165,8 +165,8 @@ class FlowTask:
         advantage = self.recipe.credit()(scores, self.config.reward.weights, plan)
         return advantage.view(self.world, len(self.slots), -1)
 
-    def released_rows(self, iteration: int) -> tuple[int, int]:
-        """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
+    def released_calls(self, iteration: int) -> tuple[int, int]:
+        """Of the network in the authors' loop, of all ranks: in sampling, in training."""
         recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
         cost = recipe.released(iteration, self.config.seed)
         halves = 1 if recipe.guidance(uncond=0) is None else 2
@@ -176,28 +176,28 @@ class FlowTask:
     # ---- learning ----
 
     def batches(self, experience: FlowExperience, update: int) -> list[FlowBatch]:
-        """Which sites of which prompts each call of the network is for: never siblings apart."""
+        """Which sites of which prompts go through the network together: never siblings apart."""
         shares = torch.arange(len(self.slots)).tensor_split(self.recipe.updates_per_rollout)
         share, needs_all = shares[update], self.objective.needs_all
         advantage = experience.advantage[:, share]
-        calls = network_rows(
+        parts = network_batches(
             experience.rollout.layout, advantage, self.rank, self.config.train.max_batch, needs_all
         )
         total, teaches = advantage[self.rank].numel(), needs_all or bool(advantage.any())
-        return [FlowBatch(total, teaches, experience, site, share[p]) for site, p in calls]
+        return [FlowBatch(total, teaches, experience, site, share[p]) for site, p in parts]
 
     def loss(self, batch: FlowBatch, weights: Weights) -> Outcome:
         experience = batch.experience
         advantage = experience.advantage[self.rank]
-        rows = gathered(experience.rollout, batch.site, batch.prompt, advantage)
+        trained = gathered(experience.rollout, batch.site, batch.prompt, advantage)
         learn = self.velocity(experience.conditioning, weights.trained[NETWORK])
         # No copy that is known to equal the weights.
         names = [name for name in self.objective.anchors if not weights.is_current(name)]
         anchors = {name: self.anchor(name, experience.conditioning, weights) for name in names}
-        return self.objective(rows, learn, anchors)
+        return self.objective(trained, learn, anchors)
 
     def velocity(self, conditioning: Conditioning, network: nn.Module | None = None) -> Velocity:
-        """Of prompts by their rows, through the network that is asked; None: the model's own."""
+        """Of prompts by their places, through the network that is asked; None: the model's own."""
 
         def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
             self.stop.poll()

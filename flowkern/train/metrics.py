@@ -49,7 +49,7 @@ class Experience:
     every: Mapping[str, float]
     """Reported with each of them."""
     laps: Laps
-    """Of the network's rows, marked where the rollout ended and where the rewards did."""
+    """Of the network's calls, marked where the rollout ended and where the rewards did."""
     samples: int
     """What was made, on all ranks."""
     unit: str
@@ -83,11 +83,13 @@ def records(progress: Progress, per_rollout: int, world: int) -> list[dict[str, 
         f"throughput/{experience.unit}_per_s": experience.samples / total,
     }
     found = []
-    for i, (update, seconds, rows) in enumerate(zip(progress.updates, train, trained, strict=True)):
+    for i, (update, seconds, calls) in enumerate(
+        zip(progress.updates, train, trained, strict=True)
+    ):
         tells_rollout = i == 0 and progress.is_first
         found.append(update | (first if tells_rollout else {}))
         found[-1] |= {
-            "nfe/train": rows * world,
+            "nfe/train": calls * world,
             **experience.every,
             "timing_s/train": seconds,
             "timing_s/step": seconds + (rollout + reward if tells_rollout else 0),

@@ -168,10 +168,10 @@ def _wrapped(text: str, width: int, lines: int) -> str:
     letters = [DRAWN.get(unicodedata.category(letter), letter) for letter in text[:1000]]
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in letters)
     width = width * len(letters) // (len(letters) + wide) if letters else width
-    rows = textwrap.wrap("".join(letters), width)
-    if len(rows) > lines:
-        rows[lines - 1] = rows[lines - 1][: width - 2].rstrip() + " …"
-    return "\n".join(rows[:lines])
+    found = textwrap.wrap("".join(letters), width)
+    if len(found) > lines:
+        found[lines - 1] = found[lines - 1][: width - 2].rstrip() + " …"
+    return "\n".join(found[:lines])
 
 
 def _save_figure(figure, path: Path, tight: bool = False) -> None:

@@ -117,12 +117,12 @@ def test_a_scheduler_whose_levels_are_no_flow_grid_is_refused(model):
 
 
 def test_base_model_is_right_about_every_second_time(model):
-    rows = [json.loads(line) for line in (ASSETS / "digits-prompts/train.jsonl").open()]
-    rows = (rows * 2)[:300]
+    prompts = [json.loads(line) for line in (ASSETS / "digits-prompts/train.jsonl").open()]
+    prompts = (prompts * 2)[:300]
     latents = torch.randn(300, *model.latent_shape, generator=torch.Generator().manual_seed(1))
-    conditioning = model.encode([row["prompt"] for row in rows])
+    conditioning = model.encode([one["prompt"] for one in prompts])
     seen = DigitsClassifier().logits(model.decode(euler(model, latents, conditioning, 10)))
-    asked = torch.tensor([row["digit"] for row in rows])
+    asked = torch.tensor([one["digit"] for one in prompts])
     assert 0.45 <= (seen.argmax(-1) == asked).float().mean() <= 0.65
 
 
@@ -147,7 +147,7 @@ def test_rows_are_counted_and_gradients_reach_only_the_network(model):
     model.velocity(x_t, torch.tensor([1.0, 0.5, 0.0]), conditioning).square().mean().backward()
     with torch.no_grad():
         model.velocity(x_t[:2], torch.tensor([0.3, 0.3]), conditioning[:2])
-    assert model.rows == 5
+    assert model.calls == 5
     assert x_t.grad.abs().sum() > 0
     assert model.network.proj_out.weight.grad.abs().sum() > 0
     frozen = [model.pipeline.vae, model.pipeline.text_encoder, model.pipeline.text_encoder_3]
@@ -167,7 +167,7 @@ def test_the_size_is_fixed_at_load_and_a_network_may_be_asked_in_place_of_the_mo
         return (arguments["hidden_states"] * 2,)
 
     assert torch.equal(model.velocity(x_t, sigma, conditioning, network=other), 2 * x_t)
-    assert asked == [torch.tensor([500.0])] and model.rows == 1
+    assert asked == [torch.tensor([500.0])] and model.calls == 1
     assert model.decode(x_t).shape == (1, 3, 48, 32)
     found = model.guide(torch.tensor(3.0), torch.tensor(1.0), 4.0)
     assert found == 9 and model.guidance.kind == "cfg"

@@ -256,7 +256,7 @@ def test_ids_and_steps_are_checked_by_value():
         fk.sde_step(X, V, C[0], **KEY, velocity_uncond=V, guidance_scale=float("nan"))
     with pytest.raises(ValueError, match="guidance_scale: expected a finite number"):
         fk.sde_step(X, V, C[0], **KEY, velocity_uncond=V, guidance_scale=torch.ones(64))
-    with pytest.raises(ValueError, match="c_rows: a replay takes one-step rows"):
+    with pytest.raises(ValueError, match="c_rows: a replay takes one-step edges"):
         fk.sde_log_prob(X, V, NOISE, multistep_coefficients((0.9, 0.8, 0.7), 2))
 
 

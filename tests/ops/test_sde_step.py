@@ -465,7 +465,7 @@ def test_errors_name_the_argument():
         (
             {"c_rows": good["c_rows"][torch.tensor([0, 0, 1])]},
             ValueError,
-            "c_rows: expected a single edge or 2 rows",
+            "c_rows: expected a single edge or 2, one per sample; got 3",
         ),
         ({"sample_id": None}, ValueError, "sample_id: got None; expected noise, or all of"),
         (

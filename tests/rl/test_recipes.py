@@ -361,8 +361,8 @@ def objective_of(name, **options):
     return replace(recipe(name)(**options).objective(uncond=9), backend="reference")
 
 
-def all_rows(rollout):
-    """Every trained row of two prompts, at all steps mixed."""
+def all_sites(rollout):
+    """Every trained site of two prompts, at all steps mixed."""
     sites = len(rollout.plan.origins)
     pair = torch.randperm(2 * sites, generator=torch.Generator().manual_seed(1))
     return pair % sites, pair // sites, torch.ones(2, len(rollout.plan.trained))
@@ -373,21 +373,21 @@ def test_the_kl_has_its_dt(name):
     """Released Flow-GRPO divides by 2 g^2 instead of 2 std^2 = 2 g^2 (-dt)."""
     options = {"window": 2} if name == "mixgrpo" else {}
     rollout = rollout_of(name, kl_coef=0.5, **options)
-    rows = batch(rollout, *all_rows(rollout))
+    part = batch(rollout, *all_sites(rollout))
     anchors = {"reference": velocity_of(0.7)}
     weighed = objective_of(name, kl_coef=0.5, **options)
-    out = weighed(rows, velocity_of(1.0), anchors)
-    c, row = rows.coefficients, torch.arange(len(rows.x_t)) if rows.row is None else rows.row
+    out = weighed(part, velocity_of(1.0), anchors)
+    c, row = part.coefficients, torch.arange(len(part.x_t)) if part.row is None else part.row
     v, v_ref = (
-        f(rows.x_t, rows.sigma, rows.prompt)[row] for f in (velocity_of(1.0), *anchors.values())
+        f(part.x_t, part.sigma, part.prompt)[row] for f in (velocity_of(1.0), *anchors.values())
     )
     kl = (c.b[:, None] * (v - v_ref)).square().mean(1) / (2 * c.std**2)
     torch.testing.assert_close(out.statistics["kl"], kl, rtol=1e-9, atol=0)
     # On policy the policy term is -weight A: the step weight leaves the KL alone.
-    policy = -(rows.weight * rows.advantage).sum()
+    policy = -(part.weight * part.advantage).sum()
     torch.testing.assert_close(out.loss, policy + 0.5 * kl.sum(), rtol=1e-9, atol=0)
     if name == "tempflow_grpo":
-        assert rows.weight.std() > 0.1
+        assert part.weight.std() > 0.1
 
 
 def test_the_guarded_ratio_is_each_samples_own(monkeypatch):
@@ -400,15 +400,15 @@ def test_the_guarded_ratio_is_each_samples_own(monkeypatch):
 
     monkeypatch.setattr(objectives, "policy_loss", watched)
     rollout = rollout_of("grpo_guard")
-    site, prompt, advantage = all_rows(rollout)
+    site, prompt, advantage = all_sites(rollout)
     objective, moved = objective_of("grpo_guard"), velocity_of(1.0001)
-    rows = batch(rollout, site, prompt, advantage)
-    together = objective(rows, moved, {})
-    c = rows.coefficients
+    part = batch(rollout, site, prompt, advantage)
+    together = objective(part, moved, {})
+    c = part.coefficients
     assert len({*c.std.tolist()}) == 4
-    moved_mean = c.b[:, None] * (moved(rows.x_t, rows.sigma, rows.prompt) - rows.old_velocity)
-    old_mean = c.a[:, None] * rows.x_t + c.b[:, None] * rows.old_velocity
-    noise = (rows.x_next - old_mean) / c.std[:, None]
+    moved_mean = c.b[:, None] * (moved(part.x_t, part.sigma, part.prompt) - part.old_velocity)
+    old_mean = c.a[:, None] * part.x_t + c.b[:, None] * part.old_velocity
+    noise = (part.x_next - old_mean) / c.std[:, None]
     (log_ratio,) = found
     torch.testing.assert_close(log_ratio, (noise * moved_mean).mean(1), rtol=1e-9, atol=0)
     loss = 0

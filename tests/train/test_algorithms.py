@@ -98,8 +98,8 @@ def test_it_costs_what_its_plan_says_begins_on_policy_and_is_the_same_on_two_pro
     for iteration in range(2):
         cost = recipe.plan(loop.task.model.sigmas, loop.iteration, 0).cost()
         records = loop.step()
-        rows = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
-        assert records[0]["nfe/sample"] == rows <= records[0]["nfe/naive_sample"]
+        calls = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
+        assert records[0]["nfe/sample"] == calls <= records[0]["nfe/naive_sample"]
         trained = [record["nfe/train"] for record in records]
         # Less where a copy of the weights still equals them, or rewards are all alike.
         assert max(trained) <= 2 * cost.train * loop.task.objective.forwards

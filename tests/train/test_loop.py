@@ -59,7 +59,7 @@ def test_a_run_leaves_its_files_and_exactly_the_agreed_keys(tiny, drawn, capsys)
 
 
 @pytest.mark.parametrize("scale, kl_coef, sampled, trained", [(1, 0, 3, 2), (3, 0.01, 6, 8)])
-def test_counted_network_rows_are_the_predicted_ones(tiny, scale, kl_coef, sampled, trained):
+def test_counted_network_calls_are_the_predicted_ones(tiny, scale, kl_coef, sampled, trained):
     loop = Loop(tiny(f"algorithm.guidance_scale={scale}", f"algorithm.kl_coef={kl_coef}"))
     first, second = loop.step()[0], loop.step()[0]
     for record in (first, second):
@@ -86,7 +86,7 @@ def test_the_second_update_of_a_rollout_is_off_policy_and_the_first_is_not(tiny)
 
 
 def test_max_batch_changes_nothing_but_rounding(tiny):
-    steps = [Loop(tiny(f"train.max_batch={rows}")).step()[0] for rows in (1000, 5)]
+    steps = [Loop(tiny(f"train.max_batch={size}")).step()[0] for size in (1000, 5)]
     for key in ("reward/mean", "reward/distance_to_real", "grad_norm", "nfe/train", "nfe/sample"):
         assert steps[0][key] == pytest.approx(steps[1][key], rel=1e-4), key
 
@@ -216,7 +216,7 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
     from flowkern.train.prompts import draw_prompts
 
     drawn = [tuple(draw_prompts(240, 10, seed, i)) for seed in (0, 1) for i in range(5)]
-    assert len(set(drawn)) == 10 and all(len(set(rows)) == 10 for rows in drawn)
+    assert len(set(drawn)) == 10 and all(len(set(places)) == 10 for places in drawn)
     assert drawn[3] == tuple(draw_prompts(240, 10, 0, 3))
     for world in (1, 2, 3):
         slots = torch.stack([share(12, rank, world, 2).view(2, -1) for rank in range(world)])
@@ -297,22 +297,22 @@ class Rows(Batch):
 class Line:
     def __init__(self, config, accelerator, stop, model):
         torch.manual_seed(config.seed)
-        self.line, self.rows = torch.nn.Linear(3, 1), 0
+        self.line, self.calls = torch.nn.Linear(3, 1), 0
 
     def modules(self):
         return {"line": self.line}
 
     def collect(self, iteration):
-        laps = Laps(torch.device("cpu"), lambda: self.rows)
-        self.rows += 5
+        laps = Laps(torch.device("cpu"), lambda: self.calls)
+        self.calls += 5
         laps.mark(), laps.mark()
-        return Experience({"reward/mean": float(iteration)}, {}, laps, 8, "rows")
+        return Experience({"reward/mean": float(iteration)}, {}, laps, 8, "lines")
 
     def batches(self, experience, update):
         return [Rows(8, True, torch.full((4, 3), float(i + update))) for i in range(2)]
 
     def loss(self, batch, weights):
-        self.rows += 4
+        self.calls += 4
         error = (weights.trained["line"](batch.x).squeeze(1) - 1).square()
         return Outcome(error.sum(), {"error": error.detach()})
 

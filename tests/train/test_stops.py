@@ -272,8 +272,8 @@ def test_a_resume_takes_new_optimizer_options_and_notes_them(tiny, capsys):
 
 def tmp_prompts(directory: Path, path: str) -> Path:
     other = directory / "other.jsonl"
-    rows = Path(path).read_text().splitlines()
-    other.write_text("\n".join(rows[1:] + rows[:1]))
+    lines = Path(path).read_text().splitlines()
+    other.write_text("\n".join(lines[1:] + lines[:1]))
     return other
 
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from flowkern.ops._common.arguments import (
+    check_edges,
     check_guidance,
     check_index,
     check_latent,
     check_latents,
     check_noise,
     check_per_sample,
-    check_rows,
     compute_dtype,
     is_number,
     packed,
@@ -105,7 +105,7 @@ def policy_loss(
         velocity, x_t: (R, *D), float32, bfloat16 or float16 (float64: computed in float64).
         x_next: (B, *D). None, with old_velocity and noise or seed, and float32 states: drawn again,
             which is the x_next of the rollout only where that was stored in float32.
-        c_rows: one edge, or B rows, of `flowkern.schedules`.
+        c_rows: one edge for all samples, or B, of `flowkern.schedules`.
         advantage: (B,), used as given.
         row: (B,) integers, the velocity row of each sample; None: B == R.
         old_velocity: (R, *D), already guided (in float32, from the same tensors: rounded to
@@ -154,10 +154,10 @@ def _checked(i: PolicyInputs) -> tuple[PolicyInputs, torch.dtype]:
     noise, seed, sample_id, step = _check_x_next(i, (batch, *sizes))
     if compute_dtype(i.x_next, noise) == torch.float64:
         dtype = torch.float64
-    c_rows = check_rows("c_rows", i.c_rows, batch, device, dtype)
+    c_rows = check_edges("c_rows", i.c_rows, batch, device, dtype)
     if i.c_rows.num_history:
         raise ValueError(
-            "c_rows: rows with history weights are deterministic solver steps and are not trained"
+            "c_rows: edges with history weights are deterministic solver steps and are not trained"
         )
     advantage, old_log_prob, kl_coef, step_weight = (
         packed(x, dtype) if isinstance(x, Tensor) else x

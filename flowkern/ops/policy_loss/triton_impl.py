@@ -40,15 +40,15 @@ from flowkern.ops._common.rows_triton import (
     guided,
     launch,
     load,
+    packed_edges,
     packed_latent,
-    packed_rows,
     step_mean,
     store,
 )
 
 from .inputs import PolicyInputs
 
-# Latents and rows as in rows_triton, source as in philox_triton, the rest as in loss_triton.
+# Latents and edges as in rows_triton, source as in philox_triton, the rest as in loss_triton.
 # out:     what loss_outputs makes
 # held:    the chunk of the row: velocity (guided), x_t, old_velocity, velocity_ref
 # scalars: advantage, old_log_prob, step_weight, kl_coef: (B,) float32, or None
@@ -70,7 +70,7 @@ def _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK: tl
 
 @triton.jit
 def _serve(
-    scratch, x_next, source, held, step, sample, place,
+    scratch, x_next, source, held, edge, sample, place,
     RECORDED: tl.constexpr, GUARD: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums one sample over the chunk."""
@@ -79,10 +79,10 @@ def _serve(
     count = place[4] - first
     sums = ()
     if x is not None:
-        mean_old = step_mean(step, x, v_old)
-        std = tl.load(step + 2)
+        mean_old = step_mean(edge, x, v_old)
+        std = tl.load(edge + 2)
         e = _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK) - mean_old
-        d = tl.load(step + 1) * (v - v_old)
+        d = tl.load(edge + 1) * (v - v_old)
         if RECORDED:
             q = e * e
         elif GUARD:
@@ -98,8 +98,8 @@ def _serve(
 
 @triton.jit
 def _statistics(
-    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, rows_ptr, row_stride, group,
-    place, OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr,
+    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, edges_ptr, edge_stride,
+    group, place, OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr,
     REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the means of a group of samples say, in float64."""
@@ -107,9 +107,9 @@ def _statistics(
     advantage_ptr, old_log_prob_ptr, step_weight_ptr, kl_coef_ptr = scalars
     inner = guidance_scale * share_of(place, REDUCTION)
     sample = samples_of(group, place)
-    step = rows_ptr + sample * row_stride
-    b, std = tl.load(step + 1).to(tl.float64), tl.load(step + 2).to(tl.float64)
-    k, c = tl.load(step + 3).to(tl.float64), tl.load(step + 4)
+    edge = edges_ptr + sample * edge_stride
+    b, std = tl.load(edge + 1).to(tl.float64), tl.load(edge + 2).to(tl.float64)
+    k, c = tl.load(edge + 3).to(tl.float64), tl.load(edge + 4)
     inverse_std = tl.where(std != 0, 1.0 / tl.where(std != 0, std, 1.0), 0.0)
     log_ratio = tl.zeros(sample.shape, tl.float32)
     if OFF_POLICY:
@@ -154,7 +154,7 @@ def _statistics(
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
     out, scratch, scalars, bounds, kl_value,  # out, in: one per sample
-    siblings, rows_ptr, row_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
+    siblings, edges_ptr, edge_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     GUARD: tl.constexpr, REDUCTION: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +178,8 @@ def _forward_kernel(
     at = next_place(siblings, None, 0, row, begin, end, place)
     while at < end:
         sample = sample_at(siblings, row, at)
-        step = rows_ptr + sample * row_stride
-        _serve(scratch, x_next, source, held, step, sample, place, RECORDED, GUARD, STREAM, BLOCK)
+        edge = edges_ptr + sample * edge_stride
+        _serve(scratch, x_next, source, held, edge, sample, place, RECORDED, GUARD, STREAM, BLOCK)
         at = next_place(siblings, None, 0, row, at + 1, end, place)
     if row_is_complete(scratch, row, place):
         at = next_place(siblings, None, 0, row, begin, end, place)
@@ -187,8 +187,8 @@ def _forward_kernel(
             sample = sample_at(siblings, row, at)
             if group_is_complete(scratch, OFF_POLICY + KL, sample, place, BLOCK):
                 _statistics(
-                    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, rows_ptr,
-                    row_stride, group_of(sample), place, OFF_POLICY, KL, GUARD, REDUCTION, BLOCK,
+                    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, edges_ptr,
+                    edge_stride, group_of(sample), place, OFF_POLICY, KL, GUARD, REDUCTION, BLOCK,
                 )  # fmt: skip
             at = next_place(siblings, None, 0, row, at + 1, end, place)
 
@@ -196,7 +196,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def _backward_kernel(
     grad_velocity,  # out
-    grad_ptr, grad_stride, slopes_ptr, siblings, rows_ptr, row_stride,
+    grad_ptr, grad_stride, slopes_ptr, siblings, edges_ptr, edge_stride,
     x_next, x_t, velocity, uncond, guidance_scale, old, ref,
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high,
     batch, chunks, size,
@@ -217,14 +217,14 @@ def _backward_kernel(
             drift = v - load(ref, row, first, count, BLOCK)
         while at < end:
             sample = sample_at(siblings, row, at)
-            step = rows_ptr + sample * row_stride
+            edge = edges_ptr + sample * edge_stride
             grad = tl.load(grad_ptr + sample * grad_stride)
             slope = tl.load(slopes_ptr + sample * 2)
             read = tl.where(is_silent(slope), 0, count)
-            mean_old = step_mean(step, x, v_old)
-            std = tl.load(step + 2)
+            mean_old = step_mean(edge, x, v_old)
+            std = tl.load(edge + 2)
             residual = _next(x_next, source, mean_old, std, sample, first, read, STREAM, BLOCK)
-            residual -= mean_old if GUARD else step_mean(step, x, v)
+            residual -= mean_old if GUARD else step_mean(edge, x, v)
             gradient = slope * residual
             if ref is not None:
                 gradient += tl.load(slopes_ptr + sample * 2 + 1) * drift
@@ -252,7 +252,7 @@ def forward(i: PolicyInputs) -> tuple[Tensor, ...]:
             _forward_kernel, i.velocity, made,
             out, scratch, (i.advantage, i.old_log_prob, i.step_weight, kl_coef),
             log_clip(i.clip_low, i.clip_high), float(kl_value), packed_siblings(i.row, rows),
-            *packed_rows(i.c_rows), *_latents(i, *states), batch, made.chunks,
+            *packed_edges(i.c_rows), *_latents(i, *states), batch, made.chunks,
             GUARD=i.ratio == "guard", REDUCTION=i.reduction, STREAM=STREAMS["step"],
         )  # fmt: skip
     return out
@@ -266,7 +266,7 @@ def backward(grad: Tensor, slopes: Tensor, i: PolicyInputs) -> Tensor:
             _backward_kernel, i.velocity, made,
             packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes,
             packed_siblings(i.row, i.velocity.shape[0]),
-            *packed_rows(i.c_rows), *_latents(i, i.x_next, i.x_t), slopes.shape[0], made.chunks,
+            *packed_edges(i.c_rows), *_latents(i, i.x_next, i.x_t), slopes.shape[0], made.chunks,
             GUARD=i.ratio == "guard", STREAM=STREAMS["step"],
         )  # fmt: skip
     return grad_velocity

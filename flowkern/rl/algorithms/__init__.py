@@ -58,7 +58,7 @@ def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[s
 
     window_start: where its window begins; None: where it begins in the first rollout. overrides:
     fields of its recipe.
-    Returns sample, train (rows forward of the trained network), decode (images), and naive_sample,
+    Returns sample, train (calls of the trained network), decode (images), and naive_sample,
     naive_train, which the authors' released loop takes.
     """
     return counts(recipe(name)(**overrides), window_start)
