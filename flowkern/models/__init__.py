@@ -8,7 +8,7 @@ a video, never packed; sigma 1 is noise, and a velocity is noise - clean.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from flowkern.lookup import load
 from flowkern.models.directory import read_index
 
-__all__ = ["MODELS", "Conditioning", "Guidance", "Model", "load_model", "pipeline_class"]
+__all__ = [
+    "MODELS",
+    "Conditioning",
+    "Guidance",
+    "Model",
+    "guide_of",
+    "load_model",
+    "pipeline_class",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,10 @@ class Guidance:
     """What stands for no prompt."""
 
 
+FUSED = {"cfg", "embedded"}
+"""Kinds of guidance that step kernels compute."""
+
+
 class Model(Protocol):
     """What every adapter offers; `flowkern.models.pipeline.Pipeline` documents and shares it."""
 
@@ -105,6 +117,15 @@ class Model(Protocol):
     def release_encoders(self) -> None: ...
 
     def describe(self) -> dict[str, Any]: ...
+
+
+def guide_of(model: Model) -> Callable[[Tensor, Tensor, float, Tensor], Tensor] | None:
+    """What makes one velocity of two, at a scale and noise levels sigma (B,); None: the step
+    kernels do.
+    """
+    if model.guidance.kind in FUSED:
+        return None
+    return lambda v_cond, v_uncond, w, sigma: model.guide(v_cond, v_uncond, w)
 
 
 MODELS = {

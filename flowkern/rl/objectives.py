@@ -89,14 +89,13 @@ class RatioClip:
     ) -> Outcome:
         """The unconditional half of guidance has no gradient, so it is run without."""
         v_ref = None
-        with torch.no_grad():
-            if self.anchors:
-                reference = anchors["reference"]
-                v_ref = reference(batch.x_t, batch.sigma, batch.prompt)
-                v_ref = guided(v_ref, **self._guide(reference, batch))
-            guide = self._guide(velocity, batch)
+        if self.anchors:
+            with torch.no_grad():
+                v_ref, guide = self._ask(anchors["reference"], batch)
+                v_ref = guided(v_ref, **guide)
+        v, guide = self._ask(velocity, batch)
         out = policy_loss(
-            velocity(batch.x_t, batch.sigma, batch.prompt),
+            v,
             batch.x_t,
             batch.x_next,
             batch.coefficients,
@@ -116,13 +115,15 @@ class RatioClip:
         )
         return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl))
 
-    def _guide(self, velocity: Velocity, batch: StepBatch) -> dict[str, Any]:
-        """The guidance arguments of a step; none without guidance."""
+    def _ask(self, velocity: Velocity, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
+        """A velocity with the guidance arguments of a step, which are none without guidance."""
         if self.guidance is None:
-            return {}
+            return velocity(batch.x_t, batch.sigma, batch.prompt), {}
         no_prompt = torch.full_like(batch.prompt, self.guidance.uncond)
-        uncond = velocity(batch.x_t, batch.sigma, no_prompt)
-        return {"velocity_uncond": uncond, "guidance_scale": self.guidance.scale}
+        with torch.no_grad():
+            uncond = velocity(batch.x_t, batch.sigma, no_prompt)
+        v = velocity(batch.x_t, batch.sigma, batch.prompt)
+        return self.guidance.combined(v, uncond, batch.sigma)
 
 
 @dataclass(frozen=True)

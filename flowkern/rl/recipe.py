@@ -86,8 +86,8 @@ class Recipe(ABC):
         return rl.Credit(limit=self.adv_clip_max, min_std=self.min_std, **options)
 
     @abstractmethod
-    def objective(self, uncond: int) -> rl.Objective:
-        """The loss; uncond: the row of the conditioning without a prompt."""
+    def objective(self, guidance: rollout.Guidance | None) -> rl.Objective:
+        """The loss; guidance: as in the rollout."""
 
     @abstractmethod
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
@@ -97,8 +97,9 @@ class Recipe(ABC):
         """The first drawn step of a rollout, where that moves."""
         return None
 
-    def guidance(self, uncond: int) -> rollout.Guidance | None:
-        return rollout.Guidance.of(self.guidance_scale, uncond)
+    def guidance(self, uncond: int, guide: rollout.Guide | None = None) -> rollout.Guidance | None:
+        """uncond: the row of the conditioning without a prompt. guide: of the model's family."""
+        return rollout.Guidance.of(self.guidance_scale, uncond, guide)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,8 @@ class PolicyRecipe(Recipe):
     ratio: ClassVar[str] = "sde"
     """Or "guard", as in `policy_loss`."""
 
-    def objective(self, uncond: int) -> rl.RatioClip:
-        clip, guidance = self.clip_range, self.guidance(uncond)
+    def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
+        clip = self.clip_range
         return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance)
 
     def empty_plan(self) -> rollout.Plan:

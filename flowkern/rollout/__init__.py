@@ -8,13 +8,14 @@ from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
     from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches
-    from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
+    from flowkern.rollout.engine import Guidance, Guide, Rollout, Source, prompt_ids, run
     from flowkern.rollout.layout import Layout
     from flowkern.rollout.plan import Cost, Plan
 
 __all__ = [
     "Cost",
     "Guidance",
+    "Guide",
     "Layout",
     "Plan",
     "PointBatch",
@@ -30,6 +31,7 @@ __all__ = [
 _HOMES = {
     "Cost": "flowkern.rollout.plan",
     "Guidance": "flowkern.rollout.engine",
+    "Guide": "flowkern.rollout.engine",
     "Layout": "flowkern.rollout.layout",
     "Plan": "flowkern.rollout.plan",
     "PointBatch": "flowkern.rollout.batches",

@@ -68,18 +68,32 @@ class Source:
         return torch.empty(*counts, *self.shape, dtype=dtype or self.dtype, device=device)
 
 
+Guide = Callable[[Tensor, Tensor, float, Tensor], Tensor]
+"""(velocity (B, *D), uncond (B, *D), scale, sigma (B,)) -> guided velocity (B, *D)"""
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: uncond + scale (velocity - uncond)."""
+    """Classifier-free guidance: uncond + scale (velocity - uncond), or what a family makes of the
+    three.
+    """
 
     scale: float
     uncond: int
     """The prompt that stands for none."""
+    guide: Guide | None = None
+    """Differentiable; None: the step kernels do it, in the pass that reads the velocity."""
 
     @classmethod
-    def of(cls, scale: float, uncond: int) -> Guidance | None:
+    def of(cls, scale: float, uncond: int, guide: Guide | None = None) -> Guidance | None:
         """None where `scale` asks for no guidance, which is up to 1: the one place that decides."""
-        return None if scale <= 1 else cls(scale, uncond)
+        return None if scale <= 1 else cls(scale, uncond, guide)
+
+    def combined(self, v: Tensor, uncond: Tensor, sigma: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """A velocity, and the guidance arguments of the step kernels that take it."""
+        if self.guide is None:
+            return v, {"velocity_uncond": uncond, "guidance_scale": self.scale}
+        return self.guide(v, uncond, self.scale, sigma), {}
 
 
 @dataclass(frozen=True)
@@ -255,8 +269,7 @@ def _ask(
     else:
         both = torch.cat([prompt, torch.full_like(prompt, guidance.uncond)])
         v = velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
-        v, uncond = v.chunk(2)
-        guide = {"velocity_uncond": uncond, "guidance_scale": guidance.scale}
+        v, guide = guidance.combined(*v.chunk(2), sigma)
     row, prompts = torch.arange(part.start, part.stop), len(tables.source.prompt_id)
     return _Batch(tables, row // prompts, row % prompts, part, x_t, v, guide)
 

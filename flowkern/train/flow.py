@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flowkern.models import Conditioning, Model
+from flowkern.models import Conditioning, Model, guide_of
 from flowkern.rl.objectives import Outcome
 from flowkern.rollout import Plan, Rollout, Source, network_batches, prompt_ids, run
 from flowkern.rollout import batch as gathered
@@ -77,7 +77,8 @@ class FlowTask:
         if config.model.gradient_checkpointing:
             self.model.network.enable_gradient_checkpointing()
         lora.add_lora(self.model, config.lora)
-        self.objective = self.recipe.objective(uncond=len(self.slots))
+        self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
+        self.objective = self.recipe.objective(self.guidance)
         self.validation = Validation(config, accelerator, self.model, self.rewards, stop)
 
     def _check_guidance(self) -> None:
@@ -144,7 +145,7 @@ class FlowTask:
             self.velocity(conditioning),
             Source(seed, ids, model.latent_shape),
             self.config.train.max_batch,
-            guidance=recipe.guidance(uncond=len(self.slots)),
+            guidance=self.guidance,
             # Where the weights move in between, or never were those that sampled.
             keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
         )
@@ -169,7 +170,7 @@ class FlowTask:
         """Of the network in the authors' loop, of all ranks: in sampling, in training."""
         recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
         cost = recipe.released(iteration, self.config.seed)
-        halves = 1 if recipe.guidance(uncond=0) is None else 2
+        halves = 1 if self.guidance is None else 2
         forwards = self.objective.forwards
         return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flowkern.models import guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
 from flowkern.rollout.engine import ITERATION_BITS, moved
@@ -137,6 +138,6 @@ def sample_images(
         velocity,
         Source(seed, sample_id, model.latent_shape),
         max_batch,
-        guidance=Guidance.of(sampler.guidance_scale, len(prompts)),
+        guidance=Guidance.of(sampler.guidance_scale, len(prompts), guide_of(model)),
     )
     return model.decode(rollout.latents.flatten(0, 1))

@@ -106,7 +106,7 @@ class Case:
 
     @property
     def needs_all(self):
-        return self.recipe.objective(0).needs_all
+        return self.recipe.objective(None).needs_all
 
 
 @dataclass
@@ -162,7 +162,8 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
     rewards = {name: tensor(table) for name, table in by_name(scores, WEIGHTS).items()}
     advantage = algorithm.credit()(rewards, WEIGHTS, plan).view(ranks, uncond, -1)
 
-    objective = dataclasses.replace(algorithm.objective(uncond), backend="reference")
+    objective = algorithm.objective(algorithm.guidance(uncond))
+    objective = dataclasses.replace(objective, backend="reference")
     choices = each * advantage.shape[2]
     gradients, batches, clipped = [], [], []
     for share in torch.arange(uncond).view(updates, each):

@@ -273,12 +273,12 @@ def test_awm_draws_and_matches_where_the_released_code_does():
         assert set(index[i::6]) == stratum, "over 24 images, each is met"
     assert not any(node.is_trained for node in plan.nodes)
     it = recipe("awm")()
-    objective = it.objective(uncond=0)
+    objective = it.objective(it.guidance(0))
     assert (objective.objective, objective.weighting) == ("awm", "ghuber")
     assert (objective.ema, objective.ema_coef, objective.ref_coef) == ("ema", 1.0, 0.001)
     assert set(objective.anchors) == {"ema", "reference"} and it.sampler is None
     assert [it.copies["ema"](n) for n in (1, 100, 300, 900)] == pytest.approx([1e-3, 0.1, 0.3, 0.3])
-    assert recipe("awm")(ref_coef=0.0, ema_coef=0.0).objective(0).anchors == ()
+    assert recipe("awm")(ref_coef=0.0, ema_coef=0.0).objective(None).anchors == ()
     still = plan_of("awm", noise_level=0.0)
     assert drawn_steps(still)[0] == set()
 
@@ -295,7 +295,7 @@ def test_nft_matches_nine_of_ten_levels_of_every_image():
     assert orders == [0, *[1] * 8, 0] and path(plan, 3) == grid
     assert drawn_steps(plan)[0] == set()
     it = recipe("diffusion_nft")()
-    objective = it.objective(uncond=0)
+    objective = it.objective(it.guidance(0))
     assert (objective.objective, objective.old, objective.ref_coef) == ("nft", "old", 1e-4)
     assert it.sampler == "old" and objective.needs_all
 
@@ -358,7 +358,8 @@ def rollout_of(name, **options):
 
 def objective_of(name, **options):
     options = {"num_inference_steps": 5, "group_size": 3, "guidance_scale": 1.0} | options
-    return replace(recipe(name)(**options).objective(uncond=9), backend="reference")
+    it = recipe(name)(**options)
+    return replace(it.objective(it.guidance(9)), backend="reference")
 
 
 def all_sites(rollout):
@@ -589,5 +590,4 @@ def test_guidance_up_to_1_is_none():
         for scale in (0, 0.5, 1):
             chosen = recipe(name)(guidance_scale=scale)
             assert chosen.guidance(uncond=7) is None
-            assert getattr(chosen.objective(uncond=7), "guidance", None) is None
         assert recipe(name)(guidance_scale=1.5).guidance(uncond=7).scale == 1.5

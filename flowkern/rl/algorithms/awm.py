@@ -60,6 +60,6 @@ class AWM(MatchingRecipe):
                 plan.match(leaf, sigmas[chance.randrange(low, max(high, low + 1))])
         return plan
 
-    def objective(self, uncond: int) -> rl.Matching:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
         old = None if self.updates_per_rollout == 1 else "old"  # one is on policy, as released
         return rl.Matching("awm", self.weighting, old, self.ref_coef, "ema", self.ema_coef)

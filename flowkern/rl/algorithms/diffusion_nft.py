@@ -59,5 +59,5 @@ class DiffusionNFT(MatchingRecipe):
                 plan.match(leaf, sigma)
         return plan
 
-    def objective(self, uncond: int) -> rl.Matching:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
         return rl.Matching("nft", old="old", ref_coef=self.ref_coef)
