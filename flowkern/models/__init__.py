@@ -76,6 +76,18 @@ class Guidance:
     the network, and cfg on top of it where w is beyond 1; "none": w up to 1 only."""
     negative_prompt: str = ""
     """What stands for no prompt."""
+    boundary: float = 0.0
+    """The noise level from which on up the first of two networks is asked; 0: there is one."""
+    low: float | None = None
+    """w of the second network, where guidance is asked for at all; None: as of the first."""
+
+    def is_low(self, sigma: float) -> bool:
+        """Is the second network asked? Not at the boundary, rounded to float32 or not."""
+        return sigma < self.boundary - 2**-20
+
+    def at(self, w: float, sigma: float) -> float:
+        """w at a noise level, where w is asked for."""
+        return self.low if self.low is not None and w > 1 and self.is_low(sigma) else w
 
 
 FUSED = {"cfg", "embedded"}
@@ -106,7 +118,7 @@ class Model(Protocol):
         sigma_host: Sequence[float] | None = None,
     ) -> Tensor: ...
 
-    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor: ...
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
@@ -130,7 +142,10 @@ def guide_of(model: Model) -> Callable[[Tensor, Tensor, float, Tensor], Tensor] 
 
 MODELS = {
     "FluxPipeline": "flowkern.models.flux:Flux",
+    "HunyuanVideoPipeline": "flowkern.models.hunyuan_video:HunyuanVideo",
+    "LTXPipeline": "flowkern.models.ltx:LTX",
     "StableDiffusion3Pipeline": "flowkern.models.sd3:SD3",
+    "WanPipeline": "flowkern.models.wan:Wan",
 }
 """The adapter of each diffusers pipeline class; imported only when a directory asks for it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's; diffusers' keys begin at the network itself
 
 
-def write(network: PeftModel, pipeline: Any, base: str, directory: Path) -> None:
+def write(
+    network: PeftModel,
+    pipeline: Any,
+    base: str,
+    directory: Path,
+    files: Mapping[str, str],
+) -> None:
     """Write the adapter for `PeftModel.from_pretrained` and for the pipeline's `load_lora_weights`.
 
-    pipeline: its class. base: the name or path of what is adapted.
+    pipeline: its class. base: the name or path of what is adapted. files: those of the pipeline, by
+    what the names of the layers in each begin with.
     The network's own save_pretrained would write keys that neither reads. The pipeline's file holds
     the whole strength in its tensors: what reads nothing else applies all of it, B A.
     """
@@ -30,14 +38,23 @@ def write(network: PeftModel, pipeline: Any, base: str, directory: Path) -> None
     adapter.save_pretrained(directory)
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     strength = adapter.lora_alpha / adapter.r
-    pipeline.save_lora_weights(
-        directory,
-        transformer_lora_layers={
-            key.removeprefix(_PREFIX): value * strength if "lora_B" in key else value
-            for key, value in weights.items()
-        },
-        transformer_lora_adapter_metadata=adapter.to_dict() | {"lora_alpha": adapter.r},
-    )
+    plain = {
+        key.removeprefix(_PREFIX): value * strength if "lora_B" in key else value
+        for key, value in weights.items()
+    }
+    for prefix, name in files.items():
+        part = {key.removeprefix(prefix): v for key, v in plain.items() if key.startswith(prefix)}
+        if not part:  # nothing of this network is adapted
+            continue
+        metadata = adapter.to_dict() | {"lora_alpha": adapter.r}
+        if prefix:  # a pattern is of the names as they were
+            metadata["target_modules"] = sorted({key.rpartition(".lora_")[0] for key in part})
+        pipeline.save_lora_weights(
+            directory,
+            transformer_lora_layers=part,
+            transformer_lora_adapter_metadata=metadata,
+            weight_name=name,
+        )
     mask = os.umask(0)
     os.umask(mask)
     for path in directory.iterdir():  # safetensors makes files that their owner alone can read

@@ -48,6 +48,7 @@ def attention(dead: str) -> str:
     return rf"(?!{re.escape(dead)}$).*\.({names})"
 
 
+FILE = "pytorch_lora_weights.safetensors"  # of an adapter, as diffusers names it
 ENCODE_ROWS = 32  # prompts per text encoder call
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
 CACHED_PROMPTS = 1024  # megabytes each, on the host
@@ -99,10 +100,11 @@ class Pipeline(ABC):
         Raises ValueError for a size that is no positive multiple of a patch, or a length that the
         text encoder does not have.
         """
+        self.pipeline, self.network = pipeline, self.whole(pipeline).eval()
+        trained = set(self.network.modules())
         for module in pipeline.components.values():
-            if isinstance(module, nn.Module) and module is not pipeline.transformer:
+            if isinstance(module, nn.Module) and module not in trained:
                 module.eval().requires_grad_(False)
-        self.pipeline, self.network = pipeline, pipeline.transformer.eval()
         self.calls, self._is_released = 0, False
         own = self.geometry()
         self.height = own.height if height is None else height
@@ -155,6 +157,10 @@ class Pipeline(ABC):
 
     # ---- what an adapter says ----
 
+    def whole(self, pipeline: Any) -> nn.Module:
+        """The network of a pipeline."""
+        return pipeline.transformer
+
     @abstractmethod
     def geometry(self) -> Geometry:
         """Of this pipeline."""
@@ -188,6 +194,20 @@ class Pipeline(ABC):
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
+    def vae_arguments(self, latents: Tensor) -> dict[str, Any]:
+        """What the VAE's decoder takes beside latents."""
+        return {}
+
+    def to_pixels(self, decoded: Tensor) -> Tensor:
+        """What the VAE's decoder gives, as images in [0, 1]."""
+        return self.pipeline.image_processor.postprocess(decoded, output_type="pt")
+
+    @property
+    def lora_files(self) -> dict[str, str]:
+        """For the pipeline's load_lora_weights: by what the names of the layers in each begin
+        with."""
+        return {"": FILE}
+
     # ---- what they share ----
 
     @property
@@ -195,6 +215,11 @@ class Pipeline(ABC):
         """(C, h, w) of one latent."""
         channels, cell, *_ = self.geometry()
         return channels, self.height // cell, self.width // cell
+
+    @property
+    def pixels(self) -> int:
+        """Of one image, or of all frames of a video."""
+        return self.height * self.width
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The grid of the pipeline's own scheduler at this size, (S + 1,) float64 from exactly 1 to
@@ -265,25 +290,30 @@ class Pipeline(ABC):
         parts = conditioning.to(x_t.device).parts
         return self.call(network, x_t.to(self._dtype), sigma.float(), dict(parts))
 
-    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
-        """uncond + w (cond - uncond)."""
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
+        """uncond + w (cond - uncond); w: of all rows, or (B,)."""
+        if isinstance(w, Tensor):
+            w = w.reshape(-1, *[1] * (v_cond.ndim - 1))
         return v_uncond + w * (v_cond - v_uncond)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
+        """Latents (B, *D) -> images (B, 3, H, W) in [0, 1], float32; videos are (B, F, 3, H, W)."""
+        return torch.cat(
+            [self._decode(part) for part in latents.split(max(1, DECODE_PIXELS // self.pixels))]
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        images = [
-            vae.decode(self.to_vae(part.to(vae.dtype)), return_dict=False)[0]
-            for part in latents.split(max(1, DECODE_PIXELS // (self.height * self.width)))
-        ]
-        return self.pipeline.image_processor.postprocess(torch.cat(images), output_type="pt")
+        ready = self.to_vae(latents.to(vae.dtype))
+        return self.to_pixels(vae.decode(ready, return_dict=False, **self.vae_arguments(ready))[0])
 
     def save_lora(self, directory: str | Path) -> None:
         """Write the adapter of `network` for peft and for the pipeline's `load_lora_weights`."""
         from flowkern.models import lora  # here: peft is for training
 
-        lora.write(self.network, self.kind, str(self.pipeline.name_or_path), Path(directory))
+        base = str(self.pipeline.name_or_path)
+        lora.write(self.network, self.kind, base, Path(directory), self.lora_files)
 
     def load_lora(self, directory: str | Path) -> None:
         """Give the adapter that `network` has the weights that `save_lora` wrote.
@@ -296,13 +326,13 @@ class Pipeline(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What the model is, in plain values."""
-        shape, transformer = self.latent_shape, self.pipeline.transformer
+        shape = self.latent_shape
         return {
             "pipeline": self.kind.__name__,
             "size": (self.height, self.width),
             "latent_shape": shape,
             "elements": torch.Size(shape).numel(),
-            "parameters": sum(p.numel() for p in transformer.parameters()),
+            "parameters": sum(p.numel() for p in self.network.parameters()),
             "dtype": str(self._dtype).removeprefix("torch."),
             "guidance": self.guidance.kind,
         }

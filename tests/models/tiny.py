@@ -6,26 +6,42 @@ No statistic of a VAE is 0 or 1, and no weight that a family begins at 0: what i
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WORDS = "a an the of and photo cat dog red blue seven old small on in".split()
@@ -50,8 +66,13 @@ def clip(kind: type = CLIPTextModel) -> tuple:
     return tokenizer, kind(config)
 
 
-def t5(tokenizer: type = T5Tokenizer, encoder: type = T5EncoderModel, config: type = T5Config):
-    pieces = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in WORDS), "▁"]
+def t5(
+    tokenizer: type = T5Tokenizer,
+    encoder: type = T5EncoderModel,
+    config: type = T5Config,
+    words: Sequence[str] = WORDS,
+):
+    pieces = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in words), "▁"]
     pieces += string.ascii_letters + string.digits + string.punctuation
     vocabulary = [
         (piece, 0.0 if index < 3 else -float(index)) for index, piece in enumerate(pieces)
@@ -102,7 +123,97 @@ def flux() -> FluxPipeline:
     return FluxPipeline(scheduler, vae(), encoder, tokenizer, encoder_2, tokenizer_2, transformer)
 
 
-PIPELINES: dict[str, Callable] = {"sd3": sd3, "flux": flux}
+def wan(kind: str = "2.1") -> WanPipeline:
+    """2.1, A14B with two networks, or TI2V-5B."""
+    is_5b, is_14b = kind == "TI2V-5B", kind == "A14B"
+    channels = 48 if is_5b else 16
+    networks = [
+        WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=channels,
+            out_channels=channels, text_dim=32, freq_dim=16, ffn_dim=16, num_layers=2,
+            rope_max_seq_len=64,
+        )
+        for _ in range(1 + is_14b)
+    ]  # fmt: skip
+    shape = dict(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                 temperal_downsample=[False, True, True])  # fmt: skip
+    if is_5b:
+        shape |= dict(decoder_base_dim=4, in_channels=12, out_channels=12, is_residual=True,
+                      patch_size=2, scale_factor_spatial=16, scale_factor_temporal=4)  # fmt: skip
+    made = AutoencoderKLWan(
+        z_dim=channels, latents_mean=[0.1 * (c % 5) - 0.15 for c in range(channels)],
+        latents_std=[0.5 + 0.1 * (c % 7) for c in range(channels)], **shape,
+    )  # fmt: skip
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0 if is_5b else 3.0
+    )
+    tokenizer, encoder = t5(encoder=UMT5EncoderModel, config=UMT5Config)
+    return WanPipeline(
+        tokenizer, encoder, made, scheduler, *networks, boundary_ratio=0.875 if is_14b else None,
+        expand_timesteps=is_5b,
+    )  # fmt: skip
+
+
+def ltx() -> LTXPipeline:
+    """With a VAE that is told a noise level, as from 0.9.1 on."""
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=12,
+        cross_attention_dim=24, num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    layers, scaled = (1, 1, 1, 1, 1), (True, True, True, False)
+    made = AutoencoderKLLTXVideo(
+        latent_channels=16, block_out_channels=[8] * 4, decoder_block_out_channels=[8] * 4,
+        layers_per_block=layers, decoder_layers_per_block=layers, spatio_temporal_scaling=scaled,
+        decoder_spatio_temporal_scaling=scaled, timestep_conditioning=True, scaling_factor=0.8,
+    )  # fmt: skip
+    made.latents_mean.copy_(torch.linspace(-0.3, 0.4, 16))
+    made.latents_std.copy_(torch.linspace(0.5, 1.5, 16))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024,
+        max_image_seq_len=4096, shift_terminal=0.1,
+    )  # fmt: skip
+    tokenizer, encoder = t5()
+    return LTXPipeline(scheduler, made, encoder, tokenizer, transformer)
+
+
+def llama() -> tuple:
+    """An encoder, and its tokenizer: for it HunyuanVideo's template has 108 tokens before the
+    prompt, of which the pipeline cuts off the first 95.
+    """
+    template = DEFAULT_PROMPT_TEMPLATE["template"].replace("{}", " ").split()
+    tokenizer, _ = t5(words=list(dict.fromkeys([*WORDS, *template[:-2]])))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaModel(config), tokenizer
+
+
+def hunyuan_video() -> HunyuanVideoPipeline:
+    transformer = HunyuanVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    made = AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    tokenizer_2, encoder_2 = clip()
+    return HunyuanVideoPipeline(
+        *llama(), transformer, made, scheduler, encoder_2, tokenizer_2
+    )  # fmt: skip
+
+
+PIPELINES: dict[str, Callable] = {
+    "sd3": sd3,
+    "flux": flux,
+    "wan": wan,
+    "wan_a14b": partial(wan, "A14B"),
+    "wan_ti2v": partial(wan, "TI2V-5B"),
+    "ltx": ltx,
+    "hunyuan_video": hunyuan_video,
+}
 
 
 def pipeline(name: str):
@@ -110,7 +221,9 @@ def pipeline(name: str):
     torch.manual_seed(0)
     made = PIPELINES[name]()
     made.set_progress_bar_config(disable=True)
-    _nothing_is_zero(made.transformer)
+    for network in (made.transformer, getattr(made, "transformer_2", None)):
+        if network is not None:
+            _nothing_is_zero(network)
     return made
 
 
@@ -126,20 +239,26 @@ def as_given(made, x: torch.Tensor) -> torch.Tensor:
     """Latents as the pipeline's own call takes them."""
     if isinstance(made, FluxPipeline):
         return made._pack_latents(x, *x.shape)
+    if isinstance(made, LTXPipeline):
+        return made._pack_latents(x)
     return x
 
 
-def before_decoding(made, prompts: list[str], options: dict) -> torch.Tensor:
-    """What the pipeline's own call gives its VAE to decode."""
+def called(
+    made, prompts: list[str], options: dict, instead: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the pipeline's own call gives its VAE to decode, and what it returns where it is given
+    `instead`: a VAE of random weights enlarges differences.
+    """
     seen, decode = [], made.vae.decode
 
-    def recorded(latents, *arguments, **more):
+    def replaced(latents, *arguments, **more):
         seen.append(latents)
-        return decode(latents, *arguments, **more)
+        return decode(instead, *arguments, **more)
 
-    made.vae.decode = recorded
+    made.vae.decode = replaced
     try:
-        made(prompt=prompts, output_type="pt", **options)
+        images = made(prompt=prompts, output_type="pt", **options)[0]
     finally:
         del made.vae.decode
-    return torch.cat(seen)
+    return seen[0], images

@@ -1,0 +1,89 @@
+"""HunyuanVideo.
+
+Guidance is an input of its network (`guidance_embedding`), as FLUX.1's is; a guidance_scale beyond
+1 is two passes on top of it, the pipeline's true_cfg_scale. L text tokens of width E, padded under
+a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideoPipeline
+from torch import Tensor, nn
+
+from flowkern.models import Guidance
+from flowkern.models.pipeline import ATTENTION
+from flowkern.models.video import VideoPipeline
+
+__all__ = ["HunyuanVideo"]
+
+
+class HunyuanVideo(VideoPipeline):
+    """A HunyuanVideoPipeline; the parts of its conditioning are tokens (B, L, E), mask (B, L) and
+    pooled (B, P)."""
+
+    kind = HunyuanVideoPipeline
+    guidance = Guidance("embedded")
+    lora_targets = ATTENTION
+
+    def __init__(
+        self,
+        pipeline: HunyuanVideoPipeline,
+        *,
+        guidance_embedding: float | None = None,
+        **options: Any,
+    ) -> None:
+        """guidance_embedding: what the network is told; None: 6, where it takes any.
+
+        Raises ValueError for a network that takes none.
+        """
+        takes = pipeline.transformer.config.guidance_embeds
+        if guidance_embedding is not None and not takes:
+            raise ValueError(
+                f"guidance_embedding: got {guidance_embedding}, but this network takes none"
+            )
+        own = self.default("guidance_scale") if guidance_embedding is None else guidance_embedding
+        self.guidance_embedding = own if takes else None
+        super().__init__(pipeline, **options)
+
+    def cells(self) -> tuple[int, int, int]:
+        config = self.pipeline.transformer.config
+        return config.in_channels, self.pipeline.vae_scale_factor_spatial, config.patch_size
+
+    def frame_step(self) -> int:
+        return self.pipeline.vae_scale_factor_temporal
+
+    def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = self.max_sequence_length
+        tokens, pooled, mask = self.pipeline.encode_prompt(
+            list(prompts), max_sequence_length=length
+        )
+        return {"tokens": tokens, "mask": mask, "pooled": pooled}
+
+    def call(
+        self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
+        scale = self.pipeline.scheduler.config.num_train_timesteps
+        guidance = None
+        if self.guidance_embedding is not None:
+            guidance = torch.full_like(sigma, self.guidance_embedding * 1000).to(x_t.dtype)
+        return network(
+            hidden_states=x_t,
+            timestep=sigma * scale,
+            encoder_hidden_states=parts["tokens"],
+            encoder_attention_mask=parts["mask"].to(x_t.dtype),
+            pooled_projections=parts["pooled"],
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+
+    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
+        """From 1 to 0, the end left out."""
+        levels = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        return {"sigmas": levels[:-1].tolist()}
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        return latents / self.pipeline.vae.config.scaling_factor
