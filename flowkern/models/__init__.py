@@ -81,13 +81,16 @@ class Guidance:
     low: float | None = None
     """w of the second network, where guidance is asked for at all; None: as of the first."""
 
-    def is_low(self, sigma: float) -> bool:
-        """Is the second network asked? Not at the boundary, rounded to float32 or not."""
+    def is_low(self, sigma: Any) -> Any:
+        """Is the second network asked? sigma: a number or a tensor. Not at the boundary, rounded to
+        float32 or not."""
         return sigma < self.boundary - 2**-20
 
-    def at(self, w: float, sigma: float) -> float:
-        """w at a noise level, where w is asked for."""
-        return self.low if self.low is not None and w > 1 and self.is_low(sigma) else w
+    def at(self, w: float, sigma: Tensor) -> float | Tensor:
+        """w of rows at noise levels sigma (B,), where w is asked for; nothing is read from them."""
+        if self.low is None or w <= 1:
+            return w
+        return torch.where(self.is_low(sigma), self.low, w)
 
 
 FUSED = {"cfg", "embedded"}
@@ -135,9 +138,10 @@ def guide_of(model: Model) -> Callable[[Tensor, Tensor, float, Tensor], Tensor] 
     """What makes one velocity of two, at a scale and noise levels sigma (B,); None: the step
     kernels do.
     """
-    if model.guidance.kind in FUSED:
+    rule = model.guidance
+    if rule.kind in FUSED and rule.low is None:
         return None
-    return lambda v_cond, v_uncond, w, sigma: model.guide(v_cond, v_uncond, w)
+    return lambda v_cond, v_uncond, w, sigma: model.guide(v_cond, v_uncond, rule.at(w, sigma))
 
 
 MODELS = {

@@ -291,10 +291,11 @@ class Pipeline(ABC):
         return self.call(network, x_t.to(self._dtype), sigma.float(), dict(parts))
 
     def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
-        """uncond + w (cond - uncond); w: of all rows, or (B,)."""
+        """uncond + w (cond - uncond), in float32 at least; w: of all rows, or (B,)."""
         if isinstance(w, Tensor):
             w = w.reshape(-1, *[1] * (v_cond.ndim - 1))
-        return v_uncond + w * (v_cond - v_uncond)
+        dtype = torch.promote_types(v_cond.dtype, torch.float32)
+        return v_uncond + w * (v_cond.to(dtype) - v_uncond)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

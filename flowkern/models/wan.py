@@ -12,42 +12,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
 from flowkern.models import Conditioning
 from flowkern.models.pipeline import FILE
+from flowkern.models.stages import Stages
 from flowkern.models.video import VideoPipeline
 
-__all__ = ["Stages", "Wan"]
+__all__ = ["Wan"]
 
 FILE_2 = FILE.replace(".", "_2.")
-
-
-class Stages(nn.Module):
-    """Two networks as one: `transformer` for rows of much noise, `transformer_2` for the others."""
-
-    def __init__(self, transformer: nn.Module, transformer_2: nn.Module) -> None:
-        super().__init__()
-        self.transformer, self.transformer_2 = transformer, transformer_2
-
-    def forward(
-        self, is_low: Sequence[bool], return_dict: bool = False, **inputs: Tensor
-    ) -> tuple[Tensor]:
-        """inputs: of either network, B rows each; is_low: which one a row is for. -> (B, *D)."""
-        first = len(is_low) - sum(is_low)
-        if first in (0, len(is_low)):
-            return (self.transformer if first else self.transformer_2)(**inputs, return_dict=False)
-        order = torch.tensor(sorted(range(len(is_low)), key=is_low.__getitem__))
-        order = order.to(inputs["hidden_states"].device, non_blocking=True)
-        high = {name: value[order[:first]] for name, value in inputs.items()}
-        low = {name: value[order[first:]] for name, value in inputs.items()}
-        found = [
-            self.transformer(**high, return_dict=False)[0],
-            self.transformer_2(**low, return_dict=False)[0],
-        ]
-        return (torch.cat(found)[order.argsort()],)
 
 
 class Wan(VideoPipeline):

@@ -108,7 +108,7 @@ def euler(model, x_t, scale):
         level = sigma.expand(len(x_t))
         velocity = model.velocity(x_t, level, rows)
         if scale > 1:
-            w = model.guidance.at(scale, float(sigma))
+            w = model.guidance.at(scale, level)
             velocity = model.guide(velocity, model.velocity(x_t, level, uncond), w)
         x_t = x_t + (sigma_next - sigma) * velocity
     return x_t

@@ -8,6 +8,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import tiny
 
+from flowkern.models import guide_of
 from flowkern.models.wan import Wan
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora, restore_lora
@@ -62,6 +63,23 @@ def test_each_row_is_asked_of_the_network_for_its_level(a14b):
         assert torch.equal(a14b.velocity(x_t, sigma, conditioning, sigma_host=levels), found)
 
 
+@pytest.mark.parametrize("levels", [(0.95, 0.9), (0.5, 0.2)], ids=["high", "low"])
+def test_a_network_that_no_row_is_for_has_a_gradient_of_zero(a14b, levels):
+    """Processes whose rows lie on different sides average the same gradients; checkpointed."""
+    network = add_lora(a14b, LoraConfig(rank=2, alpha=3))
+    x_t, sigma, conditioning = rows(a14b, *levels)
+    with torch.no_grad():
+        old = a14b.velocity(x_t, sigma, conditioning)
+    network.enable_gradient_checkpointing()
+    velocity = a14b.velocity(x_t, sigma, conditioning)
+    assert torch.equal(velocity, old)
+    velocity.square().mean().backward()
+    grads = {key: p.grad for key, p in network.named_parameters() if p.requires_grad}
+    assert all(g is not None for g in grads.values())
+    moved = {key.split(".")[2] for key, g in grads.items() if g.any()}
+    assert moved == {"transformer" if levels[0] > 0.875 else "transformer_2"}
+
+
 def test_levels_that_the_host_has_are_not_read_from_the_device(a14b):
     """On tensors without data, which nothing can be read from."""
     x_t, sigma, conditioning = rows(a14b, 0.95, 0.5)
@@ -73,12 +91,16 @@ def test_levels_that_the_host_has_are_not_read_from_the_device(a14b):
 
 
 def test_each_network_has_its_own_scale(a14b):
-    assert [a14b.guidance.at(4.0, sigma) for sigma in (1.0, 0.875, 0.874, 0.1)] == [4, 4, 3, 3]
-    assert a14b.guidance.at(1.0, 0.1) == 1, "no guidance is none on both sides"
-    cond, uncond = torch.randn(2, 2, *a14b.latent_shape)
-    both = a14b.guide(cond, uncond, torch.tensor([4.0, 3.0]))
-    for row, w in enumerate((4.0, 3.0)):
-        assert torch.equal(both[row], a14b.guide(cond, uncond, w)[row])
+    levels = torch.tensor([1.0, 0.875, 0.874, 0.1])
+    assert a14b.guidance.at(4.0, levels).tolist() == [4, 4, 3, 3]
+    assert a14b.guidance.at(1.0, levels) == 1, "no guidance is none on both sides"
+    cond, uncond = torch.randn(2, 4, *a14b.latent_shape).bfloat16()
+    both = guide_of(a14b)(cond, uncond, 4.0, levels)
+    for row, w in enumerate((4.0, 4.0, 3.0, 3.0)):
+        expected = uncond[row].float() + w * (cond[row].float() - uncond[row].float())
+        torch.testing.assert_close(both[row], expected, rtol=0, atol=1e-6)
+    single = Wan(a14b.pipeline, **SIZE)  # the step kernels do it
+    assert guide_of(single) is None and single.guidance.at(4.0, levels) == 4
 
 
 def test_an_adapter_of_two_networks_comes_back_from_its_files(a14b, tmp_path):
