@@ -42,22 +42,32 @@ def everything(rollout):
     return batch(rollout, pair // 2, pair % 2, advantage)
 
 
-def log_prob(module, batch, scale):
+def rescaled(v, uncond, scale, sigma):
+    """As a family may have it: as long as the conditional one, the more so with more noise."""
+    both = uncond + scale * (v - uncond)
+    return both * (v.norm(dim=1) / both.norm(dim=1))[:, None] + sigma[:, None] * v
+
+
+def log_prob(module, batch, scale, guide=None):
     """log N(x_next; a x + b v, std), averaged over the elements, as the papers have it."""
     velocity, c = velocity_of(module), batch.coefficients
     v = velocity(batch.x_t, batch.sigma, batch.prompt)
     if scale != 1:
         uncond = velocity(batch.x_t, batch.sigma, torch.full_like(batch.prompt, UNCOND)).detach()
-        v = uncond + scale * (v - uncond)
+        plain = uncond + scale * (v - uncond)
+        v = plain if guide is None else guide(v, uncond, scale, batch.sigma)
     mean, std = c.a[:, None] * batch.x_t + c.b[:, None] * v, c.std[:, None]
     density = -((batch.x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
     return density.mean(1), mean, std
 
 
-@pytest.mark.parametrize("scale, kl_coef", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.05)])
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef):
+@pytest.mark.parametrize(
+    "scale, kl_coef, guide",
+    [(1.0, 0.0, None), (3.0, 0.0, None), (3.0, 0.05, None), (3.0, 0.05, rescaled)],
+)
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef, guide):
     module, base = network(0), network(1)
-    guidance = None if scale == 1 else Guidance(scale, UNCOND)
+    guidance = Guidance.of(scale, UNCOND, guide)
     batch = everything(rollout_of(module, guidance, keep_velocity=False))
     advantage = batch.advantage
     objective = RatioClip(1e-3, 1e-3, kl_coef, guidance=guidance)
@@ -67,11 +77,11 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef):
     assert not any(out.statistics[f"pg_clipfrac_{side}"].any() for side in ("lower", "higher"))
     (actual,) = torch.autograd.grad(out.loss, module.weight)
 
-    new, mean, std = log_prob(module, batch, scale)
+    new, mean, std = log_prob(module, batch, scale, guide)
     ratio = (new - new.detach()).exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
     # KL against a reference that is guided by its own unconditional half
-    reference = log_prob(base, batch, scale)[1].detach()
+    reference = log_prob(base, batch, scale, guide)[1].detach()
     kl = ((mean - reference) ** 2 / (2 * std**2)).mean(1).sum()
     (expected,) = torch.autograd.grad(loss + kl_coef * kl, module.weight)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

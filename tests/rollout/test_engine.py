@@ -57,8 +57,8 @@ def field(x_t, sigma, prompt):
 class Plain:
     """One state at a time, from its own noise on: nothing is shared, nothing is batched."""
 
-    def __init__(self, plan, source, scale):
-        self.plan, self.source, self.scale = plan, source, scale
+    def __init__(self, plan, source, scale, guide=None):
+        self.plan, self.source, self.scale, self.guide = plan, source, scale, guide
 
     def noise(self, prompt, member, step, stream):
         one, key = (1, *SHAPE), self.source.prompt_id[prompt : prompt + 1] + member
@@ -69,8 +69,10 @@ class Plain:
             self.state(node, prompt),
             torch.tensor([self.plan.nodes[node].sigma], dtype=torch.float64),
         )
-        uncond = field(x, sigma, torch.tensor([UNCOND]))
-        return uncond + self.scale * (field(x, sigma, torch.tensor([prompt])) - uncond)
+        uncond, v = (field(x, sigma, torch.tensor([p])) for p in (UNCOND, prompt))
+        if self.guide is not None:
+            return self.guide(v, uncond, self.scale, sigma)
+        return uncond + self.scale * (v - uncond)
 
     def clean(self, node, prompt):
         sigma = self.plan.nodes[node].sigma
@@ -91,11 +93,18 @@ class Plain:
         return x
 
 
-def test_the_engine_is_the_plain_recursion_in_float64():
+def of_two_scales(v, uncond, scale, sigma):
+    """As a family of two networks has it."""
+    w = torch.where(sigma > 0.5, scale, scale - 1)
+    return uncond + w.view(-1, *[1] * (v.ndim - 1)) * (v - uncond)
+
+
+@pytest.mark.parametrize("guide", [None, of_two_scales])
+def test_the_engine_is_the_plain_recursion_in_float64(guide):
     plan, source, scale = make_tree(), make_source(dtype=torch.float64), 2.5
-    guidance = Guidance(scale, UNCOND)
+    guidance = Guidance(scale, UNCOND, guide)
     rollout = run(plan, field, source, max_batch=7, guidance=guidance, keep_velocity=True)
-    plain, near = Plain(plan, source, scale), {"rtol": 0, "atol": 1e-10}
+    plain, near = Plain(plan, source, scale, guide), {"rtol": 0, "atol": 1e-10}
     assert not rollout.is_redrawn, "only float32 states can be drawn again"
     for prompt in range(3):
         for node, position in plan.leaves.items():
