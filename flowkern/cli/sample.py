@@ -1,4 +1,4 @@
-"""flowkern sample: images from a checkpoint."""
+"""flowkern sample: images and videos from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "sample",
         parents=[common],
-        help="draw images from a checkpoint",
-        description="Draw images from a checkpoint with the deterministic sampler.",
+        help="draw images or videos from a checkpoint",
+        description="Draw images or videos from a checkpoint with the deterministic sampler.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
     parser.add_argument("--prompt", required=True)
@@ -23,7 +23,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         type=Path,
         default="sample.png",
         metavar="PATH",
-        help="a .png or .jpg (default: %(default)s)",
+        help="a .png, .webp or .jpg; a video plays in a .png or .webp (default: %(default)s)",
     )
     parser.add_argument("--num-images", type=int, default=1, help="a grid if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
@@ -64,6 +64,11 @@ def run(options: argparse.Namespace) -> int:
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set
     with taking(directory, "checkpoint"):
         attach_lora(model, config.lora, averaged if averaged.is_dir() else directory)
+    is_video = model.frame_rate is not None and options.num_images == 1  # several are a grid
+    try:
+        picture_format(options.output, "--output", is_video)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     member = torch.arange(options.num_images, device=device)
     images = sample_images(
         model,
@@ -74,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         max_batch=config.train.max_batch,
     )
     if options.num_images == 1:
-        save_image(options.output, images[0])
+        save_image(options.output, images[0], model.frame_rate)
     else:
         save_grid(options.output, images, [""] * len(images), title=options.prompt)
     print(options.output)

@@ -103,6 +103,7 @@ class Model(Protocol):
     network: nn.Module
     guidance: Guidance
     lora_targets: str | list[str]
+    frame_rate: float | None
     calls: int
 
     @property

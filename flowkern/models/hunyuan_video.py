@@ -27,6 +27,7 @@ class HunyuanVideo(VideoPipeline):
 
     kind = HunyuanVideoPipeline
     guidance = Guidance("embedded")
+    frame_rate = 24
     lora_targets = ATTENTION
 
     def __init__(

@@ -78,6 +78,9 @@ class Pipeline(ABC):
     lora_targets: str | list[str]
     """The layers that are adapted by default: ends of names, or a pattern of whole names."""
 
+    frame_rate: float | None = None
+    """Frames per second of its videos; None: it makes images."""
+
     network: nn.Module
     """In eval mode with its gradients on: what is trained. May be replaced by a wrapper of itself
     (peft) that takes the same call; all other modules are frozen."""

@@ -29,6 +29,7 @@ class Wan(VideoPipeline):
     """A WanPipeline; the part of its conditioning is tokens (B, L, E)."""
 
     kind = WanPipeline
+    frame_rate = 16
     lora_targets = "to_q to_k to_v to_out.0".split()
 
     def __init__(

@@ -33,8 +33,8 @@ class Reward(Protocol):
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> Values | tuple[Values, Mapping[str, Values]]:
-        """images (B, C, H, W) in [0, 1], B prompts and the metadata of each -> B finite scores; or
-        those and what else is to be reported of each image, by name.
+        """images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], B prompts and the metadata of
+        each -> B finite scores; or those and what else is to be reported of each, by name.
 
         The arguments are the reward's own: it may write into them.
         """

@@ -37,6 +37,10 @@ class ModelConfig(Section):
     """Image height in pixels; None: the pipeline's own."""
     width: Pixels = None
     """Image width in pixels; None: the pipeline's own."""
+    num_frames: Pixels = None
+    """Frames of a video; None: the pipeline's own."""
+    guidance_scale_2: Annotated[float | None, AT_LEAST_0] = None
+    """Of a pipeline's second network, where guidance_scale is beyond 1; None: as of the first."""
     max_sequence_length: Annotated[int | None, AT_LEAST_0] = None
     """T5 tokens of a prompt; None: as the pipeline has it."""
     gradient_checkpointing: bool = False

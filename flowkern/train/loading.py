@@ -24,9 +24,7 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Mode
             options.path,
             dtype=DTYPES[config.train.mixed_precision],
             device=device,
-            height=options.height,
-            width=options.width,
-            max_sequence_length=options.max_sequence_length,
+            **options.model_dump(exclude={"path", "gradient_checkpointing"}),
         )
     except (ImportError, torch.OutOfMemoryError):
         raise

@@ -1,6 +1,7 @@
 """The rewards of a run: loaded by their keys, called with arguments of their own, checked.
 
-B images. Whatever a reward does wrong becomes a RewardError whose message begins with its key.
+B images, or B videos. Whatever a reward does wrong becomes a RewardError whose message begins with
+its key.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowkern.models import guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
-from flowkern.rollout.engine import ITERATION_BITS, moved
+from flowkern.rollout.engine import ITERATION_BITS, moved, slices
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.distributed import seed_generators, together
@@ -76,19 +76,28 @@ class Validation:
         return self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
     def _sample(self, mine: list[int]) -> tuple[Tensor, Scores]:
-        """The images and scores of the prompts at `mine`, on the host."""
+        """What is shown of the images, and the scores, of the prompts at `mine`, on the host."""
         options, prompts = self.config.validation, [self.prompts[i] for i in mine]
-        device = self.accelerator.device
-        images = sample_images(
+        device, max_batch = self.accelerator.device, self.config.train.max_batch
+        latents = sample_latents(
             self.model,
             [prompt["prompt"] for prompt in prompts],
             moved(prompt_ids(RESERVED_ITERATION, torch.tensor(mine)), device),
             Sampler(options.num_inference_steps, options.guidance_scale),
             seed=self.config.seed,
-            max_batch=self.config.train.max_batch,
+            max_batch=max_batch,
             poll=self.stop.poll,
         )
-        return images.cpu(), score(self.rewards, [(images, prompts)], self.stop.in_reward)
+        shown = []
+
+        def decoded(part: slice) -> tuple[Tensor, list[dict[str, Any]]]:
+            images = self.model.decode(latents[part])
+            shown.append(tracking.few_frames(images).cpu())
+            return images, prompts[part]
+
+        batches = map(decoded, slices(len(latents), max_batch))
+        scores = score(self.rewards, batches, self.stop.in_reward)
+        return torch.cat(shown), scores
 
     def _write(self, step: int, images: Tensor, scores: Scores) -> dict[str, float]:
         directory, means = Path(self.config.output_dir), scores.means()
@@ -104,8 +113,15 @@ class Validation:
         return means
 
 
+def sample_images(model: Any, *arguments: Any, **options: Any) -> Tensor:
+    """One image per prompt, (B, 3, H, W) in [0, 1], or a video (B, F, 3, H, W); of the arguments of
+    `sample_latents`.
+    """
+    return model.decode(sample_latents(model, *arguments, **options))
+
+
 @torch.no_grad()
-def sample_images(
+def sample_latents(
     model: Any,
     prompts: Sequence[str],
     sample_id: Tensor,
@@ -115,7 +131,7 @@ def sample_images(
     max_batch: int = 16,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """One image per prompt, (B, 3, H, W) in [0, 1]; sample_id (B,) picks the noise.
+    """One latent per prompt, (B, *D); sample_id (B,) picks the noise.
 
     poll: called before every batch of network calls; may raise.
     """
@@ -140,4 +156,4 @@ def sample_images(
         max_batch,
         guidance=Guidance.of(sampler.guidance_scale, len(prompts), guide_of(model)),
     )
-    return model.decode(rollout.latents.flatten(0, 1))
+    return rollout.latents.flatten(0, 1)
