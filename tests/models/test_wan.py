@@ -103,8 +103,10 @@ def test_each_network_has_its_own_scale(a14b):
     assert guide_of(single) is None and single.guidance.at(4.0, levels) == 4
 
 
-def test_an_adapter_of_two_networks_comes_back_from_its_files(a14b, tmp_path):
-    config = LoraConfig(rank=2, alpha=3, target_modules=["attn1.to_q"])
+@pytest.mark.parametrize("targets", ["attn1.to_q", "transformer_2.blocks.1.attn1.to_q"])
+def test_an_adapter_of_two_networks_comes_back_from_its_files(a14b, tmp_path, targets):
+    """The pipeline's, and the package's own; a network without adapted layers has no file."""
+    config = LoraConfig(rank=2, alpha=3, target_modules=[targets])
     network = add_lora(a14b, config)
     with torch.no_grad():
         for p in network.parameters():
@@ -112,12 +114,19 @@ def test_an_adapter_of_two_networks_comes_back_from_its_files(a14b, tmp_path):
     inputs = rows(a14b, 0.95, 0.5)
     a14b.save_lora(tmp_path)
     names = sorted(path.name for path in tmp_path.glob("pytorch*"))
-    assert names == ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"]
-    again = Wan(tiny.pipeline("wan_a14b"), **SIZE)
+    own = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"]
+    assert names == (own[targets.startswith("transformer_2") :])
+    again, theirs = (Wan(tiny.pipeline("wan_a14b"), **SIZE) for _ in range(2))
     add_lora(again, config)
     assert not torch.equal(again.velocity(*inputs), a14b.velocity(*inputs))
     restore_lora(again, tmp_path)
     assert torch.equal(again.velocity(*inputs), a14b.velocity(*inputs))
+    for name in names:
+        is_second = name == own[1]
+        theirs.pipeline.load_lora_weights(
+            tmp_path, weight_name=name, load_into_transformer_2=is_second
+        )
+    assert (theirs.velocity(*inputs) - a14b.velocity(*inputs)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize(
