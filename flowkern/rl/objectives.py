@@ -48,6 +48,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def together(self) -> int:
+        """Of those, how many are of one batch."""
+        ...
+
+    @property
     def needs_all(self) -> bool:
         """Does a site whose advantages are zero still teach something?"""
         ...
@@ -70,6 +75,8 @@ class RatioClip:
     ratio: str = "sde"
     """ "sde" | "guard", as in `policy_loss`."""
     guidance: Guidance | None = None
+    uncond_gradient: bool = False
+    """Does the unconditional half of guidance learn too?"""
     backend: str | None = None
 
     @property
@@ -81,13 +88,17 @@ class RatioClip:
         return (1 + len(self.anchors)) * (1 if self.guidance is None else 2)
 
     @property
+    def together(self) -> int:
+        return 1 if self.guidance is None or not self.uncond_gradient else 2
+
+    @property
     def needs_all(self) -> bool:
         return self.kl_coef > 0
 
     def __call__(
         self, batch: StepBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> Outcome:
-        """The unconditional half of guidance has no gradient, so it is run without."""
+        """Where the unconditional half of guidance has no gradient it is run without."""
         v_ref = None
         if self.anchors:
             with torch.no_grad():
@@ -119,11 +130,16 @@ class RatioClip:
         """A velocity with the guidance arguments of a step, which are none without guidance."""
         if self.guidance is None:
             return velocity(batch.x_t, batch.sigma, batch.prompt), {}
+        where = batch.x_t, batch.sigma
         no_prompt = torch.full_like(batch.prompt, self.guidance.uncond)
+        if self.uncond_gradient and torch.is_grad_enabled():  # in one call, as wrappers need it
+            both = torch.cat([batch.prompt, no_prompt])
+            v, uncond = velocity(*(torch.cat([x, x]) for x in where), both).chunk(2)
+            v, guide = self.guidance.combined(v, uncond, batch.sigma)
+            return v, guide | ({"uncond_gradient": True} if guide else {})
         with torch.no_grad():
-            uncond = velocity(batch.x_t, batch.sigma, no_prompt)
-        v = velocity(batch.x_t, batch.sigma, batch.prompt)
-        return self.guidance.combined(v, uncond, batch.sigma)
+            uncond = velocity(*where, no_prompt)
+        return self.guidance.combined(velocity(*where, batch.prompt), uncond, batch.sigma)
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,10 @@ class Matching:
     @property
     def forwards(self) -> int:
         return 1 + len(self.anchors)
+
+    @property
+    def together(self) -> int:
+        return 1
 
     @property
     def needs_all(self) -> bool:

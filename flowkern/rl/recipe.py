@@ -112,12 +112,16 @@ class PolicyRecipe(Recipe):
     """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
     kl_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Of the Gaussian KL to the reference at the trained edges."""
+    uncond_gradient: bool = False
+    """Does the unconditional half of guidance learn too, as in DanceGRPO's and Flow-Factory's code?
+    It does not in Flow-GRPO's; the gradient is then shorter, so the learning rate higher."""
     ratio: ClassVar[str] = "sde"
     """Or "guard", as in `policy_loss`."""
 
     def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
         clip = self.clip_range
-        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance)
+        both = self.uncond_gradient
+        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance, both)
 
     def empty_plan(self) -> rollout.Plan:
         """One without a node, which refuses trained edges that a KL is not defined on."""

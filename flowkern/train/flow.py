@@ -181,8 +181,9 @@ class FlowTask:
         shares = torch.arange(len(self.slots)).tensor_split(self.recipe.updates_per_rollout)
         share, needs_all = shares[update], self.objective.needs_all
         advantage = experience.advantage[:, share]
+        max_batch = self.config.train.max_batch // self.objective.together
         parts = network_batches(
-            experience.rollout.layout, advantage, self.rank, self.config.train.max_batch, needs_all
+            experience.rollout.layout, advantage, self.rank, max_batch, needs_all
         )
         total, teaches = advantage[self.rank].numel(), needs_all or bool(advantage.any())
         return [FlowBatch(total, teaches, experience, site, share[p]) for site, p in parts]

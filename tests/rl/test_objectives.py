@@ -48,12 +48,13 @@ def rescaled(v, uncond, scale, sigma):
     return both * (v.norm(dim=1) / both.norm(dim=1))[:, None] + sigma[:, None] * v
 
 
-def log_prob(module, batch, scale, guide=None):
+def log_prob(module, batch, scale, guide=None, is_whole=False):
     """log N(x_next; a x + b v, std), averaged over the elements, as the papers have it."""
     velocity, c = velocity_of(module), batch.coefficients
     v = velocity(batch.x_t, batch.sigma, batch.prompt)
     if scale != 1:
-        uncond = velocity(batch.x_t, batch.sigma, torch.full_like(batch.prompt, UNCOND)).detach()
+        uncond = velocity(batch.x_t, batch.sigma, torch.full_like(batch.prompt, UNCOND))
+        uncond = uncond if is_whole else uncond.detach()
         plain = uncond + scale * (v - uncond)
         v = plain if guide is None else guide(v, uncond, scale, batch.sigma)
     mean, std = c.a[:, None] * batch.x_t + c.b[:, None] * v, c.std[:, None]
@@ -62,22 +63,22 @@ def log_prob(module, batch, scale, guide=None):
 
 
 @pytest.mark.parametrize(
-    "scale, kl_coef, guide",
-    [(1.0, 0.0, None), (3.0, 0.0, None), (3.0, 0.05, None), (3.0, 0.05, rescaled)],
+    "scale, kl_coef, guide", [(1, 0, None), (3, 0, None), (3, 0.05, None), (3, 0.05, rescaled)]
 )
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef, guide):
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef, guide, is_whole):
     module, base = network(0), network(1)
     guidance = Guidance.of(scale, UNCOND, guide)
     batch = everything(rollout_of(module, guidance, keep_velocity=False))
     advantage = batch.advantage
-    objective = RatioClip(1e-3, 1e-3, kl_coef, guidance=guidance)
+    objective = RatioClip(1e-3, 1e-3, kl_coef, guidance=guidance, uncond_gradient=is_whole)
     out = objective(batch, velocity_of(module), {"reference": velocity_of(base)})
     ratio = out.statistics["ratio_mean"]
     assert torch.equal(ratio, torch.ones_like(ratio))
     assert not any(out.statistics[f"pg_clipfrac_{side}"].any() for side in ("lower", "higher"))
     (actual,) = torch.autograd.grad(out.loss, module.weight)
 
-    new, mean, std = log_prob(module, batch, scale, guide)
+    new, mean, std = log_prob(module, batch, scale, guide, is_whole)
     ratio = (new - new.detach()).exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
     # KL against a reference that is guided by its own unconditional half

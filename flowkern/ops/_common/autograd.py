@@ -10,6 +10,36 @@ from flowkern import torch_private as private
 from .dispatch import BackendError, is_transformed
 
 
+class _OfBoth(torch.autograd.Function):
+    """velocity, whose gradient g is w times that of the guided one; the other 1 - w are uncond's."""
+
+    @staticmethod
+    def forward(ctx, velocity: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        ctx.share, ctx.dtype = (1 - scale) / scale, uncond.dtype
+        return velocity.view_as(velocity)
+
+    @staticmethod
+    def backward(ctx, grad):
+        share = (grad * ctx.share).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad, share, None
+
+
+def of_both(velocity: Tensor, uncond: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Both halves of guidance for an op that differentiates the first: the second gets its share.
+
+    Raises ValueError without a second half, or where the first has no share: a scale of 0.
+    """
+    if uncond is None:
+        raise ValueError("uncond_gradient: needs velocity_uncond, got None")
+    if scale == 0:
+        raise ValueError(
+            "uncond_gradient: with guidance_scale=0 the loss is one of velocity_uncond"
+        )
+    if is_transformed():  # torch.func and forward mode take no Function of this kind
+        return velocity + (1 - scale) / scale * (uncond - uncond.detach()), uncond.detach()
+    return _OfBoth.apply(velocity, uncond, scale), uncond.detach()
+
+
 class EagerGradient(torch.autograd.Function):
     """Gives a kernel's output its gradient in one input, for less than the dispatcher's price.
 

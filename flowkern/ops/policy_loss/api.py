@@ -32,6 +32,7 @@ from flowkern.ops._common.arguments import (
     is_number,
     packed,
 )
+from flowkern.ops._common.autograd import of_both
 from flowkern.ops._common.loss_op import LossOp
 from flowkern.ops._common.native_calls import noise as noise_arguments
 from flowkern.schedules import Coefficients
@@ -90,6 +91,7 @@ def policy_loss(
     step: int | Tensor | None = None,
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
+    uncond_gradient: bool = False,
     velocity_ref: Tensor | None = None,
     kl_coef: float | Tensor = 0.0,
     step_weight: Tensor | None = None,
@@ -114,7 +116,9 @@ def policy_loss(
             rounding of both (about 1e-7). Not with ratio="guard". With neither, the update is on
             policy: log_ratio is exactly 0, its gradient kept.
         noise, seed, sample_id, step: as in `sde_step`, only with x_next=None.
-        velocity_uncond: (R, *D), with guidance_scale; it gets no gradient.
+        velocity_uncond: (R, *D), with guidance_scale.
+        uncond_gradient: differentiate velocity_uncond too (DanceGRPO, Flow-Factory); False, as in
+            Flow-GRPO: it is a constant.
         velocity_ref: (R, *D), already guided, of the reference policy. kl_coef: float or (B,).
         step_weight: (B,), multiplies the policy term and never the KL.
         clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and
@@ -126,6 +130,8 @@ def policy_loss(
         ValueError, TypeError naming the argument; BackendError where the named backend cannot
         serve.
     """
+    if uncond_gradient:
+        velocity, velocity_uncond = of_both(velocity, velocity_uncond, guidance_scale)
     given = (
         velocity, x_t, x_next, c_rows, advantage, row, old_velocity, old_log_prob,
         noise, seed, sample_id, step, velocity_uncond, guidance_scale, velocity_ref,

@@ -28,7 +28,7 @@ from flowkern.ops._common.arguments import (
     check_out,
     compute_dtype,
 )
-from flowkern.ops._common.autograd import EagerGradient
+from flowkern.ops._common.autograd import EagerGradient, of_both
 from flowkern.ops._common.dispatch import (
     Impl,
     choose,
@@ -261,15 +261,19 @@ def sde_log_prob(
     c_rows: Coefficients,
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
+    uncond_gradient: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of a stored x_next: (B,) float32, differentiable in `velocity`.
 
     With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for
-    any split of the batch. Args as `sde_step`; velocity_uncond gets no gradient.
+    any split of the batch. Args as `sde_step`; velocity_uncond gets a gradient with
+    uncond_gradient only.
     d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
     is saved.
     """
+    if uncond_gradient:
+        velocity, velocity_uncond = of_both(velocity, velocity_uncond, guidance_scale)
     if kernels := direct(backend, x_t):
         inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
         log_prob = kernels.sde_replay(*inputs)
