@@ -1,13 +1,16 @@
-"""The losses as the fuzzer sees them: as fuzz_ops.py, with gradients by hand."""
+"""The losses as the fuzzer sees them: as steps.py, with gradients by hand."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from float32_bounds import Bounded, U, monotone, unless_zero, where
-from fuzz_inputs import Draw
-from fuzz_ops import (
+
+import flowkern as fk
+
+from .bounds import Bounded, U, monotone, unless_zero, where
+from .inputs import Draw
+from .steps import (
     WEIGHTS,
     Op,
     Rows,
@@ -18,8 +21,6 @@ from fuzz_ops import (
     scale_of,
     with_gradient,
 )
-
-import flowkern as fk
 
 
 def _log1p(x: float) -> float:

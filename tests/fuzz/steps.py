@@ -1,5 +1,5 @@
 """The steps and the noise as the fuzzer sees them: random arguments, and what float32 arithmetic
-may make of them (the losses: fuzz_losses.py).
+may make of them (the losses: losses.py).
 
 An op has three parts: `arguments(draw)` makes the keywords of a call, `call` runs it, forward and
 backward, and names its results, `bounds` says in terms of `Bounded` what the results may be. The
@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-from float32_bounds import Bounded, unless_zero, where
-from fuzz_inputs import Draw
 
 import flowkern as fk
 from flowkern.schedules import COLUMNS
+
+from .bounds import Bounded, unless_zero, where
+from .inputs import Draw
 
 WEIGHTS = "loss_weights"  # the gradient that comes in, not an argument of the verb
 
