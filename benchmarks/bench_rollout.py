@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from harness import ROOT, Case, Contender, describe_machine, results_folder, run_case
 
-QUICK_PROMPTS = 2
 PROMPTS = {"flow_grpo": 8, "mixgrpo": 8, "mixgrpo_flash": 8, "tempflow_grpo": 4, "g2rpo": 4}
+QUICK_PROMPTS = {"flow_grpo": 2, "mixgrpo": 4, "mixgrpo_flash": 4, "tempflow_grpo": 2, "g2rpo": 2}
 SAMPLE, GROUP, PROMPT = (
     f"plain PyTorch, one {unit} at a time" for unit in ("sample", "group", "prompt")
 )
@@ -87,7 +87,7 @@ def _is_ready() -> bool:
 
 def _case(name: str, quick: bool) -> Case:
     folder = tempfile.TemporaryDirectory()
-    few = (f"algorithm.prompts_per_rollout={QUICK_PROMPTS}",) if quick else ()
+    few = (f"algorithm.prompts_per_rollout={QUICK_PROMPTS[name]}",) if quick else ()
     trainer = _trainer(name, folder.name, *few)
     recipe, iteration = trainer.recipe, trainer.iteration
     size, trunks = recipe.group_size, getattr(recipe, "num_seeds", 1)

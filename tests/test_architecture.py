@@ -120,7 +120,6 @@ KNOW_ALGORITHMS = {
     "flowkern/rl/algorithms": "their room",
     "flowkern/compat": "its modules are called after projects",
     "flowkern/ops/matching_loss": "one of its losses is called after the algorithm it was made for",
-    "scripts/fuzz": "draws its arguments",
     "scripts/draw_plans.py": "draws the pictures of docs/algorithms.md",
 }
 KNOW_FAMILIES = {

@@ -3,21 +3,17 @@ in CUDA graphs, without synchronization, in how many launches and how much memor
 """
 
 import random
-import sys
-from pathlib import Path
 
+import fuzz
 import pytest
 import torch
+from calls import GRID, VERBS, Arguments, call
 
 import flowkern as fk
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
-
-sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parent)]
-import fuzz_kernels as fuzz  # noqa: E402
-from calls import GRID, VERBS, Arguments, call  # noqa: E402
 
 BACKENDS = [name for name in ("triton", "native") if fk.backends("cuda")[name] is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -37,26 +33,24 @@ def make(batch=8, size=65_536, dtype=torch.float32):
 @every_backend
 @pytest.mark.parametrize("block", range(6))
 def test_random_calls(backend, block):
-    """As scripts/fuzz_kernels.py makes and checks them: any op, shape, stride, dtype, edge."""
-    ops = fuzz.present_ops()
-    backends = fuzz.serving(ops, backend, "cuda")
+    """As tests/fuzz makes and checks them: any op, shape, stride, dtype, edge."""
+    backends = fuzz.serving(fuzz.OPS, backend, "cuda")
     torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody writes is NaN
     try:
         for index in range(8 * block, 8 * (block + 1)):
-            fuzz.one_call(ops, backends, f"0:{index}", "cuda")
+            fuzz.one_call(fuzz.OPS, backends, f"0:{index}", "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @every_backend
-@pytest.mark.parametrize("op", fuzz.present_ops(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", fuzz.OPS, ids=lambda op: op.name)
 def test_samples_of_many_tiles(op, backend):
     """The size of a video, and a remainder: kernels may cut such samples otherwise."""
     for seed in ("many tiles", "more tiles"):
         draw = fuzz.Draw(random.Random(seed), "cuda")
         draw.size, draw.is_wild, draw.odd = (lambda: 2**18 + 4099), False, ()
-        p = op.arguments(draw)
-        (fuzz.check_overlap if draw.is_refused else fuzz.check)(op, p, backend)
+        fuzz.check_drawn(op, draw, backend)
 
 
 @every_backend

@@ -1,128 +1,30 @@
-"""Random calls of every op, each held to what float32 arithmetic may make of its formula.
-
-    python scripts/fuzz_kernels.py [--calls 10000] [--seed 0] [--backend native] [--device cpu]
-                                   [--op sde_step] [--index 17] [--keep-going] [--no-check]
-
-A call is right where every result lies within its bound (float32_bounds.py) of the formula in
-float64, the float64 reference of the package lies within a thousandth of it, what must have the
-bits of the float32 reference has them, and a second run, on other threads, gives the same bits.
-One call in eight gets one argument wrong and must answer with an error that names it. Of the steps
-two in seven are drawn in place, one in seven has an output across what is read, to be refused.
-Kinds of layouts and outputs are counted; one of which there is none is a failure. Outputs are NaN
-before they are written. A disagreement, or a crash, ends with the line that repeats the call.
+"""One random call, held to what float32 arithmetic may make of its formula, and one that has an
+argument wrong.
 """
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
 import functools
 import inspect
 import math
-import multiprocessing
 import random
 import re
-import sys
-import time
-from collections import Counter
 
 import torch
-from fuzz_inputs import LAYOUTS, OUTPUTS, Draw
-from fuzz_losses import LOSSES
-from fuzz_ops import STEPS, WEIGHTS, float32
 
 import flowkern as fk
 from flowkern.ops._common import native
 
-ENOUGH = 500  # calls, for every kind of layout and output to come up
+from .inputs import Draw
+from .losses import LOSSES
+from .steps import STEPS, WEIGHTS, float32
+
+OPS = (*STEPS, *LOSSES)
 NAMED_ERRORS = (TypeError, ValueError, IndexError, fk.BackendError)
-
-
-def present_ops() -> list:
-    """The ops that this version has."""
-    return [op for op in (*STEPS, *LOSSES) if hasattr(fk, op.name)]
 
 
 class Disagreement(AssertionError):
     pass
-
-
-def main() -> int:
-    options = _arguments()
-    context = multiprocessing.get_context("spawn")
-    place = context.Value("q", -1)  # the call under way, known also after a crash
-    run = context.Process(target=_run, args=(options, place))
-    run.start()
-    run.join()
-    if run.exitcode not in (0, 1):
-        print(f"\ncrashed, exit status {run.exitcode}\n{_again(options, place.value)}", flush=True)
-    return 1 if run.exitcode else 0
-
-
-def _again(options, index: int) -> str:
-    arguments = f"--seed {options.seed} --backend {options.backend} --device {options.device}"
-    arguments += f" --op {options.op}" if options.op else ""
-    return f"again: python scripts/fuzz_kernels.py {arguments} --index {index}"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--index", type=int, help="this call alone, with its arguments shown")
-    parser.add_argument("--op", help="this op alone")
-    parser.add_argument("--no-check", action="store_true", help="only the calls, for sanitizers")
-    parser.add_argument("--keep-going", action="store_true", help="past the first disagreement")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--backend", help="native on the CPU, triton on CUDA by default")
-    options = parser.parse_args()
-    options.backend = options.backend or ("native" if options.device == "cpu" else "triton")
-    return options
-
-
-def _run(options, place) -> None:
-    faulthandler.enable()
-    # Unwritten memory is NaN in this mode; warn_only as nothing here is nondeterministic by it.
-    torch.use_deterministic_algorithms(not options.no_check, warn_only=True)
-    ops = [op for op in present_ops() if options.op in (None, op.name)]
-    backends = serving(ops, options.backend, options.device)
-    if native.cpu() is not None:
-        print(f"native kernels: {native.cpu().__file__}")
-    for name, (backend, reason) in backends.items():
-        print(f"{name}: {backend}{f', as {reason}' if reason else ''}", flush=True)
-    begin, counts, drawn, disagreements = time.perf_counter(), Counter(), Counter(), 0
-    indices = range(options.calls) if options.index is None else [options.index]
-    for index in _progress(indices):
-        place.value = index
-        try:
-            kind = one_call(
-                ops, backends, f"{options.seed}:{index}", options.device, options, drawn
-            )
-        except Disagreement as found:
-            print(f"\n{found}\n{_again(options, index)}", flush=True)
-            if not options.keep_going:
-                sys.exit(1)
-            kind, disagreements = "disagreement", disagreements + 1
-        counts[kind] += 1
-    seconds = time.perf_counter() - begin
-    print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
-    print(", ".join(f"{name} {count}" for name, count in sorted(drawn.items())))
-    print(f"{counts.total()} calls, {disagreements} disagreements, {seconds:.0f} s")
-    missing = [name for name in kinds(ops) if not drawn[name]]
-    if missing and counts.total() >= ENOUGH:
-        print(f"never drawn: {', '.join(missing)}")
-    sys.exit(1 if disagreements or (missing and counts.total() >= ENOUGH) else 0)
-
-
-def kinds(ops) -> list[str]:
-    """What enough calls must have drawn."""
-    names = [f"layout {name}" for name in LAYOUTS]
-    if {"sde_step", "ode_step"} & {op.name for op in ops}:
-        names += [f"output {name}" for name in OUTPUTS if name != "in place"]
-        names += [f"output in place, {name}" for name in ("x_t", "velocity")]
-    if "sde_step" in {op.name for op in ops}:
-        names.append("output in place, noise")
-    return names
 
 
 def serving(ops, backend: str, device: str) -> dict[str, tuple[str, str]]:
@@ -143,14 +45,6 @@ def _accepted(op, seed: int, device: str) -> dict | None:
     draw = Draw(random.Random(seed), device)
     p = op.arguments(draw)
     return None if draw.is_refused else p
-
-
-def _progress(indices):
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return indices
-    return tqdm(indices, mininterval=1, disable=not sys.stderr.isatty())
 
 
 def one_call(ops, backends, seed: str, device: str, options=None, drawn=None) -> str:
@@ -182,6 +76,12 @@ def one_call(ops, backends, seed: str, device: str, options=None, drawn=None) ->
     except Disagreement as found:
         raise Disagreement(f"{op.name}: {found}") from found
     return op.name
+
+
+def check_drawn(op, draw: Draw, backend: str) -> None:
+    """The call that `draw` makes, whether it is to be served or to be refused."""
+    p = op.arguments(draw)
+    (check_overlap if draw.is_refused else check)(op, p, backend)
 
 
 def check_overlap(op, p: dict, backend: str) -> None:
@@ -347,7 +247,3 @@ def _brief(value) -> str:
 def _show(p: dict) -> None:
     for name, value in p.items():
         print(f"  {name} = {_brief(value)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -162,18 +162,18 @@ class Draw:
             is_sde = order < 3 and self.maybe()
             path = sorted(self.r.sample(range(1, 100), order + 1), reverse=True)
             path = [percent / 100 for percent in path]
-            rows = multistep_coefficients(path, order, sde=is_sde)
-            count = rows.num_history
+            edges = multistep_coefficients(path, order, sde=is_sde)
+            count = edges.num_history
         elif self.maybe(0.3):
             low, high = self.r.randrange(50) / 100, self.r.randint(50, 100) / 100
-            rows = edge_coefficients(high, low, kind, level)
+            edges = edge_coefficients(high, low, kind, level)
         else:  # the first edge starts at sigma = 1, the last one ends at 0
-            rows = step_coefficients(grid, kind, level)
-            which = self.r.choice((0, -1, self.r.randrange(len(rows))))
-            index = torch.randint(0, len(rows), (batch,), generator=self.g)
-            rows = rows[which] if self.maybe(0.3) else rows[index]
-        dtype = torch.float32 if self.maybe() else rows.table.dtype
-        return rows.to(self.device, dtype), count
+            edges = step_coefficients(grid, kind, level)
+            which = self.r.choice((0, -1, self.r.randrange(len(edges))))
+            index = torch.randint(0, len(edges), (batch,), generator=self.g)
+            edges = edges[which] if self.maybe(0.3) else edges[index]
+        dtype = torch.float32 if self.maybe() else edges.table.dtype
+        return edges.to(self.device, dtype), count
 
     # ---- calls ----
 
@@ -185,8 +185,8 @@ class Draw:
 
     def step(self, history: bool = True) -> dict:
         shape = self.shape()
-        rows, count = self.edges(shape[0], history)
-        p = {"x_t": self.latent(shape), "velocity": self.latent(shape), "c_rows": rows}
+        edges, count = self.edges(shape[0], history)
+        p = {"x_t": self.latent(shape), "velocity": self.latent(shape), "c_rows": edges}
         count = self.r.randint(count, 3) if history and self.maybe(0.2) else count
         if history:
             p["history"] = [self.latent(shape) for _ in range(count)]
@@ -218,7 +218,7 @@ class Draw:
     def overlap(self, p: dict) -> bool:
         """Makes `out` memory that something the call reads lies in, where it may not."""
         x = p["x_t"]
-        ways = ["shifted", "expanded", "velocity_uncond", "history", "sample_id", "step", "rows"]
+        ways = ["shifted", "expanded", "velocity_uncond", "history", "sample_id", "step", "edges"]
         way = self.r.choice(ways)
         memory = torch.zeros(2 * x.numel() + 64, dtype=torch.float32, device=self.device)
         begin = 18  # of `out`: past what is read from before it
@@ -237,7 +237,7 @@ class Draw:
         elif way in ("sample_id", "step") and isinstance(p.get(way), Tensor):
             ids = memory[: 2 * (begin // 2 + len(x))].view(torch.int64)
             p[way] = ids[begin // 2 :]
-        elif way == "rows":
+        elif way == "edges":
             name = "c_rows" if "c_rows" in p else "m_rows"
             history = p[name].num_history
             p[name] = Coefficients(memory[begin - 4 : begin + 5], history)
@@ -262,19 +262,19 @@ class Draw:
 
     def policy(self) -> dict:
         shape, batch, row = self.rows_and_samples()
-        rows, _ = self.edges(batch)
+        edges, _ = self.edges(batch)
         drift = self.r.choice((0.0, 1e-6, 1e-3, 0.1))
         old, x = self.values(shape), self.values(shape)
         p = {
             "velocity": self.latent(shape, old + drift * torch.randn(shape, generator=self.g)),
             "x_t": self.latent(shape, x),
-            "c_rows": rows,
+            "c_rows": edges,
             "advantage": self.per_sample(batch),
             "ratio": self.r.choice(("sde", "guard")),
         } | row
         index = row["row"].long().cpu() if row else torch.arange(batch)
         a, b, std = (
-            getattr(rows, n).float().cpu().reshape(-1, *[1] * (x.ndim - 1))
+            getattr(edges, n).float().cpu().reshape(-1, *[1] * (x.ndim - 1))
             for n in ("a", "b", "std")
         )
         noise = torch.randn(x[index].shape, generator=self.g)

@@ -1,16 +1,19 @@
-"""The losses as the fuzzer sees them: as fuzz_ops.py, with gradients by hand."""
+"""The losses as the fuzzer sees them: as steps.py, with gradients by hand."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from float32_bounds import Bounded, U, monotone, unless_zero, where
-from fuzz_inputs import Draw
-from fuzz_ops import (
+
+import flowkern as fk
+
+from .bounds import Bounded, U, monotone, unless_zero, where
+from .inputs import Draw
+from .steps import (
     WEIGHTS,
+    Edges,
     Op,
-    Rows,
     exact,
     float32,
     guided,
@@ -18,8 +21,6 @@ from fuzz_ops import (
     scale_of,
     with_gradient,
 )
-
-import flowkern as fk
 
 
 def _log1p(x: float) -> float:
@@ -95,23 +96,23 @@ class PolicyLoss(Op):
         velocity, row = p["velocity"], p.get("row")
         index = torch.arange(len(velocity), device=velocity.device) if row is None else row.long()
         of = lambda x: None if x is None else x[index]  # noqa: E731
-        rows, v, x = Rows(p["c_rows"], velocity), of(guided(p)), of(exact(p["x_t"]))
+        edges, v, x = Edges(p["c_rows"], velocity), of(guided(p)), of(exact(p["x_t"]))
         old, ref = of(exact(p.get("old_velocity"))), of(exact(p.get("velocity_ref")))
         zero = Bounded(torch.zeros(len(index), dtype=torch.float64, device=velocity.device))
-        k, b, std, c = (r + zero for r in (rows.k, rows.b, rows.std, rows.c))
+        k, b, std, c = (r + zero for r in (edges.k, edges.b, edges.std, edges.c))
         noisy = std.value > 0
         over_std = where(noisy, b / where(noisy, std, Bounded(torch.ones_like(std.value))), zero)
 
-        mean_old = rows.mean(x, v if old is None else old)
+        mean_old = edges.mean(x, v if old is None else old)
         x_next = exact(p["x_next"])
         if x_next is None:
-            x_next = rows.drawn(mean_old, noise_of(p, x.value.shape, "step"))
+            x_next = edges.drawn(mean_old, noise_of(p, x.value.shape, "step"))
         e = x_next - mean_old
         if p["x_next"] is None:
-            is_zero = rows.wide(std.value == 0) & e.value.isfinite()
+            is_zero = edges.wide(std.value == 0) & e.value.isfinite()
             e = where(is_zero, Bounded(torch.zeros_like(e.value)), e)
-        residual = x_next - rows.mean(x, v)
-        d = None if old is None else rows.wide(rows.b) * (v - old)
+        residual = x_next - edges.mean(x, v)
+        d = None if old is None else edges.wide(edges.b) * (v - old)
         is_guard = p["ratio"] == "guard"
         if p.get("old_log_prob") is not None:
             log_ratio = (c - k * mean_square(residual)) - exact(p["old_log_prob"])
@@ -140,10 +141,10 @@ class PolicyLoss(Op):
         # On policy no sum has looked at the data, so what is not finite comes through any slope.
         is_on_policy = old is None and p.get("old_log_prob") is None
         term = (lambda x, y: x * y) if is_on_policy else unless_zero
-        gradient = term(rows.wide(slope), e if is_guard else residual)
+        gradient = term(edges.wide(slope), e if is_guard else residual)
         if ref is not None:
             slope = grad * scale_of(p) * coefficient * over_std * over_std * (1 / size)
-            gradient = gradient + unless_zero(rows.wide(slope), v - ref)
+            gradient = gradient + unless_zero(edges.wide(slope), v - ref)
         gradient = gradient.scattered(index, len(velocity)).within(velocity.dtype)
         return {"loss": loss, "kl": kl, "gradient": gradient} | ratio.results()
 

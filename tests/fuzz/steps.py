@@ -1,5 +1,5 @@
 """The steps and the noise as the fuzzer sees them: random arguments, and what float32 arithmetic
-may make of them (the losses: fuzz_losses.py).
+may make of them (the losses: losses.py).
 
 An op has three parts: `arguments(draw)` makes the keywords of a call, `call` runs it, forward and
 backward, and names its results, `bounds` says in terms of `Bounded` what the results may be. The
@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-from float32_bounds import Bounded, unless_zero, where
-from fuzz_inputs import Draw
 
 import flowkern as fk
 from flowkern.schedules import COLUMNS
+
+from .bounds import Bounded, unless_zero, where
+from .inputs import Draw
 
 WEIGHTS = "loss_weights"  # the gradient that comes in, not an argument of the verb
 
@@ -24,7 +25,7 @@ def exact(x) -> Bounded | None:
     return None if x is None else Bounded(x.detach().double())
 
 
-class Rows:
+class Edges:
     """The columns of a call's coefficients, (B or 1,), and their shape over a latent."""
 
     def __init__(self, coefficients, latent: torch.Tensor):
@@ -129,18 +130,18 @@ class SdeStep(Op):
         return results
 
     def bounds(self, p, got) -> dict[str, Bounded]:
-        rows = Rows(p["c_rows"], p["x_t"])
-        mean = mean_with_history(rows, p, guided(p))
-        x_next = rows.drawn(mean, noise_of(p, p["x_t"].shape, "step"))
+        edges = Edges(p["c_rows"], p["x_t"])
+        mean = mean_with_history(edges, p, guided(p))
+        x_next = edges.drawn(mean, noise_of(p, p["x_t"].shape, "step"))
         residual = exact(got["x_next"]) - mean  # the log-probability is of what was stored
-        log_prob = rows.c - rows.k * (residual * residual).mean()
+        log_prob = edges.c - edges.k * (residual * residual).mean()
         return {"x_next": x_next.within(got["x_next"].dtype), "log_prob": log_prob}
 
 
-def mean_with_history(rows: Rows, p, v: Bounded) -> Bounded:
-    mean = rows.mean(exact(p["x_t"]), v)
+def mean_with_history(edges: Edges, p, v: Bounded) -> Bounded:
+    mean = edges.mean(exact(p["x_t"]), v)
     for j, earlier in enumerate(p.get("history", ())):
-        mean = mean + rows.wide(getattr(rows, f"h{j + 1}")) * exact(earlier)
+        mean = mean + edges.wide(getattr(edges, f"h{j + 1}")) * exact(earlier)
     return mean
 
 
@@ -157,8 +158,8 @@ class OdeStep(Op):
         return {"x_next": x_next.clone(), "x0": x0}
 
     def bounds(self, p, got) -> dict[str, Bounded]:
-        rows, v = Rows(p["m_rows"], p["x_t"]), guided(p)
-        x_next, x0 = mean_with_history(rows, p, v), exact(p["x_t"]) - rows.wide(rows.sigma) * v
+        edges, v = Edges(p["m_rows"], p["x_t"]), guided(p)
+        x_next, x0 = mean_with_history(edges, p, v), exact(p["x_t"]) - edges.wide(edges.sigma) * v
         return {n: x.within(got[n].dtype) for n, x in (("x_next", x_next), ("x0", x0))}
 
 
@@ -174,12 +175,12 @@ class SdeLogProb(Op):
         return with_gradient(p, lambda a: {"log_prob": fk.sde_log_prob(**a)})
 
     def bounds(self, p, got) -> dict[str, Bounded]:
-        rows = Rows(p["c_rows"], p["x_t"])
-        residual = exact(p["x_next"]) - rows.mean(exact(p["x_t"]), guided(p))
+        edges = Edges(p["c_rows"], p["x_t"])
+        residual = exact(p["x_next"]) - edges.mean(exact(p["x_t"]), guided(p))
         size = max(1, math.prod(p["x_t"].shape[1:]))
-        slope = exact(p[WEIGHTS]) * (2 * scale_of(p) / size) * rows.k * rows.b
-        gradient = unless_zero(rows.wide(slope), residual)
-        log_prob = rows.c - rows.k * (residual * residual).mean()
+        slope = exact(p[WEIGHTS]) * (2 * scale_of(p) / size) * edges.k * edges.b
+        gradient = unless_zero(edges.wide(slope), residual)
+        log_prob = edges.c - edges.k * (residual * residual).mean()
         log_prob = log_prob + exact(torch.zeros_like(p[WEIGHTS]))  # one row for all: (B,)
         return {"log_prob": log_prob, "gradient": gradient.within(p["velocity"].dtype)}
 
