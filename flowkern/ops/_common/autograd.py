@@ -7,11 +7,13 @@ from torch import Tensor
 
 from flowkern import torch_private as private
 
+from .arguments import check_guidance
 from .dispatch import BackendError, is_transformed
 
 
 class _OfBoth(torch.autograd.Function):
-    """velocity, whose gradient g is w times that of the guided one; the other 1 - w are uncond's."""
+    """The first half: its gradient is w times that of the guided velocity, and 1 - w times that is
+    the second half's."""
 
     @staticmethod
     def forward(ctx, velocity: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -31,10 +33,9 @@ def of_both(velocity: Tensor, uncond: Tensor | None, scale: float) -> tuple[Tens
     """
     if uncond is None:
         raise ValueError("uncond_gradient: needs velocity_uncond, got None")
+    check_guidance(uncond, scale, velocity)
     if scale == 0:
-        raise ValueError(
-            "uncond_gradient: with guidance_scale=0 the loss is one of velocity_uncond"
-        )
+        raise ValueError("uncond_gradient: velocity has no share where guidance_scale is 0")
     if is_transformed():  # torch.func and forward mode take no Function of this kind
         return velocity + (1 - scale) / scale * (uncond - uncond.detach()), uncond.detach()
     return _OfBoth.apply(velocity, uncond, scale), uncond.detach()

@@ -116,9 +116,8 @@ def policy_loss(
             rounding of both (about 1e-7). Not with ratio="guard". With neither, the update is on
             policy: log_ratio is exactly 0, its gradient kept.
         noise, seed, sample_id, step: as in `sde_step`, only with x_next=None.
-        velocity_uncond: (R, *D), with guidance_scale.
-        uncond_gradient: differentiate velocity_uncond too (DanceGRPO, Flow-Factory); False, as in
-            Flow-GRPO: it is a constant.
+        velocity_uncond: (R, *D), with guidance_scale; uncond_gradient: it has one too, as in
+            DanceGRPO and Flow-Factory; in Flow-GRPO it is a constant.
         velocity_ref: (R, *D), already guided, of the reference policy. kl_coef: float or (B,).
         step_weight: (B,), multiplies the policy term and never the KL.
         clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and
@@ -126,9 +125,7 @@ def policy_loss(
         ratio: "sde" | "guard". reduction: "mean" | "sum" | "none".
         backend: "native" | "triton" | "reference"; None takes the best that can serve.
 
-    Raises:
-        ValueError, TypeError naming the argument; BackendError where the named backend cannot
-        serve.
+    Raises ValueError, TypeError naming the argument; BackendError where the backend cannot serve.
     """
     if uncond_gradient:
         velocity, velocity_uncond = of_both(velocity, velocity_uncond, guidance_scale)
