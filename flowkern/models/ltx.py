@@ -78,9 +78,8 @@ class LTX(VideoPipeline):
 
     def to_vae(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        mean, std = (
-            torch.stack([vae.latents_mean, vae.latents_std]).to(latents).view(2, -1, 1, 1, 1)
-        )
+        statistics = torch.stack([vae.latents_mean, vae.latents_std]).to(latents)
+        mean, std = statistics.view(2, -1, 1, 1, 1)
         return latents * std / vae.config.scaling_factor + mean
 
     def vae_arguments(self, latents: Tensor) -> dict[str, Any]:

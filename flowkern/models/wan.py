@@ -29,7 +29,6 @@ class Wan(VideoPipeline):
     """A WanPipeline; the part of its conditioning is tokens (B, L, E)."""
 
     kind = WanPipeline
-    frame_rate = 16
     lora_targets = "to_q to_k to_v to_out.0".split()
 
     def __init__(
@@ -47,6 +46,9 @@ class Wan(VideoPipeline):
             raise ValueError(
                 f"guidance_scale_2: got {guidance_scale_2}, but this pipeline has one network"
             )
+        self.frame_rate = (
+            24 if pipeline.config.expand_timesteps else 16
+        )  # of what it was trained on
         super().__init__(pipeline, **options)
 
     def whole(self, pipeline: WanPipeline) -> nn.Module:

@@ -205,6 +205,15 @@ def test_every_lora_parameter_learns_and_the_pipeline_loads_them(name, load, tmp
     assert (found - velocity).abs().max() <= 2e-6 < (bare - velocity).abs().max()
 
 
+def test_videos_have_the_pipelines_own_size_and_rate(directories):
+    ltx, hunyuan = (load_model(directories(name)) for name in ("ltx", "hunyuan_video"))
+    assert (ltx.num_frames, ltx.latent_shape) == (161, (16, 21, 16, 22))
+    assert (hunyuan.num_frames, hunyuan.latent_shape) == (129, (16, 33, 90, 160))
+    assert (ltx.frame_rate, hunyuan.frame_rate) == (25, 24)
+    assert (ltx.max_sequence_length, hunyuan.max_sequence_length) == (128, 256)
+    assert hunyuan.guidance_embedding == 6 and load_model(directories("flux")).frame_rate is None
+
+
 def test_mistakes_are_named(load):
     with pytest.raises(ValueError, match="height: got 60, expected a positive multiple of 16"):
         load("flux", height=60)
@@ -212,5 +221,11 @@ def test_mistakes_are_named(load):
         load("flux", max_sequence_length=513)
     with pytest.raises(ValueError, match="guidance_embedding: got 3.5, but a StableDiff.* takes"):
         load("sd3", guidance_embedding=3.5)
+    with pytest.raises(ValueError, match="num_frames: got 5, but a FluxPipeline takes height"):
+        load("flux", num_frames=5)
+    with pytest.raises(ValueError, match=r"num_frames: got 5, expected 8 k \+ 1, as 1, 9, 17"):
+        load("ltx", num_frames=5)
+    with pytest.raises(ValueError, match="frame_rate: got 0, expected frames per second above 0"):
+        load("ltx", frame_rate=0)
     assert load("flux", negative_prompt="bad").guidance.negative_prompt == "bad"
     assert len(Conditioning.cat([load("flux").encode(PROMPTS)] * 2)) == 4

@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import tiny
 
-from flowkern.models import guide_of
+from flowkern.models import guide_of, pipeline
 from flowkern.models.wan import Wan
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora, restore_lora
@@ -52,7 +52,7 @@ def test_the_grid_is_that_of_the_pipelines_unipc(name):
 def test_each_row_is_asked_of_the_network_for_its_level(a14b):
     """In any order, on either side alone; a level on the boundary is of the first."""
     high, low = a14b.pipeline.transformer, a14b.pipeline.transformer_2
-    for levels in ((0.5, 0.95, 0.874), (0.95, 0.5, 0.875), (0.9, 0.99), (0.1, 0.2)):
+    for levels in ((0.5, 0.874, 0.95), (0.95, 0.5, 0.875), (0.9, 0.99), (0.1, 0.2)):
         x_t, sigma, conditioning = rows(a14b, *levels)
         found = a14b.velocity(x_t, sigma, conditioning)
         for row, level in enumerate(levels):
@@ -150,3 +150,20 @@ def test_sizes_are_the_pipelines_own():
     assert model.describe()["num_frames"] == 81 and model.max_sequence_length == 512
     large = Wan(tiny.pipeline("wan_ti2v"), height=704, width=1280, num_frames=121)
     assert large.describe()["elements"] == 5_237_760
+    assert (model.frame_rate, large.frame_rate) == (16, 24)
+
+
+def test_videos_are_decoded_a_few_at_a_time(monkeypatch):
+    """By their pixels, which those of all frames are."""
+    model, sizes = Wan(tiny.pipeline("wan"), **SIZE), []
+    decode = model.pipeline.vae.decode
+    monkeypatch.setattr(
+        model.pipeline.vae, "decode", lambda z, **more: sizes.append(len(z)) or decode(z, **more)
+    )
+    latents = torch.randn(3, *model.latent_shape)
+    for videos, expected in ((3, [3]), (2, [2, 1]), (0.5, [1, 1, 1])):
+        monkeypatch.setattr(pipeline, "DECODE_PIXELS", int(videos * 5 * 32 * 64))
+        sizes.clear()
+        found = model.decode(latents)
+        assert sizes == expected and found.shape == (3, 5, 3, 32, 64)
+        torch.testing.assert_close(found[1:2], model.decode(latents[1:2]), rtol=0, atol=5e-6)
