@@ -1,7 +1,5 @@
 """The step against the float64 truth, and the laws of the numerical contract (docs/numerics.md)."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -258,22 +256,6 @@ def test_noise_does_not_depend_on_the_batch(backend):
             **one, **k | {"sample_id": k["sample_id"][i : i + 1]}, backend=backend
         )
         assert torch.equal(alone, whole[i : i + 1])
-
-
-def test_instruction_sets_agree_to_the_bit(instruction_sets):
-    if native.cpu() is None:
-        pytest.skip(native.why_not())
-    results = []
-    for isa in instruction_sets():
-        for dtype in DTYPES:
-            arguments = problem((3, 1, 2057), dtype=dtype, uncond=True)
-            x_next, log_prob = fk.sde_step(**arguments, **key(3), backend="native")
-            velocity = arguments.pop("velocity").requires_grad_()
-            fk.sde_log_prob(velocity=velocity, x_next=x_next, **arguments).sum().backward()
-            results.append((isa, x_next, log_prob, velocity.grad))
-    for (_, *first), (isa, *other) in itertools.product(results[:3], results[3:]):
-        if first[0].dtype == other[0].dtype:
-            assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True)), isa
 
 
 # ---- the deterministic step ----
