@@ -146,11 +146,16 @@ def guide_of(model: Model) -> Callable[[Tensor, Tensor, float, Tensor], Tensor] 
 
 
 MODELS = {
+    "ChromaPipeline": "flowkern.models.chroma:Chroma",
+    "Flux2KleinPipeline": "flowkern.models.flux2:Flux2Klein",
+    "Flux2Pipeline": "flowkern.models.flux2:Flux2",
     "FluxPipeline": "flowkern.models.flux:Flux",
     "HunyuanVideoPipeline": "flowkern.models.hunyuan_video:HunyuanVideo",
     "LTXPipeline": "flowkern.models.ltx:LTX",
+    "QwenImagePipeline": "flowkern.models.qwen_image:QwenImage",
     "StableDiffusion3Pipeline": "flowkern.models.sd3:SD3",
     "WanPipeline": "flowkern.models.wan:Wan",
+    "ZImagePipeline": "flowkern.models.z_image:ZImage",
 }
 """The adapter of each diffusers pipeline class; imported only when a directory asks for it."""
 

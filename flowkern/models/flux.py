@@ -10,38 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from flowkern.models import Guidance
+from flowkern.models.embedded import EmbeddedPipeline
 from flowkern.models.packing import packed, positions, unpacked
-from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline, dynamic_mu, even
+from flowkern.models.pipeline import ATTENTION, Geometry, dynamic_mu, even
 
 __all__ = ["Flux"]
 
 
-class Flux(Pipeline):
+class Flux(EmbeddedPipeline):
     """A FluxPipeline; the parts of its conditioning are tokens (B, L, E) and pooled (B, P)."""
 
     kind = FluxPipeline
-    guidance = Guidance("embedded")
     lora_targets = ATTENTION
-
-    def __init__(
-        self, pipeline: FluxPipeline, *, guidance_embedding: float | None = None, **options: Any
-    ) -> None:
-        """guidance_embedding: what the network is told; None: 3.5, where it takes any.
-
-        Raises ValueError for a network that takes none.
-        """
-        takes = pipeline.transformer.config.guidance_embeds
-        if guidance_embedding is not None and not takes:
-            raise ValueError(
-                f"guidance_embedding: got {guidance_embedding}, but this network takes none"
-            )
-        self.guidance_embedding = guidance_embedding or 3.5 if takes else None
-        super().__init__(pipeline, **options)
 
     def geometry(self) -> Geometry:
         scale = self.pipeline.vae_scale_factor
@@ -61,13 +44,10 @@ class Flux(Pipeline):
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:
         height, width = x_t.shape[-2:]
-        guidance = None
-        if self.guidance_embedding is not None:
-            guidance = torch.full_like(sigma, self.guidance_embedding)
         tokens = network(
             hidden_states=packed(x_t),
             timestep=sigma,
-            guidance=guidance,
+            guidance=self.embedding(sigma),
             pooled_projections=parts["pooled"],
             encoder_hidden_states=parts["tokens"],
             txt_ids=sigma.new_zeros(parts["tokens"].shape[1], 3),

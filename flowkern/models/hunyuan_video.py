@@ -14,41 +14,20 @@ import torch
 from diffusers import HunyuanVideoPipeline
 from torch import Tensor, nn
 
-from flowkern.models import Guidance
+from flowkern.models.embedded import EmbeddedPipeline
 from flowkern.models.pipeline import ATTENTION
 from flowkern.models.video import VideoPipeline
 
 __all__ = ["HunyuanVideo"]
 
 
-class HunyuanVideo(VideoPipeline):
+class HunyuanVideo(EmbeddedPipeline, VideoPipeline):
     """A HunyuanVideoPipeline; the parts of its conditioning are tokens (B, L, E), mask (B, L) and
     pooled (B, P)."""
 
     kind = HunyuanVideoPipeline
-    guidance = Guidance("embedded")
     frame_rate = 24
     lora_targets = ATTENTION
-
-    def __init__(
-        self,
-        pipeline: HunyuanVideoPipeline,
-        *,
-        guidance_embedding: float | None = None,
-        **options: Any,
-    ) -> None:
-        """guidance_embedding: what the network is told; None: 6, where it takes any.
-
-        Raises ValueError for a network that takes none.
-        """
-        takes = pipeline.transformer.config.guidance_embeds
-        if guidance_embedding is not None and not takes:
-            raise ValueError(
-                f"guidance_embedding: got {guidance_embedding}, but this network takes none"
-            )
-        own = self.default("guidance_scale") if guidance_embedding is None else guidance_embedding
-        self.guidance_embedding = own if takes else None
-        super().__init__(pipeline, **options)
 
     def cells(self) -> tuple[int, int, int]:
         config = self.pipeline.transformer.config
@@ -68,16 +47,14 @@ class HunyuanVideo(VideoPipeline):
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:
         scale = self.pipeline.scheduler.config.num_train_timesteps
-        guidance = None
-        if self.guidance_embedding is not None:
-            guidance = torch.full_like(sigma, self.guidance_embedding * 1000).to(x_t.dtype)
+        guidance = self.embedding(sigma)
         return network(
             hidden_states=x_t,
             timestep=sigma * scale,
             encoder_hidden_states=parts["tokens"],
             encoder_attention_mask=parts["mask"].to(x_t.dtype),
             pooled_projections=parts["pooled"],
-            guidance=guidance,
+            guidance=None if guidance is None else (guidance * 1000).to(x_t.dtype),
             return_dict=False,
         )[0]
 

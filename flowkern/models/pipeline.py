@@ -8,6 +8,7 @@ called. It has no loop.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -41,11 +42,11 @@ ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out
 """The attention layers of a network of two streams, as LoRA targets."""
 
 
-def attention(dead: str) -> str:
-    """ATTENTION as a pattern of whole names, without the layer `dead`, whose result nothing reads:
-    it would get no gradient."""
-    names = "|".join(map(re.escape, ATTENTION))
-    return rf"(?!{re.escape(dead)}$).*\.({names})"
+def attention(*dead: str) -> str:
+    """ATTENTION as a pattern of whole names, without the layers `dead`, whose results nothing
+    reads: they would get no gradient."""
+    names, without = "|".join(map(re.escape, ATTENTION)), "|".join(map(re.escape, dead))
+    return rf"(?!({without})$).*\.({names})"
 
 
 FILE = "pytorch_lora_weights.safetensors"  # of an adapter, as diffusers names it
@@ -122,6 +123,7 @@ class Pipeline(ABC):
             least, most = self.lengths[0], self.lengths[-1]
             raise ValueError(f"max_sequence_length: got {length}, expected {least} to {most}")
         self.max_sequence_length = length
+        self._is_asked, self._is_fitted = max_sequence_length is not None, False
         if negative_prompt is not None:
             self.guidance = replace(self.guidance, negative_prompt=negative_prompt)
         self._dtype = pipeline.transformer.dtype  # as loaded: adapters added later may differ
@@ -158,6 +160,11 @@ class Pipeline(ABC):
         check_vocabularies(pipeline)
         return cls(pipeline.to(device), **options)
 
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """What the pipeline's own call takes where nothing is asked for."""
+        return inspect.signature(cls.kind.__call__).parameters[name].default
+
     # ---- what an adapter says ----
 
     def whole(self, pipeline: Any) -> nn.Module:
@@ -171,6 +178,10 @@ class Pipeline(ABC):
     def own_length(self) -> int:
         """Tokens of a prompt where nothing else is asked for."""
         return self.lengths[-1]
+
+    def tokens_of(self, prompts: Sequence[str]) -> list[int] | None:
+        """The tokens of each, where a network looks at no others; None: it looks at padding."""
+        return None
 
     @abstractmethod
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -237,12 +248,33 @@ class Pipeline(ABC):
         is_same = exact is not None and bool((exact - grid).abs().max() <= 2**-22)
         return exact if is_same else grid
 
+    def fit(self, prompts: Sequence[str]) -> None:
+        """Make `max_sequence_length`, where it was not asked for, the least multiple of 16 that
+        holds these prompts: all of a run, with the negative one. Where a network looks at padding,
+        its length is a part of the model, and stays.
+
+        Raises ValueError for a prompt that no length of the family holds.
+        """
+        tokens = None if self._is_asked else self.tokens_of(prompts)
+        if tokens is None:
+            return
+        longest, most = max(tokens), self.lengths[-1]
+        if longest > most:
+            prompt = prompts[tokens.index(longest)]
+            raise ValueError(
+                f"prompts: {prompt!r:.80} has {longest} tokens, expected at most {most}"
+            )
+        self.max_sequence_length = min(most, -(-longest // 16) * 16)
+        self._is_fitted = True
+        self._encoded.clear()
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts as rows on the host.
 
         Each distinct prompt is encoded once and remembered (the latest 1,024 of them).
-        Raises TypeError for a bare string and ValueError for no prompts.
+        Raises TypeError for a bare string, ValueError for no prompts, or one that is longer than
+        those of `fit`.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts: got the string {prompts!r}, expected a list of strings")
@@ -252,6 +284,11 @@ class Pipeline(ABC):
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
         if missing and self._is_released:
             raise ValueError(f"prompts: {missing[0]!r:.80} is new, and the encoders are released")
+        if missing and self._is_fitted and max(self.tokens_of(missing)) > self.max_sequence_length:
+            raise ValueError(
+                f"prompts: {max(missing, key=len)!r:.80} is longer than those that the model was "
+                f"fitted to, of {self.max_sequence_length} tokens"
+            )
         for start in range(0, len(missing), ENCODE_ROWS):
             some = missing[start : start + ENCODE_ROWS]
             found = Conditioning(self.encode_rows(some)).to("cpu")

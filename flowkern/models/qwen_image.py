@@ -30,17 +30,22 @@ class QwenImage(Pipeline):
 
     @property
     def lora_targets(self) -> str:
-        last = self.pipeline.transformer.config.num_layers - 1
-        return attention(dead=f"transformer_blocks.{last}.attn.to_add_out")
+        """The last block's text queries are asked, and their answers dropped."""
+        last = f"transformer_blocks.{self.pipeline.transformer.config.num_layers - 1}.attn"
+        return attention(f"{last}.add_q_proj", f"{last}.to_add_out")
 
     def own_length(self) -> int:
-        return 512
+        return self.default("max_sequence_length")
+
+    def tokens_of(self, prompts: Sequence[str]) -> list[int]:
+        """Without the system's words, which the pipeline cuts off."""
+        texts = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+        unseen = self.pipeline.prompt_template_encode_start_idx
+        return [len(ids) - unseen for ids in self.pipeline.tokenizer(texts).input_ids]
 
     def geometry(self) -> Geometry:
-        channels, scale = (
-            self.pipeline.transformer.config.in_channels,
-            self.pipeline.vae_scale_factor,
-        )
+        channels = self.pipeline.transformer.config.in_channels
+        scale = self.pipeline.vae_scale_factor
         own = self.pipeline.default_sample_size * scale
         return Geometry(channels // 4, scale, 2 * scale, own, own)
 
@@ -82,3 +87,13 @@ class QwenImage(Pipeline):
             for each in (config.latents_mean, config.latents_std)
         )
         return (latents * std + mean).unsqueeze(2)
+
+    def to_pixels(self, decoded: Tensor) -> Tensor:
+        return super().to_pixels(decoded[:, :, 0])
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
+        """Every token of the guided velocity has the length of the conditional one's."""
+        guided = packed(super().guide(v_cond, v_uncond, w))
+        length = packed(v_cond).to(guided.dtype).norm(dim=-1, keepdim=True)
+        guided = guided * (length / guided.norm(dim=-1, keepdim=True))
+        return unpacked(guided, *v_cond.shape[-2:])

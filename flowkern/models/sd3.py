@@ -29,7 +29,7 @@ class SD3(Pipeline):
     def lora_targets(self) -> str:
         """The last block's text queries are asked, and their answers dropped."""
         last = self.pipeline.transformer.config.num_layers - 1
-        return attention(dead=f"transformer_blocks.{last}.attn.add_q_proj")
+        return attention(f"transformer_blocks.{last}.attn.add_q_proj")
 
     @property
     def lengths(self) -> range:

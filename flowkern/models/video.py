@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from typing import Any
 
@@ -38,10 +37,6 @@ class VideoPipeline(Pipeline):
     def cells(self) -> tuple[int, int, int]:
         """Channels of a latent, pixels to one of its cells along each side, and cells to a patch of
         the network."""
-
-    def default(self, name: str) -> Any:
-        """What the pipeline's own call takes where nothing is asked for."""
-        return inspect.signature(self.kind.__call__).parameters[name].default
 
     def geometry(self) -> Geometry:
         channels, cell, patch = self.cells()

@@ -9,24 +9,36 @@ import string
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import tiny_text
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import pre_tokenizers
@@ -37,6 +49,7 @@ from transformers import (
     CLIPTokenizer,
     LlamaConfig,
     LlamaModel,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -85,13 +98,15 @@ def t5(
     return made, encoder(shape)
 
 
-def vae(channels: int = 16, **more) -> AutoencoderKL:
+def vae(channels: int = 16, kind: type = AutoencoderKL, **more):
     """Of images, 8 pixels to a latent's."""
-    return AutoencoderKL(
+    if kind is AutoencoderKL:
+        more = {"scaling_factor": 0.3611, "shift_factor": 0.1159} | more
+    return kind(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2,
         latent_channels=channels, use_quant_conv=False, use_post_quant_conv=False,
-        **{"scaling_factor": 0.3611, "shift_factor": 0.1159} | more,
+        **more,
     )  # fmt: skip
 
 
@@ -123,6 +138,67 @@ def flux() -> FluxPipeline:
     return FluxPipeline(scheduler, vae(), encoder, tokenizer, encoder_2, tokenizer_2, transformer)
 
 
+def chroma() -> ChromaPipeline:
+    transformer = ChromaTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        attention_head_dim=16, joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_beta_sigmas=True)
+    tokenizer, encoder = t5()
+    return ChromaPipeline(scheduler, vae(), encoder, tokenizer, transformer)
+
+
+def flux2(kind: type = Flux2Pipeline):
+    """dev, or klein."""
+    is_dev = kind is Flux2Pipeline
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        attention_head_dim=16, joint_attention_dim=48, timestep_guidance_channels=256,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=is_dev,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    made = vae(32, AutoencoderKLFlux2, batch_norm_eps=0.01)
+    made.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 128))
+    made.bn.running_var.copy_(torch.linspace(0.4, 1.5, 128))
+    tokenizer, encoder = tiny_text.mistral() if is_dev else tiny_text.qwen3(28)
+    return kind(scheduler, made, encoder, tokenizer, transformer)
+
+
+def z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[1536, 64, 64],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    tokenizer, encoder = tiny_text.qwen3(3, Qwen3Model)
+    return ZImagePipeline(scheduler, vae(), encoder, tokenizer, transformer)
+
+
+def video_vae(kind: type, channels: int, **more):
+    """Of Wan's shape."""
+    shape = dict(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                 temperal_downsample=[False, True, True])  # fmt: skip
+    return kind(
+        z_dim=channels, latents_mean=[0.1 * (c % 5) - 0.15 for c in range(channels)],
+        latents_std=[0.5 + 0.1 * (c % 7) for c in range(channels)], **shape | more,
+    )  # fmt: skip
+
+
+def qwen_image() -> QwenImagePipeline:
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64, out_channels=16, num_layers=2, num_attention_heads=2,
+        attention_head_dim=16, joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+        max_image_seq_len=8192, shift_terminal=0.02,
+    )  # fmt: skip
+    tokenizer, encoder = tiny_text.qwen_vl()
+    made = video_vae(AutoencoderKLQwenImage, 16)
+    return QwenImagePipeline(scheduler, made, encoder, tokenizer, transformer)
+
+
 def wan(kind: str = "2.1") -> WanPipeline:
     """2.1, A14B with two networks, or TI2V-5B."""
     is_5b, is_14b = kind == "TI2V-5B", kind == "A14B"
@@ -135,15 +211,11 @@ def wan(kind: str = "2.1") -> WanPipeline:
         )
         for _ in range(1 + is_14b)
     ]  # fmt: skip
-    shape = dict(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                 temperal_downsample=[False, True, True])  # fmt: skip
+    more = {}
     if is_5b:
-        shape |= dict(decoder_base_dim=4, in_channels=12, out_channels=12, is_residual=True,
+        more = dict(decoder_base_dim=4, in_channels=12, out_channels=12, is_residual=True,
                       patch_size=2, scale_factor_spatial=16, scale_factor_temporal=4)  # fmt: skip
-    made = AutoencoderKLWan(
-        z_dim=channels, latents_mean=[0.1 * (c % 5) - 0.15 for c in range(channels)],
-        latents_std=[0.5 + 0.1 * (c % 7) for c in range(channels)], **shape,
-    )  # fmt: skip
+    made = video_vae(AutoencoderKLWan, channels, **more)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0 if is_5b else 3.0
     )
@@ -208,6 +280,11 @@ def hunyuan_video() -> HunyuanVideoPipeline:
 PIPELINES: dict[str, Callable] = {
     "sd3": sd3,
     "flux": flux,
+    "qwen_image": qwen_image,
+    "flux2": flux2,
+    "klein": partial(flux2, Flux2KleinPipeline),
+    "z_image": z_image,
+    "chroma": chroma,
     "wan": wan,
     "wan_a14b": partial(wan, "A14B"),
     "wan_ti2v": partial(wan, "TI2V-5B"),
@@ -237,7 +314,7 @@ def _nothing_is_zero(network: torch.nn.Module) -> None:
 
 def as_given(made, x: torch.Tensor) -> torch.Tensor:
     """Latents as the pipeline's own call takes them."""
-    if isinstance(made, FluxPipeline):
+    if isinstance(made, FluxPipeline | QwenImagePipeline | ChromaPipeline):
         return made._pack_latents(x, *x.shape)
     if isinstance(made, LTXPipeline):
         return made._pack_latents(x)
