@@ -131,6 +131,7 @@ KNOW_FAMILIES = {
 
 def places_of(names, known):
     """(name, file) where the code of the package, of scripts or of setup.py says one of `names`."""
+    assert all((ROOT / place).exists() for place in known)
     for path in (*SOURCES, *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "setup.py"):
         place = str(path.relative_to(ROOT))
         if not place.startswith(tuple(known)):

@@ -17,7 +17,7 @@ import algorithms  # noqa: E402
 import plot_algorithms as curves  # noqa: E402
 
 from flowkern.rl.algorithms import names  # noqa: E402
-from flowkern.train.config import load_config  # noqa: E402
+from flowkern.train.config import load_config, to_dict  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs/digits").glob("*.yaml"))
 TINY = (
@@ -64,7 +64,7 @@ def test_every_algorithm_has_a_configuration_and_a_line():
 def test_configurations_differ_in_the_algorithm_alone(path):
     config = load_config(path)
     assert config.train.learning_rate in algorithm_runs.LEARNING_RATES
-    tree, other = (yaml.safe_load(p.read_text()) for p in (path, path.with_name("flow_grpo.yaml")))
+    tree, other = (to_dict(load_config(p)) for p in (path, path.with_name("flow_grpo.yaml")))
     assert tree["algorithm"]["name"] == path.stem
     for each in (tree, other):
         for key in ("algorithm", "output_dir"):

@@ -195,7 +195,7 @@ def load_model(
     takes = _options(family)
     for option, value in options.items():
         if option not in takes:
-            raise ValueError(f"{option}: got {value!r}, but a {name} takes {', '.join(takes)} only")
+            raise ValueError(f"{option}: got {value!r}, but {name} takes {', '.join(takes)} only")
     return family.from_pretrained(path, dtype=dtype, device=device, **options)
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, shown
 from flowkern.lookup import load, nearest
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def load_reward(kind: str, name: str | None = None, /, **options: Any) -> Reward
     if inspect.isclass(found):
         found = found(**_fitting(found, options, name or kind))
     elif options:
-        raise ConfigError(f"{key}.{next(iter(options))}: unknown key; a function takes none")
+        option = next(iter(options))
+        raise ConfigError(
+            f"{key}.{option}: unknown key; a function takes no options: make it a class, whose "
+            f"constructor has {option}"
+        )
     if not callable(found):
         raise ConfigError(f"{key}: {kind!r} is {type(found).__name__}, and cannot be called")
     if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
@@ -92,4 +96,20 @@ def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any
     for option in required:
         if option not in given:
             raise ConfigError(f"reward.{name}.{option}: missing, and has no default")
+    for option, value in given.items():
+        wanted = _wanted(parameters, option)
+        is_right = wanted is None or isinstance(value, PLAIN[wanted])
+        if not is_right or (wanted in ("int", "float") and isinstance(value, bool)):
+            raise ConfigError(f"reward.{name}.{option}: got {shown(value)}, expected {wanted}")
     return given
+
+
+PLAIN = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+"""Annotations of options that are held to, and what they take."""
+
+
+def _wanted(parameters: Mapping[str, inspect.Parameter], option: str) -> str | None:
+    """The plain annotation of an option; None where it has none, or one that says more."""
+    hint = parameters[option].annotation if option in parameters else None
+    name = getattr(hint, "__name__", hint)  # a string under `from __future__ import annotations`
+    return name if name in PLAIN else None

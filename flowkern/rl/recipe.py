@@ -81,9 +81,12 @@ class Recipe(ABC):
     def credit(self) -> rl.Credit:
         """How rewards become advantages."""
 
-    def group_credit(self, **options: Any) -> rl.Credit:
-        """`Credit` of these options and of those that all recipes have."""
-        return rl.Credit(limit=self.adv_clip_max, min_std=self.min_std, **options)
+    def group_credit(self, kind: type[rl.Credit] | None = None, **options: Any) -> rl.Credit:
+        """`Credit`, or a class derived from it, of these options and of those that all recipes
+        have.
+        """
+        kind = kind or rl.Credit
+        return kind(limit=self.adv_clip_max, min_std=self.min_std, **options)
 
     @abstractmethod
     def objective(self, guidance: rollout.Guidance | None) -> rl.Objective:

@@ -109,9 +109,9 @@ class LoraConfig(Section):
     """Of the low-rank update of each target."""
     alpha: Annotated[int, count(2**20)] = 64
     """The update is scaled by alpha / rank."""
-    target_modules: list[Text] | None = None
-    """Linear layers that are adapted, by the end of their name; None: those of the model's
-    family."""
+    target_modules: list[Text] | Text | None = None
+    """Linear layers that are adapted, by the ends of their names, or by one regular expression of
+    whole names; None: those of the model's family."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

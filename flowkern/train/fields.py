@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Self, TypeVar
@@ -191,11 +192,16 @@ def build(kind: type[SectionT], tree: Any) -> SectionT:
         raise ConfigError(_line(errors[0], kind)) from None
 
 
+BRANCH = re.compile(r"list\[|function-")
+"""What pydantic puts into a place for each type that a field may be of."""
+
+
 def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
     loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
     if kind == "invalid_key" or loc[-1:] == ("[key]",):  # what came is a key
         loc = loc[:-1] if kind == "invalid_key" else loc[:-2]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
+    parts = [part for part in loc if isinstance(part, int) or not BRANCH.match(part)]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:]
     path = key and f"{key}."
     if kind == "unknown":
         name = context["key"]

@@ -8,6 +8,7 @@ needs none of the others for that.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -331,7 +332,8 @@ class Loop:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.stop.signal:  # other processes may have gone already, and their work then fails
-            self.directory.say(f"stopped after step {step}; {kept}")
+            name = signal.Signals(self.stop.signal).name
+            self.directory.say(f"stopped after step {step} by {name}; {kept}")
             return self.stop.status
         if "step " not in message:
             message = f"step {step + 1}: {message}"

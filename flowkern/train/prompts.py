@@ -44,7 +44,10 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Prompt]:
         if not prompts:
             raise ValueError("no prompts in it")
     except OSError as error:
-        raise ConfigError(f"{key}: cannot read {str(path)!r}: {error.strerror}") from None
+        why = error.strerror
+        if isinstance(error, FileNotFoundError):
+            why += "; a path is relative to the working directory"
+        raise ConfigError(f"{key}: cannot read {str(path)!r}: {why}") from None
     except ValueError as error:
         raise ConfigError(f"{key}: {str(path)!r}, {error}") from None
     return prompts

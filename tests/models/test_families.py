@@ -270,7 +270,7 @@ def test_mistakes_are_named(load):
         load("flux", height=60)
     with pytest.raises(ValueError, match="max_sequence_length: got 513, expected 1 to 512"):
         load("flux", max_sequence_length=513)
-    with pytest.raises(ValueError, match="guidance_embedding: got 3.5, but a StableDiff.* takes"):
+    with pytest.raises(ValueError, match="guidance_embedding: got 3.5, but StableDiff.* takes"):
         load("sd3", guidance_embedding=3.5)
     with pytest.raises(ValueError, match="num_frames: got 5, but a FluxPipeline takes height"):
         load("flux", num_frames=5)

@@ -220,7 +220,7 @@ def test_errors_name_the_argument(model, tmp_path):
         SD3.from_pretrained(DIRECTORY, max_sequence_length=513)
     with pytest.raises(ValueError, match="height: got 30, expected a positive multiple of 8"):
         load_model(DIRECTORY, height=30, width=32)
-    with pytest.raises(ValueError, match="num_frames: got 5, but a .* takes height, width, max_se"):
+    with pytest.raises(ValueError, match="num_frames: got 5, but .* takes height, width, max_se"):
         load_model(DIRECTORY, num_frames=5)
     with pytest.raises(TypeError, match="prompts: got the string"):
         model.encode("the digit 3")

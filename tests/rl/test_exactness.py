@@ -16,7 +16,7 @@ import naive
 import pytest
 import torch
 
-from flowkern.rl.algorithms import recipe
+from flowkern.rl.algorithms import names, recipe
 from flowkern.rollout import Source, batch, network_batches, prompt_ids, run
 from flowkern.schedules import sd3_sigmas, shifted_sigmas
 
@@ -340,6 +340,10 @@ def assert_equal(actual, expected, atol):
         if not torch.allclose(found, wanted, rtol=0, atol=atol):
             off = (found - wanted).abs().flatten(1).amax(1).tolist()
             raise AssertionError(f"{name}: off by {off}, expected at most {atol}")
+
+
+def test_every_algorithm_has_its_loop():
+    assert {case.name for case in CASES.values()} == set(names())
 
 
 @pytest.mark.parametrize("name", CASES)

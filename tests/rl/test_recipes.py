@@ -48,7 +48,6 @@ def std(node):
 def test_a_recipe_is_one_short_file():
     for file in Path(algorithms.__file__).parent.glob("[!_]*.py"):
         assert len(file.read_text().splitlines()) < 80, file.name
-    assert len(names()) == 11
 
 
 # ---- network calls per prompt, guidance not counted ----
@@ -443,6 +442,7 @@ STATISTICS = {
 
 @pytest.mark.parametrize("name", names())
 def test_each_algorithm_has_its_own_statistics(name):
+    assert name in STATISTICS, f"{name} needs an entry in STATISTICS"
     ddof, eps, is_global, scale = STATISTICS[name]
     options = {"num_inference_steps": 10, "group_size": 4}
     plan = plan_of(name, **options)

@@ -53,7 +53,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("algorithm=7", "algorithm.name: missing in 7"),
         ("model.path.x=1", "model.path: is a value, and has no 'x'"),
         ("lora.target_modules=[1]", r"lora.target_modules\[0\]: got 1, expected a string"),
-        ("lora.target_modules=to_q", "lora.target_modules: got 'to_q', expected a list"),
+        ("lora.target_modules=1", "lora.target_modules: got 1, expected a list"),
         ("reward={}", "reward: got none, expected at least one with a weight"),
         ("reward={digits_judge: {weight: 0}}", "reward: got 0 for every reward"),
         ("reward=digits_judge", "reward: got 'digits_judge', expected a mapping"),

@@ -123,7 +123,8 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_one_that_never_stopped(tiny, 
         stop(loop)
         assert loop.run() == status, name
         directory = Path(loop.config.output_dir)
-        assert f"stopped after step {step}; continue with" in capsys.readouterr().err
+        said = f"stopped after step {step} by {signal.Signals(status - 128).name}; continue with"
+        assert said in capsys.readouterr().err
         assert [p.name for p in checkpoint.checkpoints(directory)] == [f"checkpoint-{step}"]
         assert [record["step"] for record in lines(directory / "metrics.jsonl")] == [
             *range(1, step + 1)
