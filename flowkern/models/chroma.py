@@ -15,8 +15,9 @@ from diffusers import ChromaPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowkern.models.grids import dynamic_mu, even
 from flowkern.models.packing import packed, positions, unpacked
-from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline, dynamic_mu, even
+from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline
 
 __all__ = ["Chroma"]
 

@@ -14,8 +14,9 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from flowkern.models.embedded import EmbeddedPipeline
+from flowkern.models.grids import dynamic_mu, even
 from flowkern.models.packing import packed, positions, unpacked
-from flowkern.models.pipeline import ATTENTION, Geometry, dynamic_mu, even
+from flowkern.models.pipeline import ATTENTION, Geometry
 
 __all__ = ["Flux"]
 

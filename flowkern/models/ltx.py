@@ -13,7 +13,7 @@ import torch
 from diffusers import LTXPipeline
 from torch import Tensor, nn
 
-from flowkern.models.pipeline import dynamic_mu, even
+from flowkern.models.grids import dynamic_mu, even
 from flowkern.models.video import VideoPipeline
 
 __all__ = ["LTX"]

@@ -15,8 +15,9 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from flowkern.models import Guidance
+from flowkern.models.grids import dynamic_mu, even
 from flowkern.models.packing import packed, unpacked
-from flowkern.models.pipeline import Geometry, Pipeline, attention, dynamic_mu, even
+from flowkern.models.pipeline import Geometry, Pipeline, attention
 
 __all__ = ["QwenImage"]
 

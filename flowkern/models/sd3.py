@@ -12,7 +12,8 @@ from typing import Any
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from flowkern.models.pipeline import Geometry, Pipeline, attention, dynamic_mu
+from flowkern.models.grids import dynamic_mu
+from flowkern.models.pipeline import Geometry, Pipeline, attention
 from flowkern.schedules import sd3_sigmas
 
 __all__ = ["SD3"]

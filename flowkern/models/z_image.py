@@ -15,7 +15,8 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flowkern.models.pipeline import Geometry, Pipeline, dynamic_mu, even
+from flowkern.models.grids import dynamic_mu, even
+from flowkern.models.pipeline import Geometry, Pipeline
 
 __all__ = ["ZImage"]
 

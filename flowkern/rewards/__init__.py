@@ -97,19 +97,23 @@ def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any
         if option not in given:
             raise ConfigError(f"reward.{name}.{option}: missing, and has no default")
     for option, value in given.items():
-        wanted = _wanted(parameters, option)
-        is_right = wanted is None or isinstance(value, PLAIN[wanted])
-        if not is_right or (wanted in ("int", "float") and isinstance(value, bool)):
-            raise ConfigError(f"reward.{name}.{option}: got {shown(value)}, expected {wanted}")
+        types, words = PLAIN.get(_annotation(parameters, option), (object, ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and "number" in words):
+            raise ConfigError(f"reward.{name}.{option}: got {shown(value)}, expected {words}")
     return given
 
 
-PLAIN = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-"""Annotations of options that are held to, and what they take."""
+PLAIN = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a string"),
+}
+"""Annotations of options that are held to: what they take, in types and in words."""
 
 
-def _wanted(parameters: Mapping[str, inspect.Parameter], option: str) -> str | None:
-    """The plain annotation of an option; None where it has none, or one that says more."""
+def _annotation(parameters: Mapping[str, inspect.Parameter], option: str) -> str:
     hint = parameters[option].annotation if option in parameters else None
-    name = getattr(hint, "__name__", hint)  # a string under `from __future__ import annotations`
-    return name if name in PLAIN else None
+    return str(
+        getattr(hint, "__name__", hint)
+    )  # a string under `from __future__ import annotations`

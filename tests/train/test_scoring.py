@@ -237,7 +237,7 @@ def test_rewards_that_cannot_be_made_are_named_by_key(tmp_path, monkeypatch, nam
 
 SERVED = """
 class Served:
-    def __init__(self, url, name, *, batch=16):
+    def __init__(self, url: str, name, *, batch: int = 16):
         if batch < 1:
             raise ValueError(f"batch: got {batch}, expected at least 1")
         self.told = url, name, batch
@@ -273,9 +273,11 @@ def test_options_go_to_what_makes_the_reward(tmp_path, monkeypatch):
             "reward.a.zzz: unknown key; known are weight, ",
         ),
         ({"kind": kind, "url": "u", "batch": 0}, "reward.a.batch: got 0, expected at least 1"),
+        ({"kind": kind, "url": 3}, "reward.a.url: got 3, expected a string"),
+        ({"kind": kind, "url": "u", "batch": True}, "batch: got True, expected a whole number"),
         (
             {"kind": "served:plain", "scale": 1},
-            "reward.a.scale: .* a function takes none",
+            "reward.a.scale: .* a function takes no options: make it a class",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
