@@ -113,7 +113,6 @@ PLAIN = {
 
 
 def _annotation(parameters: Mapping[str, inspect.Parameter], option: str) -> str:
+    """As text, which it is already where annotations are not evaluated."""
     hint = parameters[option].annotation if option in parameters else None
-    return str(
-        getattr(hint, "__name__", hint)
-    )  # a string under `from __future__ import annotations`
+    return str(getattr(hint, "__name__", hint))
