@@ -50,7 +50,7 @@ def check_directory(path: str | Path) -> None:
         folder = Path(path) / name
         if not folder.is_dir():
             raise FileNotFoundError(f"path: {str(path)!r} lacks {name}/, which its index names")
-        if "Tokenizer" in str(entry[1]):
+        if name.startswith("tokenizer"):
             if not any(all((folder / f).is_file() for f in files) for files in TOKENIZERS):
                 wanted = ", or ".join(" and ".join(files) for files in TOKENIZERS)
                 raise FileNotFoundError(
@@ -65,6 +65,7 @@ def check_vocabulary(name: str, tokenizer: Any, encoder: Any) -> None:
     """
     if tokenizer is None or encoder is None:
         return
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, which has no length
     ids, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
     if not SPARE_ROWS * rows <= ids <= rows:
         raise ValueError(

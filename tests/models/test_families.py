@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import tiny
+import tiny_text
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import flowkern as fk
 from flowkern.models import MODELS, Conditioning, load_model
+from flowkern.models.directory import check_vocabulary
 from flowkern.schedules import step_coefficients
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora
@@ -107,11 +110,11 @@ def latents(model):
 
 
 @torch.no_grad()
-def euler(model, x_t, scale):
+def euler(model, x_t, scale, steps=STEPS):
     """The ODE with guidance, in plain PyTorch."""
     conditioning = model.encode([*PROMPTS, model.guidance.negative_prompt])
     rows, uncond = conditioning[: len(x_t)], conditioning[[-1] * len(x_t)]
-    for sigma, sigma_next in pairwise(model.sigmas(STEPS).float()):
+    for sigma, sigma_next in pairwise(model.sigmas(steps).float()):
         level = sigma.expand(len(x_t))
         velocity = model.velocity(x_t, level, rows)
         if scale > 1:
@@ -125,20 +128,34 @@ def test_every_family_is_tried():
     assert {tiny.PIPELINES[name]().__class__.__name__ for name in FAMILIES} == set(MODELS)
 
 
+@pytest.fixture
+def compared(load):
+    """compared(name): a model and the arguments of its pipeline's own call at a scale of guidance,
+    both with an Euler scheduler."""
+
+    def of(name):
+        model, family = load(name), FAMILIES[name]
+        if family.shift is not None:
+            model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=family.shift)
+
+        def options(scale):
+            own = {"num_inference_steps": STEPS, **family.size, **family.shared}
+            given = {"latents": tiny.as_given(model.pipeline, latents(model))}
+            return own | family.guided(scale) | given
+
+        return model, options
+
+    return of
+
+
 @every_family
-def test_euler_and_decoding_are_the_pipelines_own(name, load):
+def test_euler_and_decoding_are_the_pipelines_own(name, compared):
     """In float32, with and without guidance; the grid is the one its network is asked at."""
-    model, family = load(name), FAMILIES[name]
-    x_t = latents(model)
-    if family.shift is not None:
-        model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=family.shift)
+    (model, options), family = compared(name), FAMILIES[name]
     for scale in family.scales:
-        options = dict(num_inference_steps=STEPS, **family.size)
-        options |= family.shared | family.guided(scale)
-        options["latents"] = tiny.as_given(model.pipeline, x_t)
-        found = euler(model, x_t, scale)
+        found = euler(model, latents(model), scale)
         mine = model.to_vae(found)
-        seen, images = tiny.called(model.pipeline, PROMPTS, options, instead=mine)
+        seen, images = tiny.called(model.pipeline, PROMPTS, options(scale), instead=mine)
         grid = model.pipeline.scheduler.sigmas.double()
         assert torch.equal(model.sigmas(STEPS)[1:].float(), grid[1:].float())
         assert model.sigmas(STEPS)[0] == 1 and abs(grid[0] - 1) < 1e-5
@@ -148,6 +165,41 @@ def test_euler_and_decoding_are_the_pipelines_own(name, load):
         frames = [n for name, n in family.size.items() if name == "num_frames"]
         size = (family.size["height"], family.size["width"])
         assert images.shape == (len(PROMPTS), *frames, 3, *size) and images.std() > 0.01
+
+
+@every_family
+def test_what_is_wrong_in_an_adapter_shows(name, compared, monkeypatch):
+    """A sign, a unit, a statistic or a scale that is not the pipeline's is no rounding."""
+    model, options = compared(name)
+    x_t, scale = latents(model), FAMILIES[name].scales[-1]
+    right = model.to_vae(euler(model, x_t, scale, 2))
+    two = options(scale) | {"num_inference_steps": 2}
+    seen, _ = tiny.called(model.pipeline, PROMPTS, two, instead=right)
+    call, to_vae, guide = model.call, model.to_vae, model.guide
+    shift = to_vae(torch.zeros_like(x_t))
+    unit = to_vae(torch.ones_like(x_t)) - shift
+    wrong = [
+        ("call", lambda net, x, sigma, *more: -call(net, x, sigma, *more)),
+        ("call", lambda net, x, sigma, *more: call(net, x, 1000 * sigma, *more)),
+        ("call", lambda net, x, sigma, *more: call(net, x, 1 - sigma, *more)),
+        ("call", lambda net, x, *more: call(net, x.flip(-1), *more).flip(-1)),
+        ("to_vae", lambda x: (to_vae(x) - shift) / unit + shift),
+    ]
+    if shift.any():
+        wrong += [("to_vae", lambda x: to_vae(x) - shift)]
+    if scale > 1:
+        wrong += [("guide", lambda cond, uncond, w: guide(cond, uncond, w + 1))]
+        wrong += [("guide", lambda cond, uncond, w: guide(uncond, cond, w))]
+    if model.guidance.kind == "cfg_rescaled":
+        wrong += [("guide", lambda cond, uncond, w: uncond + w * (cond - uncond))]
+    if getattr(model, "guidance_embedding", None):
+        embedding = model.embedding
+        wrong += [("embedding", lambda sigma: 2 * embedding(sigma))]
+    for index, (what, mutant) in enumerate(wrong):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, what, mutant)
+            found = model.to_vae(euler(model, x_t, scale, 2))
+        assert (found - seen).abs().max() > 1e-3, (what, index)
 
 
 @every_family
@@ -282,3 +334,12 @@ def test_mistakes_are_named(load):
         load("ltx", frame_rate=0)
     assert load("flux", negative_prompt="bad").guidance.negative_prompt == "bad"
     assert len(Conditioning.cat([load("flux").encode(PROMPTS)] * 2)) == 4
+
+
+def test_a_processor_is_compared_by_its_tokenizer():
+    """FLUX.2 dev has one, whose own class needs torchvision."""
+    (tokenizer, encoder), (longer, _) = tiny_text.qwen3(1), tiny_text.qwen3(1)
+    check_vocabulary("tokenizer", SimpleNamespace(tokenizer=tokenizer), encoder)
+    longer.add_tokens(["more"])
+    with pytest.raises(ValueError, match="path: tokenizer has .* words and its encoder"):
+        check_vocabulary("tokenizer", SimpleNamespace(tokenizer=longer), encoder)
