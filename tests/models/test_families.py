@@ -326,7 +326,7 @@ def test_mistakes_are_named(load):
         load("flux", max_sequence_length=513)
     with pytest.raises(ValueError, match="guidance_embedding: got 3.5, but StableDiff.* takes"):
         load("sd3", guidance_embedding=3.5)
-    with pytest.raises(ValueError, match="num_frames: got 5, but a FluxPipeline takes height"):
+    with pytest.raises(ValueError, match="num_frames: got 5, but FluxPipeline takes height"):
         load("flux", num_frames=5)
     with pytest.raises(ValueError, match=r"num_frames: got 5, expected 8 k \+ 1, as 1, 9, 17"):
         load("ltx", num_frames=5)
