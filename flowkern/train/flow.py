@@ -80,6 +80,15 @@ class FlowTask:
         self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
         self.objective = self.recipe.objective(self.guidance)
         self.validation = Validation(config, accelerator, self.model, self.rewards, stop)
+        self._fit()
+
+    def _fit(self) -> None:
+        """The length of text: one for all of the run."""
+        prompts = [prompt["prompt"] for prompt in (*self.prompts, *self.validation.prompts)]
+        try:
+            self.model.fit([*prompts, self.model.guidance.negative_prompt])
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
 
     def _check_guidance(self) -> None:
         """Of a model that has one way through the network only."""

@@ -75,5 +75,5 @@ def test_what_a_model_cannot_be_is_named(options, tiny):
     ):
         with pytest.raises(ConfigError, match=message):
             Loop(tiny(*options(family), f"model.{option}"))
-    with pytest.raises(ConfigError, match="model.num_frames: got 5, but a StableDiffusion3Pipe"):
+    with pytest.raises(ConfigError, match="model.num_frames: got 5, but StableDiffusion3Pipe"):
         Loop(tiny("model.num_frames=5"))
