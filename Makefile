@@ -27,14 +27,17 @@ test: $(READY)
 train: $(READY)
 	$(RUN) -m flowkern train configs/digits/flow_grpo.yaml $(ARGS)
 
+# csrc too where there is a clang-format: the one of the dev extra, as another version formats in another way.
+CLANG_FORMAT = $(if $(filter none,$(VENV)),$(shell command -v clang-format),$(wildcard $(VENV)/bin/clang-format))
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(if $(CLANG_FORMAT),$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -type f),@echo "csrc: not looked at, there is no clang-format")
 
 # Random calls against float64 and, in sanitize, for memory errors and undefined behavior: make fuzz CALLS=1000 ARGS="--seed 7"
 CALLS ?= 10000
 fuzz: $(READY)
-	$(RUN) scripts/fuzz_kernels.py --calls $(CALLS) $(ARGS)
+	$(RUN) tests/fuzz --calls $(CALLS) $(ARGS)
 
 # A module of its own in build/sanitize. The interpreter does not know of the sanitizers: they are loaded before it, and libstdc++
 # with them, whose exceptions they watch. Its own leaks are not ours.
@@ -45,7 +48,7 @@ WATCHED_PYTHON = $(WATCHED) $(if $(filter none,$(VENV)),$(PYTHON),$(VENV)/bin/py
 sanitize: $(READY)
 	FLOWKERN_BUILD=cpu FLOWKERN_SANITIZE=1 $(RUN) setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
 	$(WATCHED_PYTHON) -P -c "from flowkern import _cpu; assert 'sanitize' in _cpu.__file__, _cpu.__file__"
-	$(WATCHED_PYTHON) scripts/fuzz_kernels.py --calls $(CALLS) $(ARGS)
+	$(WATCHED_PYTHON) tests/fuzz --calls $(CALLS) $(ARGS)
 	$(WATCHED_PYTHON) -P -m pytest -q -p no:cacheprovider tests/ops/test_properties.py tests/ops/test_hazards.py -k "not compil"
 
 # On a CUDA device, with the Python that is there: PART=A kernels, B a large model, C tools; docs/gpu.md. 12 minutes at most for all.

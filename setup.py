@@ -36,18 +36,16 @@ X86_INSTANCES = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-KERNELS = [
-    "csrc/sde_step/sde_step_cpu.cpp",
-    "csrc/policy_loss/policy_loss_cpu.cpp",
-    "csrc/matching_loss/matching_loss_cpu.cpp",
-]
 
-CUDA_KERNELS = [
-    "csrc/common/queue_cuda.cu",
-    "csrc/sde_step/sde_step_cuda.cu",
-    "csrc/policy_loss/policy_loss_cuda.cu",
-    "csrc/matching_loss/matching_loss_cuda.cu",
-]
+
+def found(pattern: str) -> list[str]:
+    """Sources as they are compiled: by paths from here."""
+    here = Path(__file__).resolve().parent
+    return sorted(str(path.relative_to(here)) for path in here.glob(pattern) if path.is_file())
+
+
+KERNELS = found("csrc/*/*_cpu.cpp")
+CUDA_KERNELS = found("csrc/*/*_cuda.cu")
 # No contraction here either; division and square root are IEEE by default.
 CUDA_COMMON = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90", "100", "120")  # and PTX of the last, for what comes after
@@ -162,7 +160,7 @@ class BuildPackage(build_py):
         if not self.editable_mode:
             target = Path(self.build_lib, "flowkern", "demo_data")
             shutil.rmtree(target, ignore_errors=True)
-            for folder in ("assets", "configs/digits"):
+            for folder in ("assets", "configs"):
                 shutil.copytree(folder, target / folder)
 
 
@@ -183,7 +181,7 @@ def extensions() -> list[Extension]:
             sys.exit(f"FLOWKERN_BUILD={wanted()}: needs pybind11; pip install pybind11")
         print("flowkern: pybind11 is missing; the native kernels are not built", file=sys.stderr)
         return []
-    sources = [str(path) for path in Path("csrc").rglob("*") if path.is_file()]
+    sources = found("csrc/**/*")
     shared = {
         "include_dirs": [pybind11.get_include()],
         "language": "c++",

@@ -1,4 +1,4 @@
-"""Training runs of the algorithms on the demo model, with every network row counted."""
+"""Training runs of the algorithms on the demo model, with every network call counted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from statistics import mean, median
+from typing import Any
 
 import torch
 from harness import ROOT
@@ -51,7 +52,8 @@ BUDGET, QUICK_BUDGET = 100_000, 100_000
 IMAGES, EVALUATION_STEPS, EVALUATION_SEED = 240, 10, 2**40
 POINTS = 8  # of a curve, beside its start
 MARGIN, JUDGED = 0.15, 0.8
-Row = dict
+Run = dict
+"""What a job leaves behind, as the JSON has it."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Job:
     is_quick: bool = False
     """Stop as soon as an evaluation passes what --quick asks for."""
 
-    def run(self) -> Row:
-        """The run as a row of the JSON; what stopped it early, if anything, is in "failed"."""
+    def run(self) -> Run:
+        """The run; what stopped it early, if anything, is in "failed"."""
         from flowkern.rewards import RewardError
 
         trainer = _trainer(self)
@@ -104,12 +106,12 @@ class Counter:
         self.now = dict.fromkeys(("iterations", "sample", "train_forward", "train_gradient"), 0)
         self.now |= {"forward_equivalents": 0, "seconds": 0.0}
         self.images = 0
-        self._plan_images = lambda: len(trainer.recipe.plan(trainer.model.sigmas).leaves)
+        self._plan_images = lambda: len(trainer.recipe.plan(trainer.task.model.sigmas).leaves)
         self._with_gradient = 0
-        trainer.network.register_forward_pre_hook(self._count, with_kwargs=True)
+        trainer.task.model.network.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _, args, kwargs) -> None:
-        """Rows that will go backward; all rows are in the trainer's metrics."""
+        """Calls that will go backward; all calls are in the trainer's metrics."""
         self._with_gradient += len(kwargs["hidden_states"]) if torch.is_grad_enabled() else 0
 
     @property
@@ -119,11 +121,11 @@ class Counter:
     def add(self, records: Sequence[dict[str, float]], seconds: float) -> None:
         """An iteration's metrics."""
         self.images = self.images or self._plan_images()
-        now, rows = dict(self.now), sum(record["nfe/train"] for record in records)
+        now, calls = dict(self.now), sum(record["nfe/train"] for record in records)
         now["iterations"] += 1
         now["sample"] += records[0]["nfe/sample"]
         now["train_gradient"] = self._with_gradient
-        now["train_forward"] += rows
+        now["train_forward"] += calls
         now["forward_equivalents"] = now["sample"] + now["train_forward"] + 2 * self._with_gradient
         now["seconds"] += seconds
         self.now = now
@@ -144,7 +146,7 @@ def timed(call: Callable):
 def _trainer(job: Job):
     """The trainer of a job; it writes no files unless it is `run`."""
     from flowkern.train.config import load_config
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
     torch.set_num_threads(1)
     entry = ENTRIES[job.name]
@@ -152,7 +154,7 @@ def _trainer(job: Job):
     config = load_config(
         CONFIGS / f"{entry.config}.yaml", [*entry.overrides, *job.overrides, f"seed={job.seed}"]
     )
-    return Trainer(config)
+    return Loop(config)
 
 
 def evaluate(trainer) -> dict[str, float]:
@@ -168,21 +170,19 @@ def _scores(trainer, guidance_scale: float) -> dict[str, float]:
     from flowkern.rollout import prompt_ids
     from flowkern.train.prompts import read_prompts
     from flowkern.train.scoring import score
-    from flowkern.train.validation import RESERVED_ITERATION, sample_images
+    from flowkern.train.validation import RESERVED_ITERATION, Sampler, sample_images
 
-    rows = read_prompts(trainer.config.data.test_prompts)
-    rows = [rows[i % len(rows)] for i in range(IMAGES)]
-    trainer.model.network = trainer.network
+    prompts = read_prompts(trainer.config.data.test_prompts)
+    prompts = [prompts[i % len(prompts)] for i in range(IMAGES)]
     images = sample_images(
-        trainer.model,
-        [row["prompt"] for row in rows],
+        trainer.task.model,
+        [prompt["prompt"] for prompt in prompts],
         prompt_ids(RESERVED_ITERATION, torch.arange(IMAGES)),
+        Sampler(EVALUATION_STEPS, guidance_scale),
         seed=EVALUATION_SEED,
-        num_inference_steps=EVALUATION_STEPS,
-        guidance_scale=guidance_scale,
         max_batch=IMAGES,
     )
-    found = score(trainer.rewards, [(images, rows)]).rewards
+    found = score(trainer.task.rewards, [(images, prompts)]).rewards
     names = {"reward": "digits_classifier", "judge": "digits_judge", "distance": "distance_to_real"}
     return {name: round(found[key].mean().item(), 5) for name, key in names.items()}
 
@@ -198,8 +198,8 @@ def _trace(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in trace.items()}
 
 
-def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+def _columns(traces: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [trace[name] for trace in traces] for name in traces[0]} if traces else {}
 
 
 # ---- what an iteration costs ----
@@ -210,13 +210,13 @@ COST_ROUNDS = 3
 COST_ROLLOUTS = range(60)  # at the demo's pace the windows move as far as in the papers' 300
 
 
-def iteration_costs() -> list[Row]:
+def iteration_costs() -> list[dict[str, Any]]:
     """The algorithms of the cost claims at the papers' 25 steps, equal images, in turns.
 
     Seconds are of the first iterations, where the window is at its start; forward-equivalents are
     means over a whole run, by counting the plans.
     """
-    from flowkern.rl.algorithms import mean_cost
+    from flowkern.rl.cost import mean_cost
 
     _quiet()
     trainers = {name: _trainer(Job(name, TUNING_SEED, 0, COST_OVERRIDES)) for name in COSTED}
@@ -226,42 +226,42 @@ def iteration_costs() -> list[Row]:
             taken = timed(trainer.step)[1]
             if i:  # the first warms up
                 seconds[name].append(taken)
-    rows = []
+    costs = []
     for name, trainer in trainers.items():
         recipe = trainer.recipe
-        prompts, forwards = recipe.prompts_per_rollout, trainer.objective.forwards
+        prompts, forwards = recipe.prompts_per_rollout, trainer.task.objective.forwards
         first, whole = (
-            mean_cost(recipe, trainer.model.sigmas, r)[0] for r in (range(1), COST_ROLLOUTS)
+            mean_cost(recipe, trainer.task.model.sigmas, r)[0] for r in (range(1), COST_ROLLOUTS)
         )
         counts = [prompts * (c.sample + (forwards + 2) * c.train) for c in (first, whole)]
-        rows.append({
+        costs.append({
             "name": name, "images": prompts * whole.images, "seconds": median(seconds[name]),
             "forward_equivalents_first": counts[0], "forward_equivalents_run": counts[1],
             "rollouts": len(COST_ROLLOUTS),
         })  # fmt: skip
-    return rows
+    return costs
 
 
 # ---- many runs ----
 
 
 def run_all(
-    jobs: Sequence[Job], processes: int, each: Callable[[list[Row]], None] = lambda rows: None
-) -> list[Row]:
-    """Every job; as one ends, a line is printed and `each` gets the rows so far."""
-    done: dict[Job, Row] = {}
+    jobs: Sequence[Job], processes: int, each: Callable[[list[Run]], None] = lambda runs: None
+) -> list[Run]:
+    """Every job; as one ends, a line is printed and `each` gets the runs so far."""
+    done: dict[Job, Run] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
         futures = {pool.submit(job.run): job for job in jobs}
         for future in as_completed(futures):
             job = futures[future]
             try:
-                row = future.result()
-            except Exception as error:  # one that cannot run is a row that says so
-                row = {"name": job.name, "seed": job.seed, "overrides": list(job.overrides)}
-                row |= {"curve": [], "failed": f"{type(error).__name__}: {error}"}
-            done[job] = row
-            print(_line(row, f"{len(done)} of {len(jobs)}"), file=sys.stderr, flush=True)
+                run = future.result()
+            except Exception as error:  # one that cannot run leaves one that says so
+                run = {"name": job.name, "seed": job.seed, "overrides": list(job.overrides)}
+                run |= {"curve": [], "failed": f"{type(error).__name__}: {error}"}
+            done[job] = run
+            print(_line(run, f"{len(done)} of {len(jobs)}"), file=sys.stderr, flush=True)
             each([done[job] for job in jobs if job in done])
     return [done[job] for job in jobs]
 
@@ -275,16 +275,16 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _line(row: Row, count: str) -> str:
-    what = " ".join((row["name"], f"seed {row['seed']}", *row["overrides"]))
-    if not row["curve"]:
-        return f"  {count}: {what}: {row['failed']}"
-    start, end = row["curve"][0], row["curve"][-1]
+def _line(run: Run, count: str) -> str:
+    what = " ".join((run["name"], f"seed {run['seed']}", *run["overrides"]))
+    if not run["curve"]:
+        return f"  {count}: {what}: {run['failed']}"
+    start, end = run["curve"][0], run["curve"][-1]
     found = ", ".join(
         f"{key} {start[key]:.3f} to {end[key]:.3f}" for key in ("reward", "judge", "distance")
     )
-    best = max(point["reward"] for point in row["curve"])
-    failed = f"; {row['failed']}" if "failed" in row else ""
+    best = max(point["reward"] for point in run["curve"])
+    failed = f"; {run['failed']}" if "failed" in run else ""
     return (
         f"  {count}: {what}: {found} (best reward {best:.3f}); {end['iterations']} iterations, "
         f"{end['forward_equivalents'] / 1000:.0f}k, {end['seconds']:.0f} s{failed}"

@@ -4,9 +4,9 @@
     python benchmarks/algorithms.py --from-json PATH
 
 Runs differ in configs/digits/<name>.yaml alone: model, prompts, adapter, optimizer and reward are
-the same, and so is the budget in forward-equivalents (a row forward counts 1, its backward 2; the
-reference and other copies count as they are called; held-out evaluation is not counted). Rows are
-counted at the network. Runs go through a pool of processes of one thread each; seconds are the
+the same, and so is the budget in forward-equivalents (a call counts 1, its backward 2; the
+reference and other copies count as they are called; held-out evaluation is not counted). Calls
+are counted at the network. Runs go through a pool of processes of one thread each; seconds are the
 processor time of such a process, which what else the machine does hardly changes. --quick is a
 test: every algorithm has to raise the held-out reward by MARGIN, and the judge by JUDGED of that;
 the exit status says whether all did. Writes a JSON file and a PNG chart; with --only, what the file
@@ -34,7 +34,7 @@ from algorithm_runs import (
     QUICK_BUDGET,
     TUNING_SEED,
     Job,
-    Row,
+    Run,
     has_learned,
     iteration_costs,
     run_all,
@@ -66,25 +66,25 @@ def main() -> int:
     kept = _kept(path, result) if options.only_some else []
     begin, before = time.perf_counter(), result.pop("seconds", 0)
 
-    def write(rows: list[Row]) -> None:  # what is cut short counts
-        runs = sorted([*kept, *rows], key=lambda row: [*ENTRIES].index(row["name"]))
+    def write(new: list[Run]) -> None:  # what is cut short counts
+        runs = sorted([*kept, *new], key=lambda run: [*ENTRIES].index(run["name"]))
         result.update(runs=runs, seconds=before + time.perf_counter() - begin)
         path.write_text(_compact(result))
 
-    rows = run_all(_jobs(options), options.processes, write)
+    runs = run_all(_jobs(options), options.processes, write)
     if not options.quick and not options.tune and set(COSTED) <= set(options.only):
         result["iterations"] = iteration_costs()
         path.write_text(_compact(result))
     report(result, path)
     if options.tune:
         return 0
-    bad = failures(rows) if options.quick else [row["name"] for row in rows if "failed" in row]
+    bad = failures(runs) if options.quick else [run["name"] for run in runs if "failed" in run]
     if bad:
         print("did not learn: " + "; ".join(bad), file=sys.stderr)
     return 1 if bad else 0
 
 
-def _kept(path: Path, result: dict) -> list[Row]:
+def _kept(path: Path, result: dict) -> list[Run]:
     """The runs of other algorithms in the file at `path`, whose table `result` then adds to."""
     if not path.is_file():
         return []
@@ -95,7 +95,7 @@ def _kept(path: Path, result: dict) -> list[Row]:
     result["labels"] = {n: e.label for n, e in ENTRIES.items() if n in names | set(old["labels"])}
     result["commands"] = old["commands"] + result["commands"]
     result |= {key: old[key] for key in ("seconds", "iterations") if key in old}
-    return [row for row in old["runs"] if row["name"] not in names]
+    return [run for run in old["runs"] if run["name"] not in names]
 
 
 def _arguments() -> argparse.Namespace:
@@ -135,15 +135,15 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-def failures(rows: list[Row]) -> list[str]:
+def failures(runs: list[Run]) -> list[str]:
     """The runs that did not learn what --quick asks for, each with what it did instead."""
     bad = []
-    for row in rows:
-        what = f"{row['name']}, seed {row['seed']}"
-        if "failed" in row:
-            bad.append(f"{what}: {row['failed']}")
-        elif not has_learned(row["curve"]):
-            start, end = row["curve"][0], row["curve"][-1]
+    for run in runs:
+        what = f"{run['name']}, seed {run['seed']}"
+        if "failed" in run:
+            bad.append(f"{what}: {run['failed']}")
+        elif not has_learned(run["curve"]):
+            start, end = run["curve"][0], run["curve"][-1]
             gains = ", ".join(f"{key} {end[key] - start[key]:+.3f}" for key in ("reward", "judge"))
             bad.append(f"{what}: {gains}")
     return bad

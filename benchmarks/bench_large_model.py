@@ -24,7 +24,7 @@ import torch
 from harness import ROOT, describe_machine, results_folder
 from plain_loops import FlowGRPO
 
-BATCH = 16  # network rows of one call
+BATCH = 16  # network calls of one batch, at most
 WAYS = ("flowkern", "plain PyTorch")
 
 
@@ -45,9 +45,9 @@ class Plain(FlowGRPO):
         self.seconds = {"reward": 0.0, "train": 0.0}
         super().step()
 
-    def reward(self, latents, row):
+    def reward(self, latents, prompt):
         self.images.append(latents)
-        return self._timed("reward", super().reward, latents, row)
+        return self._timed("reward", super().reward, latents, prompt)
 
     def update(self, moves) -> None:
         self._timed("train", super().update, moves)
@@ -63,25 +63,25 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: torch.device):
         from large_model import MEDIUM, TINY, build
 
-        from flowkern.train.trainer import Trainer
+        from flowkern.train.loop import Loop
 
         self.device, self.folder = device, tempfile.TemporaryDirectory()
         architecture = TINY if options.tiny else MEDIUM
         model = build(architecture, device, torch.bfloat16)
         self.parameters = sum(p.numel() for p in model.network.parameters())
         config = _config(options.images, architecture, self.folder.name)
-        self.trainer, self.calls = Trainer(config, model), 0
-        self.trainer.network.register_forward_pre_hook(self._count)
+        self.trainer, self.batches = Loop(config, model), 0
+        self.trainer.task.model.network.register_forward_pre_hook(self._count)
         self.start = [p.detach().clone() for p in self.trainer.parameters]
         self.plain = Plain(self.trainer, BATCH // 2, self._noise)
         self.batch, self.found = BATCH, {}
-        sample = self.trainer.sample
-        self.trainer.sample = lambda prompts: self._keep(sample(prompts))
+        sample = self.trainer.task.sample
+        self.trainer.task.sample = lambda *given: self._keep(sample(*given))
         update = self.trainer.update
         self.trainer.update = lambda *given: self._keep_gradient(update, *given)
 
     def _count(self, *_) -> None:
-        self.calls += 1
+        self.batches += 1
 
     def _keep(self, rollout):
         self.found["flowkern", "latents"] = rollout.latents.flatten(0, 1)
@@ -100,12 +100,9 @@ class Bench:
         from flowkern.rollout import prompt_ids
 
         trainer = self.trainer
-        ids = prompt_ids(trainer.iteration, trainer.slots)[slot] + torch.tensor(members)
-        shape = (len(members), *trainer.model.latent_shape(*self._size()))
+        ids = prompt_ids(trainer.iteration, trainer.task.slots)[slot] + torch.tensor(members)
+        shape = (len(members), *trainer.task.model.latent_shape)
         return philox_normal(shape, trainer.config.seed, ids.to(self.device), step, stream)
-
-    def _size(self) -> tuple[int, int]:
-        return self.trainer.config.model.height, self.trainer.config.model.width
 
     def rollout(self, way: str) -> dict:
         """One iteration; halves the batch until it fits."""
@@ -115,27 +112,27 @@ class Bench:
             except torch.cuda.OutOfMemoryError as error:
                 if self.batch <= 2:
                     raise
-                print(f"{way}: out of memory with {self.batch} rows a call: {error}", flush=True)
+                print(f"{way}: out of memory with {self.batch} calls a batch: {error}", flush=True)
             self.trainer.optimizer.zero_grad()
             torch.cuda.empty_cache()
             self.batch //= 2
             self._set_batch()
 
     def _set_batch(self) -> None:
-        from dataclasses import replace
-
-        config = self.trainer.config
-        self.trainer.config = replace(config, train=replace(config.train, max_batch=self.batch))
+        task = self.trainer.task
+        task.config = task.config.model_copy(
+            update={"train": task.config.train.model_copy(update={"max_batch": self.batch})}
+        )
         self.plain.batch_size = max(1, self.batch // 2)
 
     def _rollout(self, way: str) -> dict:
-        trainer, model = self.trainer, self.trainer.model
+        trainer, model = self.trainer, self.trainer.task.model
         trainer.global_step = trainer.iteration = 0
         with torch.no_grad():
             torch._foreach_copy_(trainer.parameters, self.start)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.calls, rows, self.plain.gradient = 0, model.rows, None
+        self.batches, calls, self.plain.gradient = 0, model.calls, None
         begin = now(self.device)
         if way == "flowkern":
             (record,) = trainer.step()
@@ -150,8 +147,8 @@ class Bench:
         images = trainer.recipe.group_size * trainer.recipe.prompts_per_rollout
         return {
             "way": way, "seconds": seconds, "phases": phases, "images": images,
-            "images_per_s": images / seconds, "network_calls": self.calls,
-            "network_rows": model.rows - rows, "max_batch": self.batch,
+            "images_per_s": images / seconds, "network_calls": model.calls - calls,
+            "network_batches": self.batches, "max_batch": self.batch,
             "peak_memory_gb": _peak_memory(self.device),
         }  # fmt: skip
 
@@ -186,7 +183,7 @@ def _config(images: int, architecture, folder: str):
         "output_dir": folder,
         "model": {"path": "in memory", "height": pixels, "width": pixels},
         "data": {"train_prompts": str(prompts)},
-        "reward": {"weights": {"bench_large_model:brightness": 1.0}},
+        "reward": {"bench_large_model:brightness": {"weight": 1.0}},
         "algorithm": algorithm | {"updates_per_rollout": 1, "kl_coef": 0.004},
         "lora": {"rank": 32, "alpha": 64},
         "train": {"steps": 100, "max_batch": BATCH, "mixed_precision": "bf16"},
@@ -216,7 +213,7 @@ def main() -> int:
             path.write_text(json.dumps(result | _ratio(result["rollouts"]), indent=1) + "\n")
             phases = ", ".join(f"{name} {s:.2f}" for name, s in row["phases"].items())
             print(f"{way}: {row['seconds']:.2f} s ({phases}), {row['images_per_s']:.2f} images/s, "
-                  f"{row['network_rows']} rows in {row['network_calls']} calls, "
+                  f"{row['network_calls']} network calls in {row['network_batches']} batches, "
                   f"peak {row['peak_memory_gb']} GB", flush=True)  # fmt: skip
     print(json.dumps(result["relative_difference"] | _ratio(result["rollouts"])))
     return 0

@@ -18,15 +18,17 @@ CLIP = {"clip_low": 0.99, "clip_high": 1.0}  # nothing is clipped: every row has
 # ---- the rivals: the published loss, the ratio from recorded log-probabilities ----
 
 
-def plain_loss(v, x, x_next, old_log_prob, advantage, a, b, k, c):
+def plain_loss(v, x, x_next, old_log_prob, advantage, edge):
+    a, b, k, c = edge
     log_prob = (-k * (x_next - (a * x + b * v)) ** 2 + c).mean(1)
     ratio = torch.exp(log_prob - old_log_prob)
     low, high = 1 - CLIP["clip_low"], 1 + CLIP["clip_high"]
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high)).mean()
 
 
-def plain_loss_with_kl(v, x, x_next, old_log_prob, advantage, a, b, k, c, row, v_ref, std, coef):
+def plain_loss_with_kl(v, x, x_next, old_log_prob, advantage, edge, row, kl):
     """Siblings as the published loops have them: their parent's row, repeated."""
+    (a, b, k, c), (v_ref, std, coef) = edge, kl
     v, x, v_ref = v[row], x[row], v_ref[row]
     mean, mean_ref = a * x + b * v, a * x + b * v_ref
     log_prob = (-k * (x_next - mean) ** 2 + c).mean(1)
@@ -75,12 +77,12 @@ def _case(
     advantage = torch.linspace(-1, 1, batch, device=device)
 
     kernel = {"old_velocity": None if is_on_policy else old} | CLIP
-    columns = [getattr(table, n).reshape(-1, 1).contiguous() for n in ("a", "b", "k", "c")]
-    arguments, plain = (v, x, x_next, old_log_prob, advantage, *columns), plain_loss
+    edge = tuple(getattr(table, n).reshape(-1, 1).contiguous() for n in ("a", "b", "k", "c"))
+    arguments, plain = (v, x, x_next, old_log_prob, advantage, edge), plain_loss
     if siblings > 1:
         kernel |= {"row": row, "velocity_ref": ref, "kl_coef": 0.04}
         std = table.std.reshape(-1, 1).contiguous()
-        arguments, plain = (*arguments, row, ref, std, 0.04), plain_loss_with_kl
+        arguments, plain = (*arguments, row, (ref, std, 0.04)), plain_loss_with_kl
 
     wide = v.detach().double().requires_grad_()
     doubles = {n: t.double() if n in WIDE and t is not None else t for n, t in kernel.items()}

@@ -6,7 +6,7 @@ not to compute the same network call twice.
 The calls of the released loop for one sample at a time, the same calls with a group's samples in
 one batch, and flowkern; in the middle of the run that configs/digits/<name>.yaml describes, with
 fewer prompts. Gate: on the same noise all reach the same first gradient, and each takes the network
-rows that it should.
+calls that it should.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from harness import ROOT, Case, Contender, describe_machine, results_folder, run_case
 
-QUICK_PROMPTS = 2
 PROMPTS = {"flow_grpo": 8, "mixgrpo": 8, "mixgrpo_flash": 8, "tempflow_grpo": 4, "g2rpo": 4}
+QUICK_PROMPTS = {"flow_grpo": 2, "mixgrpo": 4, "mixgrpo_flash": 4, "tempflow_grpo": 2, "g2rpo": 2}
 SAMPLE, GROUP, PROMPT = (
     f"plain PyTorch, one {unit} at a time" for unit in ("sample", "group", "prompt")
 )
@@ -34,23 +34,23 @@ AS_RELEASED = {"flow_grpo": GROUP, "tempflow_grpo": GROUP}  # the others: one sa
 class Way:
     """An iteration, again and again from the same step of the run; the first on given noise."""
 
-    def __init__(self, loop, trainer, rows: tuple[int, int]):
-        self.loop, self.trainer, self.rows = loop, trainer, rows
+    def __init__(self, loop, trainer, calls: tuple[int, int]):
+        self.loop, self.trainer, self.calls = loop, trainer, calls
         self.start = trainer.global_step, trainer.iteration
-        sampled, trained = rows
-        # In rows forward; backward counts two.
-        self.work = sampled + trained * (1 + 2 / trainer.objective.forwards)
+        sampled, trained = calls
+        # In calls forward; backward counts two.
+        self.work = sampled + trained * (1 + 2 / trainer.task.objective.forwards)
 
     def __call__(self) -> tuple[torch.Tensor]:
         self.trainer.global_step, self.trainer.iteration = self.start
         self.loop.step()
-        if self.loop.rows != self.rows:
-            raise RuntimeError(f"{self.loop.rows} network rows, expected {self.rows}")
+        if self.loop.calls != self.calls:
+            raise RuntimeError(f"{self.loop.calls} network calls, expected {self.calls}")
         return (self.loop.gradient,)
 
 
 class Engine:
-    """`Trainer.step` with what the plain loops have: the first gradient and the network rows."""
+    """`Loop.step` with what the plain loops have: the first gradient and the network calls."""
 
     def __init__(self, trainer):
         self.trainer, self.gradient, self.trainer_update = trainer, None, trainer.update
@@ -58,7 +58,7 @@ class Engine:
 
     def step(self) -> None:
         records = self.trainer.step()
-        self.rows = records[0]["nfe/sample"], sum(record["nfe/train"] for record in records)
+        self.calls = records[0]["nfe/sample"], sum(record["nfe/train"] for record in records)
 
     def _update(self, *given) -> dict[str, float]:
         if self.gradient is None:
@@ -77,7 +77,7 @@ def _is_ready() -> bool:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        import flowkern.train.trainer  # noqa: F401
+        import flowkern.train.loop  # noqa: F401
     except ImportError:
         return False
     diffusers_logging.disable_progress_bar()
@@ -87,17 +87,20 @@ def _is_ready() -> bool:
 
 def _case(name: str, quick: bool) -> Case:
     folder = tempfile.TemporaryDirectory()
-    few = (f"algorithm.prompts_per_rollout={QUICK_PROMPTS}",) if quick else ()
+    few = (f"algorithm.prompts_per_rollout={QUICK_PROMPTS[name]}",) if quick else ()
     trainer = _trainer(name, folder.name, *few)
     recipe, iteration = trainer.recipe, trainer.iteration
     size, trunks = recipe.group_size, getattr(recipe, "num_seeds", 1)
-    ours, theirs = recipe.plan(trainer.model.sigmas, iteration).cost(), recipe.released(iteration)
+    ours, theirs = (
+        recipe.plan(trainer.task.model.sigmas, iteration).cost(),
+        recipe.released(iteration),
+    )
 
     def plain(batch_size: int) -> Way:
         return _plain(_trainer(name, folder.name, *few), name, batch_size, theirs)
 
     def engine(trainer) -> Way:
-        return Way(Engine(trainer), trainer, _rows(trainer, ours))
+        return Way(Engine(trainer), trainer, _calls(trainer, ours))
 
     group = plain(size)
     (truth,) = group()
@@ -110,14 +113,14 @@ def _case(name: str, quick: bool) -> Case:
         ways[PROMPT] = plain(size * trunks)
     contenders = []
     for label, way in ways.items():
-        note = f"{way.rows[0]} + {way.rows[1]} network rows"
+        note = f"{way.calls[0]} + {way.calls[1]} network calls"
         note += ", batched as released" if label == AS_RELEASED.get(name, SAMPLE) else ""
         contenders.append(Contender(label, way, note))
 
     def check(gradient: torch.Tensor, folder=folder) -> float:  # keeps it as long as the case
         return float((gradient - truth).norm() / truth.norm())
 
-    shape = (round(ours.images * recipe.prompts_per_rollout), *trainer.model.latent_shape())
+    shape = (round(ours.images * recipe.prompts_per_rollout), *trainer.task.model.latent_shape)
     rounds = 2 if quick else 3
     return Case("training_step", name, shape, "float32", contenders, check, 1e-3, rounds=rounds)
 
@@ -125,14 +128,15 @@ def _case(name: str, quick: bool) -> Case:
 def _trainer(name: str, folder: str, *more: str):
     """A trainer in the middle of the demo's run."""
     from flowkern.train.config import load_config
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
     overrides = [f"model.path={ROOT / 'assets/digits-sd3'}", f"output_dir={folder}"]
-    overrides += ["reward.report=[]", f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
+    overrides += ["reward={digits_classifier: {}}"]
+    overrides += [f"algorithm.prompts_per_rollout={PROMPTS[name]}"]
     for split in ("train", "test"):
         overrides.append(f"data.{split}_prompts={ROOT / f'assets/digits-prompts/{split}.jsonl'}")
     path = ROOT / "configs" / "digits" / f"{name}.yaml"
-    trainer = Trainer(load_config(path, [*overrides, *more]))
+    trainer = Loop(load_config(path, [*overrides, *more]))
     updates = trainer.recipe.updates_per_rollout
     trainer.iteration = trainer.config.train.steps // 2 // updates
     trainer.global_step = trainer.iteration * updates
@@ -145,19 +149,19 @@ def _plain(trainer, name: str, batch_size: int, cost) -> Way:
     from flowkern import philox_normal
     from flowkern.rollout import prompt_ids
 
-    ids = prompt_ids(trainer.iteration, trainer.slots)
+    ids = prompt_ids(trainer.iteration, trainer.task.slots)
 
     def noise(slot, members, step, stream):
-        shape = (len(members), *trainer.model.latent_shape())
+        shape = (len(members), *trainer.task.model.latent_shape)
         sample_id = (ids[slot] + torch.tensor(members)).to(trainer.device)
         return philox_normal(shape, trainer.config.seed, sample_id, step, stream)
 
-    return Way(LOOPS[name](trainer, batch_size, noise), trainer, _rows(trainer, cost))
+    return Way(LOOPS[name](trainer, batch_size, noise), trainer, _calls(trainer, cost))
 
 
-def _rows(trainer, cost) -> tuple[int, int]:
-    """Network rows of an iteration, forward: in sampling, in training."""
-    prompts, forwards = trainer.recipe.prompts_per_rollout, trainer.objective.forwards
+def _calls(trainer, cost) -> tuple[int, int]:
+    """Network calls of an iteration, forward: in sampling, in training."""
+    prompts, forwards = trainer.recipe.prompts_per_rollout, trainer.task.objective.forwards
     return round(prompts * cost.sample), round(prompts * forwards * cost.train)
 
 
@@ -179,7 +183,7 @@ def main() -> int:
     print(f"flowkern {machine['flowkern']} at {machine['commit']} on {where}")
     print(
         f"{'':38}{'p20':>8} {'p50':>8} {'p80':>8}  s {'flowkern is':>12} {'with calls':>12}"
-        f"  network rows\n{'':38}{'':26}   {'faster by':>12} {'fewer by':>12}"
+        f"  network calls\n{'':38}{'':26}   {'faster by':>12} {'fewer by':>12}"
         "  sampling + training"
     )
     begin, is_good = time.perf_counter(), True
@@ -187,7 +191,7 @@ def main() -> int:
         case = _case(algorithm, options.quick)
         measured = run_case(case, device, 0.0, {})
         for row, contender in zip(measured, case.contenders, strict=True):
-            row |= {"network_rows": contender.run.rows, "forward_equivalents": contender.run.work}
+            row |= {"network_calls": contender.run.calls, "forward_equivalents": contender.run.work}
         _print_case(case, measured)
         result["rows"] += measured
         result["seconds"] = time.perf_counter() - begin
@@ -223,7 +227,7 @@ def _print_case(case: Case, rows: list[dict]) -> None:
         seconds = " ".join(f"{row[p] / 1000:8.3f}" for p in ("ms_p20", "ms_p50", "ms_p80"))
         saved = row["forward_equivalents"] / least
         factors = f"{row['ms_p50'] / fastest:10.1f} x {saved:10.2f} x"
-        sampled, trained = row["network_rows"]
+        sampled, trained = row["network_calls"]
         print(f"  {row['backend']:36}{seconds}    {factors}  {sampled} + {trained}", flush=True)
 
 

@@ -33,7 +33,7 @@ def plain_replay(x, v, x_next, a, b, k, c):
 
 
 def published_draw(x, v, timestep, grid, timesteps, noise_level):
-    """The step as Flow-GRPO's scripts call it: rows found by the value of the timestep, sample by
+    """The step as Flow-GRPO's scripts call it: edges found by the value of the timestep, sample by
     sample, the coefficients made at every call, and each operation a pass of its own.
     """
     index = [(timesteps == t).nonzero()[0].item() for t in timestep]
@@ -85,17 +85,17 @@ class Inputs:
         self.grid = sd3_sigmas(10).to(device, torch.float32)
         self.timesteps = 1000 * self.grid[:-1]
         self.timestep = self.timesteps[steps.to(device)]
-        self.rows = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[steps].to(
+        self.edges = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[steps].to(
             device, torch.float32
         )
         column = lambda t: t.reshape(-1, 1).contiguous()  # noqa: E731
         self.a, self.b, self.std, self.k, self.c = (
-            column(getattr(self.rows, n)) for n in ("a", "b", "std", "k", "c")
+            column(getattr(self.edges, n)) for n in ("a", "b", "std", "k", "c")
         )
         self.key = {"seed": 1, "sample_id": torch.arange(shape[0], device=device), "step": 3}
         self.out = torch.empty_like(self.x)
         backend = "reference" if device.type == "cuda" else None  # no kernel before its check
-        step = fk.sde_step(self.x, self.v, self.rows, **self.key, backend=backend)
+        step = fk.sde_step(self.x, self.v, self.edges, **self.key, backend=backend)
         self.x_next, self.log_prob = step
 
     def truth(self, x_next):
@@ -149,7 +149,7 @@ def _draw(shape, dtype, device) -> Case:
     scalars, buffers = (i.a, i.b, i.std, i.k, i.c), ReusedBuffers(i.x)
     published = (i.x, i.v, i.timestep, i.grid, i.timesteps, 0.7)
     draw = lambda backend: fk.sde_step(  # noqa: E731
-        i.x, i.v, i.rows, **i.key, out=i.out, backend=backend
+        i.x, i.v, i.edges, **i.key, out=i.out, backend=backend
     )
     contenders = ours(i.x.device, draw)
     if i.x.dtype == torch.float32:
@@ -170,7 +170,7 @@ def _draw_given(shape, dtype, device) -> Case:
     i = Inputs(shape, dtype, device)
     arguments = (i.x, i.v, i.noise, i.a, i.b, i.std, i.k, i.c)
     draw = lambda backend: fk.sde_step(  # noqa: E731
-        i.x, i.v, i.rows, noise=i.noise, out=i.out, backend=backend
+        i.x, i.v, i.edges, noise=i.noise, out=i.out, backend=backend
     )
     contenders = ours(i.x.device, draw)
     if dtype == torch.float32:
@@ -185,7 +185,7 @@ def _replay(shape, dtype, device) -> Case:
     i = Inputs(shape, dtype, device)
     arguments, buffers = (i.x, i.v, i.x_next, i.a, i.b, i.k, i.c), ReusedBuffers(i.x)
     replay = lambda backend: (  # noqa: E731
-        fk.sde_log_prob(i.x, i.v, i.x_next, i.rows, backend=backend),
+        fk.sde_log_prob(i.x, i.v, i.x_next, i.edges, backend=backend),
     )
     contenders = ours(i.x.device, replay)
     if i.x.dtype == torch.float32:
@@ -209,7 +209,7 @@ def _replay_gradient(shape, dtype, device) -> Case:
 
     arguments = (i.x, v, i.x_next, i.a, i.b, i.k, i.c)
     replay = lambda backend: with_gradient(  # noqa: E731
-        lambda: fk.sde_log_prob(i.x, v, i.x_next, i.rows, backend=backend)
+        lambda: fk.sde_log_prob(i.x, v, i.x_next, i.edges, backend=backend)
     )
     contenders = ours(i.x.device, replay)
     if dtype == torch.float32:
@@ -231,8 +231,9 @@ def _compiled_gradient(with_gradient, arguments):
 # ---- the third-order solver step ----
 
 
-def plain_third_order(x, v, m1, m2, sigma, sigma_next, r0, r1, h):
+def plain_third_order(x, v, history, sigmas, ratios, h):
     """DPM-Solver++ (arXiv 2211.01095) as one writes it down: from differences of x0 predictions."""
+    (m1, m2), (sigma, sigma_next), (r0, r1) = history, sigmas, ratios
     decay, alpha = math.exp(-h), 1 - sigma_next
     m0 = x - sigma * v
     first, second = (m0 - m1) / r0, (m1 - m2) / r1
@@ -268,17 +269,18 @@ def _third_order(shape, dtype, device) -> Case:
     draw = random_source(shape, device, dtype)
     x, v, m1, m2 = (draw() for _ in range(4))
     sigmas = sd3_sigmas(10).tolist()[1:]
-    rows = multistep_coefficients(sigmas[1:5], 3).to(device, torch.float32)
+    edges = multistep_coefficients(sigmas[1:5], 3).to(device, torch.float32)
     log_snr = [math.log((1 - s) / s) for s in sigmas[1:5]]
     h1, h0, h = (b - a for a, b in itertools.pairwise(log_snr))
-    scalars = (sigmas[3], sigmas[4], h0 / h, h1 / h, h)
-    truth, _ = plain_third_order(*(t.double() for t in (x, v, m1, m2)), *scalars)
+    scalars = sigmas[3:5], (h0 / h, h1 / h), h
+    wide_x, wide_v, *wide = (t.double() for t in (x, v, m1, m2))
+    truth, _ = plain_third_order(wide_x, wide_v, wide, *scalars)
     out = torch.empty_like(x)
 
     def step(backend):
-        return fk.ode_step(x, v, rows, history=(m1, m2), return_x0=True, out=out, backend=backend)
+        return fk.ode_step(x, v, edges, history=(m1, m2), return_x0=True, out=out, backend=backend)
 
-    arguments = (x, v, m1, m2, *scalars)
+    arguments = (x, v, (m1, m2), *scalars)
     contenders = ours(device, step)
     if dtype == torch.float32:
         contenders += [

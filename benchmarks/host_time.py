@@ -2,10 +2,11 @@
 
     python benchmarks/host_time.py [--calls 3000]
 
-The launch is one of the stub driver's (tests/ops/stub_driver): recorded, and nothing runs; a real
-one adds about 3 us. Tensors of the CPU stand for a device's, whose allocation costs more. Printed
-are the best call and the 5th percentile, in microseconds: what the machine takes away elsewhere is
-no part of them. With a GPU at hand benchmarks/speed.py has the host's time beside the device's.
+The launch is one of the stub driver's (tests/ops/stub_driver): recorded, and nothing runs;
+docs/log.md has what a real one adds. Tensors of the CPU stand for a device's, whose allocation
+costs more. Printed are the best call and the 5th percentile, in microseconds: what the machine
+takes away elsewhere is no part of them. With a GPU at hand benchmarks/speed.py has the host's time
+beside the device's.
 """
 
 from __future__ import annotations
@@ -44,17 +45,19 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         driver = stub_driver.load(Path(folder))
-        p = calls.Arguments("cpu")
+        problems = [calls.Problem(call, 8, 65_536) for call in calls.take(calls.FEW)]
         module = stub_driver.native_kernels(Path(folder))
         with stub_driver.tensors_on_cuda(), stub_driver.native_on(module):
-            print(f"{'native, stub driver':24}{'best':>8}{'p5':>8} us{'launches':>10}")
-            for verb in calls.VERBS:
-                run = lambda verb=verb: calls.call(verb, p, "native")  # noqa: E731
-                driver.clear()
-                run()
-                launches = driver.count
-                best, fifth = best_and_fifth_percentile(run, options.calls)
-                print(f"{verb:24}{best:8.1f}{fifth:8.1f}   {launches:10}", flush=True)
+            print(f"{'native, stub driver':36}{'best':>8}{'p5':>8} us{'launches':>10}")
+            for p in problems:
+                for learn in (False, True)[: 2 if p.call.learned else 1]:
+                    run = lambda p=p, learn=learn: p.run("native", learn)  # noqa: E731
+                    driver.clear()
+                    run()
+                    launches = driver.count
+                    best, fifth = best_and_fifth_percentile(run, options.calls)
+                    name = f"{p.call}{', both ways' if learn else ''}"
+                    print(f"{name:36}{best:8.1f}{fifth:8.1f}   {launches:10}", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
         encoders[1], tokenizers[1], encoders[2], tokenizers[2],
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    return SD3(pipeline)
+    pixels = architecture.pixels
+    return SD3(pipeline, height=pixels, width=pixels)
 
 
 def _vae(architecture: Architecture) -> AutoencoderKL:

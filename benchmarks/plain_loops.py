@@ -7,7 +7,7 @@ noise is drawn that counts for nothing, and a log-probability thrown away. Train
 walked together, step by step, and reads its statistics on the host each time. Model, rewards and
 optimizer are those of the trainer it is compared with.
 
-B samples of a move, R rows of its network call.
+B samples of a move, R network calls that it takes.
 """
 
 from __future__ import annotations
@@ -56,28 +56,28 @@ class PlainLoop(ABC):
     def __init__(self, trainer, batch_size: int, noise: Noise | None = None):
         """noise: of the first iteration; None: torch.randn, as in all that follow."""
         self.trainer, self.batch_size, self.noise = trainer, batch_size, noise
-        self.recipe, self.model, self.device = trainer.recipe, trainer.model, trainer.device
+        self.recipe, self.model, self.device = trainer.recipe, trainer.task.model, trainer.device
         self.guidance_scale = trainer.recipe.guidance_scale
         self.both_halves_learn = True  # as released
         self.gradient: Tensor | None = None  # of the first update ever
-        self.rows = (0, 0)  # of the network in the last iteration: in sampling, in training
+        self.calls = (0, 0)  # of the network in the last iteration: in sampling, in training
 
     def step(self) -> None:
-        trainer, before = self.trainer, self.model.rows
-        self.model.network = trainer.network
-        prompts = trainer.draw_prompts()
-        self.conditioning = self.model.encode([row["prompt"] for row in prompts] + [""])
+        trainer, before = self.trainer, self.model.calls
+        prompts = trainer.task.draw_prompts(trainer.iteration)
+        self.conditioning = self.model.encode([prompt["prompt"] for prompt in prompts] + [""])
+        self.conditioning = self.conditioning.to(self.device)
         with torch.no_grad():
-            moves = [move for slot, row in enumerate(prompts) for move in self.rollout(slot, row)]
+            moves = [move for slot, one in enumerate(prompts) for move in self.rollout(slot, one)]
         self.credit(moves)
-        sampled = self.model.rows
+        sampled = self.model.calls
         for share in torch.arange(len(prompts)).tensor_split(self.recipe.updates_per_rollout):
             slots = set(share.tolist())
             self.update([move for move in moves if move.slot in slots])
-        self.rows, self.noise = (sampled - before, self.model.rows - sampled), None
+        self.calls, self.noise = (sampled - before, self.model.calls - sampled), None
 
     @abstractmethod
-    def rollout(self, slot: int, row: dict) -> Iterator[Move]:
+    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
         """The trained steps of a prompt's samples, rewarded."""
 
     # ---- sampling ----
@@ -105,8 +105,8 @@ class PlainLoop(ABC):
         sigma, scale = torch.full((len(x),), step.sigma, device=self.device), self.guidance_scale
         if scale == 1:
             return self.model.velocity(x, sigma, self.conditioning[[slot] * len(x)])
-        rows = [slot] * len(x) + [-1] * len(x)  # the last is the empty prompt
-        both = torch.cat([x, x]), torch.cat([sigma, sigma]), self.conditioning[rows]
+        asked = [slot] * len(x) + [-1] * len(x)  # the last is the empty prompt
+        both = torch.cat([x, x]), torch.cat([sigma, sigma]), self.conditioning[asked]
         conditional, uncond = self.model.velocity(*both).float().chunk(2)
         uncond = uncond if self.both_halves_learn else uncond.detach()
         return uncond + scale * (conditional - uncond)
@@ -123,14 +123,15 @@ class PlainLoop(ABC):
     def randn(self, slot: int, members: Sequence[int], i: int, stream: str = "step") -> Tensor:
         if self.noise is not None:
             return self.noise(slot, members, i, stream)
-        return torch.randn(len(members), *self.model.latent_shape(), device=self.device)
+        return torch.randn(len(members), *self.model.latent_shape, device=self.device)
 
-    def reward(self, latents: Tensor, row: dict) -> Tensor:
+    def reward(self, latents: Tensor, prompt: dict) -> Tensor:
         """(B,): of images of one prompt."""
-        images, rows = self.model.decode(latents), [row] * len(latents)
-        prompts, rewards = [row["prompt"]] * len(latents), self.trainer.rewards
+        images, metadata = self.model.decode(latents), [prompt] * len(latents)
+        texts, rewards = [prompt["prompt"]] * len(latents), self.trainer.task.rewards
         weights = self.trainer.config.reward.weights
-        return sum(w * rewards[name](images, prompts, rows) for name, w in weights.items()).cpu()
+        found = (w * rewards[name](images, texts, metadata) for name, w in weights.items())
+        return sum(found).cpu()
 
     # ---- training ----
 
@@ -170,7 +171,7 @@ class PlainLoop(ABC):
         ratio, advantage = torch.exp(new - move.log_prob), move.advantage * move.weight
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
         if coefficient:
-            with torch.no_grad(), self.trainer.network.disable_adapter():
+            with torch.no_grad(), self.model.network.disable_adapter():
                 velocity = self.velocity(move.x, move.step, move.slot).expand_as(x)
                 anchor, _ = self.mean_and_std(velocity, x, move.step)
             loss = loss + coefficient * ((mean - anchor) ** 2 / (2 * std**2)).mean(dim=(1, 2, 3))
@@ -218,11 +219,11 @@ class FlowGRPO(PlainLoop):
     def roots(self, slot: int) -> Tensor:
         return self.randn(slot, range(self.recipe.group_size), 0, "init")
 
-    def rollout(self, slot: int, row: dict) -> Iterator[Move]:
+    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
         path, roots = self.path(), self.roots(slot)
         for members in chunks(range(self.recipe.group_size), self.batch_size):
             states, moves = self.walk(roots[list(members)], path, slot, members)
-            rewards = self.reward(states[-1], row)[:, None]
+            rewards = self.reward(states[-1], prompt)[:, None]
             for move in moves:
                 move.rewards, move.groups = rewards, [(slot, move.step.sigma)] * len(members)
                 yield move
@@ -251,7 +252,7 @@ class TempFlowGRPO(PlainLoop):
     network is called with the state again for every branch.
     """
 
-    def rollout(self, slot: int, row: dict) -> Iterator[Move]:
+    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
         recipe, size, steps = self.recipe, self.recipe.group_size, self.recipe.num_inference_steps
         euler = [Step(*edge) for edge in pairwise(self.model.sigmas(steps).tolist())]
         drawn = [step._replace(is_drawn=True, is_trained=True) for step in euler[:-1]]
@@ -270,7 +271,7 @@ class TempFlowGRPO(PlainLoop):
                     x_next = mean + std * self.randn(slot, members, i)
                     move = Move(slot, step, each, x_next, log_prob(x_next, mean, std))
                     states, _ = self.walk(x_next, euler[i + 1 :], slot, members, i + 1)
-                    move.rewards, move.weight = self.reward(states[-1], row)[:, None], weights[i]
+                    move.rewards, move.weight = self.reward(states[-1], prompt)[:, None], weights[i]
                     move.groups = [(slot, root, i) for root in roots for _ in part]
                     yield move
                 mean, std = self.mean_and_std(velocity, x, euler[i])
@@ -283,11 +284,11 @@ class G2RPO(PlainLoop):
     every grid is walked to the end. In training the branches of a state share its call.
     """
 
-    def rollout(self, slot: int, row: dict) -> Iterator[Move]:
+    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
         recipe, levels = self.recipe, self.recipe.levels(self.model.sigmas)
         edges = [Step(*edge) for edge in pairwise(levels)]
         trunk, _ = self.walk(self.randn(slot, [0], 0, "init"), edges, slot, [0])
-        self.reward(trunk[-1], row)  # for the log alone
+        self.reward(trunk[-1], prompt)  # for the log alone
         for i in range(recipe.branch_steps):
             step, parts = edges[i]._replace(is_drawn=True, is_trained=True), []
             grids = [[levels[i + 1], *levels[i + 2 :: s][:-1], 0.0] for s in recipe.granularities]
@@ -298,7 +299,7 @@ class G2RPO(PlainLoop):
                 for grid in grids:
                     path = [Step(*edge) for edge in pairwise(grid)]
                     states, _ = self.walk(x_next, path, slot, members, i + 1)
-                    rewards.append(self.reward(states[-1], row))
+                    rewards.append(self.reward(states[-1], prompt))
                 parts.append((move.x_next, move.log_prob, torch.stack(rewards, dim=1)))
             x_next, probability, rewards = map(torch.cat, zip(*parts, strict=True))
             groups = [(slot, i)] * recipe.group_size

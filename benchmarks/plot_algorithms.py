@@ -15,32 +15,32 @@ import numpy as np
 LEVELS = (0.60, 0.65, 0.70, 0.75, 0.80, 0.85)
 SCORES = {"reward": "reward", "judge": "independent judge", "distance": "distance to real digits"}
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
-Row = dict
+Run = dict
 
 
-def by_name(rows: list[Row]) -> dict[str, list[Row]]:
+def by_name(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs that have a curve, by algorithm, in order."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["curve"]:
-            found.setdefault(row["name"], []).append(row)
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["curve"]:
+            found.setdefault(run["name"], []).append(run)
     return found
 
 
-def column(row: Row, key: str) -> list[float]:
+def column(run: Run, key: str) -> list[float]:
     """One quantity along the curve of a run."""
-    return [point[key] for point in row["curve"]]
+    return [point[key] for point in run["curve"]]
 
 
-def at(row: Row, key: str, forward_equivalents: float) -> float:
+def at(run: Run, key: str, forward_equivalents: float) -> float:
     """A score of a run after so much; between two evaluations on the line that joins them."""
-    taken = column(row, "forward_equivalents")
-    return float(np.interp(forward_equivalents, taken, column(row, key)))
+    taken = column(run, "forward_equivalents")
+    return float(np.interp(forward_equivalents, taken, column(run, key)))
 
 
-def to_reach(row: Row, level: float, key: str = "forward_equivalents") -> float | None:
+def to_reach(run: Run, level: float, key: str = "forward_equivalents") -> float | None:
     """What a run took until its reward first passed `level`; None: it never did."""
-    reward, taken = column(row, "reward"), column(row, key)
+    reward, taken = column(run, "reward"), column(run, key)
     for i, value in enumerate(reward):
         if value >= level:
             if i == 0:
@@ -50,17 +50,17 @@ def to_reach(row: Row, level: float, key: str = "forward_equivalents") -> float 
     return None
 
 
-def mean_to_reach(rows: list[Row], level: float, key: str = "forward_equivalents") -> float | None:
+def mean_to_reach(runs: list[Run], level: float, key: str = "forward_equivalents") -> float | None:
     """The mean of `to_reach` over runs; None: not all of them did."""
-    found = [to_reach(row, level, key) for row in rows]
+    found = [to_reach(run, level, key) for run in runs]
     return None if not found or None in found else mean(found)
 
 
-def common_level(*groups: list[Row]) -> float | None:
+def common_level(*groups: list[Run]) -> float | None:
     """The highest of LEVELS that every run of every group passes; None: not even the lowest."""
-    rows = [row for group in groups for row in group]
-    passed = [level for level in LEVELS if all(to_reach(row, level) is not None for row in rows)]
-    return max(passed, default=None) if rows else None
+    runs = [run for group in groups for run in group]
+    passed = [level for level in LEVELS if all(to_reach(run, level) is not None for run in runs)]
+    return max(passed, default=None) if runs else None
 
 
 def plot(result: dict, path: Path) -> None:
@@ -71,16 +71,16 @@ def plot(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = by_name(result["runs"])
-    final = {name: mean(row["curve"][-1]["reward"] for row in rows) for name, rows in runs.items()}
+    final = {n: mean(run["curve"][-1]["reward"] for run in group) for n, group in runs.items()}
     names = sorted(runs, key=final.get, reverse=True)
     figure, panels = plt.subplots(1, len(SCORES), figsize=(13, 4.8), layout="constrained")
     for place, name in enumerate(names):
-        rows = runs[name]
-        end = min(row["curve"][-1]["forward_equivalents"] for row in rows)
+        group = runs[name]
+        end = min(run["curve"][-1]["forward_equivalents"] for run in group)
         x = np.linspace(0, end, 101)
         color, style = COLORS[place % len(COLORS)], ("-", "--")[place // len(COLORS)]
         for axes, key in zip(panels, SCORES, strict=True):
-            y = np.array([[at(row, key, value) for value in x] for row in rows])
+            y = np.array([[at(run, key, value) for value in x] for run in group])
             label = f"{result['labels'].get(name, name)}  {final[name]:.2f}"
             axes.plot(x / 1000, y.mean(0), style, color=color, linewidth=1.6, label=label)
             axes.fill_between(x / 1000, y.min(0), y.max(0), color=color, alpha=0.1, linewidth=0)

@@ -1,31 +1,32 @@
 // flowkern._cpu: the CPU kernels as functions of tensors (verbs.h), by the widest instruction set that the processor has.
 #include <pthread.h>
 
-#include "common/arguments.h"
-#include "matching_loss/matching_loss_cpu.h"
-#include "policy_loss/policy_loss_cpu.h"
-#include "sde_step/sde_step_cpu.h"
+#include "common/function.h"
+#include "ops.h"
+
+#define FK_FIELD(name, Arguments) void (*name)(const Arguments&);
+#define FK_DECLARE(name, Arguments) void name(const Arguments&);
+#define FK_ADDRESS(name, Arguments) name,
+#define FK_INSTANCE(isa)                                       \
+  namespace isa {                                              \
+  FK_KERNELS(FK_DECLARE)                                       \
+  constexpr Kernels kKernels = {#isa, FK_KERNELS(FK_ADDRESS)}; \
+  }
 
 namespace {
-
 struct Kernels {
   const char* isa;
-  void (*draw)(const StepArguments&);
-  void (*replay)(const StepArguments&);
-  void (*replay_backward)(const StepArguments&);
-  void (*fill_philox)(const NormalArguments&);
-  void (*policy_forward)(const PolicyArguments&);
-  void (*policy_backward)(const PolicyArguments&);
-  void (*matching_forward)(const MatchingArguments&);
-  void (*matching_backward)(const MatchingArguments&);
-  void (*add_noise)(const NoisingArguments&);
+  FK_KERNELS(FK_FIELD)
 };
+}  // namespace
 
-#define FK_KERNELS(isa)                                                        \
-  {#isa,                                                                       \
-   isa::sde_draw, isa::sde_replay, isa::sde_replay_backward, isa::fill_philox, \
-   isa::policy_forward, isa::policy_backward,                                  \
-   isa::matching_forward, isa::matching_backward, isa::add_noise}
+FK_INSTANCE(baseline)
+#if defined(FK_X86_INSTANCES)
+FK_INSTANCE(avx2)
+FK_INSTANCE(avx512)
+#endif
+
+namespace {
 
 // The widest instance that this processor can run.
 Kernels choose_kernels() {
@@ -33,20 +34,20 @@ Kernels choose_kernels() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    return FK_KERNELS(avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return FK_KERNELS(avx2);
+    return avx512::kKernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return avx2::kKernels;
 #endif
-  return FK_KERNELS(baseline);
+  return baseline::kKernels;
 }
 
 Kernels kernels = choose_kernels();
 
 void use_isa(const std::string& isa) {
   const Kernels widest = choose_kernels();
-  if (isa == "baseline") kernels = FK_KERNELS(baseline);
+  if (isa == "baseline") kernels = baseline::kKernels;
 #if defined(FK_X86_INSTANCES)
-  else if (isa == "avx2" && std::string(widest.isa) != "baseline") kernels = FK_KERNELS(avx2);
-  else if (isa == "avx512" && std::string(widest.isa) == "avx512") kernels = FK_KERNELS(avx512);
+  else if (isa == "avx2" && std::string(widest.isa) != "baseline") kernels = avx2::kKernels;
+  else if (isa == "avx512" && std::string(widest.isa) == "avx512") kernels = avx512::kKernels;
 #endif
   else throw py::value_error("isa: this build and processor serve up to '" + std::string(widest.isa) + "', got '" + isa + "'");
 }

@@ -1,27 +1,26 @@
 // flowkern._cuda: the CUDA kernels as functions of tensors (verbs.h).
 //
 // It carries its own CUDA runtime, so it imports where there is no driver; a launch there is an exception.
-#include "common/arguments.h"
-#include "matching_loss/matching_loss_cuda.h"
-#include "policy_loss/policy_loss_cuda.h"
-#include "sde_step/sde_step_cuda.h"
+#include "common/function.h"
+#include "common/launch_cuda.h"
+#include "ops.h"
+
+#define FK_FIELD(name, Arguments) void (*name)(const Arguments&, const Queue&);
+#define FK_ADDRESS(name, Arguments) name,
+#define FK_DECLARE(name, Arguments)          \
+  void name(const Arguments&, const Queue&); \
+  ScratchSize scratch_of(const Arguments&);
+#define FK_DECLARE_OP(op) std::string op##_why_not(int device);
+#define FK_WHY_NOT(op) op##_why_not,
+
+FK_KERNELS(FK_DECLARE)
+FK_OPS(FK_DECLARE_OP)
 
 namespace {
 
-struct Kernels {
-  void (*draw)(const StepArguments&, const Queue&);
-  void (*replay)(const StepArguments&, const Queue&);
-  void (*replay_backward)(const StepArguments&, const Queue&);
-  void (*fill_philox)(const NormalArguments&, const Queue&);
-  void (*policy_forward)(const PolicyArguments&, const Queue&);
-  void (*policy_backward)(const PolicyArguments&, const Queue&);
-  void (*matching_forward)(const MatchingArguments&, const Queue&);
-  void (*matching_backward)(const MatchingArguments&, const Queue&);
-  void (*add_noise)(const NoisingArguments&, const Queue&);
-};
-
-constexpr Kernels kernels = {sde_draw,      sde_replay,      sde_replay_backward, fill_philox, policy_forward,
-                             policy_backward, matching_forward, matching_backward,   add_noise};
+constexpr struct {
+  FK_KERNELS(FK_FIELD)
+} kernels = {FK_KERNELS(FK_ADDRESS)};
 
 constexpr bool kReadsValues = false;
 
@@ -90,7 +89,7 @@ void run(void (*kernel)(const T&, const Queue&), const T& arguments, const Reade
 }
 
 std::string why_not(int device) {
-  for (const auto op : {step_why_not, policy_why_not, matching_why_not}) {
+  for (const auto op : {FK_OPS(FK_WHY_NOT)}) {
     const std::string reason = op(device);
     if (!reason.empty()) return reason;
   }

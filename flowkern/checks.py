@@ -42,6 +42,12 @@ class Range:
         start = f"above {self.low}" if self.above else f"from {self.low}"
         return f"{start} to {'below ' if self.below else ''}{self.high}"
 
+    def check(self, name: str, value: float | None) -> None:
+        """Raise ValueError naming the field whose value is outside; None is inside."""
+        wanted = None if value is None else self.refused(value)
+        if wanted is not None:
+            raise ValueError(f"{name}: got {shown(value)}, expected a number {wanted}")
+
 
 ABOVE_0 = Range(0, above=True)
 AT_LEAST_0 = Range(0)
@@ -57,13 +63,10 @@ def count(most: float, least: int = 1) -> Range:
 def check_fields(owner: Any) -> None:
     """Raise ValueError naming the first field of a dataclass that is outside of its range.
 
-    None is inside. A class that sets another default keeps the range of the one it derives from.
+    A class that sets another default keeps the range of the one it derives from.
     """
     for name, allowed in _ranges(type(owner)).items():
-        value = getattr(owner, name)
-        wanted = None if value is None else allowed.refused(value)
-        if wanted is not None:
-            raise ValueError(f"{name}: got {shown(value)}, expected a number {wanted}")
+        allowed.check(name, getattr(owner, name))
 
 
 @lru_cache(maxsize=256)

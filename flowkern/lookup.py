@@ -12,6 +12,21 @@ from typing import Any
 from flowkern.checks import ConfigError, shown
 
 
+def locate(name: Any, known: Mapping[str, str], key: str = "name") -> tuple[str, str]:
+    """Module and attribute of what `load` would import, without doing it.
+
+    Raises ConfigError naming `key` for what is neither known nor "module:attribute".
+    """
+    if isinstance(name, str):
+        module, colon, attribute = known.get(name, name).partition(":")
+        if colon and all(map(str.isidentifier, [*module.split("."), attribute])):
+            return module, attribute
+    choices = ", ".join([*sorted(known), '"module:attribute"'])
+    near = nearest(str(name), known)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise ConfigError(f"{key}: got {shown(name)}, expected one of {choices}{hint}")
+
+
 def load(name: Any, known: Mapping[str, str], key: str = "name") -> Any:
     """What `name` stands for: a key of `known`, whose values are "module:attribute", or
     "module:attribute" of any module that Python finds, or the working directory holds.
@@ -19,15 +34,9 @@ def load(name: Any, known: Mapping[str, str], key: str = "name") -> Any:
     Raises ConfigError naming `key` for what there is not, and for a module of one's own that cannot
     be imported. What a module of `known` lacks raises ImportError.
     """
-    if isinstance(name, str) and name in known:
-        module, _, attribute = known[name].partition(":")
+    module, attribute = locate(name, known, key)
+    if name in known:
         return getattr(import_module(module), attribute)
-    module, colon, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if not (colon and attribute.isidentifier() and all(map(str.isidentifier, module.split(".")))):
-        choices = ", ".join([*sorted(known), '"module:attribute"'])
-        near = nearest(str(name), known)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ConfigError(f"{key}: got {shown(name)}, expected one of {choices}{hint}")
     found = _own(name, module, key)
     if not hasattr(found, attribute):
         near = nearest(attribute, [name for name in vars(found) if not name.startswith("_")])

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from flowkern.checks import finite_number, is_integer, shown_in_a_line
+from flowkern.torch_private import num_modes
 
 KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
 MAX_HISTORY = 3
-# One row of the table. `sigma` serves return_x0 (x0 = x_t - sigma velocity).
+# An edge in the table. `sigma` serves return_x0 (x0 = x_t - sigma velocity).
 COLUMNS = ("a", "b", "std", "k", "c", "h1", "h2", "h3", "sigma")
 _TABLES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -34,10 +35,10 @@ _NEAR_ONE = 1e-5  # a sigma as near to 1 counts as 1: rounded grids begin at .99
 
 
 class Coefficients:
-    """Step coefficients, one row per edge or per sample; the columns are `COLUMNS`.
+    """Step coefficients of an edge, or of several: of a grid, or one per sample. See `COLUMNS`.
 
-    `c[i]` is one edge and broadcasts over a batch; `c[index_tensor]` gives one row per sample.
-    Built and validated by the functions of this module; ops read the rows on the device, never on
+    `c[i]` is one edge and broadcasts over a batch; `c[index_tensor]` gives one per sample.
+    Built and validated by the functions of this module; ops read the edges on the device, never on
     the host. A table of one's own is (S, 9) or (9,) of real floating-point numbers, finite, with
     std >= 0; its values are looked at on the CPU, elsewhere that would wait for the device.
     """
@@ -52,14 +53,14 @@ class Coefficients:
 
     @classmethod
     def _checked(cls, table: Tensor, num_history: int) -> Coefficients:
-        """Rows of a table that has been looked at."""
+        """Edges of a table that has been looked at."""
         made = cls.__new__(cls)
         made._set(table, num_history)
         return made
 
     def _set(self, table: Tensor, num_history: int) -> None:
-        self.table = table.contiguous().resolve_neg()  # kernels read rows by address
-        self.num_history = num_history  # earlier x0 predictions the rows weigh; ops check it
+        self.table = table.contiguous().resolve_neg()  # kernels read edges by address
+        self.num_history = num_history  # earlier x0 predictions the edges weigh; ops check it
         self._converted: dict[tuple, Coefficients] = {}
 
     a = property(lambda self: self.table[..., 0])
@@ -79,7 +80,7 @@ class Coefficients:
         return self.table.shape[0]
 
     def __getitem__(self, index) -> Coefficients:
-        """`int`: one edge. Slice or index tensor (B,): rows."""
+        """`int`: one edge. Slice or index tensor (B,): several."""
         if self.table.ndim == 1:
             raise TypeError("a single edge cannot be indexed")
         if isinstance(index, bool):
@@ -94,7 +95,7 @@ class Coefficients:
         return self._checked(self.table[index], self.num_history)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Coefficients:
-        """The same rows on `device` in `dtype`; converted once and remembered."""
+        """The same edges on `device` in `dtype`; converted once and remembered."""
         device = torch.device(device) if device is not None else self.table.device
         dtype = dtype or self.table.dtype
         if dtype not in _TABLES:
@@ -113,8 +114,8 @@ class Coefficients:
         return Coefficients, (self.table, self.num_history)
 
     def __repr__(self) -> str:
-        rows = "single edge" if self.table.ndim == 1 else f"{len(self)} rows"
-        return f"Coefficients({rows}, {self.table.dtype}, {self.table.device})"
+        edges = "single edge" if self.table.ndim == 1 else f"{len(self)} edges"
+        return f"Coefficients({edges}, {self.table.dtype}, {self.table.device})"
 
 
 def _check_table(table: Tensor) -> None:
@@ -126,7 +127,7 @@ def _check_table(table: Tensor) -> None:
             f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
             f"got {tuple(table.shape)}"
         )
-    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    is_traced = torch.compiler.is_compiling() or num_modes() > 0
     if table.device.type != "cpu" or type(table) is not Tensor or is_traced or not table.numel():
         return
     if not bool(table.isfinite().all()):
@@ -208,7 +209,7 @@ def _close(sigmas: Tensor) -> Tensor:
 def edge_coefficients(
     sigma, sigma_next, kind: str, noise_level: float, sigma_max: float | None = None
 ) -> Coefficients:
-    """Coefficients of the edge sigma -> sigma_next: floats give one edge, sequences (S,) S rows.
+    """Coefficients of the edge sigma -> sigma_next: floats give one edge, sequences (S,) S.
 
     kind: "ode" (Euler) | "flow_sde" (Flow-GRPO, arXiv 2505.05470)
         | "dance_sde" (DanceGRPO, arXiv 2505.07818) | "cps" (coefficients-preserving sampling)
@@ -242,11 +243,9 @@ def edge_coefficients(
     if kind == "ode":
         a, b, std = torch.ones_like(s), dt, torch.zeros_like(s)
     elif kind in ("flow_sde", "dance_sde"):
-        g = (
-            _flow_diffusion(s, n, noise_level, sigma_max)
-            if kind == "flow_sde"
-            else torch.full_like(s, noise_level)
-        )
+        g = torch.full_like(s, noise_level)
+        if kind == "flow_sde":
+            g = _flow_diffusion(s, n, noise_level, sigma_max)
         a = 1 + g**2 * dt / (2 * s)
         b = dt * (1 + g**2 * (1 - s) / (2 * s))
         std = g * torch.sqrt(-dt)
@@ -265,7 +264,7 @@ def edge_coefficients(
 
 
 def step_coefficients(sigmas, kind: str, noise_level: float) -> Coefficients:
-    """Coefficients of all edges of a falling grid (S + 1,): (S,) rows.
+    """Coefficients of all edges of a falling grid (S + 1,): S edges.
 
     Where sigma == 1, flow_sde uses the grid's second value; kind and noise_level as above.
     """
@@ -366,34 +365,35 @@ def multistep_coefficients(
     order = 1 if path[-1] == 0 else min(order, len(path) - 1)
 
     decay = float(_exp_minus_h(s, n))
-    alpha, h = 1 - path[-1], -math.log(decay) if decay > 0 else math.inf
-    first = alpha * (1 - decay**2 if sde else 1 - decay)  # weight of the x0 prediction
-    weights = [first, 0.0, 0.0]  # on m0 (this node), m1, m2
-    if order >= 2:
-        # With m1 at sigma == 1 its lambda is -inf, 1 / r is 0 and the difference drops out.
-        inverse_r0 = h / (_log_snr(path[-2]) - _log_snr(path[-3]))
-        phi2 = alpha * ((decay - 1) / h + 1)
-    if order == 2:
-        weight = phi2 if variant == "heun" else 0.5 * first
-        weights = [first + weight * inverse_r0, -weight * inverse_r0, 0.0]
-    if order == 3:
-        inverse_r1 = h / (_log_snr(path[-3]) - _log_snr(path[-4]))
-        phi3 = -alpha * ((decay - 1 + h) / h**2 - 0.5)
-        r0 = 1 / inverse_r0
-        share = r0 * inverse_r1 / (1 + r0 * inverse_r1)  # r0 / (r0 + r1), also where r1 is inf
-        curvature = inverse_r1 / (1 + r0 * inverse_r1)  # 1 / (r0 + r1)
-        on_d0 = phi2 * (1 + share) + phi3 * curvature  # on D1_0 = (m0 - m1) / r0
-        on_d1 = -phi2 * share - phi3 * curvature  # on D1_1 = (m1 - m2) / r1
-        weights = [
-            first + on_d0 * inverse_r0,
-            -on_d0 * inverse_r0 + on_d1 * inverse_r1,
-            -on_d1 * inverse_r1,
-        ]
+    weights = _x0_weights(path, order, decay, variant, sde)
     a = n / s * (decay if sde else 1) + weights[0]
     b = -s * weights[0]
     std = n * math.sqrt(1 - decay**2) if sde else torch.zeros_like(s)
-    history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:order]]
+    history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:]]
     return _table(a, b, std, s, history=history)
+
+
+def _x0_weights(path, order: int, decay: float, variant: str, sde: bool) -> list[float]:
+    """On `order` x0 predictions: of this node, of the one before it, ...; decay: e^-h."""
+    alpha, h = 1 - path[-1], -math.log(decay) if decay > 0 else math.inf
+    first = alpha * (1 - decay**2 if sde else 1 - decay)
+    if order == 1:
+        return [first]
+    # With the node before at sigma == 1 its lambda is -inf, 1 / r is 0, the difference drops out.
+    inverse_r0 = h / (_log_snr(path[-2]) - _log_snr(path[-3]))
+    phi2 = alpha * ((decay - 1) / h + 1)
+    if order == 2:
+        weight = phi2 if variant == "heun" else 0.5 * first
+        return [first + weight * inverse_r0, -weight * inverse_r0]
+    inverse_r1 = h / (_log_snr(path[-3]) - _log_snr(path[-4]))
+    phi3 = -alpha * ((decay - 1 + h) / h**2 - 0.5)
+    r0 = 1 / inverse_r0
+    share = r0 * inverse_r1 / (1 + r0 * inverse_r1)  # r0 / (r0 + r1), also where r1 is inf
+    curvature = inverse_r1 / (1 + r0 * inverse_r1)  # 1 / (r0 + r1)
+    on_d0 = phi2 * (1 + share) + phi3 * curvature  # on D1_0 = (m0 - m1) / r0
+    on_d1 = -phi2 * share - phi3 * curvature  # on D1_1 = (m1 - m2) / r1
+    earliest = on_d1 * inverse_r1
+    return [first + on_d0 * inverse_r0, -on_d0 * inverse_r0 + earliest, -earliest]
 
 
 def _log_snr(sigma: float) -> float:

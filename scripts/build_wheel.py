@@ -57,7 +57,7 @@ def check(wheel: Path, folder: Path) -> None:
     python = _new_venv(folder / "clean", "torch", *TESTS)
     _run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
     place = folder / "place"
-    for part in ("tests/ops", "scripts"):
+    for part in ("tests/ops", "tests/fuzz"):
         shutil.copytree(ROOT / part, place / part, ignore=NEEDS_THE_TREE)
     shutil.copy(ROOT / "tests" / "conftest.py", place / "tests")
     (place / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
@@ -68,7 +68,7 @@ def check(wheel: Path, folder: Path) -> None:
     _run(python, "-c", code, cwd=place)
     quick = ("-q", "-p", "no:cacheprovider", "-k", "not compil and not standard_normal")
     _run(python, "-m", "pytest", *quick, "tests/ops", cwd=place)
-    _run(python, "scripts/fuzz_kernels.py", "--calls", "500", cwd=place)
+    _run(python, "tests/fuzz", "--calls", "500", cwd=place)
 
 
 def _new_venv(folder: Path, *packages: str) -> Path:

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 from flowkern.models import load_model
-from flowkern.models.sd3 import SD3
+from flowkern.models.pipeline import Pipeline
 from flowkern.rewards import digits as rewards
 from flowkern.rollout import prompt_ids
-from flowkern.train.validation import sample_images
+from flowkern.train.validation import Sampler, sample_images
 
-SAMPLERS = ((10, "ode", 0.0), (40, "ode", 0.0), (10, "flow_sde", 0.7))  # steps, kind, noise level
+SAMPLERS = Sampler(10), Sampler(40), Sampler(10, kind="flow_sde", noise_level=0.7)
 SAMPLES = 720  # a share near one half is then known to 2 %
 
 
-def measure_model(model: SD3, assets: Path, seed: int) -> dict:
+def measure_model(model: Pipeline, assets: Path, seed: int) -> dict:
     """Mean scores of samples, by split of the prompts and by sampler."""
     directory = assets / "digits-rewards"
     classifier, judge = rewards.DigitsClassifier(directory), rewards.DigitsJudge(directory)
@@ -28,33 +28,31 @@ def measure_model(model: SD3, assets: Path, seed: int) -> dict:
     table = {}
     for split in ("train", "test"):
         lines = (assets / "digits-prompts" / f"{split}.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines] * (SAMPLES // len(lines))
-        prompts = [row["prompt"] for row in rows]
-        asked = torch.tensor([row["digit"] for row in rows])
-        for steps, kind, noise_level in SAMPLERS:
+        prompts = [json.loads(line) for line in lines] * (SAMPLES // len(lines))
+        texts = [one["prompt"] for one in prompts]
+        asked = torch.tensor([one["digit"] for one in prompts])
+        for sampler in SAMPLERS:
             images = sample_images(
                 model,
-                prompts,
-                prompt_ids(0, torch.arange(len(rows))),
+                texts,
+                prompt_ids(0, torch.arange(len(prompts))),
+                sampler,
                 seed=seed,
-                num_inference_steps=steps,
-                kind=kind,
-                noise_level=noise_level,
-                max_batch=len(rows),
+                max_batch=len(prompts),
             )
             seen = classifier.logits(images).argmax(-1)
-            table[f"{split} prompts, {kind}, {steps} steps"] = {
-                "samples": len(rows),
+            table[f"{split} prompts, {sampler.kind}, {sampler.num_inference_steps} steps"] = {
+                "samples": len(prompts),
                 "classified": (seen == asked).float().mean().item(),
-                "reward": classifier(images, prompts, rows).mean().item(),
-                "judged": judge(images, prompts, rows).mean().item(),
+                "reward": classifier(images, texts, prompts).mean().item(),
+                "judged": judge(images, texts, prompts).mean().item(),
                 "distance_to_real": distance(images).mean().item(),
             }
     return table
 
 
 @torch.no_grad()
-def measure_rewards(model: SD3, assets: Path) -> dict:
+def measure_rewards(model: Pipeline, assets: Path) -> dict:
     """Held-out real digits, and the same after the VAE: accuracies, distances, its error."""
     directory = assets / "digits-rewards"
     images, labels = rewards.real_digits("held_out", directory)
@@ -64,7 +62,7 @@ def measure_rewards(model: SD3, assets: Path) -> dict:
     copies = model.decode(latents)
     classifier, judge = rewards.DigitsClassifier(directory), rewards.DigitsJudge(directory)
     distance = rewards.DistanceToReal(directory)
-    rows = [{"digit": digit} for digit in labels.tolist()]
+    asked = [{"digit": digit} for digit in labels.tolist()]
     table = {
         "vae_rmse": (copies - images).square().mean().sqrt().item(),
         "latent_mean": latents.mean().item(),
@@ -75,8 +73,8 @@ def measure_rewards(model: SD3, assets: Path) -> dict:
         table[name] = {
             "samples": len(labels),
             "classified": (seen == labels).float().mean().item(),
-            "reward": classifier(pictures, [], rows).mean().item(),
-            "judged": judge(pictures, [], rows).mean().item(),
+            "reward": classifier(pictures, [], asked).mean().item(),
+            "judged": judge(pictures, [], asked).mean().item(),
             "distance_to_real": distance(pictures).mean().item(),
         }
     return table

@@ -83,8 +83,8 @@ def across(sigma: float) -> float:
     return 1 - sigma / (3 - 2 * sigma)
 
 
-def rows(plan: Plan) -> dict[int, float]:
-    """The height of every node: leaves fill the rows, and no edges cross."""
+def heights(plan: Plan) -> dict[int, float]:
+    """The height of every node: leaves are one apart, and no edges cross."""
     children: dict[int, list[int]] = {}
     for i, node in enumerate(plan.nodes):
         children.setdefault(node.parent, []).append(i)
@@ -103,7 +103,7 @@ def rows(plan: Plan) -> dict[int, float]:
 
 
 def draw(axes: Axes, plan: Plan) -> None:
-    height, leaves = rows(plan), list(plan.leaves)
+    height, leaves = heights(plan), list(plan.leaves)
     for i, node in enumerate(plan.nodes):
         x, y = across(node.sigma), height[i]
         if node.parent >= 0:

@@ -66,7 +66,7 @@ PIPELINE_TEXT_LENGTH = 256  # T5 tokens a bare pipe(prompt) uses: the model must
 WRONG_CAPTIONS = 0.4
 
 
-def prompt_rows(templates: tuple[str, ...]) -> list[dict]:
+def prompts_of(templates: tuple[str, ...]) -> list[dict]:
     """Every template with every digit, as a word and as a numeral."""
     return [
         {"prompt": template.format(name), "digit": digit}
@@ -79,7 +79,7 @@ def prompt_rows(templates: tuple[str, ...]) -> list[dict]:
 def write_prompts(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for split, templates in (("train", TRAIN_TEMPLATES), ("test", TEST_TEMPLATES)):
-        lines = [json.dumps(row) + "\n" for row in prompt_rows(templates)]
+        lines = [json.dumps(prompt) + "\n" for prompt in prompts_of(templates)]
         (directory / f"{split}.jsonl").write_text("".join(lines))
 
 
@@ -246,7 +246,7 @@ def train_flow(
     latents = vae.encode(images * 2 - 1).latent_dist.mode()
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     captions = [
-        [row["prompt"] for row in prompt_rows(TRAIN_TEMPLATES) if row["digit"] == digit]
+        [one["prompt"] for one in prompts_of(TRAIN_TEMPLATES) if one["digit"] == digit]
         for digit in range(10)
     ]
     flat, per_digit = [caption for digit in captions for caption in digit], len(captions[0])
@@ -339,7 +339,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     images, labels = rewards.real_digits("train", reward_directory)
-    pipeline = build_pipeline([row["prompt"] for row in prompt_rows(TRAIN_TEMPLATES)])
+    pipeline = build_pipeline([one["prompt"] for one in prompts_of(TRAIN_TEMPLATES)])
     train_vae(pipeline.vae, images, arguments.vae_steps)
     train_flow(pipeline, images, labels, arguments.flow_steps)
     shutil.rmtree(model_directory, ignore_errors=True)

@@ -1,5 +1,7 @@
 """The benchmark of the algorithms counts what is called and says what its curves say."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import algorithms  # noqa: E402
 import plot_algorithms as curves  # noqa: E402
 
 from flowkern.rl.algorithms import names  # noqa: E402
-from flowkern.train.config import load_config  # noqa: E402
+from flowkern.train.config import load_config, to_dict  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs/digits").glob("*.yaml"))
 TINY = (
@@ -49,8 +51,8 @@ def run(name, seed, rewards, judges=None, **more):
         }
         for i, (reward, judge) in enumerate(zip(rewards, judges, strict=True))
     ]
-    row = {"name": name, "seed": seed, "overrides": [], "learning_rate": 3e-3}
-    return row | {"curve": points, "images_per_iteration": 8, "optimizer_steps": 4} | more
+    job = {"name": name, "seed": seed, "overrides": [], "learning_rate": 3e-3}
+    return job | {"curve": points, "images_per_iteration": 8, "optimizer_steps": 4} | more
 
 
 def test_every_algorithm_has_a_configuration_and_a_line():
@@ -62,7 +64,7 @@ def test_every_algorithm_has_a_configuration_and_a_line():
 def test_configurations_differ_in_the_algorithm_alone(path):
     config = load_config(path)
     assert config.train.learning_rate in algorithm_runs.LEARNING_RATES
-    tree, other = (yaml.safe_load(p.read_text()) for p in (path, path.with_name("flow_grpo.yaml")))
+    tree, other = (to_dict(load_config(p)) for p in (path, path.with_name("flow_grpo.yaml")))
     assert tree["algorithm"]["name"] == path.stem
     for each in (tree, other):
         for key in ("algorithm", "output_dir"):
@@ -74,7 +76,7 @@ def test_configurations_differ_in_the_algorithm_alone(path):
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_guided", "g2rpo", "awm"])
-def test_rows_are_counted_as_the_plan_predicts(name, monkeypatch):
+def test_calls_are_counted_as_the_plan_predicts(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     trainer = algorithm_runs._trainer(algorithm_runs.Job(name, 3, 1, TINY))
     counter = algorithm_runs.Counter(trainer)
@@ -82,13 +84,13 @@ def test_rows_are_counted_as_the_plan_predicts(name, monkeypatch):
         algorithm_runs.evaluate(trainer)  # not counted
         counter.add(*algorithm_runs.timed(trainer.step))
     recipe, now = trainer.recipe, counter.now
-    plans = [recipe.plan(trainer.model.sigmas, i, 3).cost() for i in range(2)]
+    plans = [recipe.plan(trainer.task.model.sigmas, i, 3).cost() for i in range(2)]
     sampled, sites = (2 * sum(getattr(plan, k) for plan in plans) for k in ("sample", "train"))
     # In the first rollout AWM's running mean equals the weights, and is not called.
     skipped = sites / 2 if name == "awm" else 0
     assert now["sample"] == sampled * (1 if recipe.guidance_scale == 1 else 2)
     assert now["train_gradient"] == sites
-    assert now["train_forward"] == sites * trainer.objective.forwards - skipped
+    assert now["train_forward"] == sites * trainer.task.objective.forwards - skipped
     total = now["sample"] + now["train_forward"] + 2 * now["train_gradient"]
     assert counter.total == now["forward_equivalents"] == total
     assert counter.images == plans[0].images
@@ -99,8 +101,8 @@ def test_a_job_is_the_same_again_and_ends_at_its_budget():
         "flow_grpo", 3, 150, (*TINY, "algorithm.num_inference_steps=3"), points=2
     )
     first, second = job.run(), job.run()
-    for row in (first, second):
-        for point in row["curve"]:
+    for found in (first, second):
+        for point in found["curve"]:
             del point["seconds"]
     assert first == second
     taken = curves.column(first, "forward_equivalents")
@@ -133,11 +135,53 @@ def test_learning_is_judged_by_both_margins():
     assert "+0.140" in bad[0] and "nan" in bad[2]
 
 
-def test_claims_follow_from_the_curves():
-    slow, fast = [0.5, 0.6, 0.7, 0.8], [0.5, 0.8, 0.9, 0.9]
-    rows = [run("flow_grpo", s, slow) for s in range(2)] + [run("awm", s, fast) for s in range(2)]
-    (claim,) = algorithm_tables.claims({"runs": rows})
-    assert "to 0.80: 3.0 times by count" in claim[1]
+def test_comparisons_follow_from_the_curves():
+    rewards = {"flow_grpo": [0.5, 0.6, 0.7, 0.8], "awm": [0.5, 0.8, 0.9, 0.9], "g2rpo": [0.5, 0.6]}
+    rewards["mixgrpo"] = [0.5, 0.55, 0.58]
+    cost = {"dance_grpo": (100, 4.0), "mixgrpo": (25, 3.0)}
+    result = {
+        "labels": {"awm": "AWM"},
+        "runs": [run(name, seed, curve) for name, curve in rewards.items() for seed in range(2)],
+        "iterations": [
+            {"name": name, "forward_equivalents_run": count, "seconds": seconds}
+            for name, (count, seconds) in cost.items()
+        ],
+    }
+    assert algorithm_tables.comparisons(result) == [
+        ("AWM", "flow_grpo", "to 0.80: 3.0 times by count (0k against 0k), 3.0 times in seconds"),
+        ("mixgrpo", "dance_grpo", "75% less by count, 25% less time"),
+        ("g2rpo", "mixgrpo", "0.600 against 0.580 at an equal budget, of 1 iterations against 2"),
+    ]
+
+
+HEADS = "| algorithm |", "| the paper's claim |"
+
+
+def test_the_docs_have_the_figures_of_the_recorded_runs():
+    """docs/algorithms.md: every algorithm's line, and what is said of the papers' claims."""
+    folder = ROOT / "benchmarks/results/intel-xeon-processor-2-threads"
+    result = json.loads((folder / "algorithms.json").read_text())
+    text = (ROOT / "docs/algorithms.md").read_text().split("## The papers' claims at this scale")[1]
+    table, claims = (text.split(head)[1].split("\n\n")[0] for head in HEADS)
+    lines = (line.strip("| ").split(" | ") for line in table.splitlines() if "| ---" not in line)
+    said = {cells[0]: cells[1:] for cells in lines}
+    for name, runs in curves.by_name(result["runs"]).items():
+        end, rewards = algorithm_tables._end(runs), [one["curve"][-1]["reward"] for one in runs]
+        numbers = [end["reward"], min(rewards), max(rewards), end["judge"]]
+        reward, low, high, judge = (f"{number:.3f}".removeprefix("0") for number in numbers)
+        levels = [algorithm_tables._reached(runs, level).split(",")[0] for level in (0.7, 0.8)]
+        rate = f"{runs[0]['learning_rate']:.1e}".replace(".0e-0", "e-").replace("e-0", "e-")
+        expected = [rate, f"{reward} ({low} to {high})", judge, f"{end['distance']:.2f}", *levels]
+        if name != "flow_grpo_guided":  # which is told in words
+            assert said[result["labels"][name]] == expected
+    numbers = [
+        number
+        for _, _, measured in algorithm_tables.comparisons(result)
+        for number in re.findall(r"\d+(?=%)|\d\.\d(?= times)|\.\d{3}", measured)
+    ]
+    assert len(numbers) == 2 * 2 + 3 * 2 + 2
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}\b", claims), number
 
 
 def test_a_result_is_drawn_and_printed(tmp_path, capsys):

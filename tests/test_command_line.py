@@ -27,6 +27,8 @@ SAID = [
     (["train", CONFIG, "lr=3"], 2, "lr: unknown key; did you mean 'train.learning_rate'"),
     (["train", CONFIG, "algorithm.name=mixgpo"], 2, "algorithm.name: .*did you mean 'mixgrpo'"),
     (["train", CONFIG, "algorithm.name=no_such:Recipe"], 2, "there is no module no_such"),
+    (["train", CONFIG, "reward.digit_judge={}"], 2, "reward.digit_judge: .*mean 'digits_judge'"),
+    (["train", CONFIG, "reward.weights={}"], 2, "reward.weights: is not how .* {weight: 1.0}"),
     (["sample", "x"], 2, "required: --prompt"),
     (
         ["sample", "x", "--prompt", "p", "--num-images", "1001"],
@@ -66,7 +68,7 @@ assert not heavy, heavy
 def test_the_installed_command_finds_modules_of_the_working_directory(tmp_path):
     """It does not begin with the working directory on Python's path, as `python -m` does."""
     (tmp_path / "mine.py").write_text(
-        "import sibling\nfrom flowkern.rl.algorithms.awm import Recipe as Mine\n"
+        "import sibling\nfrom flowkern.rl.algorithms.awm import AWM as Mine\n"
     )
     (tmp_path / "sibling.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_thing\n")

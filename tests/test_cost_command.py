@@ -141,6 +141,6 @@ def test_the_recipe_in_the_docs_costs_what_it_says(capsys, tmp_path, monkeypatch
     exec(compile(blocks[1], "docs/algorithms.md", "exec"), {})
     printed_cost = capsys.readouterr().out.strip()
     assert printed_cost == re.search(r"# (Cost\(.*\))", blocks[1])[1]
-    found = printed(capsys, "fork:Recipe")
-    assert found["fork:Recipe", ""] == "115 160 28% 1 16 16"
+    found = printed(capsys, "fork:Fork")
+    assert found["fork:Fork", ""] == "115 160 28% 1 16 16"
     del sys.modules["fork"]

@@ -52,10 +52,10 @@ def test_the_sdist_holds_every_tracked_file(sdist):
 
 
 def test_the_sdist_holds_what_every_kernel_is_built_from(sdist):
-    """With nothing but it: the sources that setup.py names, and what they include."""
-    sources = re.findall(r'"(csrc/[\w/]+\.(?:cpp|cu))"', (sdist / "setup.py").read_text())
-    assert len(sources) >= 8
-    seen, left = set(), [sdist / source for source in sources]
+    """With nothing but it: the sources that setup.py finds, and what they include."""
+    left = [*sdist.glob("csrc/*.cpp"), *sdist.glob("csrc/*/*_cpu.cpp"), *sdist.glob("csrc/*/*.cu")]
+    assert len(left) >= 9
+    seen = set()
     while left:
         path = left.pop().resolve()
         if path not in seen:
@@ -105,6 +105,13 @@ def test_versions_have_tested_bounds_and_what_is_required_is_used():
     required = {requirement.split(">")[0] for requirement in extras["train"]}
     for name in required - {"transformers"}:  # of pipelines, which load its encoders by name
         assert re.search(rf"\b(import|from) {modules.get(name, name)}\b", sources), name
+
+
+def test_pre_commit_formats_as_make_lint_does():
+    pins = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff-pre-commit\n    rev: v(\S+)", hooks)[1] == pins["ruff"]
+    assert re.search(r"\[clang-format==(\S+)\]", hooks)[1] == pins["clang-format"]
 
 
 def test_the_lock_has_a_hash_for_every_version_of_the_constraints():

@@ -114,10 +114,10 @@ def test_every_sampler_keeps_the_marginals(edge, kind, noise_level):
 def test_edges_need_no_grid():
     grid = sd3_sigmas(10)
     for kind in KINDS:
-        rows = step_coefficients(grid, kind, 0.6)
+        edges = step_coefficients(grid, kind, 0.6)
         for i in range(10):
             alone = edge_coefficients(float(grid[i]), float(grid[i + 1]), kind, 0.6)
-            torch.testing.assert_close(alone.table, rows[i].table, atol=0, rtol=0)
+            torch.testing.assert_close(alone.table, edges[i].table, atol=0, rtol=0)
 
 
 # ---- multistep ----
@@ -228,7 +228,7 @@ def test_stochastic_multistep_starts_from_dpm_sde():
     assert two.num_history == 1 and two.std > 0
 
 
-# ---- rows and errors ----
+# ---- edges and errors ----
 
 
 def test_indexing():

@@ -10,6 +10,11 @@
 #include "philox.h"
 #include "tensors.h"
 
+inline bool is_given(PyObject* x) { return x != Py_None; }
+
+// The streams of noise, as flowkern.ops._common.arguments numbers them.
+enum Stream : uint32_t { kStep = 1, kMatch = 2 };
+
 // Reads the arguments of one call. What a kernel cannot take as it is makes the call one that is not served: nothing is run,
 // Python gets None, and looks closer: it copies, converts or says what is wrong.
 class Reader {
@@ -85,18 +90,20 @@ class Reader {
   T* vector(PyObject* x, int64_t count, const char* name, int64_t columns = 0) {
     View v;
     const Element wanted = std::is_same_v<std::remove_const_t<T>, float> ? Element::float32 : Element::int64;
-    const bool fits = serves && view(x, v, name) && v.element() == wanted && v.ndim == (columns ? 2 : 1) &&
-                      v.shape[0] == count && (!columns || v.shape[1] == columns) && v.is_packed(0);
+    const bool fits = serves && view(x, v, name) && v.element() == wanted && v.ndim == (columns ? 2 : 1) && v.shape[0] == count &&
+                      (!columns || v.shape[1] == columns) && v.is_packed(0);
     require(fits, name);
     return fits ? v.at<T>() : nullptr;
   }
   template <class T>
-  T* optional_vector(PyObject* x, int64_t count, const char* name) { return x == Py_None ? nullptr : vector<T>(x, count, name); }
+  T* optional_vector(PyObject* x, int64_t count, const char* name) {
+    return x == Py_None ? nullptr : vector<T>(x, count, name);
+  }
   // A gradient of float32: (count,) of any stride, or one number for all.
   const float* gradient(PyObject* x, int64_t count, int64_t& stride) {
     View v;
-    const bool fits = serves && view(x, v, "grad") && v.element() == Element::float32 &&
-                      (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
+    const bool fits =
+        serves && view(x, v, "grad") && v.element() == Element::float32 && (v.ndim == 0 || (v.ndim == 1 && v.shape[0] == count));
     require(fits, "grad");
     stride = fits && v.ndim ? v.strides[0] : 0;
     return fits ? v.at<const float>() : nullptr;
@@ -130,12 +137,12 @@ class Reader {
       num_history = int(integer(checked(PyObject_GetAttr(x, torch.num_history)).ptr(), 0, 3, "num_history"));
       table = checked(PyObject_GetAttr(x, torch.table));
     } else {
-      require(is_checked_, "rows");
+      require(is_checked_, "edges");
     }
     View v;
-    const bool fits = serves && view(table.ptr(), v, "rows") && v.ndim >= 1 && v.is_packed(v.ndim - 1) &&
+    const bool fits = serves && view(table.ptr(), v, "edges") && v.ndim >= 1 && v.is_packed(v.ndim - 1) &&
                       v.shape[v.ndim - 1] == kColumns && (v.ndim == 1 || (v.ndim == 2 && v.shape[0] == batch));
-    require(fits && (v.element() == Element::float32 || (v.element() == Element::float64 && torch.reads_values)), "rows");
+    require(fits && (v.element() == Element::float32 || (v.element() == Element::float64 && torch.reads_values)), "edges");
     if (!serves) return nullptr;
     stride = v.ndim == 1 ? 0 : v.strides[0];
     table_ = v.at<const char>(), table_bytes_ = (stride * (batch - 1) + kColumns) * (v.element() == Element::float32 ? 4 : 8);
@@ -266,61 +273,6 @@ class Reader {
     if (!torch.reads_values) return require(!index || is_checked_ || !is_debugging(), name);
     for (int64_t b = 0; index && b < batch; ++b)
       if (index[b] < 0 || index[b] >= count)
-        return refuse<py::index_error>(name + (": expected values in [0, " + std::to_string(count)) + "), got " +
-                                       std::to_string(index[b]));
+        return refuse<py::index_error>(name + (": expected values in [0, " + std::to_string(count)) + "), got " + std::to_string(index[b]));
   }
 };
-
-// New tensors, on the device of those read: the owner of one, and its address.
-struct Made {
-  py::object tensor;
-  char* data;
-};
-
-inline Made made_of(py::object tensor) {
-  View v;
-  view_of(tensor.ptr(), v);
-  return {std::move(tensor), v.at<char>()};
-}
-
-inline Made make(Reader& read, const int64_t* shape, int ndim, Element element) {
-  static PyObject* const kNames = py::make_tuple("dtype", "device").release().ptr();
-  std::vector<py::object> sizes(ndim);
-  std::vector<PyObject*> arguments(ndim + 3);
-  for (int d = 0; d < ndim; ++d) {
-    sizes[d] = py::int_(shape[d]);
-    arguments[d] = sizes[d].ptr();
-  }
-  const py::tuple none(0);  // no sizes are the shape of a number
-  const int positional = ndim ? ndim : 1;
-  if (!ndim) arguments[0] = none.ptr();
-  arguments[positional] = torch.dtypes[int(element)];
-  arguments[positional + 1] = read.device();
-  return made_of(checked(PyObject_Vectorcall(torch.empty, arguments.data(), positional, kNames)));
-}
-
-// Without the interpreter's lock, as long as it lives.
-struct Unlocked {
-  PyThreadState* state = PyEval_SaveThread();
-  ~Unlocked() { PyEval_RestoreThread(state); }
-};
-
-// A Python function of positional arguments.
-template <py::object (*call)(PyObject* const*, Reader&), int count>
-PyObject* function(PyObject*, PyObject* const* values, Py_ssize_t given) {
-  if (given != count && given != count + 1) {
-    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", count, given);
-    return nullptr;
-  }
-  try {
-    Reader reader(given > count ? values[count] : nullptr);
-    return call(values, reader).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}

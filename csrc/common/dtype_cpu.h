@@ -24,15 +24,15 @@ FK_INLINE float from_bfloat16(uint16_t bits) { return bits_to_float(uint32_t(bit
 // float16 in integer arithmetic: compilers differ in what they know of the type. Vectors go through F16C where there is one.
 FK_INLINE float from_float16(uint16_t bits) {
   const uint32_t magnitude = bits & 0x7FFFu;
-  uint32_t wide = (magnitude << 13) + (112u << 23);                    // the exponent's bias: 127 - 15
-  if (magnitude >= 0x7C00u) wide = 0x7F800000u | (magnitude << 13);    // infinity, NaN
+  uint32_t wide = (magnitude << 13) + (112u << 23);                                          // the exponent's bias: 127 - 15
+  if (magnitude >= 0x7C00u) wide = 0x7F800000u | (magnitude << 13);                          // infinity, NaN
   if (magnitude < 0x0400u) wide = float_to_bits(float(magnitude) * 5.9604644775390625e-8f);  // subnormal: steps of 2^-24
   return bits_to_float(wide | uint32_t(bits & 0x8000u) << 16);
 }
 
 FK_INLINE uint16_t to_float16(float value) {
   const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7FFFFFFFu;
-  uint32_t half = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1)) >> 13;  // to nearest even
+  uint32_t half = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1)) >> 13;              // to nearest even
   if (magnitude < 0x38800000u) half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u;  // subnormal: 0.5 has steps of 2^-24
   if (magnitude >= 0x477FF000u) half = 0x7C00u;                                                      // 65,520 and more: infinity
   if (magnitude > 0x7F800000u) half = 0x7E00u;                                                       // NaN
@@ -50,8 +50,7 @@ FK_INLINE const float* widen(const void* data, DType dtype, int64_t count, float
     return buffer;
   }
 #if defined(__F16C__)
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
 #endif
   for (; i < count; ++i) buffer[i] = from_float16(half[i]);
   return buffer;

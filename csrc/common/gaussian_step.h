@@ -7,16 +7,16 @@
 
 #include "platform.h"
 
-// A row of flowkern.schedules.Coefficients in float32; the order is that of schedules.COLUMNS.
-struct StepRow {
+// An edge of flowkern.schedules.Coefficients in float32; the order is that of schedules.COLUMNS.
+struct StepEdge {
   float a, b, std, k, c, h[3], sigma;
 };
-static_assert(sizeof(StepRow) == 9 * sizeof(float), "rows are read by address");
+static_assert(sizeof(StepEdge) == 9 * sizeof(float), "edges are read by address");
 
 FK_INLINE float guided_velocity(float velocity, float uncond, float guidance_scale) {
   return uncond + guidance_scale * (velocity - uncond);
 }
 
-FK_INLINE float step_mean(const StepRow& row, float x_t, float velocity) { return row.a * x_t + row.b * velocity; }
+FK_INLINE float step_mean(const StepEdge& edge, float x_t, float velocity) { return edge.a * x_t + edge.b * velocity; }
 
-FK_INLINE float step_draw(const StepRow& row, float mean, float noise) { return mean + row.std * noise; }
+FK_INLINE float step_draw(const StepEdge& edge, float mean, float noise) { return mean + edge.std * noise; }

@@ -49,9 +49,9 @@ FK_INLINE Word64 lane_number() {
   return number;
 }
 
-constexpr int kInFlight = 4;                             // vectors advanced together, to hide the multiplier's latency
-constexpr int kBlocksAtOnce = kInFlight * kLanes;        // Philox counters per call
-constexpr int kNormalsAtOnce = 4 * kBlocksAtOnce;        // normals per call: 128, 64 or 32
+constexpr int kInFlight = 4;                       // vectors advanced together, to hide the multiplier's latency
+constexpr int kBlocksAtOnce = kInFlight * kLanes;  // Philox counters per call
+constexpr int kNormalsAtOnce = 4 * kBlocksAtOnce;  // normals per call: 128, 64 or 32
 
 // The keys of the ten rounds, each across a vector: made once for many counters.
 struct RoundKeys {

@@ -98,7 +98,7 @@ struct Normal2 {
 // Box-Muller: the radius from 31 bits, the angle from 32, reduced to a quarter turn in integers.
 FK_INLINE Normal2 box_muller(uint32_t radius_bits, uint32_t angle_bits) {
   const float radius = root(-2.0f * log_unit(float(int32_t(radius_bits >> 1)) + 0.5f));
-  const uint32_t turned = angle_bits + 0x20000000u;  // by an eighth: the top two bits are the nearest quarter turn
+  const uint32_t turned = angle_bits + 0x20000000u;                    // by an eighth: the top two bits are the nearest quarter turn
   const float y = float(int32_t(angle_bits << 2)) * 3.657295198e-10f;  // 2 pi / 2^34: within pi / 4
   const float y2 = y * y;
   const float sine = fmaf(fmaf(fmaf(-1.949563593e-04f, y2, 8.331978694e-03f), y2, -1.666665077e-01f), y2 * y, y);

@@ -8,11 +8,11 @@
 #include "sums_cuda.cuh"
 
 struct Walk {
-  const int64_t* row;  // (batch,) the velocity row of each sample; nullptr: sample b has row b
+  const int64_t* row;            // (batch,) the velocity row of each sample; nullptr: sample b has row b
   const int64_t *order, *first;  // nullptr, or the samples sorted by their rows, and where a row's begin
   int64_t rows, batch;
   Divisor tiles;  // of a row
-  int slices;  // a row's samples are dealt out to so many blocks
+  int slices;     // a row's samples are dealt out to so many blocks
 };
 
 // Every sample has a row of its own: what a kernel for such calls knows.
@@ -130,8 +130,8 @@ struct LossScratch {
 inline LossScratch loss_scratch(const Scratch& scratch, int64_t batch, int64_t tiles, int sums, float* sample_loss) {
   float* const partial = scratch.partial + 2 * loss_blocks(batch);
   float* const own = partial + batch * tiles * sums;
-  return {reinterpret_cast<double*>(scratch.partial), sample_loss ? sample_loss : own, scratch.arrivals + batch,
-          {partial, scratch.arrivals}};
+  return {
+      reinterpret_cast<double*>(scratch.partial), sample_loss ? sample_loss : own, scratch.arrivals + batch, {partial, scratch.arrivals}};
 }
 
 // The whole warp, once for each sample: the last of a block adds up the block's losses in order, the last of all the blocks' sums.

@@ -42,11 +42,11 @@ struct ExchangeApi {
 struct Torch {
   PyObject *tensor, *parameter, *coefficients;  // types; subclasses may hide that there is no memory
   PyObject *empty, *is_neg, *num_history, *table, *requires_grad, *device;
-  PyObject* get_num_threads;                          // for the CPU
+  PyObject* get_num_threads;                             // for the CPU
   PyObject *stream, *scratch, *siblings, *loss_outputs;  // for a device: see flowkern.ops._common.native_cuda
-  PyObject* dtypes[6];                                // of Element
-  int32_t served;                                     // the device type of DLPack that tensors have to be on
-  bool reads_values;                                  // whether the host can: on the CPU
+  PyObject* dtypes[6];                                   // of Element
+  int32_t served;                                        // the device type of DLPack that tensors have to be on
+  bool reads_values;                                     // whether the host can: on the CPU
   const dlpack::ExchangeApi* exchange;
 };
 inline Torch torch{};

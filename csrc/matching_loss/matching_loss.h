@@ -7,9 +7,9 @@
 //     nft:  loss = 5 t^2 (r mean(residual^2) / w+ + (1 - r) mean(minus^2) / w-),  minus = 2 old - velocity - u
 #pragma once
 
-#include <cmath>
-
-#include "../common/platform.h"
+#include "../common/clip.h"
+#include "../common/latent.h"
+#include "../common/philox.h"
 
 enum MatchingWeighting : int { kUniform = 0, kT = 1, kGhuber = 2 };
 
@@ -75,28 +75,23 @@ FK_INLINE double awm_slope(int weighting, double t, double m) {
   return -t / (root * root * root);
 }
 
-// max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)); a tie keeps the gradient. On policy log_ratio is exactly 0, but NaN where
-// M is NaN.
-FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
-                        MatchingResult& result) {
+// On policy log_ratio is exactly 0, but NaN where M is NaN.
+FK_INLINE void awm_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean, MatchingResult& result) {
   double log_ratio = mean.squares == mean.squares ? 0.0 : mean.squares;
   if (rule.has_old) log_ratio = awm_log_ratio(rule.weighting, t, mean.squares, mean.old_squares, mean.drift);
-  const double low = log1p(-rule.clip_low), high = log1p(rule.clip_high);
-  result.clipped_high = advantage > 0 && log_ratio > high;
-  result.clipped_low = advantage < 0 && log_ratio < low;
-  const double clamped = result.clipped_high ? high : result.clipped_low ? low : log_ratio;
-  const double policy = -advantage * (1.0 + expm1(clamped));
+  const Clipped clip = clipped(clip_range<double>(rule.clip_low, rule.clip_high), advantage, log_ratio);
+  result.clipped_low = clip.is_low;
+  result.clipped_high = clip.is_high;
   result.log_ratio = float(log_ratio);
   result.ratio = float(exp(log_ratio));
   result.matching = float(mean.squares);
-  result.loss = policy;
-  if (!(result.clipped_high || result.clipped_low))
-    result.slopes[0] = float(policy * awm_slope(rule.weighting, t, mean.squares) * 2.0 * rule.share / double(rule.size));
+  result.loss = clip.value;
+  if (!(clip.is_low || clip.is_high))
+    result.slopes[0] = float(clip.value * awm_slope(rule.weighting, t, mean.squares) * 2.0 * rule.share / double(rule.size));
 }
 
 // Residuals are normalized by their own mean size, which has no gradient.
-FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean,
-                        MatchingResult& result) {
+FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, const MatchingSums& mean, MatchingResult& result) {
   double r = 0.5 + 0.5 * advantage;
   r = r < 0.0 ? 0.0 : r > 1.0 ? 1.0 : r;  // NaN stays
   const double minus_squares = rule.has_old ? mean.old_squares : mean.squares;
@@ -118,13 +113,11 @@ FK_INLINE void nft_loss(const MatchingRule& rule, double t, double advantage, co
 FK_INLINE MatchingResult matching_result(MatchingRule rule, float sigma, float advantage, const MatchingSums& sums) {
   if (rule.size == 0) rule.size = 1;
   const double d = double(rule.size);
-  const MatchingSums mean{sums.squares / d, sums.old_squares / d, sums.drift / d, sums.sizes / d,
-                          sums.old_sizes / d, sums.ref / d, sums.ema / d};
+  const MatchingSums mean{sums.squares / d,   sums.old_squares / d, sums.drift / d, sums.sizes / d,
+                          sums.old_sizes / d, sums.ref / d,         sums.ema / d};
   MatchingResult result{};
-  if (rule.nft)
-    nft_loss(rule, sigma, advantage, mean, result);
-  else
-    awm_loss(rule, sigma, advantage, mean, result);
+  if (rule.nft) nft_loss(rule, sigma, advantage, mean, result);
+  else awm_loss(rule, sigma, advantage, mean, result);
   result.ref = float(mean.ref);
   result.ema = float(mean.ema);
   result.loss += rule.ref_coef * mean.ref + rule.ema_coef * mean.ema;
@@ -132,3 +125,46 @@ FK_INLINE MatchingResult matching_result(MatchingRule rule, float sigma, float a
   result.slopes[3] = float(rule.ema_coef * 2.0 * rule.share / d);
   return result;
 }
+
+// ---- what the kernels take ----
+// A tensor that is not given is not read.
+
+struct MatchingArguments {
+  int64_t batch, rows;
+  const int64_t* row;                       // (batch,) the velocity row of each sample; nullptr: sample b has row b
+  const int64_t *order, *first;             // of many samples on a device: order[first[r]] to order[first[r + 1]] have row r
+  Latent velocity, old_velocity, ref, ema;  // (rows, size)
+  Latent x0, noise;                         // (batch, size); noise absent: drawn from key
+  NoiseKey key;
+  MatchingRule rule;
+
+  const float *sigma, *advantage;  // (batch,); no sigma: sigma_value for all
+  float sigma_value;
+  bool is_reduced;                             // loss is one number, not (batch,)
+  float *loss, *log_ratio, *ratio, *matching;  // (batch,)
+  float *ref_mean, *ema_mean;                  // (batch,)
+  bool *clipped_low, *clipped_high;            // (batch,)
+  // On a CPU, (rows, size) of float32, where row b has sample b alone: velocity - u. Forward writes it; given to backward, it takes the
+  // place of x0 and noise, and becomes the gradient.
+  Latent residual;
+  float* slopes;  // (batch, 4)
+
+  const float* grad;  // backward: of the loss, (batch,), or one number: grad_stride 0
+  int64_t grad_stride;
+  Latent grad_velocity;  // (rows, size)
+  int threads;           // of a CPU
+};
+
+struct NoisingArguments {
+  int64_t batch, size;
+  Latent x0, noise, out;
+  NoiseKey key;
+  const float* sigma;  // (batch,)
+  int threads;
+};
+
+// Its kernels, on every device.
+#define FK_KERNELS_OF_matching_loss(X)    \
+  X(matching_forward, MatchingArguments)  \
+  X(matching_backward, MatchingArguments) \
+  X(add_noise, NoisingArguments)

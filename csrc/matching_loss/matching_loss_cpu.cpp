@@ -1,8 +1,9 @@
 // The matching losses on a CPU: sums and slopes, the gradient, the noising of x0. Compiled once per instruction set.
-#include "matching_loss_cpu.h"
+#include "matching_loss.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 #include "../common/siblings_cpu.h"
 
@@ -19,14 +20,12 @@ FK_INLINE Latent read_in_place(const Latent& latent) { return latent.dtype == DT
 // Asks for what the next chunks of some latents of one row, or one sample, will read.
 template <class... Latents>
 auto prefetch_of(int64_t index, int64_t first, const Latents&... latents) {
-  return [=](int64_t i, int64_t count) __attribute__((always_inline)) {
-    (prefetch_ahead(read_in_place(latents), index, first + i, count), ...);
-  };
+  return [=](int64_t i, int64_t count)
+             __attribute__((always_inline)) { (prefetch_ahead(read_in_place(latents), index, first + i, count), ...); };
 }
 
 template <class Ahead>
-FK_INLINE const float* load_noise(const Latent& noise, const NoiseKey& key, int64_t sample, const Place& at, float* buffer,
-                                  Ahead ahead) {
+FK_INLINE const float* load_noise(const Latent& noise, const NoiseKey& key, int64_t sample, const Place& at, float* buffer, Ahead ahead) {
   if (noise.data) return load(noise, sample, at, buffer);
   fill_normals(buffer, at.first, at.count, key, sample, ahead);
   return buffer;
@@ -34,8 +33,8 @@ FK_INLINE const float* load_noise(const Latent& noise, const NoiseKey& key, int6
 
 // The sums of one sample over one chunk, added to s; keep(i, value) is given each residual.
 template <class Ahead, class Keep>
-FK_INLINE void add_sums(bool nft, const float* v, const float* old, const float* x0, const float* noise, int64_t count,
-                        MatchingSums& s, Ahead ahead, Keep keep) {
+FK_INLINE void add_sums(bool nft, const float* v, const float* old, const float* x0, const float* noise, int64_t count, MatchingSums& s,
+                        Ahead ahead, Keep keep) {
   const auto u = [=](int64_t i) { return target_velocity(noise[i], x0[i]); };
   const auto square = [=](int64_t i) {
     keep(i, v[i] - u(i));
@@ -62,8 +61,7 @@ struct AnchorSums {
 };
 
 // The sums of the row's distance to its anchors over one chunk.
-FK_INLINE void add_anchor_sums(const MatchingArguments& m, const Place& at, const float* v, Buffers& buffers,
-                               AnchorSums& sums) {
+FK_INLINE void add_anchor_sums(const MatchingArguments& m, const Place& at, const float* v, Buffers& buffers, AnchorSums& sums) {
   const auto add = [&](const Latent& latent, double& sum) __attribute__((always_inline)) {
     if (!latent.data) return;
     const float* anchor = load(latent, at.row, at, buffers.anchor);
@@ -131,10 +129,8 @@ struct Gradient {
   __attribute__((always_inline)) void add(Term term, Ahead ahead) {
     float* const to = out;
     const auto row = row_ahead;
-    if (is_written)
-      write(to, count, [=](int64_t i) { return to[i] + term(i); }, ahead);
-    else
-      write(to, count, term, [=](int64_t i, int64_t n) __attribute__((always_inline)) { row(i, n), ahead(i, n); });
+    if (is_written) write(to, count, [=](int64_t i) { return to[i] + term(i); }, ahead);
+    else write(to, count, term, [=](int64_t i, int64_t n) __attribute__((always_inline)) { row(i, n), ahead(i, n); });
     is_written = true;
   }
 };

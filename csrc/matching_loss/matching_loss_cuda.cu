@@ -1,6 +1,6 @@
 // The matching losses on CUDA: sums and slopes, the gradient, the noising of x0; one launch each. A block takes one tile of one velocity
 // row (of one sample, to noise it), a thread eight elements.
-#include "matching_loss_cuda.h"
+#include "matching_loss.h"
 
 #include "../common/latent_cuda.cuh"
 #include "../common/siblings_cuda.cuh"
@@ -58,6 +58,8 @@ FK_DEVICE Floats target_of(const MatchingArguments& m, const SampleGroups& group
   for (int i = 0; i < kGroup; ++i) target.v[i] = target_velocity(target.v[i], x0.v[i]);
   return target;
 }
+
+constexpr int kMatchingSums = 6;  // per sample
 
 // squares; old_squares; awm: drift, nft: sizes; old_sizes; ref; ema. Those that the loss needs:
 FK_DEVICE unsigned used_sums(const MatchingArguments& m) {
@@ -288,6 +290,10 @@ MatchingLaunch prepared(const MatchingArguments& m) {
 
 }  // namespace
 
+// The backward pass has no loss.
+ScratchSize scratch_of(const MatchingArguments& m) { return m.loss ? scratch_of_loss(m.batch, m.rule.size, kMatchingSums) : ScratchSize{}; }
+ScratchSize scratch_of(const NoisingArguments&) { return {}; }
+
 void matching_forward(const MatchingArguments& m, const Queue& queue) {
   if (m.batch == 0) return;
   MatchingLaunch launched = prepared(m);
@@ -311,7 +317,7 @@ void add_noise(const NoisingArguments& n, const Queue& queue) {
   launch("add_noise", kernel, launched, n.size > 0 ? n.batch * launched.tiles.by : 0, threads_of(n.size), queue);
 }
 
-std::string matching_why_not(int device) {
+std::string matching_loss_why_not(int device) {
   const std::string why_not = load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
   return why_not.empty() ? load_kernels(device, {kAddNoise<false>, kAddNoise<true>}) : why_not;
 }

@@ -1,16 +1,17 @@
 // The policy loss on a CPU, forward and backward. Compiled once per instruction set (FK_ISA names the instance).
-#include "policy_loss_cpu.h"
+#include "policy_loss.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 #include "../common/siblings_cpu.h"
 
 namespace FK_ISA {
 namespace {
 
-FK_INLINE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
-  StepRow edge;
+FK_INLINE StepEdge edge_of(const PolicyArguments& p, int64_t sample) {
+  StepEdge edge;
   std::memcpy(&edge, p.edges + sample * p.edge_stride, sizeof edge);
   return edge;
 }
@@ -37,24 +38,22 @@ FK_INLINE Chunk load_chunk(const PolicyArguments& p, const Place& at, Buffers& b
 }
 
 // x_next of a sample: as given, or drawn again around the old velocity's mean.
-__attribute__((noinline)) const float* load_next(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk,
-                                                 int64_t sample, const Place& at, Buffers& buffers) {
+__attribute__((noinline)) const float* load_next(const PolicyArguments& p, const StepEdge& edge, const Chunk& chunk, int64_t sample,
+                                                 const Place& at, Buffers& buffers) {
   if (p.x_next.data) return load(p.x_next, sample, at, buffers.next);
   float* next = buffers.next;
   const float *x = chunk.x, *old = chunk.old;
-  const StepRow row = edge;
-  if (!(row.std > 0)) {
+  const StepEdge own = edge;
+  if (!(own.std > 0)) {
 #pragma omp simd
-    for (int64_t i = 0; i < at.count; ++i) next[i] = step_mean(row, x[i], old[i]);
+    for (int64_t i = 0; i < at.count; ++i) next[i] = step_mean(own, x[i], old[i]);
     return next;
   }
   const float* noise = next;
-  if (p.noise.data)
-    noise = load(p.noise, sample, at, next);
-  else
-    fill_normals(next, at.first, at.count, p.key, sample, kNoPrefetch);
+  if (p.noise.data) noise = load(p.noise, sample, at, next);
+  else fill_normals(next, at.first, at.count, p.key, sample, kNoPrefetch);
 #pragma omp simd
-  for (int64_t i = 0; i < at.count; ++i) next[i] = step_draw(row, step_mean(row, x[i], old[i]), noise[i]);
+  for (int64_t i = 0; i < at.count; ++i) next[i] = step_draw(own, step_mean(own, x[i], old[i]), noise[i]);
   return next;
 }
 
@@ -74,14 +73,11 @@ struct Prefetch {
 
 // Adds a sample's share of one chunk to its sum, and keeps its residual where that is wanted.
 template <Ratio kind>
-FK_INLINE void add_ratio_terms(const PolicyArguments& p, const Chunk& chunk, const Prefetch& ahead, Buffers& buffers,
-                               double& sum) {
-  const StepRow edge = edge_of(p, ahead.sample);
+FK_INLINE void add_ratio_terms(const PolicyArguments& p, const Chunk& chunk, const Prefetch& ahead, Buffers& buffers, double& sum) {
+  const StepEdge edge = edge_of(p, ahead.sample);
   const float *x = chunk.x, *velocity = chunk.velocity, *old = chunk.old;
   const float* next = load_next(p, edge, chunk, ahead.sample, ahead.at, buffers);
-  const auto term = [=](int64_t i) {
-    return ratio_term<kind>(edge, x[i], velocity[i], kind == Ratio::recorded ? 0.0f : old[i], next[i]);
-  };
+  const auto term = [=](int64_t i) { return ratio_term<kind>(edge, x[i], velocity[i], kind == Ratio::recorded ? 0.0f : old[i], next[i]); };
   if (!p.residual.data) return lane_sums(ahead.at.count, ahead, {&sum}, term);
   float* const residual = reinterpret_cast<float*>(p.residual.at(ahead.sample, ahead.at.first));
   const float* from = kind == Ratio::guard ? old : velocity;
@@ -196,7 +192,7 @@ void policy_backward(const PolicyArguments& given) {
       is_first = false;
     }
     for (; sample != end; ++sample, is_first = false) {
-      const StepRow edge = edge_of(p, *sample);
+      const StepEdge edge = edge_of(p, *sample);
       const float scale = weight(*sample, 0);
       if (is_kept) {
         add_term(out, at.count, is_first, [=](int64_t i) { return scale * kept[i]; });

@@ -1,10 +1,12 @@
 // The policy loss on CUDA, forward and backward; one launch each. A block takes one tile of one velocity row, a thread eight elements.
-#include "policy_loss_cuda.h"
+#include "policy_loss.h"
 
 #include "../common/latent_cuda.cuh"
 #include "../common/siblings_cuda.cuh"
 
 namespace {
+
+constexpr int kPolicySums = 2;  // per sample: of the ratio, of the KL
 
 // What a launch adds to the arguments.
 struct PolicyLaunch {
@@ -26,8 +28,8 @@ FK_DEVICE PolicyLaunch known(PolicyLaunch launch) {
   return launch;
 }
 
-FK_DEVICE StepRow edge_of(const PolicyArguments& p, int64_t sample) {
-  return *reinterpret_cast<const StepRow*>(p.edges + sample * p.edge_stride);
+FK_DEVICE StepEdge edge_of(const PolicyArguments& p, int64_t sample) {
+  return *reinterpret_cast<const StepEdge*>(p.edges + sample * p.edge_stride);
 }
 
 FK_DEVICE Place of_sample(const Place& at, int64_t sample) { return {sample, at.first, at.count}; }
@@ -69,7 +71,7 @@ FK_DEVICE Group load_sample(const PolicyArguments& p, const Place& at, bool is_w
 
 // x_next: as given, or drawn again around the old velocity's mean.
 template <bool kDrawn>
-FK_DEVICE Floats next_of(const PolicyArguments& p, const StepRow& edge, const Chunk& chunk, const Group& group, const Place& at,
+FK_DEVICE Floats next_of(const PolicyArguments& p, const StepEdge& edge, const Chunk& chunk, const Group& group, const Place& at,
                          bool is_whole) {
   if constexpr (!kDrawn) {
     return widen(group, p.x_next.dtype);
@@ -86,7 +88,7 @@ FK_DEVICE Floats next_of(const PolicyArguments& p, const StepRow& edge, const Ch
 }
 
 template <Ratio kind>
-FK_DEVICE float ratio_sum(const StepRow& edge, const Chunk& chunk, const Floats& next, int count) {
+FK_DEVICE float ratio_sum(const StepEdge& edge, const Chunk& chunk, const Floats& next, int count) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i)
@@ -94,7 +96,7 @@ FK_DEVICE float ratio_sum(const StepRow& edge, const Chunk& chunk, const Floats&
   return sum;
 }
 
-FK_DEVICE float ratio_sum(Ratio kind, const StepRow& edge, const Chunk& chunk, const Floats& next, int count) {
+FK_DEVICE float ratio_sum(Ratio kind, const StepEdge& edge, const Chunk& chunk, const Floats& next, int count) {
   if (kind == Ratio::sde) return ratio_sum<Ratio::sde>(edge, chunk, next, count);
   if (kind == Ratio::guard) return ratio_sum<Ratio::guard>(edge, chunk, next, count);
   return ratio_sum<Ratio::recorded>(edge, chunk, next, count);
@@ -104,9 +106,9 @@ FK_DEVICE float ratio_sum(Ratio kind, const StepRow& edge, const Chunk& chunk, c
 FK_DEVICE void finish_sample(const PolicyLaunch& launch, int64_t sample, const double (&sums)[kPolicySums]) {
   const PolicyArguments& p = launch.p;
   if (lane_index() == 0) {
-    const PolicySample out = policy_sample(p.settings, edge_of(p, sample), sums[0], sums[1], p.advantage[sample],
-                                           p.old_log_prob ? p.old_log_prob[sample] : 0.0f, p.step_weight ? p.step_weight[sample] : 1.0f,
-                                           p.kl_coef ? p.kl_coef[sample] : p.kl_value);
+    const PolicySample out =
+        policy_sample(p.settings, edge_of(p, sample), sums[0], sums[1], p.advantage[sample], p.old_log_prob ? p.old_log_prob[sample] : 0.0f,
+                      p.step_weight ? p.step_weight[sample] : 1.0f, p.kl_coef ? p.kl_coef[sample] : p.kl_value);
     p.log_ratio[sample] = out.log_ratio;
     p.ratio[sample] = out.ratio;
     p.kl[sample] = out.kl;
@@ -130,7 +132,7 @@ FK_DEVICE float kl_sum(const Floats& velocity, const Floats& ref, int count) {
 template <bool kDrawn>
 FK_DEVICE float ratio_sum(const PolicyArguments& p, const RowGroups& row, const Group& group, const Place& at, bool is_whole) {
   if (p.settings.ratio == Ratio::on_policy) return 0.0f;
-  const StepRow edge = edge_of(p, at.sample);  // after the latents: they do not wait for it
+  const StepEdge edge = edge_of(p, at.sample);  // after the latents: they do not wait for it
   const Chunk chunk = chunk_of(p, row);
   return ratio_sum(p.settings.ratio, edge, chunk, next_of<kDrawn>(p, edge, chunk, group, at, is_whole), at.count);
 }
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
       is_loaded = true;
       const Place there = of_sample(at, __shfl_sync(kAllLanes, mine, lane));
       const Group group = load_sample<kDrawn>(p, there, is_whole);
-      const StepRow edge = edge_of(p, there.sample);
+      const StepEdge edge = edge_of(p, there.sample);
       const Chunk chunk = chunk_of(p, row);
       const Floats next = next_of<kDrawn>(p, edge, chunk, group, there, is_whole);
       const bool is_old = p.settings.guard && p.old_velocity.data;
@@ -236,8 +238,7 @@ auto pick(const Kernels<PolicyLaunch>& kernels, PolicyLaunch& launched) {
 }
 
 template <bool kDrawn>
-constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn>,
-                                             policy_forward_kernel<Calls::plain_float32, kDrawn>,
+constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn>, policy_forward_kernel<Calls::plain_float32, kDrawn>,
                                              policy_forward_kernel<Calls::plain_bfloat16, kDrawn>}};
 template <bool kDrawn>
 constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any, kDrawn>,
@@ -245,6 +246,9 @@ constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any,
                                               policy_backward_kernel<Calls::plain_bfloat16, kDrawn>}};
 
 }  // namespace
+
+// The backward pass has no loss.
+ScratchSize scratch_of(const PolicyArguments& p) { return p.loss ? scratch_of_loss(p.batch, p.size, kPolicySums) : ScratchSize{}; }
 
 void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
   if (arguments.batch == 0) return;
@@ -254,8 +258,8 @@ void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
   if (p.settings.ratio == Ratio::on_policy && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
   if (!p.velocity.data) p.size = 0;
   launched.walk = walk_of(p, tiles_of(p.size));
-  launched.scratch = loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums,
-                                  p.reduction == Reduction::none ? p.loss : nullptr);
+  launched.scratch =
+      loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums, p.reduction == Reduction::none ? p.loss : nullptr);
   if (p.reduction == Reduction::mean) launched.share = 1.0 / double(p.batch);
   const bool is_drawn = !(p.settings.ratio == Ratio::on_policy || p.x_next.data);
   const auto kernel = pick(is_drawn ? kForward<true> : kForward<false>, launched);
@@ -274,6 +278,6 @@ void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
   launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles.by, threads_of(p.size), queue);
 }
 
-std::string policy_why_not(int device) {
+std::string policy_loss_why_not(int device) {
   return load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
 }

@@ -2,13 +2,48 @@
 #pragma once
 
 #include "../common/gaussian_step.h"
+#include "../common/latent.h"
+#include "../common/philox.h"
 
-FK_INLINE float predicted_x0(const StepRow& row, float x_t, float velocity) { return x_t - row.sigma * velocity; }
+FK_INLINE float predicted_x0(const StepEdge& edge, float x_t, float velocity) { return x_t - edge.sigma * velocity; }
 
 // The log-probability of a sample from the sum over its D elements of (x_next - mean)^2.
-FK_INLINE float step_log_prob(const StepRow& row, double sum_of_squares, int64_t size) {
-  return float(double(row.c) - double(row.k) * (sum_of_squares / double(size)));
+FK_INLINE float step_log_prob(const StepEdge& edge, double sum_of_squares, int64_t size) {
+  return float(double(edge.c) - double(edge.k) * (sum_of_squares / double(size)));
 }
 
 // d log_prob / d velocity of one element, times the gradient that comes in: scale = grad 2 k b guidance_scale / D.
 FK_INLINE float step_gradient(float scale, float x_next, float mean) { return scale * (x_next - mean); }
+
+// ---- what the kernels take ----
+// A tensor that is not given is not read.
+
+struct StepArguments {
+  int64_t batch, size;
+  Latent x_t, velocity, velocity_uncond, noise, x_next, x0;
+  Latent history[3];
+  int num_history;
+  float guidance_scale;
+  const float* edges;  // edge_stride 0: one edge for all samples
+  int64_t edge_stride;
+  NoiseKey key;
+  float* log_prob;        // (batch,), nullptr: not wanted
+  const float* grad_out;  // (batch,), backward only, grad_stride apart
+  int64_t grad_stride;
+  Latent grad;  // backward only
+  int threads;  // of a CPU
+};
+
+struct NormalArguments {
+  int64_t batch, size;
+  float* out;
+  NoiseKey key;
+  int threads;
+};
+
+// Its kernels, on every device.
+#define FK_KERNELS_OF_sde_step(X)       \
+  X(sde_draw, StepArguments)            \
+  X(sde_replay, StepArguments)          \
+  X(sde_replay_backward, StepArguments) \
+  X(fill_philox, NormalArguments)

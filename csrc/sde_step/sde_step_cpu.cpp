@@ -1,17 +1,18 @@
 // The step on a CPU: draw, replay, its gradient. Compiled once per instruction set (FK_ISA names the instance).
-#include "sde_step_cpu.h"
+#include "sde_step.h"
 
 #include <vector>
 
+#include "../common/chunks_cpu.h"
 #include "../common/noise_cpu.h"
 
 namespace FK_ISA {
 namespace {
 
-FK_INLINE StepRow row_of(const StepArguments& arguments, int64_t sample) {
-  StepRow row;
-  std::memcpy(&row, arguments.rows + sample * arguments.row_stride, sizeof row);
-  return row;
+FK_INLINE StepEdge edge_of(const StepArguments& arguments, int64_t sample) {
+  StepEdge edge;
+  std::memcpy(&edge, arguments.edges + sample * arguments.edge_stride, sizeof edge);
+  return edge;
 }
 
 struct Buffers {
@@ -30,10 +31,10 @@ struct Prefetch {
 // What a chunk reads, as float32, with guidance applied.
 struct Chunk {
   const float *x, *velocity;
-  StepRow row;
+  StepEdge edge;
 };
 
-FK_INLINE Chunk load_chunk(const StepArguments& s, StepRow row, int64_t sample, int64_t first, int64_t count, Buffers& buffers) {
+FK_INLINE Chunk load_chunk(const StepArguments& s, StepEdge edge, int64_t sample, int64_t first, int64_t count, Buffers& buffers) {
   const float* x = widen(s.x_t.at(sample, first), s.x_t.dtype, count, buffers.x);
   const float* velocity = widen(s.velocity.at(sample, first), s.velocity.dtype, count, buffers.velocity);
   if (s.velocity_uncond.data) {
@@ -42,7 +43,7 @@ FK_INLINE Chunk load_chunk(const StepArguments& s, StepRow row, int64_t sample, 
     for (int64_t i = 0; i < count; ++i) buffers.velocity[i] = guided_velocity(velocity[i], uncond[i], s.guidance_scale);
     velocity = buffers.velocity;
   }
-  return {x, velocity, row};
+  return {x, velocity, edge};
 }
 
 // The mean with its history, in the order of the formula.
@@ -50,10 +51,10 @@ FK_INLINE const float* mean_with_history(const StepArguments& s, const Chunk& ch
                                          Buffers& buffers) {
   float* mean = buffers.mean;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) mean[i] = step_mean(chunk.row, chunk.x[i], chunk.velocity[i]);
+  for (int64_t i = 0; i < count; ++i) mean[i] = step_mean(chunk.edge, chunk.x[i], chunk.velocity[i]);
   for (int j = 0; j < s.num_history; ++j) {
     const float* earlier = widen(s.history[j].at(sample, first), s.history[j].dtype, count, buffers.other);
-    const float weight = chunk.row.h[j];
+    const float weight = chunk.edge.h[j];
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) mean[i] += weight * earlier[i];
   }
@@ -74,7 +75,7 @@ void for_chunks(int64_t batch, int64_t size, int threads, const StepArguments* f
   for (int64_t sample = 0; sample < batch; ++sample) {
     double sum = 0;
     for (int64_t j = 0; j < segments; ++j) sum += partial[sample * segments + j];
-    finish->log_prob[sample] = step_log_prob(row_of(*finish, sample), sum, size);
+    finish->log_prob[sample] = step_log_prob(edge_of(*finish, sample), sum, size);
   }
 }
 
@@ -106,16 +107,16 @@ void sde_draw(const StepArguments& s) {
   for_chunks(s.batch, s.size, s.threads, s.log_prob ? &s : nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     Buffers buffers;
     const Prefetch prefetch{s, sample, first};
-    const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
-    const StepRow& row = chunk.row;
+    const Chunk chunk = load_chunk(s, edge_of(s, sample), sample, first, count, buffers);
+    const StepEdge& edge = chunk.edge;
     if (s.x0.data) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(row, chunk.x[i], chunk.velocity[i]);
+      for (int64_t i = 0; i < count; ++i) buffers.other[i] = predicted_x0(edge, chunk.x[i], chunk.velocity[i]);
       narrow(buffers.other, s.x0.at(sample, first), s.x0.dtype, count);
     }
     // By value: through a reference the compiler must assume that writing x_next changes the coefficients.
-    const auto draw = [&, row](auto mean) __attribute__((always_inline)) {
-      if (row.std == 0 || !(s.noise.data || s.key.sample_id))  // neither reads nor makes noise
+    const auto draw = [&, edge](auto mean) __attribute__((always_inline)) {
+      if (edge.std == 0 || !(s.noise.data || s.key.sample_id))  // neither reads nor makes noise
         return store(s, sample, first, count, buffers, mean, mean, prefetch);
       const float* noise = buffers.noise;
       if (s.noise.data) {
@@ -123,11 +124,11 @@ void sde_draw(const StepArguments& s) {
       } else {
         fill_normals(buffers.noise, first, count, s.key, sample, prefetch);
       }
-      const auto value = [row, mean, noise](int64_t i) { return step_draw(row, mean(i), noise[i]); };
+      const auto value = [edge, mean, noise](int64_t i) { return step_draw(edge, mean(i), noise[i]); };
       return s.noise.data ? store(s, sample, first, count, buffers, value, mean, prefetch)
                           : store(s, sample, first, count, buffers, value, mean, kNoPrefetch);
     };
-    if (!s.num_history) return draw([chunk](int64_t i) { return step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); });
+    if (!s.num_history) return draw([chunk](int64_t i) { return step_mean(chunk.edge, chunk.x[i], chunk.velocity[i]); });
     const float* mean = mean_with_history(s, chunk, sample, first, count, buffers);
     return draw([mean](int64_t i) { return mean[i]; });
   });
@@ -136,25 +137,25 @@ void sde_draw(const StepArguments& s) {
 void sde_replay(const StepArguments& s) {
   for_chunks(s.batch, s.size, s.threads, &s, [&](int64_t sample, int64_t first, int64_t count) {
     Buffers buffers;
-    const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
+    const Chunk chunk = load_chunk(s, edge_of(s, sample), sample, first, count, buffers);
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
-    return sum_of_squares(count, [&](int64_t i) { return next[i] - step_mean(chunk.row, chunk.x[i], chunk.velocity[i]); },
-                          Prefetch{s, sample, first});
+    return sum_of_squares(
+        count, [&](int64_t i) { return next[i] - step_mean(chunk.edge, chunk.x[i], chunk.velocity[i]); }, Prefetch{s, sample, first});
   });
 }
 
 void sde_replay_backward(const StepArguments& s) {
   for_chunks(s.batch, s.size, s.threads, nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     Buffers buffers;
-    const Chunk chunk = load_chunk(s, row_of(s, sample), sample, first, count, buffers);
-    const StepRow& row = chunk.row;
+    const Chunk chunk = load_chunk(s, edge_of(s, sample), sample, first, count, buffers);
+    const StepEdge& edge = chunk.edge;
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
-    const float scale =
-        float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * row.k * row.b * (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
+    const float scale = float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * edge.k * edge.b *
+                              (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
     const bool direct = s.grad.dtype == DType::float32;
     float* out = direct ? reinterpret_cast<float*>(s.grad.at(sample, first)) : buffers.noise;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = step_gradient(scale, next[i], step_mean(row, chunk.x[i], chunk.velocity[i]));
+    for (int64_t i = 0; i < count; ++i) out[i] = step_gradient(scale, next[i], step_mean(edge, chunk.x[i], chunk.velocity[i]));
     if (!direct) narrow(out, s.grad.at(sample, first), s.grad.dtype, count);
     return 0.0;
   });

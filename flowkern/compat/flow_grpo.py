@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flowkern.ops.sde_step import ode_step, sde_log_prob, sde_step
 from flowkern.schedules import Coefficients, step_coefficients
+from flowkern.torch_private import assert_async
 
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
@@ -65,7 +66,7 @@ def sde_step_with_logprob(
         raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
     grid = _grid(self.sigmas, _KINDS[sde_type], float(noise_level), sample.device)
     index = _step_index(self, timestep, sample.device)
-    rows = (
+    edges = (
         grid.coefficients[index]
         if len(index) > 1
         else Coefficients(grid.coefficients.table[index][0])
@@ -74,17 +75,17 @@ def sde_step_with_logprob(
     differentiable = model_output.requires_grad and torch.is_grad_enabled()
     if prev_sample is None:
         noise = _randn_like(model_output, generator)
-        prev_sample, log_prob = sde_step(sample, model_output, rows, noise=noise)
+        prev_sample, log_prob = sde_step(sample, model_output, edges, noise=noise)
         if differentiable:
-            log_prob = sde_log_prob(sample, model_output, prev_sample, rows)
+            log_prob = sde_log_prob(sample, model_output, prev_sample, edges)
     else:
         prev_sample = prev_sample.float()
-        log_prob = sde_log_prob(sample, model_output, prev_sample.detach(), rows)
+        log_prob = sde_log_prob(sample, model_output, prev_sample.detach(), edges)
     shape = (-1, *[1] * (sample.ndim - 1))
     if differentiable:  # the mean carries a gradient of its own: KL terms use it
-        mean = rows.a.reshape(shape) * sample + rows.b.reshape(shape) * model_output
+        mean = edges.a.reshape(shape) * sample + edges.b.reshape(shape) * model_output
     else:
-        mean = ode_step(sample, model_output, rows)
+        mean = ode_step(sample, model_output, edges)
     returns = (prev_sample, log_prob, mean, grid.std_dev_t[index].reshape(shape))
     return (*returns, grid.sqrt_dt[index].reshape(shape)) if return_sqrt_dt else returns
 
@@ -118,7 +119,7 @@ def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
     stock = type(scheduler).__module__.startswith("diffusers.")
     if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
         found = timestep[:, None] == scheduler.timesteps[None, :]
-        torch._assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
+        assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
         return found.int().argmax(1)
     return torch.tensor([int(scheduler.index_for_timestep(t)) for t in timestep], device=device)
 

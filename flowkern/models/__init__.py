@@ -1,67 +1,164 @@
 """Models: one adapter per family over a diffusers pipeline directory. Protocol and lookup here.
 
 An adapter is what a sampler and a trainer need of a pipeline: encode prompts, lay out noise levels,
-predict a velocity, decode latents. B samples, L text tokens, D latent elements per sample.
+predict a velocity, decode latents. B samples, *D one latent: (C, h, w) of an image, (C, f, h, w) of
+a video, never packed; sigma 1 is noise, and a velocity is noise - clean.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowkern.lookup import load
-from flowkern.models.pipeline import read_index
+from flowkern.models.directory import read_index
 
-__all__ = ["MODELS", "Conditioning", "Model", "load_model", "pipeline_class"]
+__all__ = [
+    "MODELS",
+    "Conditioning",
+    "Guidance",
+    "Model",
+    "guide_of",
+    "load_model",
+    "pipeline_class",
+]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts, one row each; ``conditioning[index]`` picks, repeats or reorders rows."""
+    """Encoded prompts: a row of every part for each; ``conditioning[index]`` picks, repeats or
+    reorders rows. On the host until it is moved, as a whole.
+    """
 
-    tokens: Tensor
-    """(B, L, E): the text tokens the network attends to."""
-    pooled: Tensor
-    """(B, P): one vector per prompt."""
+    parts: Mapping[str, Tensor]
+    """By name, (B, ...) each; text of several lengths is padded to one, the same in all of a run,
+    with its mask as a part."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(next(iter(self.parts.values())))
 
-    def __getitem__(self, index: Tensor | slice | list[int]) -> "Conditioning":
+    def __getitem__(self, index: Tensor | slice | list[int]) -> Conditioning:
         """The rows of an index tensor (int64 or bool), a slice or a list."""
-        return Conditioning(self.tokens[index], self.pooled[index])
+        return Conditioning({name: part[index] for name, part in self.parts.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """On a device; the host does not wait for the copy to one."""
+        is_cuda = torch.device(device).type == "cuda"
+
+        def moved(part: Tensor) -> Tensor:
+            if is_cuda and part.device.type == "cpu":
+                return part.pin_memory().to(device, non_blocking=True)
+            return part.to(device)
+
+        return Conditioning({name: moved(part) for name, part in self.parts.items()})
 
     @staticmethod
-    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """The rows of all parts, in order; their L must agree."""
+    def cat(many: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all, in order; beyond the first dimension their parts agree."""
         return Conditioning(
-            torch.cat([part.tokens for part in parts]), torch.cat([part.pooled for part in parts])
+            {name: torch.cat([one.parts[name] for one in many]) for name in many[0].parts}
         )
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How a family is guided."""
+
+    kind: Literal["none", "cfg", "cfg_rescaled", "embedded"]
+    """ "cfg": uncond + w (cond - uncond), which the step kernels fuse; "cfg_rescaled": that, with
+    the length of the conditional one, which the family computes (`guide`); "embedded": an input of
+    the network, and cfg on top of it where w is beyond 1; "none": w up to 1 only."""
+    negative_prompt: str = ""
+    """What stands for no prompt."""
+    boundary: float = 0.0
+    """The noise level from which on up the first of two networks is asked; 0: there is one."""
+    low: float | None = None
+    """w of the second network, where guidance is asked for at all; None: as of the first."""
+
+    def is_low(self, sigma: Any) -> Any:
+        """Is the second network asked? sigma: a number or a tensor. Not at the boundary, rounded to
+        float32 or not."""
+        return sigma < self.boundary - 2**-20
+
+    def at(self, w: float, sigma: Tensor) -> float | Tensor:
+        """w of rows at noise levels sigma (B,), where w is asked for; nothing is read from them."""
+        if self.low is None or w <= 1:
+            return w
+        return torch.where(self.is_low(sigma), self.low, w)
+
+
+FUSED = {"cfg", "embedded"}
+"""Kinds of guidance that step kernels compute."""
+
+
 class Model(Protocol):
-    """What every adapter offers; `flowkern.models.sd3.SD3` documents the parts."""
+    """What every adapter offers; `flowkern.models.pipeline.Pipeline` documents and shares it."""
 
     network: nn.Module
-    rows: int
+    guidance: Guidance
+    lora_targets: str | list[str]
+    frame_rate: float | None
+    calls: int
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
-
-    def latent_shape(
-        self, height: int | None = None, width: int | None = None
-    ) -> tuple[int, ...]: ...
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
 
     def sigmas(self, num_steps: int) -> Tensor: ...
 
-    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+    def fit(self, prompts: Sequence[str]) -> None: ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        network: nn.Module | None = None,
+        sigma_host: Sequence[float] | None = None,
+    ) -> Tensor: ...
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
+    def save_lora(self, directory: str | Path) -> None: ...
 
-MODELS = {"StableDiffusion3Pipeline": "flowkern.models.sd3:SD3"}
+    def load_lora(self, directory: str | Path) -> None: ...
+
+    def release_encoders(self) -> None: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+def guide_of(model: Model) -> Callable[[Tensor, Tensor, float, Tensor], Tensor] | None:
+    """What makes one velocity of two, at a scale and noise levels sigma (B,); None: the step
+    kernels do.
+    """
+    rule = model.guidance
+    if rule.kind in FUSED and rule.low is None:
+        return None
+    return lambda v_cond, v_uncond, w, sigma: model.guide(v_cond, v_uncond, rule.at(w, sigma))
+
+
+MODELS = {
+    "ChromaPipeline": "flowkern.models.chroma:Chroma",
+    "Flux2KleinPipeline": "flowkern.models.flux2:Flux2Klein",
+    "Flux2Pipeline": "flowkern.models.flux2:Flux2",
+    "FluxPipeline": "flowkern.models.flux:Flux",
+    "HunyuanVideoPipeline": "flowkern.models.hunyuan_video:HunyuanVideo",
+    "LTXPipeline": "flowkern.models.ltx:LTX",
+    "QwenImagePipeline": "flowkern.models.qwen_image:QwenImage",
+    "StableDiffusion3Pipeline": "flowkern.models.sd3:SD3",
+    "WanPipeline": "flowkern.models.wan:Wan",
+    "ZImagePipeline": "flowkern.models.z_image:ZImage",
+}
 """The adapter of each diffusers pipeline class; imported only when a directory asks for it."""
 
 
@@ -73,14 +170,39 @@ def pipeline_class(path: str | Path) -> str:
     return read_index(path)["_class_name"]
 
 
-def load_model(path: str | Path, **options: Any) -> Model:
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    **options: Any,
+) -> Model:
     """The adapter for a pipeline directory, by the class its model_index.json names.
 
-    `options` go to the adapter's ``from_pretrained``: dtype, device and what the family has.
-    Raises FileNotFoundError for no pipeline directory, ValueError for a class without an adapter.
+    dtype: of the network and the text encoders. height, width, num_frames: the size of all its
+    latents and images, in pixels and frames; None: the pipeline's own. options: what the family has
+    beside; None counts as not given.
+    Raises FileNotFoundError for no pipeline directory, ValueError for a class without an adapter,
+    an option that its adapter does not take, or a size that it does not have.
     """
     name = pipeline_class(path)
     if name not in MODELS:
         known = ", ".join(sorted(MODELS))
         raise ValueError(f"path: {str(path)!r} is a {name}; expected one of {known}")
-    return load(name, MODELS).from_pretrained(path, **options)
+    family = load(name, MODELS)
+    options |= {"height": height, "width": width, "num_frames": num_frames}
+    options = {option: value for option, value in options.items() if value is not None}
+    takes = _options(family)
+    for option, value in options.items():
+        if option not in takes:
+            raise ValueError(f"{option}: got {value!r}, but {name} takes {', '.join(takes)} only")
+    return family.from_pretrained(path, dtype=dtype, device=device, **options)
+
+
+def _options(family: type) -> list[str]:
+    """The keywords of its constructor, with those that it hands on."""
+    own = [vars(kind)["__init__"] for kind in reversed(family.__mro__) if "__init__" in vars(kind)]
+    every = [p for init in own for p in inspect.signature(init).parameters.values()]
+    return [p.name for p in every if p.kind is p.KEYWORD_ONLY]

@@ -1,107 +1,376 @@
-"""What families share: a pipeline directory is looked through before it is loaded, because its
-loader makes up what is missing and imports what is named.
+"""What all families share: a diffusers pipeline as a velocity field, which an adapter completes.
+
+B samples, *D one latent, S steps. An adapter is a subclass in a file of its own: it says which
+pipeline it is for, what its parts are called, how a prompt is encoded and how the network is
+called. It has no loop.
 """
 
 from __future__ import annotations
 
-import json
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-LIBRARIES = {"diffusers", "transformers"}
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-"""Any of these sets of files makes a tokenizer; without, transformers makes one of a few words."""
-SPARE_ROWS = 0.9  # an encoder's table is rounded up, T5's from 32,100 to 32,128
+import torch
+from torch import Tensor, nn
 
+from flowkern.models import Conditioning, Guidance, pipeline_class
+from flowkern.models.directory import (
+    check_directory,
+    check_vocabularies,
+    check_whole,
+    loaded_apart,
+)
+from flowkern.models.grids import scheduler_sigmas
 
-def read_index(path: str | Path) -> dict[str, Any]:
-    """A pipeline directory's model_index.json.
+__all__ = [
+    "ATTENTION",
+    "Geometry",
+    "Pipeline",
+    "attention",
+]
 
-    Raises FileNotFoundError where there is none, ValueError where it is no such index.
-    """
-    file = Path(path) / "model_index.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"path: {str(path)!r} has no model_index.json; expected a local pipeline directory as "
-            "diffusers' save_pretrained writes it (from a hub: hf download NAME --local-dir DIR)"
-        )
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"path: {file} is not JSON: {error}") from None
-    if not isinstance(index, dict):
-        raise ValueError(f"path: {file} holds a {type(index).__name__}, expected an object")
-    if not isinstance(index.get("_class_name"), str):
-        name = index.get("_class_name")
-        raise ValueError(f"path: {file} has _class_name {name!r}, expected a pipeline class")
-    return index
+ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+"""The attention layers of a network of two streams, as LoRA targets."""
 
 
-def check_directory(path: str | Path) -> None:
-    """Raise ValueError or FileNotFoundError naming the component that lacks its files."""
-    for name, entry in read_index(path).items():
-        if name.startswith("_") or not isinstance(entry, list) or entry in ([None, None], []):
-            continue
-        if entry[0] not in LIBRARIES or len(entry) != 2:
-            raise ValueError(
-                f"path: model_index.json has {name} from {entry[0]!r}, expected one of "
-                f"{', '.join(sorted(LIBRARIES))}"
-            )
-        folder = Path(path) / name
-        if not folder.is_dir():
-            raise FileNotFoundError(f"path: {str(path)!r} lacks {name}/, which its index names")
-        if "Tokenizer" in str(entry[1]):
-            if not any(all((folder / f).is_file() for f in files) for files in TOKENIZERS):
-                wanted = ", or ".join(" and ".join(files) for files in TOKENIZERS)
-                raise FileNotFoundError(
-                    f"path: {str(folder)!r} has no vocabulary; expected {wanted}"
+def attention(*dead: str) -> str:
+    """ATTENTION as a pattern of whole names, without the layers `dead`, whose results nothing
+    reads: they would get no gradient."""
+    names, without = "|".join(map(re.escape, ATTENTION)), "|".join(map(re.escape, dead))
+    return rf"(?!({without})$).*\.({names})"
+
+
+FILE = "pytorch_lora_weights.safetensors"  # of an adapter, as diffusers names it
+ENCODE_ROWS = 32  # prompts per text encoder call
+DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
+CACHED_PROMPTS = 1024  # megabytes each, on the host
+
+
+class Geometry(NamedTuple):
+    """What sizes a pipeline's latents have, and its own."""
+
+    channels: int
+    """Of a latent, unpacked."""
+    cell: int
+    """Pixels of an image to one of a latent, along each side."""
+    unit: int
+    """Pixels that heights and widths are multiples of."""
+    height: int
+    width: int
+
+
+class Pipeline(ABC):
+    """A pipeline of images: encode, latent_shape, sigmas, velocity, decode, adapter files."""
+
+    kind: ClassVar[type]
+    """The diffusers class of the pipeline."""
+    guidance = Guidance("cfg")
+    lengths: ClassVar[range] = range(1, 513)
+    """Tokens of a prompt that the text encoder takes."""
+    lora_targets: str | list[str]
+    """The layers that are adapted by default: ends of names, or a pattern of whole names."""
+
+    frame_rate: float | None = None
+    """Frames per second of its videos; None: it makes images."""
+
+    network: nn.Module
+    """In eval mode with its gradients on: what is trained. May be replaced by a wrapper of itself
+    (peft) that takes the same call; all other modules are frozen."""
+    calls: int
+    """Of the network so far, one for every row that went forward, guidance and references too."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        negative_prompt: str | None = None,
+    ):
+        """pipeline: in memory and on its device. height, width: of images, in pixels.
+        max_sequence_length: tokens of a prompt. negative_prompt: what stands for no prompt. None:
+        the pipeline's or the family's own.
+
+        Raises ValueError for a size that is no positive multiple of a patch, or a length that the
+        text encoder does not have.
+        """
+        self.pipeline, self.network = pipeline, self.whole(pipeline).eval()
+        trained = set(self.network.modules())
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module) and module not in trained:
+                module.eval().requires_grad_(False)
+        self.calls, self._is_released = 0, False
+        own = self.geometry()
+        self.height = own.height if height is None else height
+        self.width = own.width if width is None else width
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels <= 0 or pixels % own.unit:
+                raise ValueError(
+                    f"{name}: got {pixels}, expected a positive multiple of {own.unit}"
                 )
+        length = self.own_length() if max_sequence_length is None else max_sequence_length
+        if length not in self.lengths:
+            least, most = self.lengths[0], self.lengths[-1]
+            raise ValueError(f"max_sequence_length: got {length}, expected {least} to {most}")
+        self.max_sequence_length = length
+        self._is_asked, self._is_fitted = max_sequence_length is not None, False
+        if negative_prompt is not None:
+            self.guidance = replace(self.guidance, negative_prompt=negative_prompt)
+        self._dtype = pipeline.transformer.dtype  # as loaded: adapters added later may differ
+        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ):
+        """Load a local directory written by diffusers; nothing is downloaded.
 
-def check_vocabulary(name: str, tokenizer: Any, encoder: Any) -> None:
-    """Raise ValueError where a tokenizer was not made for its encoder.
-
-    Its ids number at most the encoder's rows, and at least nine tenths of them.
-    """
-    if tokenizer is None or encoder is None:
-        return
-    ids, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    if not SPARE_ROWS * rows <= ids <= rows:
-        raise ValueError(
-            f"path: {name} has {ids} words and its encoder {rows} rows; expected the tokenizer "
-            "that the encoder was trained with"
+        dtype: of the network and the text encoders; the VAE is always float32, because a reward
+        should not see its rounding. options: of the constructor.
+        Raises FileNotFoundError without a model_index.json or a part that it names, ValueError for
+        another pipeline class, a tokenizer made for another encoder, or weights that are not whole.
+        """
+        name, expected = pipeline_class(path), cls.kind.__name__
+        if name != expected:
+            raise ValueError(f"path: {str(path)!r} is a {name}, expected {expected}")
+        check_directory(path)
+        pipeline = cls.kind.from_pretrained(
+            path,
+            dtype={"default": dtype, "vae": torch.float32},
+            local_files_only=True,
+            use_safetensors=True,
+            **loaded_apart(path, dtype),
         )
+        check_whole(pipeline)
+        check_vocabularies(pipeline)
+        return cls(pipeline.to(device), **options)
 
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """What the pipeline's own call takes where nothing is asked for."""
+        return inspect.signature(cls.kind.__call__).parameters[name].default
 
-def check_whole(pipeline: Any) -> None:
-    """Raise ValueError naming a weight that no file had."""
-    for name, part in pipeline.components.items():
-        for weight, value in getattr(part, "named_parameters", dict)() or ():
-            if value.is_meta:
-                raise ValueError(f"path: the weights of {name} lack {weight}")
+    # ---- what an adapter says ----
 
+    def whole(self, pipeline: Any) -> nn.Module:
+        """The network of a pipeline."""
+        return pipeline.transformer
 
-def load_encoders(path: str | Path, names: Sequence[str], dtype: Any) -> dict[str, Any]:
-    """The text encoders of a directory that are not null in its index, by name.
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """Of this pipeline."""
 
-    Raises ValueError where a file lacks a tensor: the pipeline's own loader draws it by lot, with
-    a warning at most.
-    """
-    import transformers
+    def own_length(self) -> int:
+        """Tokens of a prompt where nothing else is asked for."""
+        return self.lengths[-1]
 
-    index, found = read_index(path), {}
-    for name in names:
-        _, kind = index.get(name) or (None, None)
-        if kind is None:
-            continue
-        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        found[name], told = getattr(transformers, kind).from_pretrained(
-            Path(path) / name, dtype=dtype, **options
-        )
-        missing = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-        if missing:
+    def tokens_of(self, prompts: Sequence[str]) -> list[int] | None:
+        """The tokens of each, where a network looks at no others; None: it looks at padding."""
+        return None
+
+    @abstractmethod
+    def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The parts of a `Conditioning`, (B, ...) each, of at most ENCODE_ROWS prompts."""
+
+    @abstractmethod
+    def call(
+        self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
+        """d x / d sigma: x_t (B, *D) in the network's dtype, sigma (B,) float32, both on its device
+        as is `parts`, of a `Conditioning`.
+        """
+
+    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
+        """What the scheduler's set_timesteps takes beside the number of steps."""
+        return {}
+
+    def closed_form(self, num_steps: int) -> Tensor | None:
+        """The family's grid in float64, (S + 1,), where it is known."""
+        return None
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Latents (B, *D) in the VAE's dtype as its decoder takes them."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+    def vae_arguments(self, latents: Tensor) -> dict[str, Any]:
+        """What the VAE's decoder takes beside latents."""
+        return {}
+
+    def to_pixels(self, decoded: Tensor) -> Tensor:
+        """What the VAE's decoder gives, as images in [0, 1]."""
+        return self.pipeline.image_processor.postprocess(decoded, output_type="pt")
+
+    @property
+    def lora_files(self) -> dict[str, str]:
+        """For the pipeline's load_lora_weights: by what the names of the layers in each begin
+        with."""
+        return {"": FILE}
+
+    # ---- what they share ----
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of one latent."""
+        channels, cell, *_ = self.geometry()
+        return channels, self.height // cell, self.width // cell
+
+    @property
+    def pixels(self) -> int:
+        """Of one image, or of all frames of a video."""
+        return self.height * self.width
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The grid of the pipeline's own scheduler at this size, (S + 1,) float64 from exactly 1 to
+        0, S = num_steps. The scheduler rounds to float32; where the family's closed form gives the
+        same up to that, it is taken as it is.
+
+        Raises ValueError for a scheduler whose levels are no such grid.
+        """
+        exact = self.closed_form(num_steps)  # refuses a number of steps that is none
+        arguments = self.grid_arguments(num_steps)
+        grid = scheduler_sigmas(self.pipeline.scheduler, num_steps, **arguments)
+        is_same = exact is not None and bool((exact - grid).abs().max() <= 2**-22)
+        return exact if is_same else grid
+
+    def fit(self, prompts: Sequence[str]) -> None:
+        """Make `max_sequence_length`, where it was not asked for, the least multiple of 16 that
+        holds these prompts: all of a run, with the negative one. Where a network looks at padding,
+        its length is a part of the model, and stays.
+
+        Raises ValueError for a prompt that no length of the family holds.
+        """
+        tokens = None if self._is_asked else self.tokens_of(prompts)
+        if tokens is None:
+            return
+        longest, most = max(tokens), self.lengths[-1]
+        if longest > most:
+            prompt = prompts[tokens.index(longest)]
             raise ValueError(
-                f"path: the weights of {name} lack {missing[0]}, or have another shape"
+                f"prompts: {prompt!r:.80} has {longest} tokens, expected at most {most}"
             )
-    return found
+        self.max_sequence_length = min(most, -(-longest // 16) * 16)
+        self._is_fitted = True
+        self._encoded.clear()
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts as rows on the host.
+
+        Each distinct prompt is encoded once and remembered (the latest 1,024 of them).
+        Raises TypeError for a bare string, ValueError for no prompts, or one that is longer than
+        those of `fit`.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts: got the string {prompts!r}, expected a list of strings")
+        if not prompts:
+            raise ValueError("prompts: got none, expected at least one")
+        rows = {prompt: self._encoded[prompt] for prompt in prompts if prompt in self._encoded}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+        if missing and self._is_released:
+            raise ValueError(f"prompts: {missing[0]!r:.80} is new, and the encoders are released")
+        if missing and self._is_fitted and max(self.tokens_of(missing)) > self.max_sequence_length:
+            raise ValueError(
+                f"prompts: {max(missing, key=len)!r:.80} is longer than those that the model was "
+                f"fitted to, of {self.max_sequence_length} tokens"
+            )
+        for start in range(0, len(missing), ENCODE_ROWS):
+            some = missing[start : start + ENCODE_ROWS]
+            found = Conditioning(self.encode_rows(some)).to("cpu")
+            # Indexed by a list, which copies: a slice would keep the whole batch in the cache.
+            rows |= {prompt: found[[row]] for row, prompt in enumerate(some)}
+        self._encoded.update(rows)
+        while len(self._encoded) > CACHED_PROMPTS:
+            self._encoded.popitem(last=False)
+        return Conditioning.cat([rows[prompt] for prompt in prompts])
+
+    def release_encoders(self) -> None:
+        """Free the text encoders; what was encoded stays."""
+        self._is_released = True
+        names = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        self.pipeline.register_modules(**dict.fromkeys(names))
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        network: nn.Module | None = None,
+        sigma_host: Sequence[float] | None = None,
+    ) -> Tensor:
+        """d x / d sigma at x_t (B, *D), noise levels sigma (B,) in [0, 1]; shaped like x_t.
+
+        network: the one that is asked, in place of `network`: the same with a wrapper around it.
+        sigma_host: the same levels on the host, for families that route rows by them.
+        Computed and returned in the network's dtype; differentiable in the network's parameters
+        and in x_t. Adds B to `calls`. Raises ValueError where the three do not have B rows.
+        """
+        batch = len(x_t)
+        if sigma.shape != (batch,):
+            raise ValueError(f"sigma: got shape {tuple(sigma.shape)}, expected ({batch},) as x_t")
+        if len(conditioning) != batch:
+            raise ValueError(f"conditioning: got {len(conditioning)} rows, expected {batch} as x_t")
+        self.calls += batch
+        network = self.network if network is None else network
+        parts = conditioning.to(x_t.device).parts
+        return self.call(network, x_t.to(self._dtype), sigma.float(), dict(parts))
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
+        """uncond + w (cond - uncond), in float32 at least; w: of all rows, or (B,)."""
+        if isinstance(w, Tensor):
+            w = w.reshape(-1, *[1] * (v_cond.ndim - 1))
+        dtype = torch.promote_types(v_cond.dtype, torch.float32)
+        return v_uncond + w * (v_cond.to(dtype) - v_uncond)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, *D) -> images (B, 3, H, W) in [0, 1], float32; videos are (B, F, 3, H, W)."""
+        return torch.cat(
+            [self._decode(part) for part in latents.split(max(1, DECODE_PIXELS // self.pixels))]
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        ready = self.to_vae(latents.to(vae.dtype))
+        return self.to_pixels(vae.decode(ready, return_dict=False, **self.vae_arguments(ready))[0])
+
+    def save_lora(self, directory: str | Path) -> None:
+        """Write the adapter of `network` for peft and for the pipeline's `load_lora_weights`."""
+        from flowkern.models import lora  # here: peft is for training
+
+        base = str(self.pipeline.name_or_path)
+        lora.write(self.network, self.kind, base, Path(directory), self.lora_files)
+
+    def load_lora(self, directory: str | Path) -> None:
+        """Give the adapter that `network` has the weights that `save_lora` wrote.
+
+        Raises ValueError where they are not those of this adapter.
+        """
+        from flowkern.models import lora
+
+        lora.read(self.network, Path(directory))
+
+    def describe(self) -> dict[str, Any]:
+        """What the model is, in plain values."""
+        shape = self.latent_shape
+        return {
+            "pipeline": self.kind.__name__,
+            "size": (self.height, self.width),
+            "latent_shape": shape,
+            "elements": torch.Size(shape).numel(),
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "guidance": self.guidance.kind,
+        }

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import numpy as np
-from torch import Tensor
+from flowkern.checks import ConfigError, shown
+from flowkern.lookup import load, nearest
 
-from flowkern.lookup import load
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 __all__ = ["REWARDS", "Reward", "RewardError", "Values", "load_reward"]
 
-Values = Tensor | np.ndarray | Sequence[float]
+Values: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 """One real number per image: (B,) of any dtype, or a list."""
 
 
@@ -31,8 +33,8 @@ class Reward(Protocol):
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> Values | tuple[Values, Mapping[str, Values]]:
-        """images (B, C, H, W) in [0, 1], B prompts, B metadata rows -> B finite scores; or those
-        and what else is to be reported of each image, by name.
+        """images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], B prompts and the metadata of
+        each -> B finite scores; or those and what else is to be reported of each, by name.
 
         The arguments are the reward's own: it may write into them.
         """
@@ -47,20 +49,70 @@ REWARDS = {
 """Short names; the modules behind them are imported only when asked for."""
 
 
-def load_reward(name: str, **options: Any) -> Reward:
-    """The reward called `name`: a key of `REWARDS`, or ``"module:attribute"`` of any module.
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-    A class is instantiated with `options`; a function is returned as it is and takes none.
-    Raises ValueError for a name that is neither, or that cannot be imported, and TypeError for what
-    cannot be called or is asynchronous, or for options a function cannot take.
+
+def load_reward(kind: str, name: str | None = None, /, **options: Any) -> Reward:
+    """The reward that `kind` stands for: a key of `REWARDS`, or ``"module:attribute"`` of any
+    module.
+
+    A class is built with `options`; a function takes none. name: what a configuration calls it;
+    None: `kind`. A class that requires an option `name` gets this one, if options has no other.
+    Raises ConfigError, naming reward.NAME or the option, for what there is not, cannot be called or
+    is asynchronous, and for options that a class does not have or lacks.
     """
-    reward = load(name, REWARDS)
-    if inspect.isclass(reward):
-        reward = reward(**options)
+    key = f"reward.{name or kind}"
+    found = load(kind, REWARDS, f"{key}.kind" if name not in (None, kind) else key)
+    if inspect.isclass(found):
+        found = found(**_fitting(found, options, name or kind))
     elif options:
-        raise TypeError(f"options: {name!r} is no class and takes none, got {sorted(options)}")
-    if not callable(reward):
-        raise TypeError(f"name: {name!r} is {type(reward).__name__}, and cannot be called")
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
-        raise TypeError(f"name: {name!r} is asynchronous; expected a function that returns scores")
-    return reward
+        option = next(iter(options))
+        raise ConfigError(
+            f"{key}.{option}: unknown key; a function takes no options: make it a class, whose "
+            f"constructor has {option}"
+        )
+    if not callable(found):
+        raise ConfigError(f"{key}: {kind!r} is {type(found).__name__}, and cannot be called")
+    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
+        raise ConfigError(
+            f"{key}: {kind!r} is asynchronous; expected a function that returns scores"
+        )
+    return found
+
+
+def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The keywords that `kind` is built with, as its signature says."""
+    parameters = inspect.signature(kind).parameters
+    required = [p.name for p in parameters.values() if p.default is p.empty and p.kind in NAMED]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {"name": name, **options} if "name" in required else dict(options)
+    known = ["weight", "kind", *(p.name for p in parameters.values() if p.kind in NAMED)]
+    for option in given:
+        if option not in known and not takes_all:
+            near = nearest(option, known)
+            known_are = f"known are {', '.join(known)}"
+            hint = f"did you mean 'reward.{name}.{near}'?" if near else known_are
+            raise ConfigError(f"reward.{name}.{option}: unknown key; {hint}")
+    for option in required:
+        if option not in given:
+            raise ConfigError(f"reward.{name}.{option}: missing, and has no default")
+    for option, value in given.items():
+        types, words = PLAIN.get(_annotation(parameters, option), (object, ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and "number" in words):
+            raise ConfigError(f"reward.{name}.{option}: got {shown(value)}, expected {words}")
+    return given
+
+
+PLAIN = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a string"),
+}
+"""Annotations of options that are held to: what they take, in types and in words."""
+
+
+def _annotation(parameters: Mapping[str, inspect.Parameter], option: str) -> str:
+    """As text, which it is already where annotations are not evaluated."""
+    hint = parameters[option].annotation if option in parameters else None
+    return str(getattr(hint, "__name__", hint))

@@ -30,7 +30,7 @@ IMAGE_SIZE = 32
 
 def asset(name: str, directory: str | Path | None = None) -> Path:
     """The path of one file: in `directory`, else in the checkout or what a wheel carries
-    (flowkern/demo.py), else under the working directory.
+    (flowkern/cli/demo.py), else under the working directory.
 
     Raises FileNotFoundError naming the places looked in.
     """
@@ -109,11 +109,11 @@ def build_judge() -> nn.Module:
 def prompted_digits(images: Tensor, metadata: Sequence[dict[str, Any]]) -> Tensor:
     """The digit each image was asked to show, (B,) int64, from ``metadata[i]["digit"]``."""
     if len(metadata) != len(images):
-        raise ValueError(f"metadata: got {len(metadata)} rows, expected {len(images)} as images")
-    digits = [row.get("digit") for row in metadata]
-    for row, digit in enumerate(digits):
+        raise ValueError(f"metadata: got {len(metadata)}, expected {len(images)} as images")
+    digits = [one.get("digit") for one in metadata]
+    for i, digit in enumerate(digits):
         if digit not in range(10):
-            raise ValueError(f"metadata[{row}]['digit']: got {digit!r}, expected 0 to 9")
+            raise ValueError(f"metadata[{i}]['digit']: got {digit!r}, expected 0 to 9")
     return torch.tensor(digits, dtype=torch.int64, device=images.device)
 
 

@@ -6,14 +6,15 @@ from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
     from flowkern.rl.advantage import Credit
-    from flowkern.rl.objectives import Matching, Objective, RatioClip
+    from flowkern.rl.objectives import Matching, Objective, Outcome, RatioClip
 
-__all__ = ["Credit", "Matching", "Objective", "RatioClip"]
+__all__ = ["Credit", "Matching", "Objective", "Outcome", "RatioClip"]
 
 _HOMES = {
     "Credit": "flowkern.rl.advantage",
     "Matching": "flowkern.rl.objectives",
     "Objective": "flowkern.rl.objectives",
+    "Outcome": "flowkern.rl.objectives",
     "RatioClip": "flowkern.rl.objectives",
 }
 __getattr__ = lazily(__name__, _HOMES)

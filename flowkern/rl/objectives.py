@@ -10,11 +10,28 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from flowkern.ops.matching_loss import add_noise, matching_loss
-from flowkern.ops.policy_loss import PolicyLoss, policy_loss
+from flowkern.ops.policy_loss import policy_loss
 from flowkern.rollout.batches import PointBatch, StepBatch
 from flowkern.rollout.engine import Guidance, Velocity, guided
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective says of B choices."""
+
+    loss: Tensor
+    """Summed over them, differentiable."""
+    statistics: Mapping[str, Tensor]
+    """(B,) each, detached, by the name that their mean is reported under."""
+
+
+def _statistics(ratio: Tensor, higher: Tensor, lower: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    """Of every objective of this room, in the order of a record."""
+    clipped = {"pg_clipfrac_higher": higher, "pg_clipfrac_lower": lower}
+    return {"ratio_mean": ratio, **clipped, "kl": kl}
 
 
 class Objective(Protocol):
@@ -27,17 +44,20 @@ class Objective(Protocol):
 
     @property
     def forwards(self) -> int:
-        """Rows that go forward for each site, those of the anchors and of guidance included."""
+        """Network calls for each site, those of the anchors and of guidance included."""
+        ...
+
+    @property
+    def together(self) -> int:
+        """Of those, how many are of one batch."""
         ...
 
     @property
     def needs_all(self) -> bool:
-        """Does a row whose advantages are zero still teach something?"""
+        """Does a site whose advantages are zero still teach something?"""
         ...
 
-    def __call__(
-        self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]
-    ) -> PolicyLoss:
+    def __call__(self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]) -> Outcome:
         """The summed loss of a batch, with the statistics of its choices.
 
         anchors: of the names in `anchors`; a copy that equals the weights may be left out.
@@ -55,6 +75,8 @@ class RatioClip:
     ratio: str = "sde"
     """ "sde" | "guard", as in `policy_loss`."""
     guidance: Guidance | None = None
+    uncond_gradient: bool = False
+    """Does the unconditional half of guidance learn too?"""
     backend: str | None = None
 
     @property
@@ -66,22 +88,25 @@ class RatioClip:
         return (1 + len(self.anchors)) * (1 if self.guidance is None else 2)
 
     @property
+    def together(self) -> int:
+        return 1 if self.guidance is None or not self.uncond_gradient else 2
+
+    @property
     def needs_all(self) -> bool:
         return self.kl_coef > 0
 
     def __call__(
         self, batch: StepBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
-    ) -> PolicyLoss:
-        """The unconditional half of guidance has no gradient, so it is run without."""
+    ) -> Outcome:
+        """Where the unconditional half of guidance has no gradient it is run without."""
         v_ref = None
-        with torch.no_grad():
-            if self.anchors:
-                reference = anchors["reference"]
-                v_ref = reference(batch.x_t, batch.sigma, batch.prompt)
-                v_ref = guided(v_ref, **self._guide(reference, batch))
-            guide = self._guide(velocity, batch)
-        return policy_loss(
-            velocity(batch.x_t, batch.sigma, batch.prompt),
+        if self.anchors:
+            with torch.no_grad():
+                v_ref, guide = self._ask(anchors["reference"], batch)
+                v_ref = guided(v_ref, **guide)
+        v, guide = self._ask(velocity, batch)
+        out = policy_loss(
+            v,
             batch.x_t,
             batch.x_next,
             batch.coefficients,
@@ -99,14 +124,22 @@ class RatioClip:
             **guide,
             **(batch.key if batch.x_next is None else {}),
         )
+        return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl))
 
-    def _guide(self, velocity: Velocity, batch: StepBatch) -> dict[str, Any]:
-        """The guidance arguments of a step; none without guidance."""
+    def _ask(self, velocity: Velocity, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
+        """A velocity with the guidance arguments of a step, which are none without guidance."""
         if self.guidance is None:
-            return {}
+            return velocity(batch.x_t, batch.sigma, batch.prompt), {}
+        where = batch.x_t, batch.sigma
         no_prompt = torch.full_like(batch.prompt, self.guidance.uncond)
-        uncond = velocity(batch.x_t, batch.sigma, no_prompt)
-        return {"velocity_uncond": uncond, "guidance_scale": self.guidance.scale}
+        if self.uncond_gradient and torch.is_grad_enabled():  # in one call, as wrappers need it
+            both = torch.cat([batch.prompt, no_prompt])
+            v, uncond = velocity(*(torch.cat([x, x]) for x in where), both).chunk(2)
+            v, guide = self.guidance.combined(v, uncond, batch.sigma)
+            return v, guide | ({"uncond_gradient": True} if guide else {})
+        with torch.no_grad():
+            uncond = velocity(*where, no_prompt)
+        return self.guidance.combined(velocity(*where, batch.prompt), uncond, batch.sigma)
 
 
 @dataclass(frozen=True)
@@ -141,13 +174,17 @@ class Matching:
         return 1 + len(self.anchors)
 
     @property
+    def together(self) -> int:
+        return 1
+
+    @property
     def needs_all(self) -> bool:
         # Two opposite pulls, and not none, are what nft makes of an advantage of zero.
         return self.objective == "nft" or self.ref_coef > 0 or self.ema_coef > 0
 
     def __call__(
         self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
-    ) -> PolicyLoss:
+    ) -> Outcome:
         x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
         with torch.no_grad():
             v = {
@@ -173,5 +210,4 @@ class Matching:
             backend=self.backend,
             **batch.key,
         )
-        statistics = (out.log_ratio, out.ratio, out.ref, out.clipped_low, out.clipped_high)
-        return PolicyLoss(out.loss, *statistics)
+        return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.ref))

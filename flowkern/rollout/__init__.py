@@ -1,24 +1,29 @@
-"""Rollouts: what is sampled (plan), how it is run (engine), what of it is trained (batches)."""
+"""Rollouts: what is sampled (plan, and its layout), how it is run (engine), what of it is trained
+(batches).
+"""
 
 from typing import TYPE_CHECKING
 
 from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
-    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_rows
-    from flowkern.rollout.engine import Guidance, Rollout, Source, prompt_ids, run
+    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches
+    from flowkern.rollout.engine import Guidance, Guide, Rollout, Source, prompt_ids, run
+    from flowkern.rollout.layout import Layout
     from flowkern.rollout.plan import Cost, Plan
 
 __all__ = [
     "Cost",
     "Guidance",
+    "Guide",
+    "Layout",
     "Plan",
     "PointBatch",
     "Rollout",
     "Source",
     "StepBatch",
     "batch",
-    "network_rows",
+    "network_batches",
     "prompt_ids",
     "run",
 ]
@@ -26,13 +31,15 @@ __all__ = [
 _HOMES = {
     "Cost": "flowkern.rollout.plan",
     "Guidance": "flowkern.rollout.engine",
+    "Guide": "flowkern.rollout.engine",
+    "Layout": "flowkern.rollout.layout",
     "Plan": "flowkern.rollout.plan",
     "PointBatch": "flowkern.rollout.batches",
     "Rollout": "flowkern.rollout.engine",
     "Source": "flowkern.rollout.engine",
     "StepBatch": "flowkern.rollout.batches",
     "batch": "flowkern.rollout.batches",
-    "network_rows": "flowkern.rollout.batches",
+    "network_batches": "flowkern.rollout.batches",
     "prompt_ids": "flowkern.rollout.engine",
     "run": "flowkern.rollout.engine",
 }

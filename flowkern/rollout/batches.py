@@ -1,20 +1,20 @@
-"""What of a rollout is trained: rows of network calls, and the batches made of them.
+"""What of a rollout is trained: network calls in batches, and what each of them learns from.
 
 P prompts, S sites of a plan (the nodes that trained edges leave, or the points to match at), C
-choices that get an advantage (trained edges, or points), R rows of one call, B choices in it.
+choices that get an advantage (trained edges, or points), R rows of one batch, a network call each,
+B choices in it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from flowkern.rollout.engine import Rollout, moved
-from flowkern.rollout.plan import Plan
+from flowkern.rollout.layout import Layout, Points
 from flowkern.schedules import Coefficients
 
 
@@ -31,7 +31,7 @@ class StepBatch:
     row: Tensor | None
     """(B,): the row that each edge leaves; None: B == R."""
     coefficients: Coefficients
-    """(B,) rows."""
+    """Of B edges."""
     advantage: Tensor
     """(B,)"""
     weight: Tensor
@@ -60,94 +60,43 @@ class PointBatch:
     """seed, sample_id (B,), step (B,)"""
 
 
-@dataclass(frozen=True)
-class _Edges:
-    """What batches ask of a plan: its trained edges (C) and their sites (S)."""
-
-    origins: list[int]
-    """(S,) nodes."""
-    ends: list[int]
-    """(C,) nodes."""
-    order: Tensor
-    """(C,): the edges, site by site."""
-    first: Tensor
-    """(S,): where those of a site begin in `order`."""
-    count: Tensor
-    """(S,): how many they are."""
-    sigma: Tensor
-    """(S,)"""
-    table: Tensor
-    """(C, columns): their coefficients."""
-    noise: Tensor
-    """(C, 2): member and step."""
-    weight: Tensor
-    """(C,)"""
-
-
-@lru_cache(maxsize=2)  # a plan serves every batch of a rollout
-def _edges(plan: Plan) -> _Edges:
-    of_choice, origins, ends = site_of(plan), plan.origins, plan.trained
-    nodes, count = [plan.nodes[i] for i in ends], of_choice.bincount()
-    return _Edges(
-        origins,
-        ends,
-        order=of_choice.argsort(stable=True),
-        first=count.cumsum(0) - count,
-        count=count,
-        sigma=torch.tensor([plan.nodes[i].sigma for i in origins], dtype=torch.float64),
-        table=torch.stack([node.edge.table for node in nodes]),
-        noise=torch.tensor([[node.member, node.depth - 1] for node in nodes]),
-        weight=torch.tensor([node.weight for node in nodes], dtype=torch.float64),
-    )
-
-
-def site_of(plan: Plan) -> Tensor:
-    """(C,): the site of each choice."""
-    if plan.points:
-        return torch.arange(len(plan.points))
-    place = {node: i for i, node in enumerate(plan.origins)}
-    return torch.tensor([place[plan.nodes[i].parent] for i in plan.trained], dtype=torch.int64)
-
-
-def network_rows(
-    plan: Plan, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
+def network_batches(
+    layout: Layout, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """The network calls of one optimizer step on `rank`: (site (R,), prompt (R,)) each.
+    """The network calls of one optimizer step on `rank`, by batches: (site (R,), prompt (R,)) each.
 
     advantage: (ranks, P, C), on the host, of the prompts that every rank trains on in this step.
-    needs_all: the loss does not vanish with the advantage. Otherwise rows whose advantages are all
-    zero are left out; but every rank gets as many calls as every other, and at least one.
+    needs_all: the loss does not vanish with the advantage. Otherwise calls whose advantages are all
+    zero are left out; but every rank gets as many batches as every other, and at least one.
     """
-    site, sites = site_of(plan), len(plan.points or plan.origins)
+    site, sites = layout.trained.site, layout.sites
     size = advantage.new_zeros(*advantage.shape[:2], sites)
     is_live = (size.index_add(2, site, advantage.abs()) > 0) | needs_all
     live = [each.flatten().nonzero().flatten() for each in is_live]
-    calls = max(1, *(math.ceil(len(each) / max_batch) for each in live))
+    batches = max(1, *(math.ceil(len(each) / max_batch) for each in live))
     mine = live[rank]
-    if len(mine) < calls:  # as many of those left out come back as it takes
+    if len(mine) < batches:  # as many of those left out come back as it takes
         others = (~is_live[rank]).flatten().nonzero().flatten()
-        mine = torch.cat([mine, others[: calls - len(mine)]]).sort().values
-    parts = mine.tensor_split(calls)
+        mine = torch.cat([mine, others[: batches - len(mine)]]).sort().values
+    parts = mine.tensor_split(batches)
     return [(part % sites, part // sites) for part in parts]
 
 
 def batch(
     rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor
 ) -> StepBatch | PointBatch:
-    """The rows (site, prompt), both (R,), on the host as is advantage (P, C)."""
-    return (_points if rollout.plan.points else _steps)(rollout, site, prompt, advantage)
+    """What the calls (site, prompt), both (R,), learn from; on the host as is advantage (P, C)."""
+    is_points = isinstance(rollout.layout.trained, Points)
+    return (_points if is_points else _steps)(rollout, site, prompt, advantage)
 
 
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
-    plan, source = rollout.plan, rollout.source
+    points, source = rollout.layout.trained, rollout.source
     device = source.prompt_id.device
-    leaf = torch.tensor([leaf for leaf, _ in plan.points])
-    sigma = torch.tensor([sigma for _, sigma in plan.points], dtype=torch.float64)
-    leaf_of = leaf[site]
-    where, leaf_of, step = (moved(value, device) for value in (prompt, leaf_of, site))
+    where, leaf_of, step = (moved(value, device) for value in (prompt, points.leaf[site], site))
     return PointBatch(
         x0=rollout.latents[where, leaf_of],
-        sigma=moved(sigma[site], device, source.precision),
+        sigma=moved(points.sigma[site], device, source.precision),
         prompt=where,
         advantage=moved(advantage[prompt, site], device, source.precision),
         key={
@@ -159,7 +108,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
 
 
 def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> StepBatch:
-    source, edges = rollout.source, _edges(rollout.plan)
+    source, edges = rollout.source, rollout.layout.trained
     device, first, count = source.prompt_id.device, edges.first, edges.count
     # The choices of every row, one row after another.
     row = torch.arange(len(site)).repeat_interleave(count[site])

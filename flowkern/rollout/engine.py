@@ -1,7 +1,7 @@
-"""Run a plan for a batch of prompts: the network is called once per node, and for many at once.
+"""Run a plan for a batch of prompts: the network is called once per node, and in batches.
 
 P prompts, *D one latent; W nodes of a wave, L leaves, K kept nodes, O origins of a plan; B rows of
-one call. Nodes of one depth run together, whatever their noise levels. Noise follows from
+one batch. Nodes of one depth run together, whatever their noise levels. Noise follows from
 (seed, sample id, step) alone, so a sample is the same whatever batch, rank or world it is in.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flowkern.ops._common.philox import philox_normal
 from flowkern.ops.sde_step import ode_step, reference, sde_step
+from flowkern.rollout.layout import Edges, Launch, Layout, Wave
 from flowkern.rollout.plan import Plan
-from flowkern.rollout.waves import Launch, Wave, waves
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,31 +62,46 @@ class Source:
         """Of noise levels, coefficients and advantages."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def empty(self, *rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """States to be written, (*rows, *D); dtype: if another than theirs."""
+    def empty(self, *counts: int, dtype: torch.dtype | None = None) -> Tensor:
+        """States to be written, (*counts, *D); dtype: if another than theirs."""
         device = self.prompt_id.device
-        return torch.empty(*rows, *self.shape, dtype=dtype or self.dtype, device=device)
+        return torch.empty(*counts, *self.shape, dtype=dtype or self.dtype, device=device)
+
+
+Guide = Callable[[Tensor, Tensor, float, Tensor], Tensor]
+"""(velocity (B, *D), uncond (B, *D), scale, sigma (B,)) -> guided velocity (B, *D)"""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: uncond + scale (velocity - uncond)."""
+    """Classifier-free guidance: uncond + scale (velocity - uncond), or what a family makes of the
+    three.
+    """
 
     scale: float
     uncond: int
     """The prompt that stands for none."""
+    guide: Guide | None = None
+    """Differentiable; None: the step kernels do it, in the pass that reads the velocity."""
 
     @classmethod
-    def of(cls, scale: float, uncond: int) -> Guidance | None:
+    def of(cls, scale: float, uncond: int, guide: Guide | None = None) -> Guidance | None:
         """None where `scale` asks for no guidance, which is up to 1: the one place that decides."""
-        return None if scale <= 1 else cls(scale, uncond)
+        return None if scale <= 1 else cls(scale, uncond, guide)
+
+    def combined(self, v: Tensor, uncond: Tensor, sigma: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """A velocity, and the guidance arguments of the step kernels that take it."""
+        if self.guide is None:
+            return v, {"velocity_uncond": uncond, "guidance_scale": self.scale}
+        return self.guide(v, uncond, self.scale, sigma), {}
 
 
 @dataclass(frozen=True)
 class Rollout:
     """What sampling leaves behind: the leaves, and what training needs of the way there."""
 
-    plan: Plan
+    layout: Layout
+    """Of the plan, made once."""
     source: Source
     latents: Tensor
     """(P, L, *D): the leaves."""
@@ -99,6 +114,10 @@ class Rollout:
     the step kernel; None unless kept."""
     is_redrawn: bool
     """Is x_next drawn again from its seed, with `velocity`, where training needs it?"""
+
+    @property
+    def plan(self) -> Plan:
+        return self.layout.plan
 
 
 @torch.no_grad()
@@ -113,30 +132,27 @@ def run(
 ) -> Rollout:
     """Sample the tree of every prompt.
 
-    max_batch: rows of one network call at most; guidance takes two rows per node, in one call.
+    max_batch: network calls of one batch at most; guidance takes two per node, in the same batch.
     keep_velocity: needed where the weights will have moved between sampling and training.
     """
-    plan.check()
-    per_node = 1 if guidance is None else 2
+    layout, per_node = Layout(plan), 1 if guidance is None else 2
     if max_batch < per_node:
         raise ValueError(f"max_batch: got {max_batch}, expected at least {per_node}")
-    rollout = _empty(plan, source, keep_velocity)
-    prompts, layout = len(source.prompt_id), waves(plan)
-    x = _roots(plan, layout[0], source, backend)
+    rollout, prompts = _empty(layout, source, keep_velocity), len(source.prompt_id)
+    x = _roots(plan, layout.waves[0], source, backend)
     memory: list[Tensor] = []  # clean predictions of this wave, of the one before it, ...
-    for wave, following in pairwise([*layout, None]):
+    for wave, following in pairwise([*layout.waves, None]):
         _record(rollout, wave, x)
         if following is None:
             break
         x_next = source.empty(len(following.nodes), prompts)
         memory = [source.empty(int((wave.memory >= 0).sum()), prompts), *memory[: MAX_HISTORY - 1]]
-        tables = _Tables(wave, source)
+        tables = _tables(wave, source, backend)
         for part in slices(len(wave.sigma) * prompts, max_batch // per_node):
-            call = _Call(wave, tables, part, x.flatten(0, 1)[part], source, backend)
-            call.ask(velocity, guidance)
-            call.record(rollout.velocity, memory[0])
-            for which in range(len(wave.launches)):
-                call.go(which, memory[1:], x_next)
+            batch = _ask(tables, part, x.flatten(0, 1)[part], velocity, guidance)
+            _keep(batch, rollout.velocity, memory[0])
+            for launch in tables.launches:
+                _walk(batch, *launch, memory[1:], x_next)
         x = x_next
     return rollout
 
@@ -148,10 +164,11 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def _empty(plan: Plan, source: Source, keep_velocity: bool) -> Rollout:
+def _empty(layout: Layout, source: Source, keep_velocity: bool) -> Rollout:
     """What will be left behind, allocated."""
-    prompts, origins = len(source.prompt_id), plan.origins
-    kept = sorted({*origins, *plan.trained})
+    prompts, trained = len(source.prompt_id), layout.trained
+    origins, ends = (trained.origins, trained.ends) if isinstance(trained, Edges) else ((), ())
+    kept = sorted({*origins, *ends})
     # A velocity per origin and a seed, in place of the states of many siblings.
     is_redrawn = source.dtype == torch.float32 and 2 * len(origins) < len(kept)
     kept = sorted(origins) if is_redrawn else kept
@@ -159,9 +176,9 @@ def _empty(plan: Plan, source: Source, keep_velocity: bool) -> Rollout:
     if is_redrawn or keep_velocity:
         velocity = source.empty(len(origins), prompts, dtype=source.precision)
     return Rollout(
-        plan,
+        layout,
         source,
-        latents=source.empty(prompts, len(plan.leaves)),
+        latents=source.empty(prompts, len(layout.plan.leaves)),
         states=source.empty(len(kept), prompts),
         kept={node: place for place, node in enumerate(kept)},
         velocity=velocity,
@@ -188,108 +205,138 @@ def _record(rollout: Rollout, wave: Wave, x: Tensor) -> None:
             rollout.states[rollout.kept[node]] = x[position]
 
 
+@dataclass(frozen=True)
 class _Tables:
-    """What the calls of a wave index, for every row (W * P) or edge of a prompt (C * P): on the
-    device once per rollout, so that a call copies next to nothing from the host.
+    """What the batches of a wave index, for every row (W * P) or edge of a prompt (C * P): on the
+    device once per rollout, so that a batch copies next to nothing from the host.
     """
 
-    def __init__(self, wave: Wave, source: Source):
-        device, prompts = source.prompt_id.device, len(source.prompt_id)
-
-        def each(value: Tensor) -> Tensor:
-            return moved(value, device, source.precision).repeat_interleave(prompts, 0)
-
-        def ids(launch: Launch) -> Tensor | None:
-            if launch.member is None:
-                return None
-            return (source.prompt_id + moved(launch.member, device)[:, None]).flatten()
-
-        self.sigma = each(wave.sigma)
-        self.prompt = torch.arange(prompts, device=device).repeat(len(wave.sigma))
-        self.to_clean = each(wave.to_clean.table)
-        self.launches = [(each(launch.table.table), ids(launch)) for launch in wave.launches]
+    wave: Wave
+    source: Source
+    backend: str | None
+    sigma: Tensor
+    prompt: Tensor
+    to_clean: Tensor
+    launches: list[tuple[Launch, Tensor, Tensor | None]]
+    """Each with its coefficients and, where it is noisy, its sample ids."""
 
 
-class _Call:
-    """One network call: rows `part` of a wave, and the steps that leave them."""
+@dataclass(frozen=True)
+class _Batch:
+    """Rows `part` of a wave, a network call each, and what the network says of them."""
 
-    def __init__(
-        self,
-        wave: Wave,
-        tables: _Tables,
-        part: slice,
-        x_t: Tensor,
-        source: Source,
-        backend: str | None,
-    ):
-        self.wave, self.tables, self.part, self.x_t = wave, tables, part, x_t
-        self.source, self.backend, self.prompts = source, backend, len(source.prompt_id)
-        row = torch.arange(part.start, part.stop)
-        self.node, self.prompt = row // self.prompts, row % self.prompts
+    tables: _Tables
+    node: Tensor
+    """(B,): positions in the wave, on the host; so is prompt."""
+    prompt: Tensor
+    part: slice
+    x_t: Tensor
+    velocity: Tensor
+    guide: dict[str, Any]
+    """The guidance arguments of a step; none without guidance."""
 
-    def ask(self, velocity: Velocity, guidance: Guidance | None) -> None:
-        """The velocity of all rows, and with guidance that without a prompt."""
-        x_t, prompt, sigma = self.x_t, self.tables.prompt[self.part], self.tables.sigma[self.part]
-        self.velocity, self.options = None, {}
-        if guidance is None:
-            self.velocity = velocity(x_t, sigma, prompt)
-            return
+
+def _tables(wave: Wave, source: Source, backend: str | None) -> _Tables:
+    device, prompts = source.prompt_id.device, len(source.prompt_id)
+
+    def each(value: Tensor) -> Tensor:
+        return moved(value, device, source.precision).repeat_interleave(prompts, 0)
+
+    def ids(launch: Launch) -> Tensor | None:
+        if launch.member is None:
+            return None
+        return (source.prompt_id + moved(launch.member, device)[:, None]).flatten()
+
+    return _Tables(
+        wave,
+        source,
+        backend,
+        sigma=each(wave.sigma),
+        prompt=torch.arange(prompts, device=device).repeat(len(wave.sigma)),
+        to_clean=each(wave.to_clean.table),
+        launches=[(launch, each(launch.table.table), ids(launch)) for launch in wave.launches],
+    )
+
+
+def _ask(
+    tables: _Tables, part: slice, x_t: Tensor, velocity: Velocity, guidance: Guidance | None
+) -> _Batch:
+    """The velocity of rows `part`, and with guidance that without a prompt."""
+    prompt, sigma = tables.prompt[part], tables.sigma[part]
+    guide: dict[str, Any] = {}
+    if guidance is None:
+        v = velocity(x_t, sigma, prompt)
+    else:
         both = torch.cat([prompt, torch.full_like(prompt, guidance.uncond)])
         v = velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
-        self.velocity, uncond = v.chunk(2)
-        self.options = {"velocity_uncond": uncond, "guidance_scale": guidance.scale}
+        v, guide = guidance.combined(*v.chunk(2), sigma)
+    row, prompts = torch.arange(part.start, part.stop), len(tables.source.prompt_id)
+    return _Batch(tables, row // prompts, row % prompts, part, x_t, v, guide)
 
-    def record(self, velocity: Tensor | None, memory: Tensor) -> None:
-        """Put aside the velocities that training needs and the predictions that steps need."""
-        if velocity is not None:
-            self._put(velocity, self.wave.origin, lambda: guided(self.velocity, **self.options))
-        if len(memory):
-            self._put(memory, self.wave.memory, self._clean)
 
-    def _clean(self) -> Tensor:
-        return self._step(slice(None), Coefficients(self.tables.to_clean[self.part]))
+def _keep(batch: _Batch, velocity: Tensor | None, memory: Tensor) -> None:
+    """Put aside the velocities that training needs and the predictions that steps need."""
+    wave = batch.tables.wave
+    if velocity is not None:
+        _put(batch, velocity, wave.origin, lambda: guided(batch.velocity, **batch.guide))
+    if len(memory):
+        to_clean = Coefficients(batch.tables.to_clean[batch.part])
+        _put(batch, memory, wave.memory, lambda: _step(batch, slice(None), to_clean))
 
-    def _put(self, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
-        place = places[self.node]
-        here = (place >= 0).nonzero().flatten()
-        if len(here):
-            rows = place[here] * self.prompts + self.prompt[here]
-            target.flatten(0, 1)[self._index(rows)] = value()[self._index(here)]
 
-    def go(self, which: int, memory: list[Tensor], x_next: Tensor) -> None:
-        """Walk the edges of a launch that leave these rows, into x_next (W, P, *D)."""
-        launch, (table, ids) = self.wave.launches[which], self.tables.launches[which]
-        edge, prompt, row = launch.within(self.part, self.prompts)
-        if not len(edge):
-            return
-        options: dict[str, Any] = {}
-        if launch.history:
-            options["history"] = [
-                earlier.flatten(0, 1)[self._index(places[edge] * self.prompts + prompt)]
-                for places, earlier in zip(launch.history, memory, strict=False)
-            ]
-        entry = self._index(edge * self.prompts + prompt)
-        if ids is not None:
-            options |= {"seed": self.source.seed, "sample_id": ids[entry], "step": self.wave.depth}
-        target = self._index(launch.child[edge] * self.prompts + prompt)
-        coefficients = Coefficients(table[entry], launch.table.num_history)
-        x_next.flatten(0, 1)[target] = self._step(self._index(row), coefficients, **options)
+def _put(batch: _Batch, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
+    place = places[batch.node]
+    here = (place >= 0).nonzero().flatten()
+    if len(here):
+        entry = place[here] * target.shape[1] + batch.prompt[here]
+        device = target.device
+        target.flatten(0, 1)[_index(entry, device)] = value()[_index(here, device)]
 
-    def _step(self, rows: slice | Tensor, coefficients: Coefficients, **options) -> Tensor:
-        options |= {"out_dtype": self.source.dtype, "backend": self.backend}
-        for name, value in self.options.items():
-            options[name] = value[rows] if isinstance(value, Tensor) else value
-        inputs = (self.x_t[rows], self.velocity[rows], coefficients)
-        return (
-            sde_step(*inputs, **options)[0] if "seed" in options else ode_step(*inputs, **options)
-        )
 
-    def _index(self, index: Tensor) -> slice | Tensor:
-        """Rows that follow each other as a slice, which copies nothing."""
-        first = int(index[0])
-        if torch.equal(index, torch.arange(first, first + len(index))):
-            return slice(first, first + len(index))
-        return moved(index, self.x_t.device)
+def _walk(
+    batch: _Batch,
+    launch: Launch,
+    table: Tensor,
+    ids: Tensor | None,
+    memory: list[Tensor],
+    x_next: Tensor,
+) -> None:
+    """Walk the edges of a launch that leave these rows, into x_next (W, P, *D)."""
+    prompts, device = x_next.shape[1], x_next.device
+    edge, prompt, row = launch.within(batch.part, prompts)
+    if not len(edge):
+        return
+    options: dict[str, Any] = {}
+    if launch.history:
+        options["history"] = [
+            earlier.flatten(0, 1)[_index(places[edge] * prompts + prompt, device)]
+            for places, earlier in zip(launch.history, memory, strict=False)
+        ]
+    entry = _index(edge * prompts + prompt, device)
+    if ids is not None:
+        seed, step = batch.tables.source.seed, batch.tables.wave.depth
+        options |= {"seed": seed, "sample_id": ids[entry], "step": step}
+    target = _index(launch.child[edge] * prompts + prompt, device)
+    coefficients = Coefficients(table[entry], launch.table.num_history)
+    x_next.flatten(0, 1)[target] = _step(batch, _index(row, device), coefficients, **options)
+
+
+def _step(
+    batch: _Batch, rows: slice | Tensor, coefficients: Coefficients, **options: Any
+) -> Tensor:
+    options |= {"out_dtype": batch.tables.source.dtype, "backend": batch.tables.backend}
+    for name, value in batch.guide.items():
+        options[name] = value[rows] if isinstance(value, Tensor) else value
+    inputs = (batch.x_t[rows], batch.velocity[rows], coefficients)
+    return sde_step(*inputs, **options)[0] if "seed" in options else ode_step(*inputs, **options)
+
+
+def _index(index: Tensor, device: torch.device) -> slice | Tensor:
+    """Rows that follow each other as a slice, which copies nothing."""
+    first = int(index[0])
+    if torch.equal(index, torch.arange(first, first + len(index))):
+        return slice(first, first + len(index))
+    return moved(index, device)
 
 
 def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -44,9 +44,9 @@ class Cost:
     """Network calls and images per prompt, guidance not counted."""
 
     sample: float
-    """Rows forward in sampling: nodes that something leaves."""
+    """Calls in sampling: nodes that something leaves."""
     train: float
-    """Rows forward and backward in training: sites."""
+    """Calls in training, of the network that learns: sites."""
     images: float
     """Leaves."""
 
@@ -87,9 +87,15 @@ class Plan:
         return self._add(Node(node, float(sigma_next), self.nodes[node].depth + 1, None, edge))
 
     def draw(
-        self, node: int, sigma_next: float, kind: str, noise_level: float, member: int,
-        is_trained: bool = False, weight: float = 1.0,
-    ) -> int:  # fmt: skip
+        self,
+        node: int,
+        sigma_next: float,
+        kind: str,
+        noise_level: float,
+        member: int,
+        is_trained: bool = False,
+        weight: float = 1.0,
+    ) -> int:
         """A step of an SDE (`schedules.edge_coefficients`) with the noise of `member`."""
         origin = self.nodes[node]
         edge = _sde_edge(origin.sigma, float(sigma_next), kind, noise_level)

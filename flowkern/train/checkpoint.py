@@ -49,8 +49,8 @@ def find_checkpoint(
         path = Path(name)
         if not any((path / file).is_file() for file in (MANIFEST, "state.pt")):
             raise ConfigError(
-                f"{key}: {name!r} is no checkpoint; expected a directory "
-                'checkpoint-N of a run, or "latest"'
+                f"{key}: {name!r} is no checkpoint; expected a directory checkpoint-N of a run, or "
+                + ('"latest"' if key.startswith("train.") else "the run's own")
             )
         if fault := broken(path):
             raise ConfigError(f"{key}: {name!r} is broken: {fault}")

@@ -1,4 +1,4 @@
-"""Configuration: nested dataclasses from YAML and dotted overrides, checked field by field.
+"""Configuration: nested sections from YAML and dotted overrides, checked field by field.
 
 Options that Hugging Face's training scripts also have carry the same names.
 """
@@ -7,91 +7,124 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, check_fields, count
-from flowkern.rl.algorithms import Levels, Recipe, name_of
+from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_validator
+
+from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, count
+from flowkern.lookup import locate
+from flowkern.rewards import REWARDS
+from flowkern.rl.algorithms import name_of
+from flowkern.rl.recipe import Levels
 from flowkern.train import tree as trees
-from flowkern.train.fields import Place, build
+from flowkern.train.fields import Algorithm, Place, Section, Text, build
 
 __all__ = ["Config", "ConfigError", "Sampling", "from_dict", "load_config", "to_dict"]
 
 Steps = Annotated[int, count(10_000_000)]
+# YAML reads a bare no as false.
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
 Pixels = Annotated[int | None, count(2**16)]
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-ATTENTION += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     path: Place
     """A local diffusers pipeline directory."""
     height: Pixels = None
     """Image height in pixels; None: the pipeline's own."""
     width: Pixels = None
     """Image width in pixels; None: the pipeline's own."""
+    num_frames: Pixels = None
+    """Frames of a video; None: the pipeline's own."""
+    guidance_scale_2: Annotated[float | None, AT_LEAST_0] = None
+    """Of a pipeline's second network, where guidance_scale is beyond 1; None: as of the first."""
     max_sequence_length: Annotated[int | None, AT_LEAST_0] = None
     """T5 tokens of a prompt; None: as the pipeline has it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     train_prompts: Place
-    """Prompts to train on: .txt lines, or rows of "prompt" and metadata for the rewards as .jsonl,
-    .json or .csv."""
+    """Prompts to train on: lines of .txt, or each with metadata for the rewards as .jsonl, .json or
+    .csv."""
     test_prompts: Place | None = None
     """Held-out prompts, in the same formats; None: no validation."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    weights: dict[str, float]
-    """What is optimized: the weighted sum of these rewards, by name or as "module:attribute"."""
-    report: list[str] = field(default_factory=list)
-    """Rewards that are only reported: judges of what the optimized ones miss."""
+class RewardConfig(Section, extra="allow"):
+    weight: Annotated[float, Range(-1e100, 1e100)] = 1.0  # times a score beyond, it is no number
+    """In the sum that is optimized; 0: only reported, a judge of what the optimized ones miss."""
+    kind: Annotated[Text | None, Field(exclude_if=lambda kind: kind is None)] = None
+    """What makes it, a name or "module:attribute"; None: its key is that."""
 
-    def __post_init__(self) -> None:
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its constructor takes: all other keys."""
+        return dict(self.model_extra or {})
+
+
+class Rewards(RootModel[dict[Text, RewardConfig]]):
+    """By the name that they are reported under, "reward/name"."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_new(cls, tree: Any) -> Any:
+        old = {"weights", "report"} & set(tree) if isinstance(tree, dict) else ()
+        if old:
+            raise ConfigError(
+                f"reward.{max(old)}: is not how rewards are written any more; expected each by its "
+                "name, as in reward: {NAME: {weight: 1.0}, JUDGE: {weight: 0}}, where 0 only "
+                "reports"
+            )
+        return tree
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        for name, one in self.root.items():
+            locate(one.kind or name, REWARDS, f"reward.{name}{'.kind' if one.kind else ''}")
+            if name == "mean" or "/" in name:  # reward/mean is the sum, info/NAME/ENTRY an entry
+                raise ConfigError(
+                    f"reward.{name}: cannot be told apart in a record; expected "
+                    'another name, and what it is as "kind"'
+                )
         if not self.weights:
-            raise ValueError("weights: got none, expected at least one reward")
-        if not any(self.weights.values()):
-            raise ValueError("weights: got 0 for every reward, expected one that counts")
-        for name, weight in self.weights.items():
-            if abs(weight) > 1e100:  # times a score it would be no number
-                raise ValueError(f"weights.{name}: got {weight}, expected at most 1e100 in size")
-        twice = sorted(set(self.weights) & set(self.report))
-        if twice:
-            raise ValueError(f"report: {twice[0]!r} is in reward.weights already")
+            got = "0 for every reward" if self.root else "none"
+            raise ConfigError(f"reward: got {got}, expected at least one with a weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of those that are optimized."""
+        return {name: one.weight for name, one in self.root.items() if one.weight}
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     rank: Annotated[int, count(4096)] = 32
     """Of the low-rank update of each target."""
     alpha: Annotated[int, count(2**20)] = 64
     """The update is scaled by alpha / rank."""
-    target_modules: list[str] = field(default_factory=lambda: list(ATTENTION))
-    """Linear layers that are adapted, by the end of their name."""
+    target_modules: list[Text] | Text | None = None
+    """Linear layers that are adapted, by the ends of their names, or by one regular expression of
+    whole names; None: those of the model's family."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not self.target_modules:
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.target_modules == []:
             raise ValueError("target_modules: got none, expected at least one name")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     steps: Steps
     """Optimizer steps."""
     max_batch: Annotated[int, count(2**20)] = 16
-    """Rows of one network call at most, in sampling and in training, on each process."""
+    """Network calls that run as one batch, at most, in sampling and training, on each process."""
     learning_rate: Annotated[float, Range(0, above=True, most=1e6)] = 3e-4
     """Of AdamW, at its highest."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
@@ -111,30 +144,30 @@ class TrainConfig:
     ema_decay: Annotated[float | None, BELOW_1] = None
     """Validate, and store in checkpoint-N/ema, a running mean of the weights with at most this
     decay, taken once per optimizer step; None: the weights themselves."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     """The network's dtype; LoRA weights, latents and the loss stay in float32."""
     checkpointing_steps: Steps = 100
     """Optimizer steps between checkpoints; one is always written at the end."""
     checkpoints_total_limit: Annotated[int | None, ABOVE_0] = None
     """How many checkpoints to keep, the latest; None: all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Text | None = None
     """A checkpoint directory, or "latest" of output_dir."""
     overwrite_output_dir: bool = False
     """Start anew in an output_dir that holds a run, and delete that run."""
-    report_to: str | None = None
+    report_to: Text | None = None
     """A tracker of accelerate beside metrics.jsonl: "tensorboard", "wandb", ..."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 f"lr_warmup_steps: got {self.lr_warmup_steps}, which train.lr_scheduler=constant "
                 "ignores; expected train.lr_scheduler=constant_with_warmup"
             )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
+class ValidationConfig(Section):
     steps: Steps = 100
     """Optimizer steps between validations; one is always made at the start and at the end."""
     num_prompts: Annotated[int, count(2**16)] = 20
@@ -146,12 +179,8 @@ class ValidationConfig:
     guidance_scale: Annotated[float, AT_LEAST_0] = 4.5
     """Classifier-free guidance; up to 1 is none."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Section):
     output_dir: Place
     """The run directory: metrics, samples, checkpoints."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
@@ -160,19 +189,19 @@ class Config:
     """What is trained."""
     data: DataConfig
     """The prompts."""
-    reward: RewardConfig
+    reward: Rewards
     """What the images are scored with."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     """Which weights move."""
     train: TrainConfig
     """The optimizer and the files."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Held-out prompts, scored and drawn."""
-    algorithm: Recipe
+    algorithm: Algorithm
     """The recipe: `name`, or "module:Class" of your own, and what differs from its defaults."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         recipe, updates = self.algorithm, self.algorithm.updates_per_rollout
         for key, value in (
             ("train.steps", self.train.steps),
@@ -183,20 +212,20 @@ class Config:
                     f"{key}: got {value}, expected a multiple of algorithm.updates_per_rollout, "
                     f"{updates}"
                 )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Section):
     """What drawing images takes of a run. Neither recipe nor rewards: a checkpoint may come from
     anyone, and nothing that it names is imported."""
 
     model: ModelConfig
     """What was trained."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     """The adapter's shape."""
     train: TrainConfig
-    """The precision, and the rows of a call."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The precision, and how many network calls are a batch."""
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """The sampler."""
 
 
@@ -214,8 +243,8 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 def load_sampling(path: str | Path) -> Sampling:
     """What `Sampling` has, of the configuration in a checkpoint; the rest is not looked at."""
     tree = trees.read_file(path)
-    names = {f.name for f in dataclasses.fields(Sampling)}
-    return build(Sampling, {name: tree[name] for name in names & tree.keys()})
+    names = Sampling.model_fields.keys() & tree.keys()
+    return build(Sampling, {name: tree[name] for name in names})
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -225,5 +254,5 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested mappings that `from_dict` takes: every field, the defaults included."""
-    tree = dataclasses.asdict(config)
-    return tree | {"algorithm": {"name": name_of(config.algorithm), **tree["algorithm"]}}
+    recipe = {"name": name_of(config.algorithm), **dataclasses.asdict(config.algorithm)}
+    return config.model_dump(exclude={"algorithm"}) | {"algorithm": recipe}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flowkern import torch_private
 from flowkern.checks import ConfigError
+
+REFERENCE = "reference"
+"""The weights from which training started: those without their adapters."""
 
 
 class Copies:
@@ -34,7 +39,7 @@ class Copies:
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
         """copy = decay copy + (1 - decay) weights."""
-        torch._foreach_lerp_(self._copies[name], self._parameters, 1 - decay)
+        torch_private.lerp_all(self._copies[name], self._parameters, 1 - decay)
         if decay == 0:
             self._current.add(name)
 
@@ -67,3 +72,29 @@ class Copies:
         for name, copy in self._copies.items():
             for tensor, stored in zip(copy, stored_copies[name], strict=True):
                 tensor.copy_(stored)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The trained modules by name, and their other versions."""
+
+    modules: Mapping[str, nn.Module]
+    """Themselves, with adapters, for passes without gradients."""
+    trained: Mapping[str, nn.Module]
+    """As gradients need them: wrapped for several processes."""
+    copies: Copies
+
+    def is_current(self, name: str) -> bool:
+        """Is that version known to be equal to the weights?"""
+        return self.copies.is_current(name)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Run the modules with a copy's weights, with REFERENCE's, or (None) with their own."""
+        with ExitStack() as stack:
+            if name == REFERENCE:
+                for module in self.modules.values():
+                    stack.enter_context(module.disable_adapter())
+            else:
+                stack.enter_context(self.copies.using(name))
+            yield

@@ -1,24 +1,127 @@
-"""From a mapping to a checked dataclass: types and ranges as its fields state them, and for every
-unknown key the one that was probably meant.
+"""From a mapping to a checked section: pydantic decodes, strictly, and what it refuses is said in a
+line: the full key, what came, what was wanted, and for an unknown key the one that was probably
+meant.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import types
+import re
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NewType, Union
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Self, TypeVar
 
-from flowkern.checks import ConfigError, shown
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from flowkern.checks import ConfigError, Range, shown
 from flowkern.lookup import nearest
-from flowkern.rl.algorithms import PolicyRecipe, Recipe, recipe
+from flowkern.rl.algorithms import recipe
+from flowkern.rl.recipe import PolicyRecipe, Recipe
 
-Place = NewType("Place", str)
+
+def wanted(what: str) -> PydanticCustomError:
+    """To be raised by a field's validator: says what came, too."""
+    return PydanticCustomError("wanted", what)
+
+
+def _text(value: str) -> str:
+    """A string that names something, and that a file can hold."""
+    if not value.strip() or "\0" in value:
+        raise wanted("a string")
+    return value
+
+
+def _place(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise wanted("a path")
+    return os.path.abspath(os.path.expanduser(value))
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Place = Annotated[str, BeforeValidator(_place)]
 """A file or a directory: absolute once it is read, so that a run's own configuration serves from
 anywhere."""
+
+
+class Section(BaseModel):
+    """A mapping of the configuration: no other keys than its fields, no value of another type, and
+    none outside of the range that a field states."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, tree: Any) -> Any:
+        is_closed = cls.model_config["extra"] == "forbid" and isinstance(tree, Mapping)
+        for key in tree if is_closed else ():
+            if key not in cls.model_fields:
+                known = {"key": str(key), "known": list(cls.model_fields)}
+                raise PydanticCustomError("unknown", "unknown key", known)
+        return tree
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            for note in field.metadata:
+                if isinstance(note, Range):
+                    note.check(name, getattr(self, name))
+        return self
+
+
+def _recipe(tree: Any) -> Recipe:
+    if isinstance(tree, Recipe):
+        return tree
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
+        raise ConfigError(f"algorithm.name: missing in {shown(tree)}, expected an algorithm's name")
+    kind, options = recipe(tree["name"]), {n: v for n, v in tree.items() if n != "name"}
+    try:
+        found = _options_of(kind).model_validate(options)
+        return kind(**{name: getattr(found, name) for name in found.model_fields_set})
+    except ValueError:
+        raise
+    except Exception as error:  # of a recipe of one's own
+        raise ConfigError(f"algorithm.{type(error).__name__}: {error}") from error
+
+
+def _options_of(kind: type[Recipe]) -> type[Section]:
+    """The fields of a recipe as a section."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {}
+    for item in dataclasses.fields(kind):
+        is_required = item.default is item.default_factory is dataclasses.MISSING
+        if item.init:
+            fields[item.name] = (hints[item.name], ... if is_required else None)
+    return create_model(kind.__name__, __base__=Section, **fields)
+
+
+Algorithm = Annotated[Recipe, PlainValidator(_recipe)]
+
+WANTED = {
+    "int_type": "an integer",
+    "float_type": "a finite number",
+    "finite_number": "a finite number",
+    "string_type": "a string",
+    "string_unicode": "a string",
+    "invalid_key": "a string",
+    "bool_type": "a bool",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of keys",
+}
+"""In our words, what an error of pydantic's wanted."""
 
 # What other trainers call these.
 ALIASES = {
@@ -69,112 +172,51 @@ ALIASES = {
     "resolution": "model.height",
     "prompts": "data.train_prompts",
     "dataset": "data.train_prompts",
-    "reward_fn": "reward.weights",
+    "reward_fn": "reward",
     "output": "output_dir",
     "save_dir": "output_dir",
     "run_dir": "output_dir",
 }
 
 
-def build(kind: type, tree: Any, path: str = "", root: type | None = None) -> Any:
-    """The dataclass `kind` of a mapping, its fields checked as their annotations say.
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
-    path: the full key of the mapping, with a dot. root: of all keys; None: `kind` itself.
-    Raises ConfigError naming the full key.
-    """
-    root = root or kind
-    if not isinstance(tree, Mapping):
-        name = path.removesuffix(".") or "config"
-        raise ConfigError(f"{name}: got {shown(tree)}, expected a mapping of keys")
+
+def build(kind: type[SectionT], tree: Any) -> SectionT:
+    """The section `kind` of a mapping. Raises ConfigError naming the full key."""
     try:
-        hints, values = typing.get_type_hints(kind), {}
-    except Exception as error:  # of a recipe of one's own
-        raise ConfigError(f"{path}{type(error).__name__}: {error}") from error
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    for key, value in tree.items():
-        if key not in fields:
-            raise ConfigError(f"{path}{key}: unknown key{_meant(str(key), path, fields, root)}")
-        values[key] = _value(hints[key], value, f"{path}{key}", root)
-    for name, item in fields.items():
-        required = item.default is item.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise ConfigError(f"{path}{name}: missing, and has no default")
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ConfigError(f"{path}{error}") from None
-    except Exception as error:  # of a recipe of one's own
-        raise ConfigError(f"{path}{type(error).__name__}: {error}") from error
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        # An unknown key first: where one is misspelt, another is missing.
+        errors = sorted(error.errors(), key=lambda found: found["type"] != "unknown")
+        raise ConfigError(_line(errors[0], kind)) from None
 
 
-def _value(hint: Any, value: Any, key: str, root: type) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Recipe:
-        return _recipe(value, key, root)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, f"{key}.", root)
-    if origin in (types.UnionType, Union):  # X | None
-        return None if value is None else _value(arguments[0], value, key, root)
-    if origin is Literal and value is False and "no" in arguments:
-        value = "no"  # YAML reads a bare no as false
-    if origin is list and isinstance(value, list):
-        return [_value(arguments[0], item, f"{key}[{i}]", root) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, Mapping):
-        name_hint, item_hint = arguments
-        return {
-            _value(name_hint, name, key, root): _value(item_hint, item, f"{key}.{name}", root)
-            for name, item in value.items()
-        }
-    if hint is float and (number := _number(value)) is not None:
-        return number
-    if hint is Place and _is_text(value):
-        return os.path.abspath(os.path.expanduser(value))
-    if hint is Any or _is_fine(hint, value):
-        return value
-    wanted = {
-        int: "an integer", float: "a finite number", str: "a string", bool: "a bool",
-        Place: "a path", list: "a list", dict: "a mapping",
-        Literal: "one of " + ", ".join(map(str, arguments)),
-    }  # fmt: skip
-    expected = wanted.get(origin or hint, str(hint))
-    raise ConfigError(f"{key}: got {shown(value)}, expected {expected}")
+BRANCH = re.compile(r"list\[|function-")
+"""What pydantic puts into a place for each type that a field may be of."""
 
 
-def _is_fine(hint: Any, value: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:  # 1 is not True
-        return any(value == a and type(value) is type(a) for a in typing.get_args(hint))
-    if hint is str:
-        return _is_text(value)
-    return hint is not float and type(value) is (origin or hint)
+def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
+    loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    if kind == "invalid_key" or loc[-1:] == ("[key]",):  # what came is a key
+        loc = loc[:-1] if kind == "invalid_key" else loc[:-2]
+    parts = [part for part in loc if isinstance(part, int) or not BRANCH.match(part)]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:]
+    path = key and f"{key}."
+    if kind == "unknown":
+        name = context["key"]
+        return f"{path}{name}: unknown key{_meant(name, path, context['known'], root)}"
+    if kind == "missing":
+        return f"{key}: missing, and has no default"
+    if kind == "value_error":  # of a section as a whole: says which field
+        return f"{'' if isinstance(context['error'], ConfigError) else path}{context['error']}"
+    expected = error["msg"] if kind == "wanted" else WANTED.get(kind, error["msg"])
+    if kind == "literal_error":
+        expected = "one of " + context["expected"].replace(" or ", ", ").replace("'", "")
+    return f"{key or 'config'}: got {shown(error['input'])}, expected {expected}"
 
 
-def _is_text(value: Any) -> bool:
-    """A string that names something, and that a file can hold."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return False
-    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
-
-
-def _number(value: Any) -> float | None:
-    """A finite float, or None. YAML reads 1e-4 as a string."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _recipe(tree: Any, key: str, root: type) -> Recipe:
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
-        raise ConfigError(f"{key}.name: missing in {shown(tree)}, expected an algorithm's name")
-    options = {name: value for name, value in tree.items() if name != "name"}
-    return build(recipe(tree["name"]), options, f"{key}.", root)
-
-
-def _meant(key: str, path: str, known: Mapping[str, Any], root: type) -> str:
+def _meant(key: str, path: str, known: Iterable[str], root: type[BaseModel]) -> str:
     """What to say of an unknown key: the full one that was probably meant, or those there are."""
     name = key.replace("-", "_").lower()
     close, far = nearest(name, known, cutoff=0.75), nearest(name, known, cutoff=0.5)
@@ -184,11 +226,11 @@ def _meant(key: str, path: str, known: Mapping[str, Any], root: type) -> str:
     return f"; did you mean {found!r}?" if is_another else f"; known are {', '.join(known)}"
 
 
-def _keys(kind: type, path: str = "") -> Iterator[str]:
+def _keys(kind: type[BaseModel], path: str = "") -> Iterator[str]:
     """All full keys; of algorithms those that most have."""
-    for name, hint in typing.get_type_hints(kind).items():
-        inner = PolicyRecipe if hint is Recipe else hint
-        if dataclasses.is_dataclass(inner):
+    for name, field in kind.model_fields.items():
+        inner = _options_of(PolicyRecipe) if field.annotation is Recipe else field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
             yield from _keys(inner, f"{path}{name}.")
-        elif typing.get_origin(hint) is not typing.ClassVar:
+        else:
             yield path + name

@@ -1,100 +1,70 @@
-"""Low-rank adapters: added through peft, stored for both peft and diffusers."""
+"""Low-rank adapters, as configured; a model writes and reads their files itself."""
 
 from __future__ import annotations
 
-import copy
-import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import PeftModel, get_peft_model
 
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, shown
+from flowkern.models import Model
 from flowkern.train.config import LoraConfig
 
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # peft's; diffusers' keys begin at the network itself
 
-
-def add_lora(model: Any, config: LoraConfig) -> PeftModel:
+def add_lora(model: Model, config: LoraConfig) -> PeftModel:
     """Adapt the model's network, and freeze all else; the update starts at exactly zero.
 
-    Raises ConfigError where the network has none of the layers, or one that cannot be adapted.
+    Raises ConfigError for a target that is none of the network's layers, or cannot be adapted.
     """
+    targets = config.target_modules or model.lora_targets
+    for target, count in hits(model, targets).items():
+        if not count:
+            raise ConfigError(f"lora.target_modules: {shown(target)} is no layer of this network")
     adapter = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=config.target_modules,
+        target_modules=targets,
         init_lora_weights="gaussian",
     )
     try:
         model.network = get_peft_model(model.network, adapter).eval()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
     return model.network
 
 
-def save_lora(network: PeftModel, pipeline: Any, directory: Path) -> None:
-    """Write the adapter for `PeftModel.from_pretrained` and for the pipeline's `load_lora_weights`.
+def hits(model: Model, targets: str | Sequence[str]) -> dict[str, int]:
+    """How many of the network's layers each target is, as peft finds them.
 
-    The network's own save_pretrained would write keys that neither reads. The pipeline's file holds
-    the whole strength in its tensors: what reads nothing else applies all of it, B A.
+    Raises ConfigError for a pattern that is none.
     """
-    adapter = copy.copy(network.peft_config["default"])
-    adapter.base_model_name_or_path = str(pipeline.name_or_path)
-    weights = {
-        _plain(key): value.detach().cpu().contiguous()
-        for key, value in get_peft_model_state_dict(network).items()
-    }
-    adapter.save_pretrained(directory)
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
-    strength = adapter.lora_alpha / adapter.r
-    type(pipeline).save_lora_weights(
-        directory,
-        transformer_lora_layers={
-            key.removeprefix(_PREFIX): value * strength if "lora_B" in key else value
-            for key, value in weights.items()
-        },
-        transformer_lora_adapter_metadata=adapter.to_dict() | {"lora_alpha": adapter.r},
-    )
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in directory.iterdir():  # safetensors makes files that their owner alone can read
-        path.chmod(0o666 & ~mask)
+    names = [name for name, _ in model.network.named_modules()]
+    if not isinstance(targets, str):
+        return {end: sum(f".{name}".endswith(f".{end}") for name in names) for end in targets}
+    try:
+        return {targets: sum(re.fullmatch(targets, name) is not None for name in names)}
+    except re.error as error:
+        raise ConfigError(f"lora.target_modules: got {shown(targets)}, {error}") from None
 
 
-def restore_lora(network: PeftModel, directory: Path) -> None:
-    """Load the weights that `save_lora` wrote into a network that has the adapter already.
+def restore_lora(model: Model, directory: Path) -> None:
+    """Load the weights of a checkpoint into the adapter that the model has.
 
     Raises ConfigError where they are not those of the configuration's adapter.
     """
-    here = get_peft_model_state_dict(network)
-    names = {_plain(name): name for name in here}
-    stored = {_plain(name): value for name, value in load_file(directory / WEIGHTS).items()}
-    for name in sorted(names.keys() ^ stored.keys()):
-        raise ConfigError(
-            f"lora.target_modules: {directory / WEIGHTS} {'lacks' if name in names else 'holds'} "
-            f"{name!r}; expected the adapter of this configuration"
-        )
-    for name, value in stored.items():
-        if value.shape != here[names[name]].shape:
-            raise ConfigError(
-                f"lora.rank: {name!r} has shape {tuple(value.shape)} in {directory / WEIGHTS}, "
-                f"expected {tuple(here[names[name]].shape)}"
-            )
-    set_peft_model_state_dict(network, {names[name]: value for name, value in stored.items()})
+    try:
+        model.load_lora(directory)
+    except ValueError as error:
+        raise ConfigError(f"lora.{error}") from error
 
 
-def _plain(name: str) -> str:
-    """A weight's name whether or not a part of the network is compiled."""
-    return name.replace("_orig_mod.", "")
-
-
-def attach_lora(model: Any, config: LoraConfig, directory: Path) -> None:
+def attach_lora(model: Model, config: LoraConfig, directory: Path) -> None:
     """Give a model the adapter of a checkpoint, for sampling.
 
     Made of the run's own numbers: peft's loader imports a module that adapter_config.json names.
     """
-    restore_lora(add_lora(model, config), directory)
+    add_lora(model, config)
+    restore_lora(model, directory)

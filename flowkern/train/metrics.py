@@ -8,31 +8,59 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowkern.ops.policy_loss import PolicyLoss
+from flowkern.rl.objectives import Outcome
 from flowkern.train.distributed import Laps
 
-STATISTICS = ("loss", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "trained")
-"""The last is how many choices went through the network: those that teach nothing are left out."""
+
+class Sums:
+    """Of an optimizer step's micro-batches, on the device: the loss, the statistics, and how many
+    choices they are of, as those that teach nothing are left out.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._parts: list[Tensor] = []
+
+    def add(self, out: Outcome) -> None:
+        self._names = list(out.statistics)
+        values = [out.loss, *out.statistics.values()]
+        sums = [value.detach().float().sum() for value in values]
+        count = len(values[-1])
+        self._parts.append(torch.stack([*sums, torch.full_like(sums[0], count)]))
+
+    def over(self, total: float) -> Tensor:
+        """The sums divided by the number of choices, those left out included: to be reduced over
+        processes.
+        """
+        return sum(self._parts) / total
+
+    def named(self, values: list[float]) -> tuple[float, dict[str, float]]:
+        """Of the numbers that `over` became: the loss, and the means of what was trained."""
+        loss, *found, trained = values
+        return loss, {n: value / trained for n, value in zip(self._names, found, strict=True)}
 
 
-def summed(out: PolicyLoss) -> Tensor:
-    """STATISTICS over the choices of a micro-batch, on the device."""
-    parts = (out.loss, out.ratio, out.clipped_high, out.clipped_low, out.kl)
-    sums = [part.detach().float().sum() for part in parts]
-    return torch.stack([*sums, torch.full_like(sums[0], len(out.ratio))])
+@dataclass(frozen=True)
+class Experience:
+    """What a Task collects, as far as the loop reports it; a Task's own has more."""
+
+    figures: Mapping[str, float]
+    """Of all ranks: reported with the first optimizer step."""
+    every: Mapping[str, float]
+    """Reported with each of them."""
+    laps: Laps
+    """Of the network's calls, marked where the rollout ended and where the rewards did."""
+    samples: int
+    """What was made, on all ranks."""
+    unit: str
+    """Of `samples`: "images"."""
 
 
 @dataclass
 class Progress:
     """An iteration under way, as far as it will be reported."""
 
-    rewards: Mapping[str, float]
-    """What the rollout's images, of all ranks, are worth."""
-    images: int
-    laps: Laps
-    """The rollout, the rewards, and each of `updates`."""
-    released: tuple[int, int]
-    """Rows forward of the authors' loop, of all ranks: in sampling, in training."""
+    experience: Experience
     is_first: bool
     """Does the iteration's first optimizer step belong to `updates`? It reports the rollout."""
     updates: list[dict[str, float]] = field(default_factory=list)
@@ -41,25 +69,28 @@ class Progress:
 
 def records(progress: Progress, per_rollout: int, world: int) -> list[dict[str, float]]:
     """A record per finished optimizer step, of the `per_rollout` that an iteration has."""
-    laps = progress.laps
-    (rollout, reward, *train), (sampled, _, *trained) = laps.seconds(), laps.counts()
-    sampling_rows, training_rows = progress.released
+    experience = progress.experience
+    (rollout, reward, *train), (sampled, _, *trained) = (
+        experience.laps.seconds(),
+        experience.laps.counts(),
+    )
     total = rollout + reward + per_rollout * sum(train) / len(train)
     first = {
-        **progress.rewards,
+        **experience.figures,
         "nfe/sample": sampled * world,
-        "nfe/naive_sample": sampling_rows,
         "timing_s/rollout": rollout,
         "timing_s/reward": reward,
-        "throughput/images_per_s": progress.images / total,
+        f"throughput/{experience.unit}_per_s": experience.samples / total,
     }
     found = []
-    for i, (update, seconds, rows) in enumerate(zip(progress.updates, train, trained, strict=True)):
+    for i, (update, seconds, calls) in enumerate(
+        zip(progress.updates, train, trained, strict=True)
+    ):
         tells_rollout = i == 0 and progress.is_first
         found.append(update | (first if tells_rollout else {}))
         found[-1] |= {
-            "nfe/train": rows * world,
-            "nfe/naive_train": training_rows // per_rollout,
+            "nfe/train": calls * world,
+            **experience.every,
             "timing_s/train": seconds,
             "timing_s/step": seconds + (rollout + reward if tells_rollout else 0),
         }

@@ -13,12 +13,12 @@ import numpy as np
 
 from flowkern.train.config import ConfigError
 
-Row = dict[str, Any]
-"""A prompt with its metadata."""
+Prompt = dict[str, Any]
+"""What a prompt file says of one: "prompt", its text, and metadata."""
 
 
-def read_prompts(path: str | Path, key: str = "prompts") -> list[Row]:
-    """Rows {"prompt": ..., metadata} of a file, read as what its name ends in, in any case:
+def read_prompts(path: str | Path, key: str = "prompts") -> list[Prompt]:
+    """Prompts {"prompt": ..., metadata} of a file, read as what its name ends in, in any case:
 
     .txt     one prompt per line
     .jsonl   one object per line (.ndjson too)
@@ -28,26 +28,29 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Row]:
     Text is UTF-8, with a byte order mark or without; only a newline ends a line, so that what else
     Unicode counts as one stays in a prompt. Blank lines are passed over.
     key: where a configuration has the path. Raises ConfigError naming it, the file and the line for
-    what is no such file or row.
+    what is no such file or prompt.
     """
-    path, rows = Path(path), []
+    path, prompts = Path(path), []
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         *most, last = READERS
         raise ConfigError(f"{key}: got {str(path)!r}, expected {', '.join(most)} or {last}")
     try:
-        for place, row in reader(_text(path)):
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise ValueError(f'{place}: got {row!r:.80}, expected a string "prompt"')
-            require_text(row["prompt"], place)
-            rows.append(row)
-        if not rows:
+        for place, entry in reader(_text(path)):
+            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+                raise ValueError(f'{place}: got {entry!r:.80}, expected a string "prompt"')
+            require_text(entry["prompt"], place)
+            prompts.append(entry)
+        if not prompts:
             raise ValueError("no prompts in it")
     except OSError as error:
-        raise ConfigError(f"{key}: cannot read {str(path)!r}: {error.strerror}") from None
+        why = error.strerror
+        if isinstance(error, FileNotFoundError):
+            why += "; a path is relative to the working directory"
+        raise ConfigError(f"{key}: cannot read {str(path)!r}: {why}") from None
     except ValueError as error:
         raise ConfigError(f"{key}: {str(path)!r}, {error}") from None
-    return rows
+    return prompts
 
 
 def require_text(prompt: str, where: str) -> None:
@@ -76,7 +79,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _from_text(text: str) -> Iterator[tuple[str, Row]]:
+def _from_text(text: str) -> Iterator[tuple[str, Prompt]]:
     for number, line in _lines(text):
         yield f"line {number}", {"prompt": line.strip(" \t\r")}
 
@@ -87,14 +90,14 @@ def _from_json_lines(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _from_json(text: str) -> Iterator[tuple[str, Any]]:
-    rows = _parsed(text, 1) if text.strip() else []
-    if not isinstance(rows, list):
-        raise ValueError(f"line 1: got {rows!r:.80}, expected a list of objects")
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+    entries = _parsed(text, 1) if text.strip() else []
+    if not isinstance(entries, list):
+        raise ValueError(f"line 1: got {entries!r:.80}, expected a list of objects")
+    for number, entry in enumerate(entries, start=1):
+        yield f"entry {number}", entry
 
 
-def _from_csv(text: str) -> Iterator[tuple[str, Row]]:
+def _from_csv(text: str) -> Iterator[tuple[str, Prompt]]:
     table = csv.reader(io.StringIO(text, newline="\n"), strict=True)
     header: list[str] = []
     try:
@@ -138,7 +141,7 @@ def _parsed(text: str, line: int) -> Any:
         raise ValueError(f"line {line}: {error}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
+def _object(pairs: list[tuple[str, Any]]) -> Prompt:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
@@ -147,7 +150,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def draw_prompts(available: int, count: int, seed: int, iteration: int) -> list[int]:
-    """`count` different rows of `available`; follows from seed and iteration alone.
+    """The places of `count` prompts of `available`; follows from seed and iteration alone.
 
     Raises ConfigError where there are too few.
     """

@@ -6,17 +6,22 @@ names of checkpoints, the newest first; then their bytes; then the lines that sp
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import Accelerator
 
-from flowkern.train import checkpoint, durable
+from flowkern.train import checkpoint, distributed, durable, tracking
 from flowkern.train import tree as trees
-from flowkern.train.config import ConfigError
+from flowkern.train.config import Config, ConfigError, to_dict
+from flowkern.train.lock import Lock
 from flowkern.train.tracking import flat
 
 METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
@@ -24,6 +29,135 @@ FIXED = ("seed", "model.", "lora.", "algorithm.")
 """Keys, or their beginnings, that stay for the whole of a run."""
 FREE = ("output_dir", "train.resume_from_checkpoint", "train.overwrite_output_dir")
 """Keys that say how a process is started, and nothing about the run."""
+PROMPTS = "prompts.json"  # of a checkpoint
+
+
+class RunDirectory:
+    """The output_dir of a run while it is under way: claimed, prepared, written to, released."""
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.path, self.is_main = Path(config.output_dir), accelerator.is_main_process
+        self.saved = self.logged = 0  # the steps of the newest checkpoint, of the last metrics
+        self._taken: dict[str, tuple[Any, Any]] = {}
+        self._lock: Lock | None = None
+
+    # ---- beginning ----
+
+    def claim(self) -> Path | None:
+        """The checkpoint to continue from; what can be refused is refused here, before a change."""
+        found = distributed.on_main(self.accelerator, self._claim)
+        return None if found is None else Path(found)
+
+    def prepare(self, found: Path | None, step: int) -> None:
+        """Make the directory what it is at `step` of the checkpoint that was found, or anew."""
+        if found is not None:
+            self.logged = step
+            self.saved = step if self._is_mine(found) else 0
+        distributed.on_main(self.accelerator, lambda: self._prepare(found, step))
+        if self.config.train.report_to:
+            self.accelerator.init_trackers("flowkern", config=flat(to_dict(self.config)))
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _claim(self) -> str | None:
+        name = self.config.train.resume_from_checkpoint
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+        except OSError as error:
+            if error.errno is None:  # another run has it
+                raise
+            raise ConfigError(
+                f"output_dir: {error.strerror}: {str(error.filename)!r:.300}"
+            ) from error
+        found = checkpoint.find_checkpoint(name, self.path) if name else None
+        if found is None:
+            return None
+        prompts = self._prompts()
+        with checkpoint.taking(found):
+            self._taken = refuse_other_run(found, to_dict(self.config))
+            stored = dict(json.loads((found / PROMPTS).read_bytes()))
+        for key, digest in prompts.items():
+            if stored.get(key) != digest:
+                raise ConfigError(
+                    f"{key}: holds other prompts than when the run that is resumed began; "
+                    "expected the same, or a new output_dir"
+                )
+        return str(found)
+
+    def _prepare(self, found: Path | None, step: int) -> None:
+        options, tree = self.config.train, to_dict(self.config)
+        if found is not None and self._is_mine(found):
+            resume(self.path, found, step, tree)
+        else:
+            is_restart = options.resume_from_checkpoint == "latest"
+            begin(self.path, options.overwrite_output_dir, is_restart)
+        durable.replace(self.path / CONFIG, dump(tree))
+        if found is not None:
+            self.say(f"resumed from {found}")
+            for key, (old, new) in self._taken.items():
+                self.say(f"  {key}: {old} until step {step}, {new} from there")
+
+    def _is_mine(self, found: Path) -> bool:
+        """Is it a checkpoint of this directory, and not of a run that is taken further here?"""
+        return found.resolve().parent == self.path.resolve()
+
+    def _prompts(self) -> dict[str, str | None]:
+        """A digest of each file of prompts, wherever it lies."""
+        data = self.config.data
+        paths = {"data.train_prompts": data.train_prompts, "data.test_prompts": data.test_prompts}
+        return {
+            key: path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for key, path in paths.items()
+        }
+
+    # ---- what is written ----
+
+    def save(self, step: int, fill: Callable[[Path], None]) -> None:
+        """checkpoint-`step` of what `fill` writes, whole or not at all; by the main process."""
+        if self.is_main:
+            limit = self.config.train.checkpoints_total_limit
+            checkpoint.write(self.path, step, lambda directory: self._fill(directory, fill), limit)
+        self.saved = step
+
+    def _fill(self, directory: Path, fill: Callable[[Path], None]) -> None:
+        fill(directory)
+        (directory / CONFIG).write_text(dump(to_dict(self.config)), "utf-8")
+        (directory / PROMPTS).write_text(json.dumps(self._prompts()))
+
+    def log(self, records: Sequence[dict[str, float]]) -> None:
+        """A line of metrics per optimizer step."""
+        for record in records:
+            if self.is_main:
+                durable.append_line(self.path / METRICS, record)
+            self.logged = record["step"]
+            self.accelerator.log(record, step=record["step"])
+
+    def log_validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """A line that says that the validation is done; none where there are no figures."""
+        if self.is_main and figures:
+            durable.append_line(self.path / VALIDATION, {"step": step, **figures})
+
+    def is_validated(self, step: int) -> bool:
+        """Is that line written? A run that was stopped before it makes up for it."""
+        path = self.path / VALIDATION
+        return distributed.on_main(
+            self.accelerator, lambda: any(r["step"] == step for r in durable.read_lines(path))
+        )
+
+    def draw_curves(self) -> None:
+        """reward_curve.png of what is on disk."""
+        if self.is_main:
+            lines = [durable.read_lines(self.path / name) for name in (METRICS, VALIDATION)]
+            optimized = self.config.reward.weights
+            tracking.save_curves(self.path / "reward_curve.png", *lines, optimized=optimized)
+
+    def say(self, message: str) -> None:
+        if self.is_main:
+            print(message, file=sys.stderr, flush=True)
 
 
 def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:

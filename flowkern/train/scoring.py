@@ -1,6 +1,7 @@
 """The rewards of a run: loaded by their keys, called with arguments of their own, checked.
 
-B images. Whatever a reward does wrong becomes a RewardError whose message begins with its key.
+B images, or B videos. Whatever a reward does wrong becomes a RewardError whose message begins with
+its key.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from torch import Tensor
 
 from flowkern.rewards import Reward, RewardError, load_reward
 from flowkern.rl.advantage import LARGEST
-from flowkern.train.config import ConfigError, RewardConfig
-
-Row = dict[str, Any]
+from flowkern.train.config import ConfigError, Rewards
+from flowkern.train.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class KeyedReward:
     """In the weighted sum; 0: only reported."""
     reward: Reward
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Row]) -> Any:
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Prompt]) -> Any:
         return self.reward(images, prompts, metadata)
 
 
@@ -78,41 +78,44 @@ class Scores:
         return means | {f"info/{e}": v.mean().item() for e, v in known.items() if len(v)}
 
 
-def load_rewards(config: RewardConfig) -> dict[str, KeyedReward]:
-    """The rewards of a configuration, by name: those that are optimized, then the others.
+def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
+    """The rewards of a configuration, by name.
 
     Raises ConfigError, naming the key, for one that is not there or cannot be made.
     """
-    weights = config.weights | dict.fromkeys(config.report, 0.0)
     found = {}
-    for name, weight in weights.items():
-        key = f"reward.{'weights' if name in config.weights else 'report'}.{name}"
+    for name, one in config.root.items():
+        key = f"reward.{name}"
         try:
-            found[name] = KeyedReward(key, weight, load_reward(name))
+            reward = load_reward(one.kind or name, name, **one.options)
+        except ConfigError:
+            raise
         except (Exception, SystemExit) as error:
             is_said = isinstance(error, ValueError | TypeError | FileNotFoundError)
-            message = str(error).removeprefix("name: ") if is_said else _line(error)
-            raise ConfigError(f"{key}: {message}") from error
+            message = " ".join(str(error).split()) if is_said else _line(error)
+            is_option = message.partition(":")[0] in one.options
+            raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
+        found[name] = KeyedReward(key, one.weight, reward)
     return found
 
 
 def evaluate(
-    rewards: Mapping[str, KeyedReward], images: Tensor, rows: Sequence[Row]
+    rewards: Mapping[str, KeyedReward], images: Tensor, prompts: Sequence[Prompt]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every reward of every image, by name, and what they report beside, as "reward/entry": (B,)
     float64 each, on the device of the images; nothing waits for it.
 
-    Every reward gets images, prompts and rows of its own, to write into as it likes.
+    Every reward gets images, texts and metadata of its own, to write into as it likes.
     Raises RewardError for a reward that fails, leaves (sys.exit) or does not return one real number
     per image. Whether they are finite is for `score` to see.
     """
     scores, info = {}, {}
     for name, reward in rewards.items():
         try:
-            mine = [copy.deepcopy(row) for row in rows]  # siblings share one row
-            prompts = [row["prompt"] for row in rows]
+            mine = [copy.deepcopy(prompt) for prompt in prompts]  # siblings share one
+            texts = [prompt["prompt"] for prompt in prompts]
             with torch.no_grad():
-                found = reward(images.clone(), prompts, mine)
+                found = reward(images.clone(), texts, mine)
         except (Exception, SystemExit) as error:
             raise RewardError(f"{reward.key}: {_line(error)}") from error
         entries: Mapping[Any, Any] = {}
@@ -139,19 +142,19 @@ def evaluate(
 
 def score(
     rewards: Mapping[str, KeyedReward],
-    batches: Iterable[tuple[Tensor, Sequence[Row]]],
+    batches: Iterable[tuple[Tensor, Sequence[Prompt]]],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scores:
-    """`evaluate` of batches (images, rows), one after another, and the weighted sum.
+    """`evaluate` of batches (images, prompts), one after another, and the weighted sum.
 
     around: makes what each call of `evaluate` runs in.
     The host waits once, in the end. Raises what `evaluate` does, and RewardError for a score that
     is not finite or above 1e150 in size, naming the image by its place in all batches.
     """
-    rows: list[Row] = []
+    prompts: list[Prompt] = []
     parts = []
     for images, some in batches:
-        rows += some
+        prompts += some
         with around():
             parts.append(evaluate(rewards, images, some))
     names = list(rewards)
@@ -163,9 +166,9 @@ def score(
     found = torch.cat([torch.stack(part) for part in columns], dim=1).cpu()
     values = dict(zip(names, found, strict=False))
     for name, reward in rewards.items():
-        _check(reward.key, values[name], rows)
+        _check(reward.key, values[name], prompts)
     mean = sum(reward.weight * values[name] for name, reward in rewards.items() if reward.weight)
-    _check("reward.weights: their weighted sum", mean, rows)
+    _check("reward: the weighted sum", mean, prompts)
     return Scores({"mean": mean} | values, dict(zip(entries, found[len(names) :], strict=True)))
 
 
@@ -196,14 +199,14 @@ def _numbers(found: Any, count: int) -> Tensor:
     return value.to(torch.float64, copy=True)
 
 
-def _check(key: str, value: Tensor, rows: Sequence[Row]) -> None:
+def _check(key: str, value: Tensor, prompts: Sequence[Prompt]) -> None:
     bad = (~(value.abs() <= LARGEST)).nonzero().flatten().tolist()
     if bad:
         others = f", and of {len(bad) - 1} others" if bad[1:] else ""
+        first, text = value[bad[0]].item(), prompts[bad[0]]["prompt"]
         raise RewardError(
-            f"{key}: {value[bad[0]].item():g} for image {bad[0]} of {len(value)}, prompt "
-            f"{rows[bad[0]]['prompt']!r:.80}{others}; expected finite numbers up to {LARGEST:g} in "
-            "size"
+            f"{key}: {first:g} for image {bad[0]} of {len(value)}, prompt {text!r:.80}{others}; "
+            f"expected finite numbers up to {LARGEST:g} in size"
         )
 
 

@@ -15,8 +15,14 @@ if TYPE_CHECKING:  # a name of a picture is refused before torch is there
     import torch
     from torch import Tensor
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
-ENCODING: dict[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 95, "subsampling": 0}}
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+ENCODING: dict[str, dict[str, Any]] = {
+    "png": {},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    "webp": {"quality": 95},
+}
+MOVING = {"png", "webp"}
+SHOWN_FRAMES = 4  # of a video, in a grid
 DRAWN = {"Cs": "\ufffd", **dict.fromkeys(("Cc", "Cf", "Zl", "Zp"), " ")}
 """Instead of letters of these categories: halves of surrogate pairs, and what only steers."""
 INK, ACCENT, SOFT = "#222222", "#1f5fa8", "#d9822b"
@@ -50,24 +56,49 @@ def progress_bar(total: int, initial: int, is_main: bool):
     return tqdm(total=total, initial=initial, disable=not is_main, desc="train", unit="step")
 
 
-def picture_format(path: Path, key: str = "path") -> str:
+def picture_format(path: Path, key: str = "path", is_video: bool = False) -> str:
     """What a picture of this name, which the user gave as `key`, is written as.
 
-    Raises ValueError for a name that does not end in .png, .jpg or .jpeg.
+    Raises ValueError for a name that does not end in .png, .webp or, but for a video, .jpg or
+    .jpeg.
     """
     found = FORMATS.get(path.suffix.lower())
+    if is_video and found not in MOVING:
+        raise ValueError(f"{key}: got {str(path)!r} for a video, expected a name in .png or .webp")
     if found is None:
-        raise ValueError(f"{key}: got {str(path)!r}, expected a name in .png, .jpg or .jpeg")
+        raise ValueError(f"{key}: got {str(path)!r}, expected a name in .png, .webp, .jpg or .jpeg")
     return found
 
 
-def save_image(path: Path, image: Tensor) -> None:
-    """One image (3, H, W) in [0, 1], pixel for pixel, as PNG or JPEG by the path's suffix."""
+def save_image(path: Path, image: Tensor, frame_rate: float | None = None) -> None:
+    """One image (3, H, W) in [0, 1], or a video (F, 3, H, W) at so many frames per second, that
+    plays again and again. As PNG, pixel for pixel, or as WebP or JPEG, by the path's suffix.
+    """
     from PIL import Image
 
     pixels = _pixels(image).mul(255).round().byte()
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    _save(lambda file, kind: picture.save(file, kind, **ENCODING[kind]), path)
+    frames = pixels if frame_rate else pixels[None]
+    pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    options: dict[str, Any] = {}
+    if frame_rate:
+        picture_format(path, is_video=True)
+        options = {"save_all": True, "append_images": pictures[1:], "loop": 0}
+        options["duration"] = 1000 / frame_rate
+    _save(lambda file, kind: pictures[0].save(file, kind, **ENCODING[kind], **options), path)
+
+
+def few_frames(images: Tensor) -> Tensor:
+    """Videos (B, F, 3, H, W) as a grid shows them, by a few frames from the first to the last;
+    images as they are.
+    """
+    if images.ndim == 4:
+        return images
+    frames = images.shape[1]
+    return images[:, _evenly(frames, min(SHOWN_FRAMES, frames))]
+
+
+def _evenly(frames: int, count: int) -> list[int]:
+    return [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def save_grid(
@@ -77,25 +108,32 @@ def save_grid(
     scores: Sequence[float] = (),
     title: str = "",
 ) -> None:
-    """Images (B, 3, H, W) in [0, 1], with a caption and a score under each, as PNG or JPEG by the
-    path's suffix. Text of any kind is drawn as it stands, cut to what there is room for.
+    """Images (B, 3, H, W) in [0, 1], or videos (B, F, 3, H, W), of which a few frames are shown
+    side by side, with a caption and a score under each, as PNG, WebP or JPEG by the path's suffix.
+    Text of any kind is drawn as it stands, cut to what there is room for.
     """
     from matplotlib.figure import Figure
 
-    columns = min(len(images), 10 if len(images) > 24 else 5)
+    images, wide = few_frames(images), 1
+    if images.ndim == 5:
+        wide = images.shape[1]
+        images = images.permute(0, 2, 3, 1, 4).flatten(3)
+    columns = min(len(images), max(1, (10 if len(images) > 24 else 5) // wide))
     rows = -(-len(images) // columns)
-    texts = [_wrapped(caption, 26, lines=3) for caption in captions]
+    texts = [_wrapped(caption, 26 * wide, lines=3) for caption in captions]
     lines = max(text.count("\n") + 1 for text in texts) + bool(scores)
-    title = _wrapped(title, 18 * columns, lines=4)
+    across = 1.5 * wide
+    cell = across + 0.3
+    title = _wrapped(title, int(10 * cell * columns), lines=4)
     head = 0.3 + 0.2 * (title.count("\n") + 1) if title else 0.1
     height = 1.5 + 0.17 * lines + 0.12  # of a cell, in inches
-    size = (1.8 * columns, height * rows + head)
+    size = (cell * columns, height * rows + head)
     figure = Figure(figsize=size, dpi=110, facecolor="white")
     grid = _pixels(images).permute(0, 2, 3, 1).numpy()
     for i, text in enumerate(texts):
         row, column = divmod(i, columns)
-        left, top = 1.8 * column + 0.15, size[1] - head - height * row
-        box = (left / size[0], (top - 1.5) / size[1], 1.5 / size[0], 1.5 / size[1])
+        left, top = cell * column + 0.15, size[1] - head - height * row
+        box = (left / size[0], (top - 1.5) / size[1], across / size[0], 1.5 / size[1])
         axes = figure.add_axes(box)
         axes.imshow(grid[i], interpolation="nearest")
         axes.set_xticks([])
@@ -103,7 +141,7 @@ def save_grid(
         for spine in axes.spines.values():
             spine.set_color("#bbbbbb")
         place = {"ha": "center", "va": "top", "parse_math": False}
-        middle = (left + 0.75) / size[0]
+        middle = (left + across / 2) / size[0]
         figure.text(middle, (top - 1.55) / size[1], text, fontsize=8, color=INK, **place)
         if scores:
             below = (top - 1.55 - 0.17 * (text.count("\n") + 1)) / size[1]
@@ -168,10 +206,10 @@ def _wrapped(text: str, width: int, lines: int) -> str:
     letters = [DRAWN.get(unicodedata.category(letter), letter) for letter in text[:1000]]
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in letters)
     width = width * len(letters) // (len(letters) + wide) if letters else width
-    rows = textwrap.wrap("".join(letters), width)
-    if len(rows) > lines:
-        rows[lines - 1] = rows[lines - 1][: width - 2].rstrip() + " …"
-    return "\n".join(rows[:lines])
+    found = textwrap.wrap("".join(letters), width)
+    if len(found) > lines:
+        found[lines - 1] = found[lines - 1][: width - 2].rstrip() + " …"
+    return "\n".join(found[:lines])
 
 
 def _save_figure(figure, path: Path, tight: bool = False) -> None:

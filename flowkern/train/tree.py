@@ -4,21 +4,27 @@ a line that names the file and its line, or the key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowkern.checks import ConfigError, shown
 
+EXTENDS = "extends"
+"""A file, or several, that a file is merged over."""
+
 REPLACED = ("reward",)
 """Sections that a later file replaces as a whole: rewards of two files are not meant to add up."""
 
 
 def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mappings of YAML files, merged from the first to the last, then ``key.path=value``."""
+    """The mappings of YAML files, with what they extend, merged from the first to the last; then
+    ``key.path=value`` replaces what it names.
+    """
     tree: dict[str, Any] = {}
     for path in paths:
-        tree = merged(tree, read_file(path))
+        tree = merged(tree, _extended(Path(path)))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not (equals and all(key.split("."))):
@@ -27,7 +33,25 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str
     return tree
 
 
+def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over those that it extends, which are named relative to it."""
+    tree, place = read_file(path), path.resolve()
+    found = tree.pop(EXTENDS, [])
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: extends: got {shown(found)}, expected a file or a list of them")
+    if place in below:
+        raise ConfigError(f"{path}: extends: it extends itself, through {below[-1].name}")
+    base: dict[str, Any] = {}
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise ConfigError(f"{path}: extends: there is no {name!r} in {place.parent}")
+        base = merged(base, _extended(path.parent / name, (*below, place)))
+    return merged(base, tree)
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
+    """The mapping of one YAML file, which extends none."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -48,6 +72,7 @@ def parse(text: str, name: str, is_file: bool = False) -> Any:
     got = "" if is_file else f"got {shown(text)}, "
     try:
         loader = yaml.SafeLoader(text)
+        loader.yaml_implicit_resolvers = _resolvers(loader.yaml_implicit_resolvers)
         node = loader.get_single_node()
         for key, part in _walk(node, "", set()):
             if part.id == "mapping":
@@ -64,6 +89,12 @@ def parse(text: str, name: str, is_file: bool = False) -> Any:
         raise ConfigError(f"{name}{place}: {got}not YAML: {reason}") from None
     except RecursionError:
         raise ConfigError(f"{name}: {got}nested too deeply for a configuration") from None
+
+
+def _resolvers(known: dict[str, list[tuple[str, Any]]]) -> dict[str, list[tuple[str, Any]]]:
+    """Those of YAML 1.1, which reads 1e-4 as text, and 1.2's floats."""
+    more = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+\Z"))
+    return {first: [*known.get(first, []), more] for first in {*known, *"+-.0123456789"}}
 
 
 def _construct(loader: Any, scalar: Any, key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flowkern.models import guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
-from flowkern.rollout.engine import ITERATION_BITS, moved
-from flowkern.train import durable, tracking
+from flowkern.rollout.engine import ITERATION_BITS, moved, slices
+from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.distributed import seed_generators, together
 from flowkern.train.prompts import read_prompts
@@ -22,6 +24,17 @@ from flowkern.train.stop import StopRequest
 
 # Never a training rollout's: of validation, and of the sample command.
 RESERVED_ITERATION, SAMPLE_ITERATION = 2**ITERATION_BITS - 1, 2**ITERATION_BITS - 2
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn; the deterministic way by default."""
+
+    num_inference_steps: int
+    guidance_scale: float = 1.0
+    kind: str = "ode"
+    """As in `schedules`, with its noise level."""
+    noise_level: float = 0.0
 
 
 class Validation:
@@ -38,86 +51,98 @@ class Validation:
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.model, self.rewards = model, rewards
         path, count = config.data.test_prompts, config.validation.num_prompts
-        self.rows = read_prompts(path, "data.test_prompts")[:count] if path else []
+        self.prompts = read_prompts(path, "data.test_prompts")[:count] if path else []
 
-    def run(self, step: int) -> None:
-        """Write samples/step-N.png and append a line to validation.jsonl.
+    def run(self, step: int) -> dict[str, float]:
+        """Draw and score them: writes samples/step-N.png; returns the means, on the main process,
+        and nothing where there are no prompts.
 
         Raises RewardError as `scoring.score` does, naming the step.
         """
-        if not self.rows:
-            return
+        if not self.prompts:
+            return {}
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         seed_generators(self.config.seed, RESERVED_ITERATION, rank)
-        mine = [i for i in range(len(self.rows)) if i % world == rank]
+        mine = [i for i in range(len(self.prompts)) if i % world == rank]
         try:
             found = together(self.accelerator, lambda: self._sample(mine) if mine else None)
         except RewardError as error:
             raise RewardError(f"validation after step {step}: {error}") from error
-        if self.accelerator.is_main_process:
-            images, scores = zip(*filter(None, found), strict=True)
-            order = torch.arange(len(self.rows))
-            order = torch.cat([order[first::world] for first in range(world)]).argsort()
-            self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
+        if not self.accelerator.is_main_process:
+            return {}
+        images, scores = zip(*filter(None, found), strict=True)
+        order = torch.arange(len(self.prompts))
+        order = torch.cat([order[first::world] for first in range(world)]).argsort()
+        return self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
     def _sample(self, mine: list[int]) -> tuple[Tensor, Scores]:
-        """The images and scores of the rows `mine`, on the host."""
-        options, rows = self.config.validation, [self.rows[i] for i in mine]
-        device = self.accelerator.device
-        images = sample_images(
+        """What is shown of the images, and the scores, of the prompts at `mine`, on the host."""
+        options, prompts = self.config.validation, [self.prompts[i] for i in mine]
+        device, max_batch = self.accelerator.device, self.config.train.max_batch
+        latents = sample_latents(
             self.model,
-            [row["prompt"] for row in rows],
+            [prompt["prompt"] for prompt in prompts],
             moved(prompt_ids(RESERVED_ITERATION, torch.tensor(mine)), device),
+            Sampler(options.num_inference_steps, options.guidance_scale),
             seed=self.config.seed,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            max_batch=self.config.train.max_batch,
-            size=(self.config.model.height, self.config.model.width),
+            max_batch=max_batch,
             poll=self.stop.poll,
         )
-        return images.cpu(), score(self.rewards, [(images, rows)], self.stop.in_reward)
+        shown = []
 
-    def _write(self, step: int, images: Tensor, scores: Scores) -> None:
+        def decoded(part: slice) -> tuple[Tensor, list[dict[str, Any]]]:
+            images = self.model.decode(latents[part])
+            shown.append(tracking.few_frames(images).cpu())
+            return images, prompts[part]
+
+        batches = map(decoded, slices(len(latents), max_batch))
+        scores = score(self.rewards, batches, self.stop.in_reward)
+        return torch.cat(shown), scores
+
+    def _write(self, step: int, images: Tensor, scores: Scores) -> dict[str, float]:
         directory, means = Path(self.config.output_dir), scores.means()
         shown = images[: self.config.validation.num_images]
         tracking.save_grid(
             directory / "samples" / f"step-{step}.png",
             shown,
-            [row["prompt"] for row in self.rows[: len(shown)]],
+            [prompt["prompt"] for prompt in self.prompts[: len(shown)]],
             scores.rewards["mean"][: len(shown)].tolist(),
             f"held-out prompts after {step} optimizer steps, "
             f"mean reward {means['reward/mean']:.2f} over {len(images)}",
         )
-        # Last: the line says that the validation is done.
-        durable.append_line(directory / "validation.jsonl", {"step": step, **means})
+        return means
+
+
+def sample_images(model: Any, *arguments: Any, **options: Any) -> Tensor:
+    """One image per prompt, (B, 3, H, W) in [0, 1], or a video (B, F, 3, H, W); of the arguments of
+    `sample_latents`.
+    """
+    return model.decode(sample_latents(model, *arguments, **options))
 
 
 @torch.no_grad()
-def sample_images(
+def sample_latents(
     model: Any,
     prompts: Sequence[str],
     sample_id: Tensor,
+    sampler: Sampler,
     *,
     seed: int,
-    num_inference_steps: int,
-    kind: str = "ode",
-    noise_level: float = 0.0,
-    guidance_scale: float = 1.0,
     max_batch: int = 16,
-    size: tuple[int | None, int | None] = (None, None),
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """One image per prompt, (B, 3, H, W) in [0, 1]; sample_id (B,) picks the noise.
+    """One latent per prompt, (B, *D); sample_id (B,) picks the noise.
 
-    kind, noise_level: of the sampler, as in `schedules`; by default the deterministic one.
-    poll: called before every network call; may raise.
+    poll: called before every batch of network calls; may raise.
     """
-    conditioning = model.encode([*prompts, ""])
-    plan = Plan()
+    conditioning = model.encode([*prompts, model.guidance.negative_prompt]).to(sample_id.device)
+    plan, kind, level = Plan(), sampler.kind, sampler.noise_level
     node = plan.root(0)
-    for sigma in model.sigmas(num_inference_steps).tolist()[1:]:
-        is_ode = kind == "ode" or noise_level == 0
-        node = plan.step(node, sigma) if is_ode else plan.draw(node, sigma, kind, noise_level, 0)
+    for sigma in model.sigmas(sampler.num_inference_steps).tolist()[1:]:
+        if kind == "ode" or level == 0:
+            node = plan.step(node, sigma)
+        else:
+            node = plan.draw(node, sigma, kind, level, 0)
     plan.leaf(node)
 
     def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
@@ -127,8 +152,8 @@ def sample_images(
     rollout = run(
         plan,
         velocity,
-        Source(seed, sample_id, model.latent_shape(*size)),
+        Source(seed, sample_id, model.latent_shape),
         max_batch,
-        guidance=Guidance.of(guidance_scale, len(prompts)),
+        guidance=Guidance.of(sampler.guidance_scale, len(prompts), guide_of(model)),
     )
-    return model.decode(rollout.latents.flatten(0, 1))
+    return rollout.latents.flatten(0, 1)

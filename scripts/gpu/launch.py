@@ -16,30 +16,30 @@ import torch
 import flowkern as fk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "ops"))
-from calls import Arguments, call
+from calls import Problem
 
 SIZE = 20_480 if os.environ.get("GPU_REHEARSE") == "1" else 2_096_640
-VERBS = ("draw", "replay", "policy")
+VERBS = ("sde_step", "sde_log_prob", "policy_loss")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args().device)
-    p = Arguments(device, 8, SIZE, torch.bfloat16)
+    problems = [Problem(verb, 8, SIZE, torch.bfloat16, device=device) for verb in VERBS]
     for backend, reason in fk.backends(device).items():
         if backend == "reference" or reason is not None:
             continue
-        for verb in VERBS:
-            call(verb, p, backend)
+        for p in problems:
+            p.run(backend, learn=False)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
-            call(verb, p, backend)
+            p.run(backend, learn=False)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
-            print(f"{verb}, {backend}", flush=True)
+            print(f"{p.call}, {backend}", flush=True)
     return 0
 
 

@@ -49,15 +49,14 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     architecture = TINY if IS_REHEARSAL else MEDIUM
     model = build(architecture, device, torch.bfloat16)
-    shape = model.latent_shape(architecture.pixels, architecture.pixels)
+    shape = model.latent_shape
     tokens = sum(architecture.tokens), architecture.text_width
     pooled = architecture.transformer["pooled_projection_dim"]
 
     def velocity(rows: int):
         like = {"device": device, "dtype": torch.bfloat16}
-        condition = Conditioning(
-            torch.randn(rows, *tokens, **like), torch.randn(rows, pooled, **like)
-        )
+        parts = {"tokens": (rows, *tokens), "pooled": (rows, pooled)}
+        condition = Conditioning({k: torch.randn(size, **like) for k, size in parts.items()})
         x_t, sigma = torch.randn(rows, *shape, device=device), torch.rand(rows, device=device)
         return model.velocity(x_t, sigma, condition)
 

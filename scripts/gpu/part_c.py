@@ -45,7 +45,7 @@ def memcheck(steps: Steps, device: str) -> None:
             "probe", 20, [*tool, PYTHON, "-c", probe]
         ):
             return steps.skip("memcheck", "compute-sanitizer is not here, or cannot attach")
-    fuzz = [PYTHON, "scripts/fuzz_kernels.py", "--device", device, "--no-check", "--calls", "12"]
+    fuzz = [PYTHON, "tests/fuzz", "--device", device, "--no-check", "--calls", "12"]
     if IS_REHEARSAL:
         fuzz[-1] = "4"
     for backend in ("native",) if IS_REHEARSAL else ("triton", "native"):

@@ -1,10 +1,11 @@
-"""The first call of every kernel, each verb in a process of its own, against the CPU's reference.
+"""The first call of every kernel, each in a process of its own, against the CPU's reference.
 
-    python scripts/gpu/smoke.py --backend triton [--device cuda] [--verb "draw" ...]
+    python scripts/gpu/smoke.py --backend triton [--device cuda] [--call "policy_loss" ...]
 
-Launches are waited for one by one (CUDA_LAUNCH_BLOCKING=1), so that a fault is named by its call;
-it takes no other process along. A line of JSON per verb goes to smoke.jsonl in the folder that
-FLOWKERN_RESULTS names, when the verb is done; what a failed one said goes to smoke.log.
+The calls are those of tests/ops/calls.py that compile. Launches are waited for one by one
+(CUDA_LAUNCH_BLOCKING=1), so that a fault is named by its call; it takes no other process along. A
+line of JSON per call goes to smoke.jsonl in the folder that FLOWKERN_RESULTS names, when it is
+done; what a failed one said goes to smoke.log.
 """
 
 from __future__ import annotations
@@ -24,35 +25,32 @@ sys.path.insert(0, str(ROOT / "tests" / "ops"))
 IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
 SHAPES = ((8, 4_099),) if IS_REHEARSAL else ((8, 4_099), (2, 65_536))
 DTYPES = ("float32", "bfloat16")
-# The op of each verb, as the benchmark names it.
-OPS = {"policy": "policy_loss", "matching": "matching_loss", "add_noise": "matching_loss"}
-OPS |= {"philox_normal": "noise"}
-REHEARSED = ("policy, gradient",)
+REHEARSED = ("policy_loss",)
 # Of the largest value: sums of 65,536 terms in float32; a last place of bfloat16.
 RELATIVE = {"torch.float32": 1e-3, "torch.bfloat16": 2**-7}
-SECONDS = 200 if IS_REHEARSAL else 50  # of one verb, Triton's compiler included
+SECONDS = 200 if IS_REHEARSAL else 50  # of one call, Triton's compiler included
 
 
 def main() -> int:
     options = _arguments()
     if options.here:
-        return _here(options.verb[0], options.backend, options.device)
-    from calls import VERBS
+        return _here(options.call[0], options.backend, options.device)
+    from calls import FEW, take
 
-    verbs = options.verb or (REHEARSED if IS_REHEARSAL else list(VERBS))
+    names = options.call or (REHEARSED if IS_REHEARSAL else map(str, take(FEW)))
     results = Path(os.environ.get("FLOWKERN_RESULTS") or ROOT / "build/gpu")
     results.mkdir(parents=True, exist_ok=True)
     workers = min(14, max(2, (os.cpu_count() or 2) - 2))
     good = True
     with ThreadPoolExecutor(workers) as pool:
-        for done in as_completed([pool.submit(_apart, verb, options) for verb in verbs]):
+        for done in as_completed([pool.submit(_apart, name, options) for name in names]):
             line, log = done.result()
             with (results / "smoke.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if not line["ok"]:
                 with (results / "smoke.log").open("a") as file:
-                    file.write(f"== {line['verb']}, {line['backend']}\n{log}\n")
-            print(f"{line['verb']}, {line['backend']}: {line.get('why', 'ok')}", flush=True)
+                    file.write(f"== {line['call']}, {line['backend']}\n{log}\n")
+            print(f"{line['call']}, {line['backend']}: {line.get('why', 'ok')}", flush=True)
             good &= line["ok"]
     return 0 if good else 1
 
@@ -61,16 +59,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--verb", action="append", help="this verb alone; may be repeated")
-    parser.add_argument("--here", action="store_true", help="the one verb in this process")
+    parser.add_argument("--call", action="append", help="this call alone; may be repeated")
+    parser.add_argument("--here", action="store_true", help="the one call in this process")
     return parser.parse_args()
 
 
-def _apart(verb: str, options: argparse.Namespace) -> tuple[dict, str]:
-    """The verb in a process of its own: its line, and what it said."""
+def _apart(name: str, options: argparse.Namespace) -> tuple[dict, str]:
+    """The call in a process of its own: its line, and what it said."""
+    from calls import BY_NAME
+
     command = [sys.executable, __file__, "--here", "--backend", options.backend]
-    command += ["--device", options.device, "--verb", verb]
-    line = {"verb": verb, "op": OPS.get(verb.split(",")[0], "sde_step"), "backend": options.backend}
+    command += ["--device", options.device, "--call", name]
+    line = {"call": name, "op": BY_NAME[name].op, "backend": options.backend}
     begin = time.perf_counter()
     try:
         run = subprocess.run(
@@ -87,19 +87,17 @@ def _apart(verb: str, options: argparse.Namespace) -> tuple[dict, str]:
     return line | {"ok": False, "why": f"exit status {run.returncode}: {said}"}, run.stderr
 
 
-def _here(verb: str, backend: str, device: str) -> int:
+def _here(name: str, backend: str, device: str) -> int:
     faulthandler.enable()
     import torch
-    from calls import Arguments, call, takes
+    from calls import Problem
 
     worst = {}
     for shape in SHAPES:
         for dtype in (getattr(torch, name) for name in DTYPES):
-            if not takes(verb, dtype):
-                continue
-            host = Arguments(torch.device("cpu"), *shape, dtype)
-            got = call(verb, host.to(torch.device(device)), backend)
-            wanted = call(verb, host, "reference")
+            host = Problem(name, *shape, dtype)
+            got = host.to(torch.device(device)).run(backend)
+            wanted = host.run("reference")
             errors = [_error(x.cpu(), y) for x, y in zip(got, wanted, strict=True)]
             worst[f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}"] = max(errors)
     print(json.dumps({"error_of_allowed": worst}))

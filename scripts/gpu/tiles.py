@@ -1,8 +1,8 @@
 """How much of a sample a Triton program should take: python scripts/gpu/tiles.py [--device cuda]
 
-Device time of each verb for every (elements, warps) of a program, against what rows_triton.tile
+Device time of each call for every (elements, warps) of a program, against what rows_triton.tile
 chooses and the native kernel. First all are compiled, in many processes, then timed in one, from
-graphs as the benchmark does. A line of JSON per verb, dtype and size goes to tiles.jsonl in the
+graphs as the benchmark does. A line of JSON per call, dtype and size goes to tiles.jsonl in the
 folder that FLOWKERN_RESULTS names. GPU_REHEARSE=1 times the CPU's kernels, which have no tiles, to
 walk the same way.
 """
@@ -23,11 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "ops"), str(ROOT / "benchmarks")]
 import device_time  # noqa: E402
-from calls import Arguments, call, takes  # noqa: E402
+from calls import Problem  # noqa: E402
 
 IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
-TIMED = ["draw", "draw, noise given", "replay", "replay, gradient", "policy, gradient"]
-TIMED += ["policy, drawn again", "matching, gradient", "add_noise"]
+# By the names of tests/ops/calls.py; a replay also without its gradient.
+TIMED = ["sde_step", "sde_step, noise given", "sde_log_prob, forward", "sde_log_prob"]
+TIMED += ["policy_loss", "policy_loss, drawn again", "matching_loss", "add_noise"]
 TILES = [(512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8)]
 TILES += [(2048, 4), (2048, 8), (4096, 8), (4096, 16)]
 SIZES = (4_096,) if IS_REHEARSAL else (65_536, 2_096_640)
@@ -38,7 +39,7 @@ ROUNDS = 7
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--compile", help="one verb, all tiles, once")
+    parser.add_argument("--compile", help="one call, all tiles, once")
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.compile:
@@ -50,13 +51,9 @@ def main() -> int:
     with (results / "tiles.jsonl").open("w") as file:
         for size in SIZES[::-1]:
             for dtype in DTYPES:
-                first = Arguments(device, 8, size, getattr(torch, dtype))
-                copies = [first.to(device) for _ in range(2 if size > 2**20 else 16)]
-                for verb in TIMED[:2] if IS_REHEARSAL else TIMED:
-                    if not takes(verb, getattr(torch, dtype)):
-                        continue
-                    line = {"verb": verb, "size": size, "dtype": dtype}
-                    line["us"] = _times(verb, copies)
+                for name in TIMED[:2] if IS_REHEARSAL else TIMED:
+                    line = {"call": name, "size": size, "dtype": dtype}
+                    line["us"] = _times(name, size, getattr(torch, dtype), device)
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     print(*line.values(), sep=", ", flush=True)
@@ -79,34 +76,44 @@ def _with_tile(tile: tuple[int, int] | None, run):
 
 def _compile_apart() -> None:
     runs = [
-        subprocess.Popen([sys.executable, __file__, "--compile", verb], stderr=subprocess.DEVNULL)
-        for verb in TIMED
+        subprocess.Popen([sys.executable, __file__, "--compile", name], stderr=subprocess.DEVNULL)
+        for name in TIMED
     ]
     for run in runs:
         run.wait()
 
 
-def _compile(verb: str, device: torch.device) -> int:
+def _problem(name: str, size: int, dtype: torch.dtype, device: torch.device):
+    """The arguments of a timed call, and what makes it of them by a backend."""
+    p = Problem(name.removesuffix(", forward"), 8, size, dtype, device=device)
+    return p, lambda p, backend: p.run(backend, learn=not name.endswith(", forward"))
+
+
+def _compile(name: str, device: torch.device) -> int:
     for dtype in DTYPES:
-        p = Arguments(device, 8, SIZES[0], getattr(torch, dtype))
-        for tile in TILES if takes(verb, p.x.dtype) else ():
+        p, run = _problem(name, SIZES[0], getattr(torch, dtype), device)
+        for tile in TILES:
             try:
-                _with_tile(tile, lambda: call(verb, p, "triton"))  # noqa: B023
+                _with_tile(tile, lambda: run(p, "triton"))  # noqa: B023
             except Exception as error:  # told when it is timed
-                print(f"{verb}, {tile}: {error}", file=sys.stderr)
+                print(f"{name}, {tile}: {error}", file=sys.stderr)
     torch.cuda.synchronize(device)
     return 0
 
 
-def _times(verb: str, copies: list[Arguments]) -> dict[str, float | str]:
+def _times(
+    call: str, size: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float | str]:
     """Microseconds by tile, and of the native kernel, in turns: the median."""
+    first, run = _problem(call, size, dtype, device)
+    copies = [first, *[first.to(device) for _ in range(1 if size > 2**20 else 15)]]
     graphs, found = {}, {}
     for tile in ["native", None, *TILES]:
         name = "chosen" if tile is None else tile if tile == "native" else f"{tile[0]}/{tile[1]}"
         is_triton = tile != "native" and not IS_REHEARSAL
         backend = "triton" if is_triton else "native"
-        calls = [lambda p=p, backend=backend: call(verb, p, backend) for p in copies]
-        make = functools.partial(device_time.Graph, calls, copies[0].device)
+        calls = [lambda p=p, backend=backend: run(p, backend) for p in copies]
+        make = functools.partial(device_time.Graph, calls, device)
         try:
             graphs[name] = _with_tile(tile if is_triton else None, make)
         except Exception as error:

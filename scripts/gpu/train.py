@@ -35,7 +35,7 @@ def main() -> int:
     results = Path(os.environ.get("FLOWKERN_RESULTS") or ROOT / "build/gpu")
     results.mkdir(parents=True, exist_ok=True)
     names = sorted(path.stem for path in (ROOT / "configs/digits").glob("*.yaml"))
-    names = ["flow_grpo_fast"] if IS_REHEARSAL else names
+    names = names[:1] if IS_REHEARSAL else names
     workers = 1 if IS_REHEARSAL else max(2, min(10, (os.cpu_count() or 4) // 2 + 2))
     good, path = True, results / "train.jsonl"
     path.unlink(missing_ok=True)

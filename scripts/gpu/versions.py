@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "numpy", "setuptools", "pybind11", "pytest", "pytest-xdist")
 PACKAGES += ("pytest-timeout", "hypothesis", "diffusers", "transformers", "accelerate", "peft")
 PACKAGES += (
+    "pydantic",
     "importlib_metadata",
     "lazy-importer",
     "huggingface_hub",

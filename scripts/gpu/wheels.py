@@ -1,8 +1,9 @@
 """The wheels that a machine without a registry may lack: python scripts/gpu/wheels.py
 
-Downloads them into build/wheels, which git ignores and `make gpu` unpacks where it runs: diffusers
-and what it needs that is less common, setuptools for the license field of pyproject.toml. For the
-Python named by --python, pure wheels all, at the versions of constraints.txt.
+Downloads them into build/wheels, which git ignores and `make gpu` unpacks where it runs: diffusers,
+pydantic and what they need that is less common, setuptools for the license field of pyproject.toml.
+For the Python named by --python and this machine's platform (pydantic_core is compiled), at the
+versions of constraints.txt.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("diffusers", "importlib_metadata", "lazy-importer", "setuptools")
+NAMES += ("pydantic", "pydantic_core", "annotated-types", "typing-inspection")
 # What these need and a machine with torch, transformers, accelerate and peft is taken to have.
 PRESENT = {"filelock", "huggingface-hub", "numpy", "pillow", "regex", "requests", "safetensors"}
-PRESENT |= {"zipp"}
+PRESENT |= {"typing-extensions", "zipp"}
 
 
 def main() -> int:
@@ -44,7 +46,7 @@ def wanted() -> list[str]:
 
 
 def unpack(wheels: Path, target: Path) -> list[Path]:
-    """Pure wheels into `target`; the paths for PYTHONPATH: none where no wheel is."""
+    """Wheels into `target`; the paths for PYTHONPATH: none where no wheel is."""
     found = sorted(wheels.glob("*.whl"))
     for wheel in found:
         with zipfile.ZipFile(wheel) as archive:

@@ -39,7 +39,7 @@ def euler(model: SD3, x_t: torch.Tensor, conditioning: Conditioning, steps: int)
 
 
 def test_euler_through_the_adapter_is_the_plain_pipeline(model):
-    latents = torch.randn(3, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     arguments = dict(num_inference_steps=10, guidance_scale=1.0, latents=latents)
     arguments["max_sequence_length"] = model.max_sequence_length
     expected = model.pipeline(PROMPTS, output_type="latent", **arguments).images
@@ -52,36 +52,77 @@ def test_euler_through_the_adapter_is_the_plain_pipeline(model):
     torch.testing.assert_close(decoded, images, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("shift", [3.0, 1.0])
-def test_the_grid_is_the_pipelines_own(model, shift):
-    config = model.pipeline.scheduler.config
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
-    model.pipeline.scheduler = scheduler
-    for steps in (1, 2, 10, 40):
-        scheduler.set_timesteps(steps)
-        actual = model.sigmas(steps)
-        assert actual.dtype == torch.float64
-        torch.testing.assert_close(actual.float(), scheduler.sigmas, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
-    "name, value",
-    [("use_dynamic_shifting", True), ("shift_terminal", 0.02), ("num_train_timesteps", 500)],
+    "options",
+    [
+        {"shift": 3.0},
+        {"shift": 1.0},
+        {"num_train_timesteps": 500},
+        {"shift_terminal": 0.02},
+        {"use_dynamic_shifting": True},
+    ],
+    ids=str,
 )
-def test_a_scheduler_with_another_grid_is_refused(model, name, value):
-    scheduler = model.pipeline.scheduler
-    model.pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{name: value})
-    with pytest.raises(ValueError, match=f"path: .* scheduler has {name}={value}, expected"):
-        model.sigmas(10)
+def test_the_grid_is_the_pipelines_own(model, options, monkeypatch):
+    """Recorded inside of the pipeline's own call; where the family's closed form is that grid, it
+    is not rounded to float32.
+    """
+    from flowkern.schedules import sd3_sigmas
+
+    kind = FlowMatchEulerDiscreteScheduler
+    model.pipeline.scheduler = kind.from_config(model.pipeline.scheduler.config, **options)
+    grids, network = [], model.pipeline.transformer.forward
+    scale = model.pipeline.scheduler.config.num_train_timesteps
+
+    def recorded(*arguments, timestep, **more):
+        grids[-1].append(timestep[0] / scale)
+        return network(*arguments, timestep=timestep, **more)
+
+    monkeypatch.setattr(model.pipeline.transformer, "forward", recorded)
+    for steps in (2, 10):
+        grids.append([])
+        model.pipeline("the digit 3", num_inference_steps=steps, output_type="latent")
+        before = model.pipeline.scheduler.sigmas.clone()
+        model.sigmas(7)
+        assert torch.equal(model.pipeline.scheduler.sigmas, before), "left as it was"
+        actual, expected = model.sigmas(steps), torch.stack([*grids[-1], torch.tensor(0.0)])
+        assert actual.dtype == torch.float64 and actual[0] == 1
+        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=2e-7)
+        is_closed = options.keys() == {"shift"}
+        closed = sd3_sigmas(steps, model.pipeline.scheduler.config.shift)
+        assert torch.equal(actual, closed) == is_closed
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+def test_the_closed_form_is_taken_for_every_number_of_steps(model, shift):
+    from flowkern.schedules import sd3_sigmas
+
+    kind = FlowMatchEulerDiscreteScheduler
+    model.pipeline.scheduler = kind.from_config(model.pipeline.scheduler.config, shift=shift)
+    for steps in (*range(1, 101), 1000):
+        assert torch.equal(model.sigmas(steps), sd3_sigmas(steps, shift)), steps
+
+
+def test_a_scheduler_whose_levels_are_no_flow_grid_is_refused(model):
+    from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
+
+    for scheduler, levels in (
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), "1, 0.9601, 0.9601"),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True), "0, "),
+        (DDIMScheduler(), "has no sigmas"),
+    ):
+        model.pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"path: .* scheduler.*{levels}"):
+            model.sigmas(10)
 
 
 def test_base_model_is_right_about_every_second_time(model):
-    rows = [json.loads(line) for line in (ASSETS / "digits-prompts/train.jsonl").open()]
-    rows = (rows * 2)[:300]
-    latents = torch.randn(300, *model.latent_shape(), generator=torch.Generator().manual_seed(1))
-    conditioning = model.encode([row["prompt"] for row in rows])
+    prompts = [json.loads(line) for line in (ASSETS / "digits-prompts/train.jsonl").open()]
+    prompts = (prompts * 2)[:300]
+    latents = torch.randn(300, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    conditioning = model.encode([one["prompt"] for one in prompts])
     seen = DigitsClassifier().logits(model.decode(euler(model, latents, conditioning, 10)))
-    asked = torch.tensor([row["digit"] for row in rows])
+    asked = torch.tensor([one["digit"] for one in prompts])
     assert 0.45 <= (seen.argmax(-1) == asked).float().mean() <= 0.65
 
 
@@ -102,15 +143,34 @@ def test_a_bare_pipeline_call_draws_digits_too(model):
 
 def test_rows_are_counted_and_gradients_reach_only_the_network(model):
     conditioning = model.encode(PROMPTS)
-    x_t = torch.randn(3, *model.latent_shape(), requires_grad=True)
+    x_t = torch.randn(3, *model.latent_shape, requires_grad=True)
     model.velocity(x_t, torch.tensor([1.0, 0.5, 0.0]), conditioning).square().mean().backward()
     with torch.no_grad():
         model.velocity(x_t[:2], torch.tensor([0.3, 0.3]), conditioning[:2])
-    assert model.rows == 5
+    assert model.calls == 5
     assert x_t.grad.abs().sum() > 0
     assert model.network.proj_out.weight.grad.abs().sum() > 0
     frozen = [model.pipeline.vae, model.pipeline.text_encoder, model.pipeline.text_encoder_3]
     assert not any(p.requires_grad for module in frozen for p in module.parameters())
+
+
+def test_the_size_is_fixed_at_load_and_a_network_may_be_asked_in_place_of_the_models():
+    model = load_model(DIRECTORY, height=48, width=32)
+    assert model.latent_shape == (1, 12, 8)
+    said = model.describe()
+    assert said["size"] == (48, 32) and said["elements"] == 96 and said["parameters"] > 1e5
+    x_t, sigma = torch.ones(1, *model.latent_shape), torch.tensor([0.5])
+    conditioning, asked = model.encode(["the digit 3"]), []
+
+    def other(**arguments):
+        asked.append(arguments["timestep"])
+        return (arguments["hidden_states"] * 2,)
+
+    assert torch.equal(model.velocity(x_t, sigma, conditioning, network=other), 2 * x_t)
+    assert asked == [torch.tensor([500.0])] and model.calls == 1
+    assert model.decode(x_t).shape == (1, 3, 48, 32)
+    found = model.guide(torch.tensor(3.0), torch.tensor(1.0), 4.0)
+    assert found == 9 and model.guidance.kind == "cfg"
 
 
 def test_a_prompt_is_encoded_once(model, monkeypatch):
@@ -121,33 +181,47 @@ def test_a_prompt_is_encoded_once(model, monkeypatch):
     first = model.encode(PROMPTS)
     second = model.encode([PROMPTS[1], "the number 9"])
     assert asked == [PROMPTS[0], PROMPTS[1], "the number 9"]
-    assert len(first) == 3 and torch.equal(first.tokens[0], first.tokens[2])
-    assert not first.tokens.requires_grad
+    tokens = first.parts["tokens"]
+    assert len(first) == 3 and torch.equal(tokens[0], tokens[2])
+    assert not tokens.requires_grad and tokens.device.type == "cpu"
     both = Conditioning.cat([first, second])[torch.tensor([3, 0])]
-    assert torch.equal(both.tokens, first[[1, 0]].tokens)
-    assert torch.equal(both.pooled, first[[1, 0]].pooled)
+    for name in ("tokens", "pooled"):
+        assert torch.equal(both.parts[name], first[[1, 0]].parts[name])
+    model.release_encoders()
+    assert model.pipeline.text_encoder is model.pipeline.text_encoder_3 is None
+    assert torch.equal(model.encode(PROMPTS).parts["tokens"], tokens), "what was encoded stays"
+    with pytest.raises(ValueError, match="prompts: 'the digit 8' is new, and the encoders"):
+        model.encode(["the digit 8"])
 
 
-def test_a_pipeline_without_t5_keeps_the_pipelines_256_zeros(model):
+def test_a_pipeline_without_t5_keeps_the_pipelines_256_zeros_also_from_a_directory(model, tmp_path):
     model.pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
     bare = SD3(model.pipeline)
     conditioning = bare.encode(["the digit 3"])
-    assert conditioning.tokens.shape[1] == model.pipeline.tokenizer_max_length + 256
-    assert conditioning.tokens[:, -256:].abs().max() == 0
+    tokens = conditioning.parts["tokens"]
+    assert tokens.shape[1] == model.pipeline.tokenizer_max_length + 256
+    assert tokens[:, -256:].abs().max() == 0
+    model.pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
+    again = load_model(tmp_path).encode(["the digit 3"]).parts
+    assert all(torch.equal(again[name], part) for name, part in conditioning.parts.items())
 
 
 def test_errors_name_the_argument(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="path: .* has no model_index.json"):
         SD3.from_pretrained(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="path: .* is a FluxPipeline, expected StableDiffusion3"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixelPipeline"}')
+    with pytest.raises(ValueError, match="path: .* is a PixelPipeline, expected StableDiffusion3"):
         SD3.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="path: .* is a FluxPipeline"):
+    with pytest.raises(ValueError, match="path: .* is a PixelPipeline"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="max_sequence_length: got 513"):
         SD3.from_pretrained(DIRECTORY, max_sequence_length=513)
     with pytest.raises(ValueError, match="height: got 30, expected a positive multiple of 8"):
-        model.latent_shape(30, 32)
+        load_model(DIRECTORY, height=30, width=32)
+    with pytest.raises(ValueError, match="num_frames: got 5, but .* takes height, width, max_se"):
+        load_model(DIRECTORY, num_frames=5)
     with pytest.raises(TypeError, match="prompts: got the string"):
         model.encode("the digit 3")
     conditioning, x_t = model.encode(PROMPTS), torch.zeros(3, 1, 8, 8)

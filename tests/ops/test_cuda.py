@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import BY_NAME, Problem, take
 
 import flowkern as fk
-from flowkern.ops._common import native, philox
-from flowkern.ops._common.arguments import Noise
+from flowkern.ops._common import loss_op, native, philox
 from flowkern.ops._common.dispatch import Impl, no_objection
 from flowkern.ops.matching_loss import api as matching_api
 from flowkern.ops.matching_loss import native_impl as matching_native
@@ -62,12 +62,12 @@ TABLES = (
     (step_api, "_REPLAY", step_native.replay),
     (step_api, "_REPLAY_BACKWARD", step_native.replay_backward),
     (philox, "_IMPLS", philox._native_normal),
-    (policy_api, "_IMPLS", policy_native.forward),
-    (policy_api, "_FORWARD", policy_native.forward),
-    (policy_api, "_BACKWARD", policy_native.backward),
-    (matching_api, "_IMPLS", matching_native.forward),
-    (matching_api, "_FORWARD", matching_native.forward),
-    (matching_api, "_BACKWARD", matching_native.backward),
+    (policy_api.LOSS, "impls", policy_native.forward),
+    (policy_api.LOSS, "forwards", policy_native.forward),
+    (policy_api.LOSS, "backwards", policy_native.backward),
+    (matching_api.LOSS, "impls", matching_native.forward),
+    (matching_api.LOSS, "forwards", matching_native.forward),
+    (matching_api.LOSS, "backwards", matching_native.backward),
     (matching_api, "_ADD_NOISE", matching_native.add_noise),
 )
 
@@ -76,7 +76,7 @@ TABLES = (
 def native_is(monkeypatch, wrap=lambda call: call, straight=None):
     """straight: the kernels of the way that checks nothing in Python."""
     with monkeypatch.context() as patch:
-        for api in (step_api, policy_api, matching_api):
+        for api in (step_api, loss_op, matching_api):
             given = lambda backend, like: straight if backend == "native" else None  # noqa: E731
             patch.setattr(api, "direct", given)
         for api, name, call in TABLES:
@@ -103,7 +103,9 @@ def kernels(request, monkeypatch):
     def memory(index, stream, floats, needed, is_captured):  # sums start as rubbish
         return torch.full((floats,), torch.nan), counts[:needed]
 
-    native.connect(module, native._EXCHANGE, native._CPU, stream=lambda index: 0, scratch=memory)
+    native.connect(
+        module, native.private.exchange, native._CPU, stream=lambda index: 0, scratch=memory
+    )
     straight = module if request.param == "straight" else None
 
     @contextlib.contextmanager
@@ -126,8 +128,8 @@ def on_device(call, device="cuda"):
                 value.shape, value.stride(), dtype=value.dtype, device=device
             )
             return there.copy_(value.detach())
-        if isinstance(value, Noise):
-            return Noise(*map(moved, value))
+        if hasattr(value, "_make"):
+            return value._make(map(moved, value))
         if isinstance(value, list | tuple):
             return type(value)(map(moved, value))
         return torch.device(device) if isinstance(value, torch.device) else value
@@ -269,6 +271,7 @@ def close_gradients(got, expected):
 
 # ---- the losses ----
 
+CALLS = take(("held to the reference's bits", lambda call: not call.verb.endswith("_loss")))
 # The velocity row of each sample: one each, siblings in turn, in a row, and rows without samples.
 ROWS = {
     "one each": (4, None),
@@ -277,6 +280,8 @@ ROWS = {
     "one for all": (1, [0] * 70),
     "empty": (5, [3, 3, 1]),
 }
+SIBLINGS = ["policy_loss", "policy_loss, siblings, all", "policy_loss, guard, KL"]
+SIBLINGS += ["matching_loss", "matching_loss, anchors", "matching_loss, nft, all"]
 
 
 def both(kernels, verb, velocity, arguments, grad=None):
@@ -321,37 +326,39 @@ def policy_problem(rows, row, size, dtype, drift=0.3):
     return velocity, arguments | {"old_velocity": old, "clip_low": 5e-3, "clip_high": 1e-2}
 
 
+def check(kernels, p, **change):
+    """Statistics and gradient of a loss are the reference's, but for a few roundings."""
+    expected = p.run("reference", **change)
+    with kernels():
+        got = p.run("native", **change)
+    for have, want in zip(got[:-1], expected[:-1], strict=True):
+        if want.dtype == torch.bool:
+            assert torch.equal(have, want)
+        else:
+            atol = 3e-6 if p.call.verb == "policy_loss" else 1e-5
+            torch.testing.assert_close(have, want, rtol=1e-5, atol=atol)
+    assert got[-1].dtype == expected[-1].dtype
+    close_gradients(got[-1], expected[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_losses(kernels, call, dtype):
+    for size in (5, 1024, 2053):
+        check(kernels, Problem(call, 3, size, dtype))
+
+
 @pytest.mark.parametrize("layout", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_policy_loss(kernels, monkeypatch, layout, dtype):
+def test_losses_of_siblings_some_of_them_clipped(kernels, monkeypatch, layout, dtype):
     if dtype == torch.bfloat16:
         monkeypatch.setenv("CUDA_ON_CPU_BACKWARDS", "1")
     rows, row = ROWS[layout]
-    for size in (5, 1024, 2053) if layout != "one for all" else (260,):
-        velocity, arguments = policy_problem(rows, row, size, dtype)
-        batch = len(arguments["advantage"])
-        ref = {"velocity_ref": latent(rows, size, dtype=dtype, seed=6), "kl_coef": 0.3}
-        uncond = {"velocity_uncond": latent(rows, size, dtype=dtype, seed=7), "guidance_scale": 2.0}
-        more = {
-            "kl_coef": torch.linspace(0, 1, batch),
-            "step_weight": torch.linspace(0.5, 2, batch),
-        }
-        for extra in (
-            {},
-            ref | uncond | more | {"reduction": "sum"},
-            {"ratio": "guard"} | ref,
-            {"old_velocity": None},
-            {"old_velocity": None, "ratio": "guard"} | ref,
-        ):
-            results = both(kernels, fk.policy_loss, velocity, arguments | extra)
-            assert_same(results, 3e-6)
-        if dtype == torch.float32:
-            drawn = arguments | {"x_next": None}
-            for noise in (key(batch), {"noise": latent(batch, size, seed=3)}):
-                assert_same(both(kernels, fk.policy_loss, velocity, drawn | noise), 3e-6)
-        grad = torch.linspace(-1, 1, batch)
-        none = arguments | {"reduction": "none"}
-        assert_same(both(kernels, fk.policy_loss, velocity, none, grad), 3e-6)
+    row = None if row is None else torch.tensor(row)
+    for name in SIBLINGS:
+        for size in (5, 1024, 2053) if layout != "one for all" else (260,):
+            p = Problem(BY_NAME[name].but(row=row), rows, size, dtype)
+            check(kernels, p, clip_low=0.005, clip_high=0.01)
 
 
 def test_many_samples(kernels, monkeypatch):
@@ -420,34 +427,6 @@ def test_policy_sums_do_not_depend_on_the_batch_or_its_order(kernels, monkeypatc
                 velocity[row : row + 1], **arguments | alone, reduction="none", backend="native"
             )
             assert torch.equal(got.log_ratio, whole.log_ratio[b : b + 1])
-
-
-@pytest.mark.parametrize("layout", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matching_loss(kernels, layout, dtype):
-    rows, row = ROWS[layout]
-    for size in (5, 1024, 2053) if layout != "one for all" else (260,):
-        batch = rows if row is None else len(row)
-        velocity = latent(rows, size, dtype=dtype, seed=1)
-        old = (velocity + 0.05 * latent(rows, size, seed=2)).to(dtype)
-        base = {
-            "x0": latent(batch, size, dtype=dtype, seed=3),
-            "sigma": torch.linspace(0.05, 1, batch),
-            "advantage": latent(batch, seed=4).clamp(-1, 1),
-            "row": None if row is None else torch.tensor(row),
-        }
-        ref = {"velocity_ref": latent(rows, size, dtype=dtype, seed=5), "ref_coef": 0.3}
-        ema = {"velocity_ema": latent(rows, size, dtype=dtype, seed=6), "ema_coef": 0.2}
-        given = {"noise": latent(batch, size, dtype=dtype, seed=7)}
-        for extra in (
-            given | {"old_velocity": old, "clip_low": 0.01, "clip_high": 0.02},
-            key(batch) | {"old_velocity": old, "weighting": "t"} | ref,
-            key(batch) | {"weighting": "uniform", "reduction": "sum"} | ref | ema,
-            given | {"objective": "nft", "old_velocity": old} | ema,
-            key(batch) | {"objective": "nft"},
-        ):
-            results = both(kernels, fk.matching_loss, velocity, base | extra)
-            assert_same(results, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -178,7 +178,7 @@ def test_the_module_imports_without_a_driver_and_a_launch_raises(built, tmp_path
         "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.tiles_of(65536));"
         "reason = m.why_not(0); print(reason or 'a device');"
         "import torch; from flowkern.ops._common import native;"
-        "native.connect(m, native._EXCHANGE, native._CPU, stream=lambda index: 0);"
+        "native.connect(m, native.private.exchange, native._CPU, stream=lambda index: 0);"
         "reason and m.fill_philox(torch.empty(1, 8), 0, torch.zeros(1, dtype=torch.int64), 0, 1)"
     )
     done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True)

@@ -8,7 +8,6 @@ import calls
 import pytest
 import stub_driver
 import torch
-from test_cuda import MULTISTEP
 
 import flowkern as fk
 from flowkern.ops._common import native_cuda
@@ -32,23 +31,17 @@ def test_launches_in_a_process_of_its_own():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-# What each verb launches, whatever the size.
+# What each verb launches, whatever the size and the arguments.
 LAUNCHED = {
-    "draw": ["sde_draw"],
-    "draw, noise given": ["sde_draw"],
-    "ode": ["sde_draw"],
-    "replay": ["sde_replay"],
-    "replay, gradient": ["sde_replay", "sde_replay_backward"],
-    "policy": ["policy_forward"],
-    "policy, gradient": ["policy_forward", "policy_backward"],
-    "policy, drawn again": ["policy_forward", "policy_backward"],
-    "policy, guard, KL": ["policy_forward", "policy_backward"],
-    "matching": ["matching_forward"],
-    "matching, gradient": ["matching_forward", "matching_backward"],
-    "matching, nft": ["matching_forward", "matching_backward"],
+    "sde_step": ["sde_draw"],
+    "ode_step": ["sde_draw"],
+    "sde_log_prob": ["sde_replay", "sde_replay_backward"],
+    "policy_loss": ["policy_forward", "policy_backward"],
+    "matching_loss": ["matching_forward", "matching_backward"],
     "add_noise": ["add_noise"],
     "philox_normal": ["fill_philox"],
 }
+CALLS = calls.take()
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +60,23 @@ def driver(stub):
 
 
 @alone
-def test_the_table_is_that_of_all_verbs():
-    assert LAUNCHED.keys() == calls.VERBS.keys()
-
-
-@alone
-@pytest.mark.parametrize("verb", LAUNCHED)
-def test_one_launch_per_direction_on_the_stream(driver, verb):
-    p = calls.Arguments("cpu", batch=3, size=5000)
-    calls.call(verb, p, "native")
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_one_launch_per_direction_on_the_stream(driver, call):
+    calls.Problem(call, 3, 5000).run("native")
     found = driver.launches()
-    assert [launch.name for launch in found] == LAUNCHED[verb]
-    # 5,000 elements are five tiles of 128 threads with eight each
-    assert {(launch.grid, launch.block) for launch in found} == {((15, 1, 1), (128, 1, 1))}
+    assert [launch.name for launch in found] == LAUNCHED[call.verb]
+    # 5,000 elements are five tiles of 128 threads with eight each; where no latent is read, a warp.
+    expected = [((15, 1, 1), (128, 1, 1))] * len(found)
+    if str(call) in ("policy_loss, on policy", "policy_loss, on policy, guard"):
+        expected[0] = ((3, 1, 1), (32, 1, 1))
+    assert [(launch.grid, launch.block) for launch in found] == expected
     assert {(launch.stream, launch.device) for launch in found} == {(77, 0)}
 
 
 @alone
 def test_outputs_share_one_allocation(driver):
-    p = calls.Arguments("cpu", batch=3, size=40)
-    for verb in ("policy", "matching"):
-        out = calls.call(verb, p, "native")
+    for verb in ("policy_loss", "matching_loss"):
+        out = calls.Problem(verb).run("native", learn=False)
         assert len({x.untyped_storage().data_ptr() for x in out}) == 1
         assert all(x.data_ptr() % 16 == 0 and not x._is_view() for x in out)
         before = [x._version for x in out]
@@ -102,13 +91,13 @@ def test_a_capture_gets_scratch_of_its_own_and_clears_it(driver, monkeypatch):
     monkeypatch.setattr(
         stub_driver, "memory_of_the_host", lambda *a: asked.append(a[-1]) or given(*a)
     )
-    p = calls.Arguments("cpu", batch=3, size=5000)
+    problems = [calls.Problem(verb, 3, 5000) for verb in ("sde_step", "policy_loss")]
     module = fk.ops._common.native.cuda()
     with stub_driver.native_on(module, stream=78):
         for captured in (0, 78, 77, 78):
             driver.capture(captured)
-            calls.call("draw", p, "native")
-            calls.call("policy", p, "native")
+            for p in problems:
+                p.run("native", learn=False)
         driver.capture(0)
     # Kept from the first call on; a capture of another stream is not ours.
     assert asked == [False, True, True, True, True]
@@ -116,7 +105,8 @@ def test_a_capture_gets_scratch_of_its_own_and_clears_it(driver, monkeypatch):
 
 @alone
 def test_many_samples_come_sorted_and_few_do_not(driver, monkeypatch):
-    p = calls.Arguments("cpu", batch=4, size=16)
+    p = calls.Problem("policy_loss", 4, 16)
+    edge = calls.GRID[0].to("cpu", torch.float32)
     for batch, is_sorted in ((1024, False), (1025, True)):
         row = torch.randint(-1, 5, (batch,))  # two of the values are out of range
         found = []
@@ -125,13 +115,14 @@ def test_many_samples_come_sorted_and_few_do_not(driver, monkeypatch):
         from flowkern.ops._common import native
 
         native.connect(
-            native.cuda(), native._EXCHANGE, native._CPU, stream=lambda index: 0,
+            native.cuda(), native.private.exchange, native._CPU, stream=lambda index: 0,
             scratch=stub_driver.memory_of_the_host,
             siblings=lambda row, rows, found=found: found.append(rows) or SIBLINGS(row, rows),
         )  # fmt: skip
         fk.policy_loss(
-            p.v, p.x, x, p.rows[0], torch.zeros(batch), row, p.old, backend="native"
-        ).loss.backward()
+            p["velocity"], p["x_t"], x, edge, torch.zeros(batch), row, p["old_velocity"],
+            backend="native",
+        ).loss.backward()  # fmt: skip
         assert found == [4, 4] * is_sorted
 
 
@@ -162,33 +153,28 @@ def apart(x):
     kept.append(mmap.mmap(-1, x.numel() * x.element_size()))
     y = torch.frombuffer(kept[-1], dtype=x.dtype, count=x.numel()).view(x.shape)
     kept.append(y.data_ptr())
-    return y.copy_(x.detach()).requires_grad_(x.requires_grad)
-p = calls.Arguments("cpu", batch=3, size=5000)
-p.rows = type(p.rows)(apart(p.rows.table), p.rows.num_history)
-p.key["sample_id"] = apart(p.key["sample_id"])
-for name, value in vars(p).items():
-    if isinstance(value, torch.Tensor):
-        setattr(p, name, apart(value))
+    return y.copy_(x)
+problems = [calls.Problem(call, 3, 5000).changed(apart) for call in calls.CALLS]
 for memory, address in zip(kept[::2], kept[1::2]):
     assert protect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), 0) == 0
 with stub_driver.tensors_on_cuda(), stub_driver.native_on(module):
-    for verb in calls.VERBS:
-        calls.call(verb, p, "native")
+    for p in problems:
+        p.run("native")
 print(driver.count)
 """
     here = str(stub_driver.HERE.parent)
     command = [sys.executable, "-c", code, str(stub[2]), here]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == sum(map(len, LAUNCHED.values()))
+    assert int(done.stdout) == sum(len(LAUNCHED[call.verb]) for call in CALLS)
 
 
 @alone
 def test_what_is_not_read_as_it_is_goes_through_python(driver):
     """Permuted, of another integer dtype, in float64 tables: copied or converted, then launched."""
-    p = calls.Arguments("cpu", batch=3, size=40)
-    x = p.x.unflatten(1, (5, 8)).transpose(1, 2)
-    fk.sde_step(x, x, p.rows, p.noise.unflatten(1, (8, 5)), backend="native")
-    fk.sde_step(p.x, p.v, calls.GRID[3], **p.key | {"step": torch.ones(3).int()}, backend="native")
-    fk.ode_step(p.x, p.v, MULTISTEP, history=[p.x, p.v], backend="native")
+    given, keyed = calls.Problem("sde_step, noise given"), calls.Problem("sde_step")
+    x = given["x_t"].unflatten(1, (5, 8)).transpose(1, 2)
+    given.run("native", x_t=x, velocity=x, noise=given["noise"].unflatten(1, (8, 5)))
+    keyed.run("native", c_rows=calls.GRID[3], step=torch.ones(3).int())
+    calls.Problem("ode_step, guided, order 3").run("native", m_rows=calls.SOLVERS["m_rows"])
     assert [launch.name for launch in driver.launches()] == ["sde_draw"] * 3

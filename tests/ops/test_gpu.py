@@ -3,11 +3,11 @@ in CUDA graphs, without synchronization, in how many launches and how much memor
 """
 
 import random
-import sys
-from pathlib import Path
 
+import fuzz
 import pytest
 import torch
+from calls import FEW, GRID, Problem, take
 
 import flowkern as fk
 
@@ -15,20 +15,21 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parent)]
-import fuzz_kernels as fuzz  # noqa: E402
-from calls import GRID, VERBS, Arguments, call  # noqa: E402
-
 BACKENDS = [name for name in ("triton", "native") if fk.backends("cuda")[name] is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DEVICE = torch.device("cuda", torch.cuda.current_device())
 
 
-every_verb = pytest.mark.parametrize("verb", VERBS)
+CALLS = take(FEW)
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 
 
-def make(batch=8, size=65_536, dtype=torch.float32):
-    return Arguments(DEVICE, batch, size, dtype)
+def make(call, size=65_536, batch=8, dtype=torch.float32):
+    return Problem(call, batch, size, dtype, device=DEVICE)
+
+
+def same(first, second):
+    return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 # ---- the numbers ----
@@ -37,26 +38,24 @@ def make(batch=8, size=65_536, dtype=torch.float32):
 @every_backend
 @pytest.mark.parametrize("block", range(6))
 def test_random_calls(backend, block):
-    """As scripts/fuzz_kernels.py makes and checks them: any op, shape, stride, dtype, edge."""
-    ops = fuzz.present_ops()
-    backends = fuzz.serving(ops, backend, "cuda")
+    """As tests/fuzz makes and checks them: any op, shape, stride, dtype, edge."""
+    backends = fuzz.serving(fuzz.OPS, backend, "cuda")
     torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody writes is NaN
     try:
         for index in range(8 * block, 8 * (block + 1)):
-            fuzz.one_call(ops, backends, f"0:{index}", "cuda")
+            fuzz.one_call(fuzz.OPS, backends, f"0:{index}", "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @every_backend
-@pytest.mark.parametrize("op", fuzz.present_ops(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", fuzz.OPS, ids=lambda op: op.name)
 def test_samples_of_many_tiles(op, backend):
     """The size of a video, and a remainder: kernels may cut such samples otherwise."""
     for seed in ("many tiles", "more tiles"):
         draw = fuzz.Draw(random.Random(seed), "cuda")
         draw.size, draw.is_wild, draw.odd = (lambda: 2**18 + 4099), False, ()
-        p = op.arguments(draw)
-        (fuzz.check_overlap if draw.is_refused else fuzz.check)(op, p, backend)
+        fuzz.check_drawn(op, draw, backend)
 
 
 @every_backend
@@ -73,45 +72,41 @@ def test_noise_has_the_bits_of_the_cpu(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_replay_is_the_draw_bit_for_bit_in_any_batch(backend, dtype):
-    p = make(6, 70_001, dtype)
-    velocity = p.v.detach()
-    x_next, drawn = fk.sde_step(p.x, velocity, p.rows, **p.key, backend=backend)
+    p = make("sde_step", 70_001, 6, dtype)
+    x_next, drawn = p.run(backend)
     order = torch.tensor([3, 0, 5, 1, 4, 2], device=DEVICE)
     for split in ([6], [1, 5], [2, 2, 2]):
         for i in order.split(split):
-            part = (p.x[i], velocity[i], x_next[i], p.rows[i])
+            part = (p["x_t"][i], p["velocity"][i], x_next[i], p["c_rows"][i])
             assert torch.equal(fk.sde_log_prob(*part, backend=backend), drawn[i])
 
 
 @every_backend
-@every_verb
-def test_the_same_bits_each_time(verb, backend):
-    p = make()
-    first = call(verb, p, backend)
-    for _ in range(5):
-        again = call(verb, p, backend)
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+@every_call
+def test_the_same_bits_each_time(call, backend):
+    p = make(call)
+    first = p.run(backend)
+    assert all(same(first, p.run(backend)) for _ in range(5))
     assert all(torch.isfinite(x).all() for x in first)
 
 
 @every_backend
 def test_two_streams_at_once(backend):
     """What kernels keep between launches is kept per stream."""
-    p, q = make(), make()
-    q.renew(1)
-    expected = [[call(verb, x, backend) for verb in ("draw", "policy, gradient")] for x in (p, q)]
+    problems = [[make("sde_step"), make("policy_loss")] for _ in range(2)]
+    for p in problems[1]:
+        p.renew(1)
+    expected = [[p.run(backend) for p in both] for both in problems]
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     results = ([], [])
     for _ in range(20):
-        for x, stream, found in zip((p, q), streams, results, strict=True):
+        for both, stream, found in zip(problems, streams, results, strict=True):
             with torch.cuda.stream(stream):
-                found.append([call(verb, x, backend) for verb in ("draw", "policy, gradient")])
+                found.append([p.run(backend) for p in both])
     torch.cuda.synchronize()
     for found, wanted in zip(results, expected, strict=True):
-        for one in found:
-            for got, right in zip(one, wanted, strict=True):
-                assert all(torch.equal(x, y) for x, y in zip(got, right, strict=True))
+        assert all(all(map(same, one, wanted)) for one in found)
 
 
 @every_backend
@@ -134,88 +129,93 @@ def test_more_elements_than_32_bits_count(backend):
 
 
 @every_backend
-@every_verb
-def test_in_a_cuda_graph(verb, backend):
+@every_call
+def test_in_a_cuda_graph(call, backend):
     """Captured once, replayed on new values: as the eager call, each time."""
-    p = make()
-    call(verb, p, backend)
+    p = make(call)
+    p.run(backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(verb, p, backend)
+        p.run(backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = call(verb, p, backend)
+        captured = p.run(backend)
     for seed in range(3):
         p.renew(seed)
         graph.replay()
-        expected = call(verb, p, backend)
-        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
+        assert same(captured, p.run(backend))
 
 
 @every_backend
-@every_verb
-def test_no_synchronization(verb, backend):
-    p = make()
-    call(verb, p, backend)
+@every_call
+def test_no_synchronization(call, backend):
+    p = make(call)
+    p.run(backend)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(verb, p, backend)
+        p.run(backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @every_backend
-@every_verb
-def test_number_of_launches(verb, backend):
-    p = make()
+@every_call
+@pytest.mark.parametrize("learn", [False, True])
+def test_number_of_launches(call, learn, backend):
+    """One of a draw, at most two per direction of a loss."""
+    p = make(call)
+    if learn and not call.learned:
+        pytest.skip("has no gradient")
     launches = None
     for _ in range(2):  # the profiler's first run may miss what it is still setting up for
-        call(verb, p, backend)
+        p.run(backend, learn)
         torch.cuda.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            call(verb, p, backend)
+            p.run(backend, learn)
             torch.cuda.synchronize()
         on_device = torch.autograd.DeviceType.CUDA
         launches = [e.name for e in profile.events() if e.device_type == on_device]
     if not launches:
         pytest.skip("the profiler sees no kernels on this machine")
-    assert len(launches) <= VERBS[verb][1], launches
+    of_each = 2 if call.verb.endswith("_loss") else 1
+    assert len(launches) <= of_each * (1 + learn), launches
 
 
 @every_backend
-@pytest.mark.parametrize("verb", [v for v, (_, n) in VERBS.items() if n == 4])
-def test_peak_memory_is_the_inputs_and_one_gradient(verb, backend):
-    p = make(8, 2**18)
-    call(verb, p, backend)
+@pytest.mark.parametrize("call", [c for c in CALLS if c.verb.endswith("_loss")], ids=str)
+def test_peak_memory_is_the_inputs_and_one_gradient(call, backend):
+    p = make(call, 2**18)
+    p.run(backend)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call(verb, p, backend)
+    p.run(backend)
     more = torch.cuda.max_memory_allocated() - before
-    assert more <= 1.02 * p.v.nbytes + 2**18, f"{more / p.v.nbytes:.3f} of a gradient"
+    gradient = p["velocity"].nbytes
+    assert more <= 1.02 * gradient + 2**18, f"{more / gradient:.3f} of a gradient"
 
 
 @every_backend
 def test_compiles_whole(backend):
     """torch.compile with fullgraph, forward and backward, gives the eager results."""
-    p = make(4, 4096)
+    p, key = make("policy_loss", 4096, 4).arguments, make("sde_step", 4096, 4).arguments
+    key = {name: key[name] for name in ("seed", "sample_id", "step")}
 
     def train(v):
-        x_next, drawn = fk.sde_step(p.x, v.detach(), p.rows, **p.key, backend=backend)
-        log_prob = fk.sde_log_prob(p.x, v * 1.0, x_next, p.rows, backend=backend)
-        out = fk.policy_loss(
-            v * 1.0, p.x, x_next, p.rows, p.advantage, old_velocity=p.old, backend=backend
-        )
-        return drawn, log_prob, out.loss
+        x, rows = p["x_t"], p["c_rows"]
+        x_next, drawn = fk.sde_step(x, v.detach(), rows, **key, backend=backend)
+        log_prob = fk.sde_log_prob(x, v * 1.0, x_next, rows, backend=backend)
+        loss = fk.policy_loss(**p | {"velocity": v * 1.0, "x_next": x_next}, backend=backend).loss
+        return drawn, log_prob, loss
 
     results = []
     for run in (train, torch.compile(train, fullgraph=True)):
-        drawn, log_prob, loss = run(p.v)
-        gradients = torch.autograd.grad(log_prob.sum() + loss, p.v)
+        drawn, log_prob, loss = run(p["velocity"])
+        gradients = torch.autograd.grad(log_prob.sum() + loss, p["velocity"])
         results.append((drawn, log_prob.detach(), loss.detach(), *gradients))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
@@ -223,10 +223,11 @@ def test_compiles_whole(backend):
 
 
 def test_errors_name_the_device():
-    p = make(2, 8)
-    with pytest.raises(ValueError, match=f"velocity: expected device {DEVICE}, got cpu"):
-        fk.sde_step(p.x, p.v.detach().cpu(), p.rows, **p.key)
-    with pytest.raises(ValueError, match=f"c_rows: expected device {DEVICE}, got cpu"):
-        fk.sde_step(p.x, p.v.detach(), GRID[0], **p.key)
-    with pytest.raises(ValueError, match=f"sample_id: expected device {DEVICE}, got cpu"):
-        fk.sde_step(p.x, p.v.detach(), p.rows, **p.key | {"sample_id": torch.arange(2)})
+    p = make("sde_step", 8, 2)
+    for name, wrong in (
+        ("velocity", p["velocity"].cpu()),
+        ("c_rows", GRID[0]),
+        ("sample_id", torch.arange(2)),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected device {DEVICE}, got cpu"):
+            p.run(**{name: wrong})

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from calls import Problem, take
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowkern as fk
@@ -17,6 +18,8 @@ X, V, NOISE = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0)).
 KEY = {"seed": 1, "sample_id": torch.arange(2), "step": 0}
 
 
+CALLS = take()
+LEARNED = [call for call in CALLS if call.learned]
 needs_native = pytest.mark.skipif(
     fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
 )
@@ -101,34 +104,25 @@ def test_a_graph_notices_that_its_input_was_overwritten(backend):
 
 @needs_native
 @pytest.mark.parametrize("way", ["dtype", "device"])
-def test_defaults_of_torch_do_not_shape_what_kernels_write(way):
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_defaults_of_torch_do_not_shape_what_kernels_write(call, way):
     """A default dtype of other size, or a default device without memory: both once were written to
     as if they were float32 on the CPU.
     """
-
-    def results():
-        row = torch.tensor([1, 0, 1], device="cpu")
-        per_sample = torch.ones(3, dtype=torch.float32, device="cpu")
-        key = {"seed": 1, "sample_id": torch.arange(3, device="cpu"), "step": 0}
-        yield fk.philox_normal((3, 8), **key)
-        x_next = torch.cat([X, X[:1]])
-        for velocity in (V, V.transpose(0, 1).contiguous().transpose(0, 1)):  # a copy is made
-            yield from fk.policy_loss(velocity, X, x_next, C[0], per_sample, row, old_velocity=X)
-            yield from fk.matching_loss(velocity, x_next, 0.5, per_sample, row, **key)
-        yield from fk.sde_step(x_next, x_next, C[0], **key)
-        yield fk.sde_log_prob(X, V, NOISE, C[0])
-
-    expected = [*results()]
+    p = Problem(call)
+    apart = lambda x: torch.stack([x, x], -1)[..., 0] if x.ndim > 1 else x  # noqa: E731
+    problems = (p, p.changed(apart))  # of which a copy is made
+    expected = [p.run("native") for p in problems]
     try:
         if way == "dtype":
             torch.set_default_dtype(torch.float16)
         else:
             torch.set_default_device("meta")
-        got = [*results()]
+        got = [p.run("native") for p in problems]
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    for x, y in zip(got, expected, strict=True):
+    for x, y in zip(sum(got, ()), sum(expected, ()), strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y)
 
 
@@ -256,7 +250,7 @@ def test_ids_and_steps_are_checked_by_value():
         fk.sde_step(X, V, C[0], **KEY, velocity_uncond=V, guidance_scale=float("nan"))
     with pytest.raises(ValueError, match="guidance_scale: expected a finite number"):
         fk.sde_step(X, V, C[0], **KEY, velocity_uncond=V, guidance_scale=torch.ones(64))
-    with pytest.raises(ValueError, match="c_rows: a replay takes one-step rows"):
+    with pytest.raises(ValueError, match="c_rows: a replay takes one-step edges"):
         fk.sde_log_prob(X, V, NOISE, multistep_coefficients((0.9, 0.8, 0.7), 2))
 
 
@@ -356,31 +350,25 @@ def test_on_policy_ratio_is_one_though_the_matching_error_overflows(backend, wei
     assert (out.log_ratio == 0).all() and (out.ratio == 1).all() and out.loss == -1
 
 
-def losses(velocity, **more):
-    """Each loss with its own names: a call that takes only what both have."""
-    per_sample = torch.ones(2)
-    yield lambda **k: fk.policy_loss(velocity, X, X, C[0], per_sample, **more | k)
-    yield lambda **k: fk.matching_loss(velocity, X, 0.5, per_sample, noise=NOISE, **more | k)
+@needs_native
+@pytest.mark.parametrize("call", [c for c in CALLS if c.has("row")], ids=str)
+def test_rows_of_any_stride_name_the_same_samples(call):
+    p = Problem(call)
+    strided = torch.stack([p["row"], torch.full_like(p["row"], 7)], -1)[:, 0]
+    assert all(map(torch.equal, p.run("native", row=strided), p.run("native")))
 
 
 @needs_native
-def test_rows_of_any_stride_name_the_same_samples():
-    row = torch.tensor([1, 7, 0, 7])[::2]
-    for strided, packed in zip(losses(V, row=row), losses(V, row=row.clone()), strict=True):
-        for a, b in zip(strided(backend="native"), packed(backend="native"), strict=True):
-            assert torch.equal(a, b)
-
-
-@needs_native
-def test_a_gradient_to_be_differentiated_again_is_refused():
+@pytest.mark.parametrize("call", LEARNED, ids=str)
+def test_a_gradient_to_be_differentiated_again_is_refused(call):
     """It would pass for a constant, and a penalty on it would vanish without a word."""
-    velocity = V.clone().requires_grad_()
-    calls = [lambda call=call: call(backend="native").loss for call in losses(velocity)]
-    calls.append(lambda: fk.sde_log_prob(X, velocity, X, C[0], backend="native").sum())
-    for call in calls:
-        with pytest.raises(RuntimeError, match="second derivative.*backend='reference'"):
-            torch.autograd.grad(call(), velocity, create_graph=True)
-        assert torch.autograd.grad(call(), velocity)[0].isfinite().all()
+    p = Problem(call)
+    gradient_of = lambda **k: torch.autograd.grad(  # noqa: E731
+        p.run("native", learn=False)[0], p["velocity"], p.weight, **k
+    )[0]
+    with pytest.raises(RuntimeError, match="second derivative.*backend='reference'"):
+        gradient_of(create_graph=True)
+    assert gradient_of().isfinite().all()
 
 
 def test_numbers_of_other_libraries_are_numbers():

@@ -1,162 +1,123 @@
 """The straight way into the CPU kernels: taken where it can be, and only the clock can tell."""
 
+import collections
 import contextlib
+import functools
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from calls import GRID as C
+from calls import SOLVERS, Problem, take
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
-from flowkern.ops._common import native
+from flowkern import torch_private
+from flowkern.ops._common import loss_op, native
 from flowkern.ops._common.dispatch import choose
 from flowkern.ops.matching_loss import api as matching_api
+from flowkern.ops.matching_loss.inputs import MatchingInputs
 from flowkern.ops.policy_loss import api as policy_api
+from flowkern.ops.policy_loss.inputs import PolicyInputs
 from flowkern.ops.sde_step import api as step_api
-from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
+from flowkern.schedules import Coefficients
 
 pytestmark = pytest.mark.skipif(
     fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
 )
-APIS = (step_api, policy_api, matching_api)
-C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)
+APIS = (step_api, loss_op, matching_api)  # with a straight way
+CALLS = take(("has no straight way", lambda call: call.verb == "philox_normal"))
+SIZE = (5, 130)
 ROWS = C[torch.tensor([0, 4, 8])].to("cpu", torch.float32)
-MULTISTEP = multistep_coefficients((0.9, 0.8, 0.7), 2)
 G = torch.Generator().manual_seed(0)
-X, V, OLD, REF, NOISE, NEXT = torch.randn(6, 3, 5, 130, generator=G).unbind()
-A = torch.tensor([1.0, -0.5, 0.25])
-IDS, KEY = (
-    torch.tensor([3, 2**40, -7]),
-    {"seed": 2**64 - 5, "sample_id": torch.arange(3), "step": 9},
-)
+X, V, OLD, REF, NOISE, NEXT = torch.randn(6, 3, *SIZE, generator=G).unbind()
+A, IDS = torch.tensor([1.0, -0.5, 0.25]), torch.tensor([3, 2**40, -7])
 STEPS, ROW = torch.tensor([0, 5, 2**28 - 1]), torch.tensor([2, 0, 2])
-NOISY = {"noise": NOISE}
+SIX = torch.tensor([2, 0, 2, 1, 1, 0])
+HALF, BF16 = {"dtype": torch.float16}, {"velocity": torch.bfloat16}
 
 
-def step(**change):
-    return lambda: fk.sde_step(**{"x_t": X, "velocity": V, "c_rows": ROWS} | KEY | change)
+@functools.cache
+def problem(call, **dtypes):
+    return Problem(call, 3, SIZE, **dtypes)
 
 
-def ode(**change):
-    return lambda: fk.ode_step(**{"x_t": X, "velocity": V, "m_rows": C[3]} | change)
+def of(call, dtypes={}, **change):  # noqa: B006
+    """The call of the table with some of its arguments changed."""
+    return lambda: problem(call, **dtypes).run(**change)
 
 
-def replay(**change):
-    def call():
-        v = V.clone().requires_grad_()
-        log_prob = fk.sde_log_prob(
-            **{"x_t": X, "velocity": v, "x_next": NEXT, "c_rows": ROWS} | change
-        )
-        weight = torch.tensor([1.0, 2.0, 3.0])
-        return log_prob, *torch.autograd.grad((log_prob * weight).sum(), v)
-
-    return call
-
-
-def loss(function, arguments, change):
-    def call():
-        v = (OLD + 0.01 * V).to(change.get("dtype", torch.float32)).requires_grad_()
-        given = {k: x for k, x in change.items() if k != "dtype"}
-        out = function(v, **arguments | given)
-        return *out, *torch.autograd.grad(out.loss.sum(), v)
-
-    return call
-
-
-def policy(**change):
-    arguments = {"x_t": X, "x_next": NEXT, "c_rows": ROWS, "advantage": A, "old_velocity": OLD}
-    return loss(fk.policy_loss, arguments | {"clip_low": 0.9, "clip_high": 9.0}, change)
-
-
-def matching(**change):
-    arguments = {"x0": X, "sigma": torch.tensor([0.1, 0.5, 1.0]), "advantage": A}
-    return loss(
-        fk.matching_loss, arguments | {"old_velocity": OLD} | change.pop("source", NOISY), change
-    )
-
-
-def noising(**change):
-    arguments = {"x0": X, "sigma": torch.tensor([0.0, 0.5, 1.0])} | change.pop("source", NOISY)
-    return lambda: fk.add_noise(**arguments | change)
-
-
-HALF = {"x_t": X.half(), "velocity": V.bfloat16()}
-STRAIGHT = {
-    "draw": step(),
-    "draw, single edge in float64": step(c_rows=C[3]),
-    "draw, rows in float64": step(c_rows=C[torch.tensor([0, 4, 8])]),
-    "draw, steps of samples": step(step=STEPS, sample_id=IDS, seed=-3),
-    "draw, guided, noise given": lambda: fk.sde_step(
-        X, V, ROWS, NOISE, velocity_uncond=OLD, guidance_scale=3
-    ),
-    "draw, halves": step(**HALF, out_dtype=torch.bfloat16),
-    "draw, rows apart": step(x_t=torch.cat([X, V], 1)[:, 5:], velocity=V[:1].expand(3, 5, 130)),
-    "ode": ode(),
-    "ode, history, x0": ode(m_rows=MULTISTEP, history=[NOISE, OLD.half()], return_x0=True),
-    "ode, out": ode(out=torch.empty(3, 5, 130)),
-    "replay": replay(),
-    "replay, guided": replay(velocity_uncond=OLD, guidance_scale=2.5, x_next=NEXT.half()),
-    "policy": policy(),
-    "policy, on policy": policy(old_velocity=None),
-    "policy, KL, siblings": policy(row=ROW, velocity_ref=REF, kl_coef=0.1, reduction="none"),
-    "policy, weights": policy(step_weight=A + 2, kl_coef=A + 3, velocity_ref=REF, c_rows=C[3]),
-    "policy, guard, drawn again": policy(ratio="guard", x_next=None, **KEY),
-    "policy, noise given": policy(x_next=None, noise=NOISE, reduction="sum"),
-    "policy, recorded": policy(old_velocity=None, old_log_prob=A, dtype=torch.bfloat16),
-    "awm": matching(velocity_ref=REF, velocity_ema=V, ref_coef=0.1, ema_coef=1, row=ROW),
-    "awm, drawn again": matching(source=KEY, sigma=0.3, weighting="t", reduction="none"),
-    "nft": matching(objective="nft", dtype=torch.float16),
-    "noised": noising(x0=X.half()),
-    "noised, drawn": noising(source=KEY),
-    "nft, drawn again": matching(objective="nft", source=KEY | {"step": STEPS}),
+STRAIGHT = {str(call): of(call) for call in CALLS} | {
+    "single edge in float64": of("sde_step", c_rows=C[3]),
+    "rows in float64": of("sde_step", c_rows=C[torch.tensor([0, 4, 8])]),
+    "steps of samples": of("sde_step", step=STEPS, sample_id=IDS, seed=-3),
+    "guided by an integer": of("sde_step, guided, history", guidance_scale=3),
+    "halves": of("sde_step", x_t=X.half(), velocity=V.bfloat16(), out_dtype=torch.bfloat16),
+    "apart": of("sde_step", x_t=torch.cat([X, V], 1)[:, 5:], velocity=V[:1].expand(3, *SIZE)),
+    "ode, single edge": of("ode_step", m_rows=C[3], return_x0=False),
+    "ode, half of history": of("ode_step, guided, order 3", history=[NOISE, OLD.half()]),
+    "ode, out": of("ode_step", return_x0=False, out=torch.empty(3, *SIZE)),
+    "replay of halves": of("sde_log_prob, guided", x_next=NEXT.half()),
+    "policy, half velocity": of("policy_loss, recorded", BF16),
+    "policy, KL, siblings": of("policy_loss, siblings", velocity_ref=REF, kl_coef=0.1),
+    "policy, edge in float64": of("policy_loss, weights, one edge", c_rows=C[3]),
+    "awm, ends": of("matching_loss", sigma=torch.tensor([0.1, 0.5, 1.0])),
+    "awm, integers": of("matching_loss, siblings, anchors", ema_coef=1),
+    "awm, one sigma": of("matching_loss, t", sigma=0.3),
+    "nft, halves": of("matching_loss, nft", HALF),
+    "nft, steps": of("matching_loss, nft, on policy, KL", step=STEPS, old_velocity=OLD),
+    "noised halves": of("add_noise, noise given", x0=X.half(), sigma=torch.tensor([0, 0.5, 1])),
 }
 ROUND_ABOUT = {
-    "permuted": step(x_t=X.transpose(1, 2).contiguous().transpose(1, 2)),
-    "sample_id of int32": step(sample_id=IDS.int()),
-    "sample_id in a list": step(sample_id=[1, 2, 3]),
-    "history in a range of its own": ode(history=__import__("collections").deque([X])),
-    "float64": step(x_t=X.double()),
-    "nothing": ode(x_t=X[:0], velocity=V[:0]),
-    "advantage of float64": policy(advantage=A.double()),
-    "row of int32": policy(row=ROW.int()),
-    "sigma, one tensor for all": matching(sigma=torch.tensor(0.5)),
-    "strided noise": matching(source={"noise": torch.stack([NOISE, NOISE], -1)[..., 0]}),
-    "noise and a step of 0": matching(source={"noise": NOISE, "step": 0}, objective="nft"),
+    "permuted": of("sde_step", x_t=X.transpose(1, 2).contiguous().transpose(1, 2)),
+    "sample_id of int32": of("sde_step", sample_id=IDS.int()),
+    "sample_id in a list": of("sde_step", sample_id=[1, 2, 3]),
+    "history in a range of its own": of("ode_step", history=collections.deque([X])),
+    "float64": of("sde_step", x_t=X.double()),
+    "nothing": of("ode_step", x_t=X[:0], velocity=V[:0], m_rows=C[3]),
+    "advantage of float64": of("policy_loss", advantage=A.double()),
+    "row of int32": of("policy_loss, siblings", row=SIX.int()),
+    "sigma, one tensor for all": of("matching_loss", sigma=torch.tensor(0.5)),
+    "strided noise": of("matching_loss, nft", noise=torch.stack([NOISE, NOISE], -1)[..., 0]),
+    "noise and a step of 0": of("matching_loss, nft", step=0),
 }
 WRONG = {
-    "no noise": step(seed=None, sample_id=None, step=None),
-    "seed of 65 bits": step(seed=2**64),
-    "no number": step(guidance_scale=float("nan"), velocity_uncond=OLD),
-    "scale beside 1, in float64 only": step(guidance_scale=1 + 1e-12),
-    "scale past float64": replay(guidance_scale=10**400, velocity_uncond=OLD),
-    "step past 28 bits": step(step=2**28),
-    "a step past 28 bits": step(step=STEPS + 1),
-    "a table": step(c_rows=ROWS.table),
-    "short history": ode(m_rows=MULTISTEP),
-    "history": replay(c_rows=MULTISTEP),
-    "rows": step(c_rows=C),
-    "shape": step(velocity=V[:, :4]),
-    "sample_id": step(sample_id=IDS[:2]),
-    "out overlaps": step(x_t=(lap := torch.randn(4, 5, 130))[:3], out=lap[1:]),
-    "out, strided": step(out=torch.empty(3, 130, 5).transpose(1, 2)),
-    "out with gradient": step(out=torch.empty(3, 5, 130, requires_grad=True)),
-    "out of another dtype": step(out=torch.empty(3, 5, 130), out_dtype=torch.float16),
-    "meta": step(velocity=V.to("meta")),
-    "row": policy(row=ROW + 1),
-    "both old": policy(old_log_prob=A),
-    "old for guard": policy(old_velocity=None, old_log_prob=A, ratio="guard"),
-    "no reference": policy(kl_coef=0.1),
-    "x_next and noise": policy(noise=NOISE),
-    "half states": policy(x_t=X.half(), x_next=None, **KEY),
-    "ratio": policy(ratio="sdf"),
-    "clip_low": policy(clip_low=1.0),
-    "advantage": policy(advantage=A[:2]),
-    "sigma": matching(sigma=torch.tensor([0.1, 0.2, 1.5])),
-    "sigma to noise with": noising(sigma=torch.tensor([0.1, -0.2, 0.5])),
-    "sigma, NaN": matching(sigma=float("nan")),
-    "objective": matching(objective=1),
-    "no anchor": matching(ema_coef=1.0),
-    "noise and a key": matching(source=NOISY | KEY),
-    "noise and a step": matching(source=NOISY | {"step": 1}),
+    "no noise": of("sde_step", seed=None, sample_id=None, step=None),
+    "seed of 65 bits": of("sde_step", seed=2**64),
+    "no number": of("sde_step", guidance_scale=float("nan"), velocity_uncond=OLD),
+    "scale beside 1, in float64 only": of("sde_step", guidance_scale=1 + 1e-12),
+    "scale past float64": of("sde_log_prob, guided", guidance_scale=10**400),
+    "step past 28 bits": of("sde_step", step=2**28),
+    "a step past 28 bits": of("sde_step", step=STEPS + 1),
+    "a table": of("sde_step", c_rows=ROWS.table),
+    "short history": of("ode_step", m_rows=SOLVERS["m_rows"]),
+    "history": of("sde_log_prob", c_rows=SOLVERS["c_rows"]),
+    "rows": of("sde_step", c_rows=C),
+    "shape": of("sde_step", velocity=V[:, :4]),
+    "sample_id": of("sde_step", sample_id=IDS[:2]),
+    "out overlaps": of("sde_step", x_t=(lap := torch.randn(4, *SIZE))[:3], out=lap[1:]),
+    "out, strided": of("sde_step", out=torch.empty(3, 130, 5).transpose(1, 2)),
+    "out with gradient": of("sde_step", out=torch.empty(3, *SIZE, requires_grad=True)),
+    "out of another dtype": of("sde_step", out=torch.empty(3, *SIZE), out_dtype=torch.float16),
+    "meta": of("sde_step", velocity=V.to("meta")),
+    "row": of("policy_loss, siblings", row=SIX + 1),
+    "both old": of("policy_loss", old_log_prob=A),
+    "old for guard": of("policy_loss, recorded", ratio="guard"),
+    "no reference": of("policy_loss", kl_coef=0.1),
+    "x_next and noise": of("policy_loss", noise=NOISE),
+    "half states": of("policy_loss, drawn again", x_t=X.half()),
+    "ratio": of("policy_loss", ratio="sdf"),
+    "clip_low": of("policy_loss", clip_low=1.0),
+    "advantage": of("policy_loss", advantage=A[:2]),
+    "sigma": of("matching_loss", sigma=torch.tensor([0.1, 0.2, 1.5])),
+    "sigma to noise with": of("add_noise", sigma=torch.tensor([0.1, -0.2, 0.5])),
+    "sigma, NaN": of("matching_loss", sigma=float("nan")),
+    "objective": of("matching_loss", objective=1),
+    "no anchor": of("matching_loss", ema_coef=1.0),
+    "noise and a key": of("matching_loss", noise=NOISE),
+    "noise and a step": of("matching_loss, noise given", step=1),
 }
 
 
@@ -174,7 +135,7 @@ def attributes_only():
     """As with a torch from before DLPack's C exchange API."""
     native.connect(native.cpu(), None)
     yield
-    native.connect(native.cpu(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    native.connect(native.cpu(), torch_private.exchange)
 
 
 class Watched:
@@ -244,8 +205,65 @@ def test_without_the_exchange_api(name, monkeypatch, attributes_only):
     kernels = compare(call, monkeypatch)
     assert kernels.taken == (name in STRAIGHT or name == "noise and a step of 0")
     got = call()
-    native.connect(native.cpu(), torch.Tensor.__dlpack_c_exchange_api__)
+    native.connect(native.cpu(), torch_private.exchange)
     assert same(got, call())
+
+
+@pytest.mark.parametrize("name", ["num_modes", "is_in_func", "forward_level", "is_batched"])
+def test_without_a_private_name_of_torch(name, monkeypatch):
+    """As with a torch that has it no more: its public way gives the same, and the same refusals."""
+    calls = [of(call) for call in CALLS if call.is_first]
+    expected = [call() for call in calls]
+    monkeypatch.setattr(torch_private, name, torch_private.PUBLIC[name])
+    for call, result in zip(calls, expected, strict=True):
+        assert same(call(), result)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(fk.BackendError, match="forward"):
+        problem("sde_step").run("native")
+    with pytest.raises(fk.BackendError, match="its kernels have no forward mode"):
+        torch.func.grad(lambda v: fk.ode_step(X, v, C[3], backend="native").sum())(V)
+    if name == "num_modes":
+        return  # the dispatcher serves, and refuses in its own words
+    v = V.clone().requires_grad_()
+    log_prob = fk.sde_log_prob(X, v, NEXT, ROWS)
+    with pytest.raises(fk.BackendError, match="grad: the kernels"):
+        torch.autograd.grad(log_prob, v, torch.ones(2, 3), is_grads_batched=True)
+
+
+def test_public_ways_that_need_no_call(monkeypatch):
+    """Of what the kernels ask on a device, of a version, and of what compilers look for."""
+    stream = type("Stream", (), {"cuda_stream": 7})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    assert torch_private.PUBLIC["raw_stream"](0) == 7
+    for lerp_all in (torch_private.PUBLIC["lerp_all"], torch_private.lerp_all):
+        mean = [torch.zeros(2), torch.ones(3)]
+        lerp_all(mean, [torch.ones(2), torch.zeros(3)], 0.25)
+        assert mean[0].tolist() == [0.25] * 2 and mean[1].tolist() == [0.75] * 3
+    for assert_async in (torch_private.PUBLIC["assert_async"], torch_private.assert_async):
+        assert_async(torch.tensor(True), "a reason")
+        with pytest.raises(RuntimeError, match="a reason"):
+            assert_async(torch.tensor(False), "a reason")
+    monkeypatch.setattr(
+        torch_private, "increment_version", torch_private.PUBLIC["increment_version"]
+    )
+    test_out_is_marked_as_written()
+    ours, public = lambda: None, lambda: None
+    torch_private.as_constant(ours)
+    torch_private.PUBLIC["as_constant"](public)
+    assert vars(ours) == vars(public) != {}
+
+
+def test_private_names_of_torch_are_in_one_file():
+    package = Path(torch_private.__file__).parent
+    private = re.compile(r"torch\._|forward_ad\._|_dynamo_marked|__dlpack_c")
+    users = {path.name for path in package.rglob("*.py") if private.search(path.read_text())}
+    assert users == {"torch_private.py"}
+
+
+@pytest.mark.parametrize(
+    "verb, inputs", [(fk.policy_loss, PolicyInputs), (fk.matching_loss, MatchingInputs)]
+)
+def test_inputs_are_the_arguments_in_their_order(verb, inputs):
+    assert [*inspect.signature(verb).parameters] == [*inputs._fields, "backend"]
 
 
 def test_without_the_module(monkeypatch, request):
@@ -271,15 +289,12 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_dispatch_mode_sees_the_op():
-    for call, op in (
-        (step(), "sde_draw"),
-        (policy(), "policy_loss"),
-        (matching(), "matching_loss"),
-    ):
-        with Seen() as seen:
-            got = call()
-        assert f"flowkern.{op}.default" in seen.names and same(got, call())
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_dispatch_mode_sees_the_op(call):
+    op = {"sde_step": "sde_draw", "ode_step": "sde_draw"}.get(call.verb, call.verb)
+    with Seen() as seen:
+        got = of(call)()
+    assert f"flowkern.{op}.default" in seen.names and same(got, of(call)())
 
 
 def test_a_subclass_is_not_read_past_its_back():
@@ -304,7 +319,7 @@ def test_the_straight_way_is_shut_under_torch_func(transform):
 
 def test_out_is_marked_as_written():
     out = torch.empty_like(X)
-    for call in (step(out=out), ode(out=out)):
+    for call in (of("sde_step", out=out), of("ode_step", out=out)):
         version = out._version
         call()
         assert out._version == version + 1
@@ -333,45 +348,42 @@ def test_the_op_writes_to_any_layout(x_t):
 
 # ---- the residual that becomes the gradient ----
 
-DRAWN_AGAIN = {"x_next": None} | KEY
-CLIPPED = {"clip_low": 0, "clip_high": 0, "x_next": NEXT / torch.tensor([1.0, 1, 0])[:, None, None]}
-ANCHORS = {"velocity_ref": REF, "velocity_ema": NEXT, "ref_coef": 0.3, "ema_coef": 0.7}
-KEPT = {
-    "exact": (fk.policy_loss, {}),
-    "guard": (fk.policy_loss, {"ratio": "guard"}),
-    "recorded": (fk.policy_loss, {"old_velocity": None, "old_log_prob": A}),
-    "clipped": (fk.policy_loss, CLIPPED),
-    "KL": (fk.policy_loss, {"velocity_ref": REF, "kl_coef": 0.3}),
-    "KL, guided": (
-        fk.policy_loss,
-        {"velocity_ref": REF, "kl_coef": A.abs()} | {"velocity_uncond": X, "guidance_scale": 3.0},
+LOSSES = take(
+    ("is no loss", lambda c: not c.verb.endswith("_loss")),
+    ("takes the longer way", lambda c: c.has("row")),
+    (
+        "keeps nothing: on policy no latent is read forward",
+        lambda c: c.verb == "policy_loss" and not (c.has("old_velocity") or c.has("old_log_prob")),
     ),
-    "drawn again": (fk.policy_loss, DRAWN_AGAIN),
-    "awm": (fk.matching_loss, {}),
-    "awm, on policy": (fk.matching_loss, {"old_velocity": None}),
-    "awm, anchors": (fk.matching_loss, ANCHORS),
-    "awm, anchors, drawn": (fk.matching_loss, ANCHORS | {"noise": None} | KEY),
-    "nft": (fk.matching_loss, {"old_velocity": None, "objective": "nft"} | ANCHORS),
-}  # fmt: skip
+    (
+        "keeps nothing: of two residuals",
+        lambda c: c.given.get("objective") == "nft" and c.has("old_velocity"),
+    ),
+)
+CLIPPED = {"clip_low": 0, "clip_high": 0, "x_next": NEXT / torch.tensor([1.0, 1, 0])[:, None, None]}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", [*map(str, LOSSES), "clipped"])
 def test_the_residual_kept_forward_is_the_gradient_once(name, reduction, monkeypatch):
     """One pass may take the forward pass's memory; every other has the bits of the longer way,
     which a `row` takes, in memory of its own.
     """
-    function, change = KEPT[name]
-    of_policy = {"x_t": X, "x_next": NEXT, "c_rows": ROWS, "old_velocity": OLD}
-    of_matching = {"x0": X, "sigma": 0.5, "old_velocity": OLD} | NOISY
-    given = (of_policy if function is fk.policy_loss else of_matching) | {"clip_high": 9.0} | change
-    v = (OLD + 0.01 * V).requires_grad_()
+    p = problem("policy_loss" if name == "clipped" else name)
+    given = p.arguments | {"reduction": reduction} | (CLIPPED if name == "clipped" else {})
+    v, function = p["velocity"], p.call.function
     api = policy_api if function is fk.policy_loss else matching_api
-    over, calls = api._backward_over, []
-    monkeypatch.setattr(api, "_backward_over", lambda *a: calls.append(a[0]) or over(*a))
+    calls = []
+
+    def backward(grad, slopes, inputs, residual=None):
+        calls.extend([] if residual is None else [residual])
+        return native_backward(grad, slopes, inputs, residual)
+
+    native_backward = api.LOSS.backwards["native"]
+    monkeypatch.setitem(api.LOSS.backwards, "native", backward)
 
     def loss_of(**more):
-        return function(v, advantage=A, reduction=reduction, **given | more).loss
+        return function(**given | more).loss
 
     kept, longer = loss_of(), loss_of(row=torch.arange(3))
     assert torch.equal(kept, longer) or not kept.isfinite().all()
@@ -385,18 +397,14 @@ def test_the_residual_kept_forward_is_the_gradient_once(name, reduction, monkeyp
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss_of(), v, weight, create_graph=True)
     with torch.no_grad():
-        assert function(v, advantage=A, reduction=reduction, **given).loss.grad_fn is None
+        assert function(**given).loss.grad_fn is None
 
 
-@pytest.mark.parametrize("name", ["exact", "awm"])
-def test_a_changed_input_is_noticed_where_none_is_read_again(name):
-    function, x = KEPT[name][0], X.clone()
-    given = {
-        "exact": {"x_t": x, "x_next": NEXT, "c_rows": ROWS},
-        "awm": {"x0": x, "sigma": 0.5} | NOISY,
-    }
-    loss = function(V.clone().requires_grad_(), advantage=A, old_velocity=OLD, **given[name]).loss
-    x.add_(1)
+@pytest.mark.parametrize("call", ["policy_loss", "matching_loss, noise given"])
+def test_a_changed_input_is_noticed_where_none_is_read_again(call):
+    p = Problem(call)
+    loss = p.run(learn=False)[0]
+    p[p.latents[1]].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -406,29 +414,17 @@ def test_a_changed_input_is_noticed_where_none_is_read_again(name):
 
 def test_a_kernel_called_past_the_verbs_checks_what_it_reads():
     kernels, slopes, ones = native.cpu(), torch.zeros(3, 2), torch.ones(3)
-    none = (None,) * 4
-    call = (
-        ones,
-        slopes,
-        V,
-        X,
-        NEXT,
-        ROWS.table,
-        ROW + 1,
-        None,
-        *none,
-        None,
-        1.0,
-        None,
-        False,
-        None,
+    inputs = PolicyInputs._make([None] * 21)._replace(
+        velocity=V, x_t=X, x_next=NEXT, c_rows=ROWS.table, guidance_scale=1.0, ratio="sde"
     )
+    call = (ones, slopes, *inputs._replace(row=ROW + 1), None)
     assert kernels.policy_backward(*call, False) is None
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 3\), got 3"):
         kernels.policy_backward(*call, True)
+    call = (ones, slopes[:2], *inputs, None)
     with pytest.raises(ValueError, match="slopes: not as the kernels read it"):
-        kernels.policy_backward(ones, slopes[:2], *call[2:6], None, *call[7:], True)
-    with pytest.raises(TypeError, match="expected 17 arguments, got 2"):
+        kernels.policy_backward(*call, True)
+    with pytest.raises(TypeError, match="expected 24 arguments, got 2"):
         kernels.policy_backward(ones, slopes)
     latent_first = (X, V, NEXT, ROWS.table, None, 1.0)
     assert kernels.sde_replay(*latent_first) is None  # a table is for those who have checked it

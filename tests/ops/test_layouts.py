@@ -4,105 +4,27 @@ names the argument. A kernel sees an address, so what lies there must be what th
 
 import pytest
 import torch
+from calls import Problem, take
 
 import flowkern as fk
-from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
+from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
 
-SHAPE = (3, 4, 6, 8)
+SIZE = (4, 6, 8)
 C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[torch.tensor([1, 4, 8])]
-M = multistep_coefficients((0.9, 0.8, 0.7), 2)
-PER_SAMPLE = {
-    "advantage": torch.tensor([1.0, -1.0, 0.5]),
-    "sigma": torch.tensor([0.2, 0.5, 0.8]),
-    "step_weight": torch.tensor([1.0, 0.5, 2.0]),
-    "kl_coef": torch.tensor([0.1, 0.2, 0.3]),
-    "old_log_prob": torch.tensor([-1.0, -1.1, -1.2]),
-}
-GUIDED = {"guidance_scale": 3.0}
-LOSS = {"clip_low": 0.999, "clip_high": 1e6, "reduction": "none"}
-
-
-def sde_step(history, **latents):
-    return fk.sde_step(**latents, c_rows=C, history=[history], **GUIDED)
-
-
-def ode_step(history, **latents):
-    return fk.ode_step(**latents, m_rows=M, history=[history], return_x0=True, **GUIDED)
-
-
-def sde_log_prob(**latents):
-    return (fk.sde_log_prob(**latents, c_rows=C, **GUIDED),)
-
-
-def policy_loss(**arguments):
-    return fk.policy_loss(**arguments, c_rows=C, **GUIDED, **LOSS)
-
-
-def policy_loss_drawn_again(**arguments):
-    return fk.policy_loss(**arguments, x_next=None, c_rows=C, **LOSS)
-
-
-def policy_loss_recorded(**arguments):
-    return fk.policy_loss(**arguments, c_rows=C, **LOSS)
-
-
-def awm(**arguments):
-    return fk.matching_loss(**arguments, ref_coef=0.1, ema_coef=0.2, **LOSS)
-
-
-def nft(**arguments):
-    return fk.matching_loss(**arguments, objective="nft", reduction="none")
-
-
-def add_noise(**arguments):
-    return (fk.add_noise(**arguments),)
-
-
-STEP = ("x_t", "velocity", "velocity_uncond")
-CALLS = {
-    sde_step: (*STEP, "noise", "history"),
-    ode_step: (*STEP, "history"),
-    sde_log_prob: (*STEP, "x_next"),
-    policy_loss: (
-        *STEP, "x_next", "old_velocity", "velocity_ref", "advantage", "step_weight", "kl_coef",
-    ),
-    policy_loss_drawn_again: ("velocity", "x_t", "old_velocity", "noise", "advantage"),
-    policy_loss_recorded: ("velocity", "x_t", "x_next", "old_log_prob", "advantage"),
-    awm: (
-        "velocity", "x0", "noise", "old_velocity", "velocity_ref", "velocity_ema", "advantage",
-        "sigma",
-    ),
-    nft: ("velocity", "x0", "noise", "old_velocity", "advantage", "sigma"),
-    add_noise: ("x0", "noise", "sigma"),
-}  # fmt: skip
-HAVE_A_GRADIENT = (
-    sde_log_prob,
-    policy_loss,
-    policy_loss_drawn_again,
-    policy_loss_recorded,
-    awm,
-    nft,
-)
+CALLS = take(("has no latent: below", lambda call: call.verb == "philox_normal"))
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 needs_native = pytest.mark.skipif(
     fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
 )
 
 
-def arguments_of(call):
-    g = torch.Generator().manual_seed(0)
-    return {
-        n: PER_SAMPLE[n] if n in PER_SAMPLE else torch.randn(SHAPE, generator=g)
-        for n in CALLS[call]
-    }
+def latents_of(p):
+    return {n: (p[n][0] if n == "history" else p[n]).detach() for n in p.latents}
 
 
-def run(call, arguments):
-    """All outputs, and the gradient where there is one."""
-    if call not in HAVE_A_GRADIENT:
-        return list(call(**arguments))
-    arguments = arguments | {"velocity": arguments["velocity"].detach().requires_grad_()}
-    outputs = call(**arguments)
-    return [*outputs, *torch.autograd.grad(outputs[0].sum(), arguments["velocity"])]
+def with_one(p, name, x):
+    """`x` as an argument of the problem, or as the first of its history."""
+    return {name: [x, *p[name][1:]] if name == "history" else x}
 
 
 def negated(x):
@@ -117,46 +39,41 @@ LAYOUTS = {
     "samples_innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "permuted": lambda x: x.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1),
     "every_second": lambda x: torch.stack([x, x + 9], -1)[..., 0],
-    "samples_apart": lambda x: torch.cat([x, x + 9], 1)[:, : SHAPE[1]],
+    "samples_apart": lambda x: torch.cat([x, x + 9], 1)[:, : SIZE[0]],
     "imaginary_part": lambda x: torch.complex(x + 9, -x).conj().imag,
-    "one_sample_for_all": lambda x: x[:1].expand(SHAPE),
-    "one_channel_for_all": lambda x: x[:, :1].expand(SHAPE),
-    "one_value_for_all": lambda x: x[:1, :1, :1, :1].expand(SHAPE),
+    "one_sample_for_all": lambda x: x[:1].expand(x.shape),
+    "one_channel_for_all": lambda x: x[:, :1].expand(x.shape),
+    "one_value_for_all": lambda x: x[:1, :1, :1, :1].expand(x.shape),
     "negated": negated,
-    "negated_samples_apart": lambda x: negated(torch.cat([x, x + 9], 1))[:, : SHAPE[1]],
-    "negated_sample_for_all": lambda x: negated(x[:1]).expand(SHAPE),
+    "negated_samples_apart": lambda x: negated(torch.cat([x, x + 9], 1))[:, : SIZE[0]],
+    "negated_sample_for_all": lambda x: negated(x[:1]).expand(x.shape),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@every_call
 def test_values_are_those_of_a_plain_copy(call, layout):
-    plain = arguments_of(call)
-    for name in CALLS[call]:
-        x = plain[name]
-        if x.ndim == 4:
-            laid_out = LAYOUTS[layout](x)
-        elif layout == "negated":
-            laid_out = negated(x)
-        else:
-            continue
-        values = torch.empty(x.shape).copy_(laid_out)
-        for got, expected in zip(
-            run(call, plain | {name: laid_out}), run(call, plain | {name: values}), strict=True
-        ):
+    """Of each latent; and of what is per sample, where it is negated."""
+    p = Problem(call, 3, SIZE)
+    tensors = {n: x for n, x in p.arguments.items() if isinstance(x, torch.Tensor)}
+    if layout != "negated":
+        tensors = {}
+    for name, x in (tensors | latents_of(p)).items():
+        laid_out = LAYOUTS[layout](x.detach())
+        values = torch.empty(x.shape, dtype=x.dtype).copy_(laid_out)
+        if name == call.learned:
+            laid_out, values = (y.detach().requires_grad_() for y in (laid_out, values))
+        results = [p.run(**with_one(p, name, y)) for y in (laid_out, values)]
+        for got, expected in zip(*results, strict=True):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("call", HAVE_A_GRADIENT, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [c for c in CALLS if c.learned], ids=str)
 def test_a_negated_gradient(call):
-    arguments = arguments_of(call)
-    velocity = arguments["velocity"].requires_grad_()
-    weights = torch.tensor([1.0, -2.0, 3.0])
-    results = [
-        torch.autograd.grad(call(**arguments)[0], velocity, w)[0]
-        for w in (weights, negated(weights))
-    ]
-    assert torch.equal(*results)
+    p = Problem(call, 3, SIZE)
+    expected = p.run()[-1]
+    p.weight = negated(p.weight)
+    assert torch.equal(p.run()[-1], expected)
 
 
 REFUSED = {
@@ -169,33 +86,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("layout", REFUSED)
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@every_call
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_what_is_not_dense_is_refused_by_name(call, layout, backend):
     make, message = REFUSED[layout]
-    plain = arguments_of(call)
-    for name in (n for n in plain if plain[n].ndim == 4):
-        called = "history.0." if name == "history" else name
-        with pytest.raises(TypeError, match=f"^{called}: {message}"):
-            call(**plain | {name: make(plain[name])})
+    p = Problem(call, 3, SIZE)
+    for name, x in latents_of(p).items():
+        with pytest.raises(TypeError, match=rf"^{name}(\[0\])?: {message}"):
+            p.run(backend, **with_one(p, name, make(x)))
 
 
-def test_negated_integers():
-    latents = {n: torch.randn(3, 40) for n in ("x_t", "velocity", "old_velocity")}
-    key = {"sample_id": torch.tensor([5, -2, 9]), "step": torch.tensor([0, 3, 7])}
-    row = torch.tensor([2, 0, 1])
-    expected = fk.philox_normal((3, 40), 1, **key)
-    assert torch.equal(
-        fk.philox_normal((3, 40), 1, **{n: negated(x) for n, x in key.items()}), expected
-    )
-    call = lambda row, **k: fk.policy_loss(  # noqa: E731
-        **latents, x_next=None, c_rows=C, advantage=torch.ones(3), row=row, seed=1, **k, **LOSS
-    )
-    expected = call(row, **key)
-    for change in ("row", *key):
-        arguments = {"row": row} | key
-        got = call(**arguments | {change: negated(arguments[change])})
-        assert all(map(torch.equal, got, expected)), change
+@pytest.mark.parametrize("call", ["philox_normal", "policy_loss, drawn again"])
+def test_negated_keys_of_noise(call):
+    p, values = Problem(call), torch.tensor([0, 3, 7])
+    for name in ("sample_id", "step"):
+        results = [p.run(**{name: x}) for x in (values, negated(values))]
+        assert all(map(torch.equal, *results)), name
 
 
 def freed(x):
@@ -220,14 +126,16 @@ WITHOUT_MEMORY = {
 
 
 @needs_native
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@every_call
 @pytest.mark.parametrize("make", WITHOUT_MEMORY)
 def test_a_tensor_without_memory_is_refused(call, make):
     """Freed storage, as sharded training leaves behind, must not be read."""
-    plain = arguments_of(call)
-    for name in plain.keys() - {"sigma"}:  # its values torch looks at before
+    p = Problem(call, 3, SIZE)
+    per_sample = {"advantage", "step_weight", "kl_coef", "old_log_prob"} & p.arguments.keys()
+    tensors = {n: p[n] for n in per_sample if isinstance(p[n], torch.Tensor)} | latents_of(p)
+    for name, x in tensors.items():
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor with memory, got freed"):
-            call(**plain | {name: WITHOUT_MEMORY[make](plain[name])})
+            p.run(**with_one(p, name, WITHOUT_MEMORY[make](x)))
 
 
 def test_memory_that_cannot_be_written_as_it_is_is_refused(backend):

@@ -1,23 +1,18 @@
 """Laws of the ops, for whatever arguments hypothesis finds.
 
-The arguments are those of scripts/fuzz_kernels.py, with hypothesis choosing instead of a seed.
+The arguments are those of tests/fuzz, with hypothesis choosing instead of a seed.
 """
 
-import sys
-from pathlib import Path
-
+import fuzz
 import pytest
 import torch
+from fuzz import WEIGHTS, Draw
 
 import flowkern as fk
 from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import fuzz_kernels as fuzz  # noqa: E402
-from fuzz_inputs import Draw  # noqa: E402
-from fuzz_ops import WEIGHTS  # noqa: E402
 
 BACKENDS = [name for name in ("native", "reference") if fk.backends()[name] is None]
 needs_kernels = pytest.mark.skipif("native" not in BACKENDS, reason=str(fk.backends()["native"]))
@@ -67,15 +62,13 @@ def picked(p, index):
     return part
 
 
-@pytest.mark.parametrize("op", fuzz.present_ops(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", fuzz.OPS, ids=lambda op: op.name)
 def test_every_call_is_within_its_bound(op):
     """Any shape, stride, dtype, magnitude, edge; against float64, on every backend."""
 
     @law(40, r=chance, backend=backends)
     def holds(r, backend):
-        draw = Draw(r)
-        p = op.arguments(draw)
-        (fuzz.check_overlap if draw.is_refused else fuzz.check)(op, p, backend)
+        fuzz.check_drawn(op, Draw(r), backend)
 
     holds()
 

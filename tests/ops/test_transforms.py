@@ -2,50 +2,47 @@
 would drop a tangent and cannot see into a wrapped tensor.
 """
 
+import calls
 import pytest
 import torch
+from calls import Problem, take
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
-from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
 
-C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[3]
-M = multistep_coefficients((0.9, 0.8, 0.7), 2)
-X, V, T, NOISE, OLD = torch.randn(
-    5, 2, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-).unbind()
-ADVANTAGE = torch.tensor([1.0, -1.0], dtype=torch.float64)
-CLIP = {"clip_low": 0.99, "clip_high": 9.0}
-
-DRAWS = {
-    "sde_step": lambda v, x, **k: fk.sde_step(x(X), v, C, noise=x(NOISE), **k)[0],
-    "ode_step": lambda v, x, **k: fk.ode_step(x(X), v, M, history=[x(OLD)], **k),
-    "add_noise": lambda v, x, **k: fk.add_noise(v, 0.3, noise=x(NOISE), **k),
-}
-LOSSES = {
-    "sde_log_prob": lambda v, x, **k: fk.sde_log_prob(x(X), v, x(NOISE), C, **k),
-    "policy_loss": lambda v, x, **k: (
-        fk.policy_loss(v, x(X), x(NOISE), C, x(ADVANTAGE), old_velocity=x(OLD), **CLIP, **k).loss
+CALLS = take(("has no latent to differentiate in: below", lambda c: c.verb == "philox_normal"))
+MOVING = take(
+    ("has no latent to differentiate in", lambda c: c.verb == "philox_normal"),
+    (
+        "parts of its value are fixed, which its differences move",
+        lambda c: c.verb.endswith("_loss") and not (c.has("old_velocity") or c.has("old_log_prob")),
     ),
-    "matching_loss": lambda v, x, **k: (
-        fk.matching_loss(
-            v, x(X), 0.3, x(ADVANTAGE), noise=x(NOISE), old_velocity=x(OLD), **CLIP, **k
-        ).loss
-    ),
-}
-OPS = DRAWS | LOSSES
+    ("the weights of nft are fixed, too", lambda c: c.given.get("objective") == "nft"),
+)
+LOSSES = [call for call in CALLS if call.learned]
+T = torch.randn(2, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
+every_loss = pytest.mark.parametrize("call", LOSSES, ids=str)
 
 
-def reference(name):
-    """The op as a function of its first latent, in float64."""
-    return lambda v: OPS[name](v, lambda t: t, backend="reference")
+def problem(call):
+    """(arguments, the latent that is differentiated in) in float64; nothing requires a gradient."""
+    p = Problem(call, 2, 33).double()
+    p.at = "velocity" if "velocity" in p.arguments else "x0"
+    return p, p[p.at].requires_grad_(False).clone()
 
 
-def kernel(name):
+def reference(p):
+    """The op as a function of its latent, in float64."""
+    return lambda v: p.run("reference", learn=False, **{p.at: v})[0]
+
+
+def kernel(p, backend="native"):
     """The same on the kernels, in float32."""
-    return lambda v: OPS[name](v, torch.Tensor.float, backend="native")
+    p = p.changed(lambda x: x.float() if x.is_floating_point() else x)
+    return lambda v: p.run(backend, learn=False, **{p.at: v})[0]
 
 
 @pytest.fixture
@@ -55,40 +52,45 @@ def native():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", OPS)
-def test_forward_mode_of_the_reference(name, requires_grad):
-    op, step = reference(name), 1e-5
-    difference = (op(V + step * T) - op(V - step * T)) / (2 * step)
+@pytest.mark.parametrize("call", MOVING, ids=str)
+def test_forward_mode_of_the_reference(call, requires_grad):
+    p, v = problem(call)
+    op, step = reference(p), 1e-5
+    difference = (op(v + step * T) - op(v - step * T)) / (2 * step)
     assert difference.abs().max() > 1e-3
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(V.clone().requires_grad_(requires_grad), T)
+        dual = forward_ad.make_dual(v.clone().requires_grad_(requires_grad), T)
         tangent = forward_ad.unpack_dual(op(dual)).tangent
     torch.testing.assert_close(tangent.detach(), difference, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(jvp(op, (V,), (T,))[1], difference, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(jvp(op, (v,), (T,))[1], difference, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_torch_func_on_the_reference(name):
-    op = reference(name)
-    velocity = V.clone().requires_grad_()
+@every_loss
+def test_torch_func_on_the_reference(call):
+    p, v = problem(call)
+    op, velocity = reference(p), v.clone().requires_grad_()
     expected = torch.autograd.grad(op(velocity).sum(), velocity)[0]
-    torch.testing.assert_close(grad(lambda v: op(v).sum())(V), expected)
-    both = torch.stack([V, V + T])
+    torch.testing.assert_close(grad(lambda v: op(v).sum())(v), expected)
+    torch.testing.assert_close(jvp(lambda v: op(v).sum(), (v,), (T,))[1], (expected * T).sum())
+    both = torch.stack([v, v + T])
     torch.testing.assert_close(vmap(op)(both), torch.stack([op(v) for v in both]))
-    second = torch.func.hessian(lambda v: op(v).sum())(V).reshape(V.numel(), -1)
+    if call not in MOVING:
+        return
+    second = torch.func.hessian(lambda v: op(v).sum())(v).reshape(v.numel(), -1)
     step = 1e-5  # a Hessian is forward mode over reverse mode
     slope = lambda v: grad(lambda v: op(v).sum())(v)  # noqa: E731
-    difference = (slope(V + step * T) - slope(V - step * T)) / (2 * step)
+    difference = (slope(v + step * T) - slope(v - step * T)) / (2 * step)
     torch.testing.assert_close((second @ T.flatten()).reshape(T.shape), difference)
 
 
 def test_second_derivative_of_the_reference():
     """By hand: log_prob is a parabola in the velocity, of curvature -2 k b^2 / D."""
-    velocity = V.clone().requires_grad_()
-    log_prob = reference("sde_log_prob")(velocity).sum()
+    p, velocity = problem("sde_log_prob")
+    c = p["c_rows"]
+    log_prob = reference(p)(velocity.requires_grad_()).sum()
     first = torch.autograd.grad(log_prob, velocity, create_graph=True)[0]
     second = torch.autograd.grad(first.sum(), velocity)[0]
-    expected = torch.full_like(V, float(-2 * C.k * C.b**2 / V.shape[1]))
+    expected = (-2 * c.k * c.b**2 / velocity.shape[1])[:, None].expand_as(second)
     torch.testing.assert_close(second, expected)
 
 
@@ -96,9 +98,10 @@ REFUSAL = "its kernels have no forward mode and cannot see into what torch.func 
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", OPS)
-def test_kernels_refuse_forward_mode(name, requires_grad, native):
-    op, velocity = kernel(name), V.float().requires_grad_(requires_grad)
+@every_call
+def test_kernels_refuse_forward_mode(call, requires_grad, native):
+    p, v = problem(call)
+    op, velocity = kernel(p), v.float().requires_grad_(requires_grad)
     plain = op(velocity)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(velocity, T.float())
@@ -107,44 +110,42 @@ def test_kernels_refuse_forward_mode(name, requires_grad, native):
     assert torch.equal(op(velocity), plain)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_without_a_name_the_reference_serves(name):
+@every_call
+def test_without_a_name_the_reference_serves(call):
     """In float32, where kernels would be the best."""
-    by_default, by_name = (
-        lambda v, named=named: OPS[name](v, torch.Tensor.float, **named)
-        for named in ({}, {"backend": "reference"})
-    )
-    v, t = V.float(), T.float()
-    for got, expected in zip(jvp(by_default, (v,), (t,)), jvp(by_name, (v,), (t,)), strict=True):
+    p, v = problem(call)
+    ways, v, t = (kernel(p, None), kernel(p, "reference")), v.float(), T.float()
+    for got, expected in zip(*(jvp(op, (v,), (t,)) for op in ways), strict=True):
         assert torch.equal(got, expected)
     with forward_ad.dual_level():
         got, expected = (
-            forward_ad.unpack_dual(op(forward_ad.make_dual(v, t))).tangent
-            for op in (by_default, by_name)
+            forward_ad.unpack_dual(op(forward_ad.make_dual(v, t))).tangent for op in ways
         )
         assert expected.abs().max() > 1e-3 and torch.equal(got, expected)
-    if name in LOSSES:
-        assert torch.equal(*(grad(lambda v, op=op: op(v).sum())(v) for op in (by_default, by_name)))
-        assert torch.equal(*(vmap(op)(torch.stack([v, t])) for op in (by_default, by_name)))
+    if call.learned:
+        assert torch.equal(*(grad(lambda v, op=op: op(v).sum())(v) for op in ways))
+        assert torch.equal(*(vmap(op)(torch.stack([v, t])) for op in ways))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_a_mode_that_looks_on_costs_no_tangent(name):
+@every_call
+def test_a_mode_that_looks_on_costs_no_tangent(call):
     class Onlooker(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             return function(*args, **(kwargs or {}))
 
-    expected = jvp(reference(name), (V,), (T,))[1]
+    p, v = problem(call)
+    expected = jvp(reference(p), (v,), (T,))[1]
     with Onlooker(), forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(reference(name)(forward_ad.make_dual(V, T))).tangent
+        tangent = forward_ad.unpack_dual(reference(p)(forward_ad.make_dual(v, T))).tangent
     assert torch.equal(tangent, expected)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_kernels_refuse_torch_func(name, native):
-    op, v, t = kernel(name), V.float(), T.float()
-    scale, batch = torch.tensor(2.0), torch.stack([V.float(), T.float()])
-    for call in (
+@every_call
+def test_kernels_refuse_torch_func(call, native):
+    p, v = problem(call)
+    op, v, t = kernel(p), v.float(), T.float()
+    scale, batch = torch.tensor(2.0), torch.stack([v, t])
+    for transformed in (
         lambda: jvp(op, (v,), (t,)),
         lambda: vjp(op, v),
         lambda: grad(lambda v: op(v).sum())(v),
@@ -154,32 +155,37 @@ def test_kernels_refuse_torch_func(name, native):
         lambda: grad(lambda s: (s * op(v)).sum())(scale),  # the op's own outputs are wrapped, too
     ):
         with pytest.raises(fk.BackendError, match=f"^backend='native' cannot serve .*: {REFUSAL}"):
-            call()
+            transformed()
 
 
 def test_noise_under_torch_func(native):
-    draw = lambda s, **k: s * fk.philox_normal((2, 8), 1, [0, 1], 2, **k)  # noqa: E731
+    p = Problem("philox_normal", 2, 8)
+    draw = lambda s, backend=None: s * p.run(backend)[0]  # noqa: E731
     with pytest.raises(fk.BackendError, match=REFUSAL):
-        jvp(lambda s: draw(s, backend="native"), (torch.ones(()),), (torch.ones(()),))
+        jvp(lambda s: draw(s, "native"), (torch.ones(()),), (torch.ones(()),))
     served = jvp(draw, (torch.ones(()),), (torch.ones(()),))
     assert torch.equal(served[1], draw(1.0))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_compiled_kernels_refuse_forward_mode(name, native):
+@pytest.mark.parametrize(
+    "call", take(calls.ONE_OF_EACH, ("above", lambda c: c.verb == "philox_normal")), ids=str
+)
+def test_compiled_kernels_refuse_forward_mode(call, native):
     torch.compiler.reset()
-    velocity = V.float()
-    compiled = torch.compile(kernel(name), fullgraph=True, backend="aot_eager")
+    p, v = problem(call)
+    velocity = v.float()
+    compiled = torch.compile(kernel(p), fullgraph=True, backend="aot_eager")
     plain = compiled(velocity)
     with forward_ad.dual_level(), pytest.raises(Exception, match=REFUSAL):
         compiled(forward_ad.make_dual(velocity, T.float()))
     assert torch.equal(compiled(velocity), plain)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_kernels_refuse_a_transformed_gradient(name, native):
-    velocity = V.float().requires_grad_()
-    value = kernel(name)(velocity)
+@every_loss
+def test_kernels_refuse_a_transformed_gradient(call, native):
+    p, v = problem(call)
+    velocity = v.float().requires_grad_()
+    value = kernel(p)(velocity)
     ones = torch.ones_like(value)
     refused = pytest.raises(fk.BackendError, match="^grad: the kernels' backward pass has no forw")
     with forward_ad.dual_level(), refused:
@@ -188,20 +194,18 @@ def test_kernels_refuse_a_transformed_gradient(name, native):
     with refused:
         torch.autograd.grad(value, velocity, torch.stack([ones, ones]), is_grads_batched=True)
     after = torch.autograd.grad(value, velocity, ones)[0]  # a refusal costs nothing that was kept
-    assert torch.equal(after, torch.autograd.grad(kernel(name)(velocity), velocity, ones)[0])
+    assert torch.equal(after, torch.autograd.grad(kernel(p)(velocity), velocity, ones)[0])
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_reference_takes_a_transformed_gradient(name):
-    velocity = V.clone().requires_grad_()
-    value = reference(name)(velocity)
+@every_loss
+def test_the_reference_takes_a_transformed_gradient(call):
+    p, v = problem(call)
+    value = reference(p)(velocity := v.requires_grad_())
     ones = torch.ones_like(value)
     weights = torch.stack([ones, -2 * ones])
     first = torch.autograd.grad(value, velocity, ones, retain_graph=True)[0]
-    both = torch.autograd.grad(value, velocity, weights, is_grads_batched=True, retain_graph=True)[
-        0
-    ]
-    torch.testing.assert_close(both, torch.stack([first, -2 * first]))
+    both = torch.autograd.grad(value, velocity, weights, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(both[0], torch.stack([first, -2 * first]))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(ones, weights[1])
         out = torch.autograd.grad(value, velocity, dual)[0]

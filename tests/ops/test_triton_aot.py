@@ -22,15 +22,13 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from calls import BY_NAME, Problem, take  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from flowkern.ops._common.arguments import Noise  # noqa: E402
+from flowkern.ops._common import dispatch  # noqa: E402
 from flowkern.ops._common.rows_triton import LONG  # noqa: E402
-from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
-from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
-from flowkern.ops.sde_step import triton_impl as step  # noqa: E402
 
 SIZE, VIDEO = 65_536, 2_096_640  # multiples of 16: sizes of one side of LONG make the same kernels
 assert SIZE <= LONG < VIDEO
@@ -42,131 +40,62 @@ FIGURES = ("registers", "stack", "spills", "shared", "loads128", "stores128")
 # siblings 512, and ptxas may put a few scalars aside (16 bytes of stack at most); the ptxas of
 # Triton 3.6 does so elsewhere, too.
 MOST_REGISTERS, MOST_OF_DRAWN_SIBLINGS = 80, 128
-DRAWN_SIBLINGS = ("policy, all", "awm, siblings, drawn", "nft, all")
-GROWN = (
-    "draw, noise in kernel", "draw, noise given", "replay", "policy", "policy, kl", "awm",
-    "awm, drawn", "nft, on policy", "add noise", "add noise, given",
-)  # fmt: skip
-DRAWN = (*DRAWN_SIBLINGS, "draw, noise in kernel", "policy, guided, kl, drawn", "awm, drawn")
-DRAWN += ("add noise",)
+BETWEEN = {
+    "sde_step, guided, history", "ode_step", "sde_log_prob, guided", "policy_loss, drawn again",
+    "policy_loss, guard, KL", "policy_loss, on policy, guard", "policy_loss, recorded",
+    "policy_loss, weights, one edge", "policy_loss, guided", "policy_loss, guard, drawn again",
+    "matching_loss, nft, on policy, KL", "matching_loss, anchors",
+    "matching_loss, siblings, anchors", "matching_loss, uniform, anchor of no weight",
+    "matching_loss, t", "matching_loss, on policy", "matching_loss, nft",
+}  # fmt: skip
+CALLS = take(
+    ("takes seconds, and is between others that are compiled", lambda c: str(c) in BETWEEN),
+    ("has no latent to read", lambda c: c.verb == "philox_normal"),
+)
 
 
-class Calls:
-    """One call per kernel and case: (latents read, latents written), by launch. Two velocity rows,
-    three samples where they are siblings.
+def is_grown(call):
+    """Whether long samples in 16 bits take larger tiles: where programs arrive and have registers
+    left.
     """
-
-    def __init__(self, state, velocity, size):
-        self.x, self.v, self.size = state, velocity, size
-
-    def latent(self, dtype, rows=2):
-        return torch.empty(rows, self.size, dtype=dtype)
-
-    def draw(self, given=False):
-        x, v, size = self.x, self.v, (self.x, self.v)
-        source = Noise(self.latent(x)) if given else key(2)
-        step.draw(
-            self.latent(x), self.latent(v), torch.empty(2, 9), None, 1.0, (), source,
-            self.latent(x), torch.empty(2), None,
-        )  # fmt: skip
-        return [((*size, x) if given else size, (x,))]
-
-    def ode_guided_order_3(self):
-        x, v = self.x, self.v
-        step.draw(
-            self.latent(x), self.latent(v), torch.empty(9), self.latent(v), 4.5,
-            (self.latent(x), self.latent(x)), Noise(), self.latent(x), None, self.latent(x),
-        )  # fmt: skip
-        return [((x, v, v, x, x), (x, x))]
-
-    def replay(self):
-        x, v = self.x, self.v
-        inputs = (self.latent(x), self.latent(v), self.latent(x), torch.empty(2, 9), None, 1.0)
-        step.replay(*inputs)
-        step.replay_backward(torch.empty(2), *inputs)
-        return [((x, v, x), ()), ((x, v, x), (v,))]
-
-    def policy(self, siblings=False, drawn=None, old=True, ref=False, uncond=False, guard=False):
-        x, v = F if drawn else self.x, self.v
-        batch = 3 if siblings else 2
-        row = torch.zeros(batch, dtype=torch.int64) if siblings else None
-        source = {"given": Noise(self.latent(F, batch)), "key": key(batch)}.get(drawn)
-        x_next = None if drawn else self.latent(x, batch)
-        old, ref, uncond = (self.latent(v) if there else None for there in (old, ref, uncond))
-        inputs = (self.latent(v), self.latent(x), x_next, torch.empty(batch, 9))
-        out = policy.forward(
-            *inputs, torch.empty(batch), row, old, None, source, uncond, 1.0, ref, None, 0.1, None,
-            1e-4, 1e-4, guard, "mean",
-        )  # fmt: skip
-        kept = old if drawn or guard else None
-        policy.backward(
-            torch.empty(()), out[-1], *inputs, row, kept, source, uncond, 1.0, ref, guard
-        )
-        read = (v,) * (1 + (ref is not None) + (uncond is not None))
-        stored = () if drawn == "key" else (F,) if drawn else (x,)
-        forward = read + ((v, x, *stored) if old is not None else ())
-        if old is None and ref is None:
-            forward = ()
-        backward = read + (x, *stored) + (v,) * (kept is not None)
-        if guard:  # has a gradient without the velocity
-            backward = backward[1:]
-        return [(forward, ()), (backward, (v,))]
-
-    def matching(self, nft=False, siblings=False, given=False, old=True, anchors=False):
-        x, v = self.x, self.v
-        batch = 3 if siblings else 2
-        row = torch.zeros(batch, dtype=torch.int64) if siblings else None
-        source = Noise(self.latent(F, batch)) if given else key(batch)
-        old, ref, ema = (self.latent(v) if there else None for there in (old, anchors, anchors))
-        inputs = (self.latent(v), self.latent(x, batch), torch.empty(batch))
-        out = matching.forward(
-            *inputs, torch.empty(batch), row, source, nft, 2, old, ref, ema, 0.1, 0.1, 1.0, 1.0,
-            "mean",
-        )  # fmt: skip
-        matching.backward(torch.empty(()), out[-1], *inputs, row, source, nft, old, ref, ema)
-        read = (v, x) + (F,) * given + (v, v) * anchors
-        was_read = (v,) * (old is not None)
-        return [(read + was_read, ()), (read + was_read * nft, (v,))]
-
-    def add_noise(self, given=False):
-        x = self.x
-        matching.add_noise(
-            self.latent(x), torch.empty(2), Noise(self.latent(x)) if given else key(2)
-        )
-        return [((x, x) if given else (x,), (x,))]
+    if call.has("row") or call.verb == "ode_step":
+        return False
+    return call.verb != "policy_loss" or call.has("old_velocity", "x_next")
 
 
-def key(batch):
-    return Noise(None, 3, torch.zeros(batch, dtype=torch.int64))
+GROWN = [call for call in CALLS if is_grown(call)]
 
 
-CASES = {  # name: (verb, options)
-    "draw, noise in kernel": (Calls.draw, {}),
-    "draw, noise given": (Calls.draw, {"given": True}),
-    "ode, guided, order 3": (Calls.ode_guided_order_3, {}),
-    "replay": (Calls.replay, {}),
-    "policy": (Calls.policy, {}),
-    "policy, kl": (Calls.policy, {"ref": True, "uncond": True}),
-    "policy, siblings": (Calls.policy, {"siblings": True}),
-    "policy, on policy": (Calls.policy, {"old": False}),
-    "policy, on policy, kl": (Calls.policy, {"old": False, "ref": True}),
-    "policy, guard, noise given": (Calls.policy, {"guard": True, "drawn": "given"}),
-    "policy, guided, kl, drawn": (
-        Calls.policy,
-        {"ref": True, "uncond": True, "drawn": "key"},
-    ),
-    "policy, all": (
-        Calls.policy,
-        {"siblings": True, "ref": True, "uncond": True, "drawn": "key"},
-    ),
-    "awm": (Calls.matching, {"given": True}),
-    "awm, drawn": (Calls.matching, {}),
-    "awm, siblings, drawn": (Calls.matching, {"siblings": True}),
-    "nft, on policy": (Calls.matching, {"nft": True, "old": False, "given": True}),
-    "nft, all": (Calls.matching, {"nft": True, "siblings": True, "anchors": True}),
-    "add noise": (Calls.add_noise, {}),
-    "add noise, given": (Calls.add_noise, {"given": True}),
-}
+class Unwritten(Problem):
+    """Memory alone, whose values nobody reads."""
+
+    def _latent(self, name):
+        x = torch.empty(self._shape_of(name), dtype=self._dtype_of(name))
+        return [x, x] if name == "history" else x
+
+
+def unread(call):
+    """The latents that a launch has no need of, forward and backward."""
+    if call.verb == "matching_loss" and call.given.get("objective") != "nft":
+        return (), {"old_velocity"}
+    if call.verb != "policy_loss":
+        return (), ()
+    is_guard = call.given.get("ratio") == "guard"  # has a gradient without the velocity
+    backward = {"velocity"} if is_guard else {"old_velocity"} if call.has("x_next") else ()
+    if call.has("old_velocity"):
+        return (), backward
+    # The ratio is 1 without a look.
+    return {"x_t", "x_next"} | (set() if call.has("velocity_ref") else {"velocity"}), backward
+
+
+def latents(p):
+    """(dtypes read, dtypes written) by each launch."""
+    call = p.call
+    dtypes = {n: [x.dtype for x in p[n]] if n == "history" else [p[n].dtype] for n in p.latents}
+    reads = [[t for n in dtypes if n not in names for t in dtypes[n]] for names in unread(call)]
+    if call.learned:
+        return [(reads[0], ()), (reads[1], dtypes[call.learned])]
+    return [(reads[0], [p.state] * (2 if call.given.get("return_x0") else 1))]
 
 
 class Target:
@@ -197,17 +126,21 @@ def compiling(arch, take=lambda compile: compile(), least=0):
         kernel = take(compile) if options["BLOCK"] >= least else None
         launches.append((kernel, options["BLOCK"], options["num_warps"]))
 
+    interpreting, dispatch.interpreting = dispatch.interpreting, lambda: True  # it serves the CPU
     JITFunction.run = compile_only
     driver.set_active(Target(arch))
+    dispatch.choose.cache_clear()
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        JITFunction.run, dispatch.interpreting = run, interpreting
         driver.set_active(None)  # the next user finds its own
+        dispatch.choose.cache_clear()
 
 
 class Compiled(NamedTuple):
-    name: str
+    call: object
+    is_backward: bool
     kernel: object
     block: int
     warps: int
@@ -215,18 +148,17 @@ class Compiled(NamedTuple):
     written: tuple
 
 
-def compiled(name, dtypes, size, arch):
-    """Every launch of a case; of long samples those that take a larger tile, as others compile to
+def compiled(call, dtypes, size, arch):
+    """Every launch of a call; of long samples those that take a larger tile, as others compile to
     the same kernels as with shorter ones.
     """
-    verb, options = CASES[name]
+    p = Unwritten(call, 2, size, *dtypes)
     with compiling(arch, least=2048 if size == VIDEO else 0) as kernels:
-        expected = verb(Calls(*dtypes, size), **options)
-    for (kernel, *tile), latents in zip(kernels, expected, strict=True):
-        if kernel is None:
-            continue
-        backward = " backward" * ("backward" in kernel.metadata.name)
-        yield Compiled(name + backward, kernel, *tile, *latents)
+        p.run("triton")
+    launched = zip(kernels, latents(p), strict=True)
+    for turn, ((kernel, *tile), expected) in enumerate(launched):
+        if kernel is not None:
+            yield Compiled(call, turn == 1, kernel, *tile, *expected)
 
 
 def cuobjdump(kernel):
@@ -256,13 +188,13 @@ def report(kernel):
 
 
 def taken(arch):
-    """What the suite compiles, as a kernel takes more than a second: for 90 each case, of which the
+    """What the suite compiles, as a kernel takes more than a second: for 90 each call, of which the
     others share a half; each in one of the dtypes. And those that take a larger tile, once. This
     file, run by itself, looks at everything for every architecture.
     """
     others = [other for other in ARCHS if other != 90]
     share = slice(None) if arch == 90 else slice(2 * others.index(arch), None, 2 * len(others))
-    for turn, case in list(enumerate(CASES))[share]:
+    for turn, case in list(enumerate(CALLS))[share]:
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
     for case in GROWN[1::2] if arch == 90 else GROWN[::2][share]:
         yield from compiled(case, (H, H), VIDEO, arch)
@@ -270,11 +202,12 @@ def taken(arch):
 
 def check(made):
     """No spills, every latent in 128-bit accesses, room for many programs; returns the figures."""
-    name, kernel, block, warps, read, written = made
-    found = report(kernel)
+    call, is_backward, kernel, block, warps, read, written = made
+    name, found = f"{call}{' backward' * is_backward}", report(kernel)
     per_thread = block // (32 * warps)
-    wide = name.removesuffix(" backward") in DRAWN_SIBLINGS
-    wide |= (name, block) == ("awm, drawn", 2048)  # measured: 5 % faster than half of it
+    wide = call.has("seed", "row")  # noise is drawn in a loop over siblings
+    # Measured: 5 % faster than half of it.
+    wide |= not is_backward and (str(call), block) == ("matching_loss", 2048)
     aside = 16 if wide or triton.__version__.startswith("3.6.") else 0
     assert found["stack"] <= aside and (aside or not found["spills"]), (name, found)
     loads = sum(per_thread * t.itemsize // 16 for t in read)
@@ -284,7 +217,7 @@ def check(made):
         assert found["loads128"] == loads, (name, found)
     assert found["stores128"] == sum(per_thread * t.itemsize // 16 for t in written), name
     if triton.__version__.startswith("3.6."):  # its ptxas hoists the loads of the last program
-        wide |= "siblings" in name
+        wide |= call.has("row")
     most = MOST_OF_DRAWN_SIBLINGS if wide else MOST_REGISTERS
     assert found["registers"] <= most, (name, found)
     return found
@@ -297,15 +230,14 @@ def test_no_spills_and_every_latent_in_128_bit_accesses(arch):
         check(made)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_long_samples_in_16_bits_take_larger_tiles(case):
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_long_samples_in_16_bits_take_larger_tiles(call):
     """Where programs arrive and have registers left; nothing else does."""
-    verb, options = CASES[case]
     for dtypes, size in itertools.product(DTYPES, (SIZE, VIDEO)):
         with compiling(90, take=lambda compile: None) as launches:
-            verb(Calls(*dtypes, size), **options)
+            Unwritten(call, 2, size, *dtypes).run("triton")
         first, *others = (block for _, block, _ in launches)
-        assert first == (2048 if case in GROWN and (dtypes, size) == ((H, H), VIDEO) else 1024)
+        assert first == (2048 if call in GROWN and (dtypes, size) == ((H, H), VIDEO) else 1024)
         assert set(others) <= {1024}
 
 
@@ -313,47 +245,55 @@ def test_arithmetic_is_ieee_without_contraction():
     """What the bits of the noise, of the mean and of a replay rest on. Fused multiply-adds are
     those that the noise asks for, and those of exp and of division in float64.
     """
-    for name, kernel, *_ in taken(90):
+    for call, is_backward, kernel, *_ in taken(90):
         ptx = kernel.asm["ptx"]
         arithmetic = set(
             re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f\d\d\b", ptx)
         )
         assert all(re.fullmatch(r"(mul|add|sub|div|sqrt|fma)\.rn\.f\d\d", a) for a in arithmetic)
-        draws = name.removesuffix(" backward") in DRAWN
-        assert ("sqrt.rn.f32" in arithmetic) == draws, name
-        assert draws or "fma.rn.f32" not in arithmetic, name
-        if "policy, on policy" != name:  # which has no latents
-            assert arithmetic >= {"mul.rn.f32", "add.rn.f32"}, name
+        draws = call.has("seed")
+        assert ("sqrt.rn.f32" in arithmetic) == draws, str(call)
+        assert draws or "fma.rn.f32" not in arithmetic, str(call)
+        if is_backward or str(call) != "policy_loss, on policy":  # which has no latents
+            assert arithmetic >= {"mul.rn.f32", "add.rn.f32"}, str(call)
 
 
 def test_atomics_are_integers_and_few():
     """One per program where a draw or replay has a log-probability; in a loss one for the chunks of
-    a row, one for the samples of a group and one for the groups; sums of floats are ordered.
+    a row, one for the samples of a group and, where losses are summed, one for the groups; sums of
+    floats are ordered.
     """
-    for name, kernel, *_ in taken(90):
-        losses = name.startswith(("policy", "awm", "nft"))
-        expected = 3 if losses else name.startswith(("draw", "replay"))
-        if "backward" in name:
-            expected = 0
+    expected = {"sde_step": 1, "sde_log_prob": 1, "policy_loss": 3, "matching_loss": 3}
+    for call, is_backward, kernel, *_ in taken(90):
+        count = expected.get(call.verb, 0) - (call.given.get("reduction") == "none")
+        count *= not is_backward
         found = re.findall(r"\b(?:atom|red)\.\S+", kernel.asm["ptx"])
-        assert found == ["atom.global.gpu.acq_rel.add.u32"] * expected, name
+        assert found == ["atom.global.gpu.acq_rel.add.u32"] * count, str(call)
 
 
 def test_a_sample_of_one_element():
     """A launch makes constants of sizes and strides that are 1."""
-    for case in ("draw, noise given", "ode, guided, order 3", "replay", "policy, siblings", "awm"):
-        assert all(kernel.asm["cubin"] for _, kernel, *_ in compiled(case, DTYPES[2], 1, 90))
+    for name in ("sde_step, noise given", "ode_step, guided, order 3", "sde_log_prob"):
+        assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
+    for name in ("policy_loss, siblings", "matching_loss, noise given"):
+        assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
 
 
 def table():
-    cells = "{:36}{:12}{:>6}{:>7}{:>7}" + "{:>11}" * len(FIGURES)
+    cells = "{:46}{:12}{:>6}{:>7}{:>7}" + "{:>11}" * len(FIGURES)
     yield cells.format("kernel", "x_t, v", "block", "warps", "arch", *FIGURES)
     for dtypes in DTYPES:
         short = ", ".join(str(t).removeprefix("torch.").replace("float", "f") for t in dtypes)
-        for arch, case in itertools.product(ARCHS, CASES):
-            sizes = (SIZE, VIDEO) if case in GROWN and dtypes == (H, H) else (SIZE,)
-            for made in itertools.chain(*(compiled(case, dtypes, size, arch) for size in sizes)):
-                kernel = made.name, short, made.block, made.warps, f"sm_{arch}"
+        for arch, call in itertools.product(ARCHS, CALLS):
+            sizes = (SIZE, VIDEO) if call in GROWN and dtypes == (H, H) else (SIZE,)
+            for made in itertools.chain(*(compiled(call, dtypes, size, arch) for size in sizes)):
+                kernel = (
+                    f"{call}{' backward' * made.is_backward}",
+                    short,
+                    made.block,
+                    made.warps,
+                    f"sm_{arch}",
+                )
                 yield cells.format(*kernel, *check(made).values())
 
 

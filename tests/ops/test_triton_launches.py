@@ -1,10 +1,11 @@
 """Triton's real way to a launch, without a GPU: its binder, its compiler for sm_90, its launcher in
 C, against a driver that records launches and runs nothing (stub_driver).
 
-`python tests/ops/test_triton_launches.py` prints the host time of each verb.
+`python tests/ops/test_triton_launches.py` prints the host time of each call.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -13,72 +14,33 @@ import tempfile
 import time
 from pathlib import Path
 
+import calls
 import pytest
+import stub_driver
 import torch
 
-import flowkern as fk
-from flowkern.ops._common import dispatch, philox
-from flowkern.ops.matching_loss import api as matching_api
-from flowkern.ops.policy_loss import api as policy_api
-from flowkern.ops.sde_step import api as step_api
-from flowkern.schedules import multistep_coefficients
-
-sys.path.insert(0, str(Path(__file__).parent))
-import calls
-import stub_driver
+from flowkern import torch_private
+from flowkern.ops._common import dispatch
 
 B, D, VIDEO = 8, 65_536, 2**18 + 4096
 PROGRAMS = B * D // 1024
-SOLVER = multistep_coefficients((0.9, 0.8, 0.7), 2).to("cpu", torch.float32)
-
-
-def solve(p, backend):
-    return fk.ode_step(p.x, p.old, SOLVER, [p.ref], p.noise, 4.5, return_x0=True, backend=backend)
-
-
-def siblings(p, backend):
-    """Two samples to a velocity row, or as many as make a batch beyond a look at each."""
-    batch = 1500 if p.shape[1] < 100 else 2 * B
-    of_samples = torch.zeros(batch)
-    row, x_next = torch.arange(batch) % B, p.x_next[:1].expand(batch, -1)
-    out = fk.policy_loss(
-        p.v, p.x, x_next, p.rows[0], of_samples, row, old_velocity=p.old, backend=backend
-    )
-    return torch.autograd.grad(out.loss, p.v, p.one)
-
-
-def on_policy(p, backend):
-    return calls.trained(p, calls.policy(p, backend, old_velocity=None))
-
-
-def draw_and_learn(p, backend):
-    calls.VERBS["draw"][0](p, backend)
-    return calls.VERBS["policy, gradient"][0](p, backend)
-
-
-LONG = {"batch": 2, "size": VIDEO, "dtype": torch.bfloat16}
-MORE = {  # name: (arguments, call, programs of each launch)
-    "solver": ({}, solve, [PROGRAMS]),
-    "on policy": ({}, on_policy, [B, PROGRAMS]),
-    "siblings": ({}, siblings, [PROGRAMS, PROGRAMS]),
-    "many siblings": ({"size": 16}, siblings, [B, B]),
-    "long samples of 16 bits": (
-        LONG,
-        draw_and_learn,
-        [2 * -(-VIDEO // block) for block in (2048, 2048, 1024)],
-    ),
-}
-VERBS = {
-    name: ({}, call, [PROGRAMS] * (2 if "gradient" in name or "drawn" in name else 1))
-    for name, (call, _) in calls.VERBS.items()
-} | MORE
-for name in ("policy, guard, KL", "matching, nft"):
-    VERBS[name] = (*VERBS[name][:2], [PROGRAMS, PROGRAMS])
+CALLS = calls.take(calls.FEW)
+# Of what does not launch a program to each tile of 1,024 elements, each way: on policy no latent is
+# read; in 16 bits long samples have larger tiles forward.
+ON_POLICY = {"policy_loss, on policy": [B, PROGRAMS]}
+LONG = [2 * -(-VIDEO // block) for block in (2048, 1024)]
+LAUNCHED = [  # a problem, and the programs of each of its launches
+    *[((c, B, D), ON_POLICY.get(str(c), [PROGRAMS] * (2 if c.learned else 1))) for c in CALLS],
+    (("policy_loss, siblings", 750, 16), [750, 750]),  # a batch beyond a look at each
+    (("sde_step", 2, VIDEO, torch.bfloat16), LONG[:1]),
+    (("policy_loss", 2, VIDEO, torch.bfloat16), LONG),
+]
 
 
 @contextlib.contextmanager
 def on_the_stub(folder, entered):
     """Triton serves, on a device that torch takes for the current one, 0; `entered` by others."""
+    importlib.import_module("flowkern.ops._common.rows_triton")  # before it is told what is not so
 
     @contextlib.contextmanager
     def device_of(x):
@@ -90,37 +52,31 @@ def on_the_stub(folder, entered):
     torch.cuda.current_stream = lambda device: None
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.device_of = device_of
-    torch._C._cuda_getCurrentRawStream = lambda device: 0
-    for module in (step_api, policy_api, matching_api, philox):
-        for impls in vars(module).values():
-            if isinstance(impls, tuple) and impls and isinstance(impls[0], dispatch.Impl):
-                for impl in impls:
-                    object.__setattr__(impl, "why_not", dispatch.no_objection)
+    torch_private.raw_stream = lambda device: 0
+    dispatch.interpreting = lambda: True  # then Triton serves tensors of the CPU
     driver = stub_driver.load(folder)
     with stub_driver.tensors_on_cuda(), stub_driver.triton_on(driver, folder):
         yield driver
 
 
 def report(folder):
-    """(kernel, programs, threads) of the launches of each verb; devices entered on the way."""
-    made = {name: calls.Arguments("cpu", **arguments) for name, (arguments, *_) in VERBS.items()}
-    found, entered = {}, []
+    """(kernel, programs, threads) of the launches of each problem; devices entered on the way."""
+    problems, found, entered = [calls.Problem(*problem) for problem, _ in LAUNCHED], [], []
     with on_the_stub(folder, entered) as driver:
-        for name, (_, call, _) in VERBS.items():
+        for p in problems:
             driver.clear()
-            call(made[name], "triton")
-            found[name] = [(x.name, x.grid[0], x.block[0]) for x in driver.launches()]
-            assert not entered, name
+            p.run("triton")
+            found.append([(x.name, x.grid[0], x.block[0]) for x in driver.launches()])
+            assert not entered, str(p.call)
         torch.Tensor.get_device = lambda self: 1
-        name, (_, call, _) = next(iter(VERBS.items()))
-        call(made[name], "triton")
+        problems[0].run("triton")
     return {"launches": found, "entered": entered}
 
 
 @pytest.mark.skipif(stub_driver.why_not() is not None, reason=str(stub_driver.why_not()))
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted")
 @pytest.mark.long(50)
-def test_every_verb_launches(tmp_path):
+def test_every_call_launches(tmp_path):
     """In a process of its own, as the stub stays loaded and tensors pretend."""
     pytest.importorskip("triton")
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -131,10 +87,9 @@ def test_every_verb_launches(tmp_path):
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert set(found["entered"]) == {1}  # the current device is not set again
-    launches = found["launches"]
-    for name, (_, _, programs) in VERBS.items():
-        assert [launch[1] for launch in launches[name]] == programs, (name, launches[name])
-        assert {launch[2] for launch in launches[name]} == {128}
+    for (problem, programs), launches in zip(LAUNCHED, found["launches"], strict=True):
+        assert [launch[1] for launch in launches] == programs, (str(problem[0]), launches)
+        assert {launch[2] for launch in launches} == {128}
 
 
 def microseconds(call, rounds=200, repeated=5):
@@ -169,19 +124,20 @@ def host_times(folder):
         pass
 
     torch.set_num_threads(1)
-    p = calls.Arguments("cpu", size=256)
+    problems = [calls.Problem(call, B, 256) for call in CALLS]
+    learned = calls.Problem("policy_loss", B, 256)
+    v, old, one = learned["velocity"], learned["old_velocity"], learned.weight
     with on_the_stub(folder, []):
-        for name, (arguments, call, _) in VERBS.items():
-            if not arguments:
-                yield name, microseconds(lambda call=call: call(p, "triton"))
-        nothing = lambda: Nothing.apply(p.v, torch.empty(()), p.old)  # noqa: E731
+        for p in problems:
+            yield str(p.call), microseconds(lambda p=p: p.run("triton"))
+        nothing = lambda: Nothing.apply(v, torch.empty(()), old)  # noqa: E731
         yield (
             "an empty autograd.Function, both ways",
-            microseconds(lambda: torch.autograd.grad(nothing(), p.v, p.one)),
+            microseconds(lambda: torch.autograd.grad(nothing(), v, one)),
         )
         yield (
             "a launch of three arguments",
-            microseconds(lambda: nothing_kernel[(1,)](p.x, p.v, 7)),
+            microseconds(lambda: nothing_kernel[(1,)](old, v, 7)),
         )
         yield "torch.empty", microseconds(lambda: torch.empty(8))
 

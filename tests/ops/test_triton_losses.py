@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from calls import BY_NAME, GIVEN, Problem, take
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
@@ -25,7 +26,9 @@ import interpreter  # noqa: E402
 
 from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
+from flowkern.ops.matching_loss.inputs import MatchingInputs  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
+from flowkern.ops.policy_loss.inputs import PolicyInputs  # noqa: E402
 
 if INTERPRETED:
     interpreter.patch_once()
@@ -141,92 +144,41 @@ def check(loss, arguments):
 
 
 KEY = key(4)
-REF, EMA, UNCOND = (latent(4, 7, 11, 5, seed=seed) for seed in (6, 7, 8))
-POLICY = {
-    "old velocity": {},
-    "guard": {"ratio": "guard", "reduction": "sum"},
-    "on policy": {"old_velocity": None},
-    "on policy, guard": {"old_velocity": None, "ratio": "guard"},
-    "recorded": {"old_velocity": None, "old_log_prob": per_sample(4), "clip_high": 0.5},
-    "drawn again": {"x_next": None} | KEY,
-    "drawn again, guard": {"x_next": None, "ratio": "guard"} | KEY,
-    "noise given": {"x_next": None, "noise": latent(4, 7, 11, 5, seed=5)},
-    "one edge": {"c_rows": GRID[3]},
-    "weights": {"reduction": "none", "step_weight": per_sample(4, 1)},
-    "kl": {"velocity_ref": REF, "kl_coef": 0.3},
-    "kl per sample, on policy": {
-        "old_velocity": None,
-        "velocity_ref": REF,
-        "kl_coef": per_sample(4, 2).abs(),
-        "reduction": "none",
-    },
-    "guided": {"velocity_uncond": UNCOND, "guidance_scale": 4.5},
-    "all": {
-        "x_next": None,
-        "velocity_ref": REF,
-        "kl_coef": 0.1,
-        "step_weight": per_sample(4, 1),
-        "velocity_uncond": UNCOND,
-        "guidance_scale": 4.5,
-    }
-    | KEY,
-}
+UNCOND = latent(4, 7, 11, 5, seed=8)
+CALLS = take(("in test_triton.py", lambda call: not call.verb.endswith("_loss")))
+# So that some samples are clipped, and some are not.
+CLIPS = {"policy_loss": 1e-4, "matching_loss": 1e-3}
 
 
-def with_rows(names):
-    """Of each case its own rows and siblings; interpreted, where a program takes 50 ms, in turn one
-    of the two.
+def with_siblings():
+    """Each call with rows of its own and with siblings; interpreted, where a program takes 50 ms,
+    in turn one of the two.
     """
-    for turn, name in enumerate(names):
-        rows = [(None, "own rows"), (ROW, "siblings")]
-        for row, label in rows[turn % 2 :: 2] if INTERPRETED else rows:
-            yield pytest.param(name, row, id=f"{name}, {label}")
+    for turn, call in enumerate(CALLS):
+        ways = {str(call): call} if call.has("row") else {
+            str(call): call, f"{call}, with siblings": call.but(row=GIVEN),
+        }  # fmt: skip
+        for name, way in list(ways.items())[turn % len(ways) :: 2 if INTERPRETED else 1]:
+            yield pytest.param(way, id=name)
 
 
-@pytest.mark.parametrize("name, row", with_rows(POLICY))
-def test_policy_loss(name, row):
-    check(fk.policy_loss, policy_problem(4, 7, 11, 5, row=row, **POLICY[name]))
+def given_to(call, batch, size, dtype=torch.float32):
+    p = Problem(call, batch, size, dtype, device=DEVICE)
+    clip = CLIPS.get(p.call.verb, 0.5)
+    return p.arguments | {"velocity": p["velocity"].detach(), "clip_low": clip, "clip_high": clip}
 
 
-MATCHING = {
-    f"awm, {weighting}": {"weighting": weighting} for weighting in ("uniform", "t", "ghuber")
-} | {
-    "awm, unclipped": {"clip_low": 1.0, "clip_high": 1.0, "reduction": "sum"},
-    "awm, on policy": {"old_velocity": None},
-    "awm, drawn": {"noise": None} | KEY,
-    "awm, anchors": {
-        "velocity_ref": REF,
-        "velocity_ema": EMA,
-        "ref_coef": 0.3,
-        "ema_coef": 0.2,
-        "reduction": "none",
-    },
-    "nft": {"objective": "nft"},
-    "nft, on policy": {"objective": "nft", "old_velocity": None, "reduction": "sum"},
-    "nft, anchor of no weight": {"objective": "nft", "velocity_ref": REF},
-    "nft, all": {
-        "objective": "nft",
-        "noise": None,
-        "velocity_ref": REF,
-        "velocity_ema": EMA,
-        "ref_coef": 0.3,
-        "ema_coef": 0.2,
-    }
-    | KEY,
-}
-
-
-@pytest.mark.parametrize("name, row", with_rows(MATCHING))
-def test_matching_loss(name, row):
-    check(matching_loss, matching_problem(4, 7, 11, 5, row=row, **MATCHING[name]))
+@pytest.mark.parametrize("call", with_siblings())
+def test_close_to_float64(call):
+    check(call.function, given_to(call, 3, (7, 11, 5)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1,), (4, 64), (257,)])
 def test_dtypes_and_sizes(dtype, size):
     """A size of one, of a tile, of a tile and one. States in float32 with a velocity below, too."""
-    check(fk.policy_loss, policy_problem(3, *size, dtype=dtype, ratio="guard"))
-    check(matching_loss, matching_problem(3, *size, dtype=dtype, objective="nft"))
+    for name in ("policy_loss, guard, KL", "matching_loss, nft"):
+        check(BY_NAME[name].function, given_to(name, 3, size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -431,17 +383,25 @@ def test_drawn_again_is_as_stored(ratio):
     assert stored[0][1][2] == 0 and not stored[1][2].any()  # no density, no gradient
 
 
+def nothing(inputs):
+    """Of a loss's inputs none: what a backward pass does not look at."""
+    return inputs._make([None] * len(inputs._fields))
+
+
 def test_what_has_no_slope_is_not_read(siblings):
     """Clipped samples do not read x_next, rows of none but such read nothing: NaN stays out."""
     arguments = policy_problem(4, 600, row=ROW, drift=0.5)
     velocity, x_t, x_next, rows = (arguments[n] for n in ("velocity", "x_t", "x_next", "c_rows"))
     slopes = torch.tensor([[1.0, 0], [0, 0], [0, 0], [2, 0]], device=DEVICE)
     grad = torch.ones((), device=DEVICE)
-    rest = (rows.table, ROW, None, None, None, 1.0, None, False)
-    expected = policy.backward(grad, slopes, velocity, x_t, x_next, *rest)
+    inputs = nothing(PolicyInputs)._replace(
+        velocity=velocity, x_t=x_t, x_next=x_next, c_rows=rows.table, row=ROW,
+        guidance_scale=1.0, ratio="sde",
+    )  # fmt: skip
+    expected = policy.backward(grad, slopes, inputs)
     assert expected[1].any() and not expected[0].any()
     x_next[1:3], x_t[0], velocity[0] = float("nan"), float("nan"), float("nan")
-    assert torch.equal(policy.backward(grad, slopes, velocity, x_t, x_next, *rest), expected)
+    assert torch.equal(policy.backward(grad, slopes, inputs), expected)
 
 
 def test_anchors_without_slope_are_not_read():
@@ -452,9 +412,11 @@ def test_anchors_without_slope_are_not_read():
     got = []
     for x in (x0, torch.cat([poison[:1], x0[1:]])):
         for ref in (noise, torch.cat([noise[:1], poison[1:]])):
-            source = fk.ops._common.arguments.Noise(given=noise)
-            rest = (None, None, source, True, poison, ref, poison)
-            got.append(matching.backward(grad, slopes, velocity, x, *rest))
+            inputs = nothing(MatchingInputs)._replace(
+                velocity=velocity, x0=x, noise=noise, old_velocity=poison, velocity_ref=ref,
+                velocity_ema=poison,
+            )  # fmt: skip
+            got.append(matching.backward(grad, slopes, inputs))
     assert torch.equal(got[0][0], velocity[0] - noise[0])
     assert all(torch.equal(x, got[0]) for x in got)
 

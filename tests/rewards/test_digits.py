@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("safetensors")
-from flowkern.rewards import REWARDS, load_reward
+from flowkern.rewards import load_reward
 from flowkern.rewards.digits import real_digits
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -20,27 +20,27 @@ def held_out():
 
 
 def test_classifier_and_judge_know_held_out_digits(held_out):
-    images, rows = held_out
-    prompts = [""] * len(rows)
-    labels = torch.tensor([row["digit"] for row in rows])
+    images, asked = held_out
+    prompts = [""] * len(asked)
+    labels = torch.tensor([one["digit"] for one in asked])
     classifier = load_reward("digits_classifier")
     assert (classifier.logits(images).argmax(-1) == labels).float().mean() >= 0.97
-    assert load_reward("digits_judge")(images, prompts, rows).mean() >= 0.97
-    reward = classifier(images, prompts, rows)
+    assert load_reward("digits_judge")(images, prompts, asked).mean() >= 0.97
+    reward = classifier(images, prompts, asked)
     assert reward.shape == labels.shape and reward.dtype == torch.float32
     assert 0.9 < reward.mean() < 0.97, "label smoothing keeps the probability off 1"
-    wrong = classifier(images, prompts, [{"digit": (row["digit"] + 1) % 10} for row in rows])
+    wrong = classifier(images, prompts, [{"digit": (one["digit"] + 1) % 10} for one in asked])
     assert wrong.mean() < 0.05
 
 
 def test_rewards_agree_across_image_sizes(held_out):
     """The same picture at twice the size, or in gray, is the same picture."""
-    images, rows = held_out[0][:20], held_out[1][:20]
-    for name in REWARDS:
+    images, asked = held_out[0][:20], held_out[1][:20]
+    for name in ("digits_classifier", "digits_judge", "distance_to_real"):
         reward = load_reward(name)
-        expected = reward(images, [""] * 20, rows)
+        expected = reward(images, [""] * 20, asked)
         for other in (images.repeat_interleave(2, -1).repeat_interleave(2, -2), images[:, :1]):
-            torch.testing.assert_close(reward(other, [""] * 20, rows), expected)
+            torch.testing.assert_close(reward(other, [""] * 20, asked), expected)
 
 
 def test_distance_is_zero_for_a_copy_and_grows_with_damage(held_out):
@@ -52,18 +52,16 @@ def test_distance_is_zero_for_a_copy_and_grows_with_damage(held_out):
 
 
 def test_prompts_are_held_out_and_answerable():
-    rows = {
+    prompts = {
         split: [json.loads(line) for line in (ASSETS / f"digits-prompts/{split}.jsonl").open()]
         for split in ("train", "test")
     }
-    prompts = {split: {row["prompt"] for row in rows[split]} for split in rows}
-    assert all(len(prompts[split]) == len(rows[split]) >= 100 for split in rows)
-    assert not prompts["train"] & prompts["test"]
-    words = {
-        split: {word for prompt in prompts[split] for word in prompt.split()} for split in rows
-    }
+    texts = {split: {one["prompt"] for one in prompts[split]} for split in prompts}
+    assert all(len(texts[split]) == len(prompts[split]) >= 100 for split in prompts)
+    assert not texts["train"] & texts["test"]
+    words = {split: {word for text in texts[split] for word in text.split()} for split in texts}
     assert words["test"] <= words["train"], "every word of a test prompt was seen in training"
-    assert all({row["digit"] for row in rows[split]} == set(range(10)) for split in rows)
+    assert all({one["digit"] for one in prompts[split]} == set(range(10)) for split in prompts)
 
 
 def test_assets_are_small():
@@ -73,15 +71,15 @@ def test_assets_are_small():
 
 def test_load_reward_takes_any_function_and_says_what_it_wants(held_out):
     assert load_reward("flowkern.rewards.digits:to_pixels").__name__ == "to_pixels"
-    with pytest.raises(ValueError, match="name: got 'beauty', expected one of digits_classifier"):
+    with pytest.raises(ValueError, match="reward.beauty: got .*, expected one of digits_cla"):
         load_reward("beauty")
     with pytest.raises(FileNotFoundError, match="directory: no judge.safetensors in"):
         load_reward("digits_judge", directory="/nonexistent")
-    images, rows = held_out
+    images, asked = held_out
     classifier = load_reward("digits_classifier")
-    with pytest.raises(ValueError, match="metadata: got 1 rows, expected 2"):
-        classifier(images[:2], ["", ""], rows[:1])
+    with pytest.raises(ValueError, match="metadata: got 1, expected 2"):
+        classifier(images[:2], ["", ""], asked[:1])
     with pytest.raises(ValueError, match=r"metadata\[1\]\['digit'\]: got None, expected 0 to 9"):
-        classifier(images[:2], ["", ""], [rows[0], {}])
+        classifier(images[:2], ["", ""], [asked[0], {}])
     with pytest.raises(ValueError, match=r"images: got shape \(3, 32, 32\), expected"):
-        classifier(images[0], [""], rows[:1])
+        classifier(images[0], [""], asked[:1])

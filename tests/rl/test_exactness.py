@@ -16,8 +16,8 @@ import naive
 import pytest
 import torch
 
-from flowkern.rl.algorithms import recipe
-from flowkern.rollout import Source, batch, network_rows, prompt_ids, run
+from flowkern.rl.algorithms import names, recipe
+from flowkern.rollout import Source, batch, network_batches, prompt_ids, run
 from flowkern.schedules import sd3_sigmas, shifted_sigmas
 
 SHAPE, SEED, SLOTS, UNCOND = (2, 4, 4), 11, (0, 1, 2, 3), 4
@@ -106,7 +106,7 @@ class Case:
 
     @property
     def needs_all(self):
-        return self.recipe.objective(0).needs_all
+        return self.recipe.objective(None).needs_all
 
 
 @dataclass
@@ -118,8 +118,8 @@ class Result:
     advantage: torch.Tensor
     gradients: torch.Tensor
     """(optimizer steps, weights)"""
-    rows: list = field(default_factory=list)
-    """The engine's: of every optimizer step and rank, the rows of its network calls."""
+    batches: list = field(default_factory=list)
+    """The engine's: of every optimizer step and rank, the network calls of each batch."""
     clipped: list[int] = field(default_factory=list)
     """The engine's: clipped choices of every optimizer step."""
 
@@ -162,26 +162,31 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
     rewards = {name: tensor(table) for name, table in by_name(scores, WEIGHTS).items()}
     advantage = algorithm.credit()(rewards, WEIGHTS, plan).view(ranks, uncond, -1)
 
-    objective = dataclasses.replace(algorithm.objective(uncond), backend="reference")
+    objective = algorithm.objective(algorithm.guidance(uncond))
+    objective = dataclasses.replace(objective, backend="reference")
     choices = each * advantage.shape[2]
-    gradients, rows, clipped = [], [], []
+    gradients, batches, clipped = [], [], []
     for share in torch.arange(uncond).view(updates, each):
-        rows.append([])
+        batches.append([])
         clipped.append(0)
         for rank, rollout in enumerate(rollouts):
             velocity = {name: net.of(slots[rank]) for name, net in nets.items()}
             anchors = {name: velocity[name] for name in objective.anchors}
-            calls = network_rows(plan, advantage[:, share], rank, max_batch, objective.needs_all)
-            for site, prompt in calls:
+            parts = network_batches(
+                rollout.layout, advantage[:, share], rank, max_batch, objective.needs_all
+            )
+            for site, prompt in parts:
                 part = batch(rollout, site, share[prompt], advantage[rank])
                 out = objective(part, velocity[None], anchors)
                 (out.loss / choices / ranks).backward()
-                clipped[-1] += int((out.clipped_low | out.clipped_high).sum())
-            rows[-1].append([len(site) for site, _ in calls])
+                said = out.statistics
+                is_clipped = said["pg_clipfrac_lower"] | said["pg_clipfrac_higher"]
+                clipped[-1] += int(is_clipped.sum())
+            batches[-1].append([len(site) for site, _ in parts])
         gradients.append(nets[None].take_gradient())
         nets[None].descend(gradients[-1])
     found = latents, rewards["likeness"], advantage.flatten(0, 1)
-    return Result(*(x[order] for x in found), torch.stack(gradients), rows, clipped)
+    return Result(*(x[order] for x in found), torch.stack(gradients), batches, clipped)
 
 
 def loop(case):
@@ -337,6 +342,10 @@ def assert_equal(actual, expected, atol):
             raise AssertionError(f"{name}: off by {off}, expected at most {atol}")
 
 
+def test_every_algorithm_has_its_loop():
+    assert {case.name for case in CASES.values()} == set(names())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_engine_is_the_loop(name):
     found = whole(name)
@@ -354,7 +363,7 @@ def test_any_max_batch_gives_the_same(name):
     for max_batch in (rows_per_node, 3):
         found = engine(CASES[name], max_batch)
         assert_equal(found, whole(name), 1e-12)
-        for (few,), (one,) in zip(found.rows, whole(name).rows, strict=True):
+        for (few,), (one,) in zip(found.batches, whole(name).batches, strict=True):
             assert max(few) <= max_batch and [sum(few)] == one
 
 
@@ -362,7 +371,7 @@ def test_any_max_batch_gives_the_same(name):
 def test_two_ranks_give_the_mean_of_their_gradients(name):
     found = engine(CASES[name], max_batch=3, ranks=2)
     assert_equal(found, whole(name), 1e-12)
-    assert all(len(first) == len(second) for first, second in found.rows)
+    assert all(len(first) == len(second) for first, second in found.batches)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -375,7 +384,7 @@ def test_ranks_call_alike_where_one_has_nothing_to_learn(name):
     found, expected = engine(case, 2, 2, flat=of_rank_1), engine(case, flat=of_rank_1)
     assert (expected.advantage == 0).all(1).tolist() == [slot in of_rank_1 for slot in SLOTS]
     assert_equal(found, expected, 1e-12)
-    for first, second in found.rows:
+    for first, second in found.batches:
         assert len(first) == len(second) > 1
         assert sum(second) == (sum(first) if case.needs_all else len(first))
 
@@ -385,7 +394,7 @@ def test_a_rollout_that_teaches_nothing_is_one_call_per_rank(name):
     for ranks in (1, 2):
         found = engine(CASES[name], 2, ranks, flat=SLOTS)
         assert (found.advantage == 0).all() and (found.gradients == 0).all()
-        assert found.rows == [[[1]] * ranks] * len(found.gradients)
+        assert found.batches == [[[1]] * ranks] * len(found.gradients)
 
 
 def test_states_that_are_drawn_again_in_float32_give_the_gradient():

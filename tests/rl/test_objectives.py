@@ -42,35 +42,47 @@ def everything(rollout):
     return batch(rollout, pair // 2, pair % 2, advantage)
 
 
-def log_prob(module, batch, scale):
+def rescaled(v, uncond, scale, sigma):
+    """As a family may have it: as long as the conditional one, the more so with more noise."""
+    both = uncond + scale * (v - uncond)
+    return both * (v.norm(dim=1) / both.norm(dim=1))[:, None] + sigma[:, None] * v
+
+
+def log_prob(module, batch, scale, guide=None, is_whole=False):
     """log N(x_next; a x + b v, std), averaged over the elements, as the papers have it."""
     velocity, c = velocity_of(module), batch.coefficients
     v = velocity(batch.x_t, batch.sigma, batch.prompt)
     if scale != 1:
-        uncond = velocity(batch.x_t, batch.sigma, torch.full_like(batch.prompt, UNCOND)).detach()
-        v = uncond + scale * (v - uncond)
+        uncond = velocity(batch.x_t, batch.sigma, torch.full_like(batch.prompt, UNCOND))
+        uncond = uncond if is_whole else uncond.detach()
+        plain = uncond + scale * (v - uncond)
+        v = plain if guide is None else guide(v, uncond, scale, batch.sigma)
     mean, std = c.a[:, None] * batch.x_t + c.b[:, None] * v, c.std[:, None]
     density = -((batch.x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
     return density.mean(1), mean, std
 
 
-@pytest.mark.parametrize("scale, kl_coef", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.05)])
-def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef):
+@pytest.mark.parametrize(
+    "scale, kl_coef, guide", [(1, 0, None), (3, 0, None), (3, 0.05, None), (3, 0.05, rescaled)]
+)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_ppos(scale, kl_coef, guide, is_whole):
     module, base = network(0), network(1)
-    guidance = None if scale == 1 else Guidance(scale, UNCOND)
+    guidance = Guidance.of(scale, UNCOND, guide)
     batch = everything(rollout_of(module, guidance, keep_velocity=False))
     advantage = batch.advantage
-    objective = RatioClip(1e-3, 1e-3, kl_coef, guidance=guidance)
+    objective = RatioClip(1e-3, 1e-3, kl_coef, guidance=guidance, uncond_gradient=is_whole)
     out = objective(batch, velocity_of(module), {"reference": velocity_of(base)})
-    assert torch.equal(out.ratio, torch.ones_like(out.ratio))
-    assert not (out.clipped_low | out.clipped_high).any()
+    ratio = out.statistics["ratio_mean"]
+    assert torch.equal(ratio, torch.ones_like(ratio))
+    assert not any(out.statistics[f"pg_clipfrac_{side}"].any() for side in ("lower", "higher"))
     (actual,) = torch.autograd.grad(out.loss, module.weight)
 
-    new, mean, std = log_prob(module, batch, scale)
+    new, mean, std = log_prob(module, batch, scale, guide, is_whole)
     ratio = (new - new.detach()).exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
     # KL against a reference that is guided by its own unconditional half
-    reference = log_prob(base, batch, scale)[1].detach()
+    reference = log_prob(base, batch, scale, guide)[1].detach()
     kl = ((mean - reference) ** 2 / (2 * std**2)).mean(1).sum()
     (expected,) = torch.autograd.grad(loss + kl_coef * kl, module.weight)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
@@ -84,11 +96,12 @@ def test_off_policy_the_ratio_is_that_of_the_densities_and_clips():
     advantage = batch.advantage
     out = RatioClip(1e-3, 2e-3)(batch, velocity_of(new), {})
     expected = log_prob(new, batch, 1.0)[0] - log_prob(old, batch, 1.0)[0]
-    torch.testing.assert_close(out.log_ratio, expected.detach(), rtol=0, atol=1e-10)
+    found = out.statistics["ratio_mean"].log()
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-10)
     ratio = expected.exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-3, 1 + 2e-3)).sum()
     torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=0)
-    assert out.clipped_low.any() and out.clipped_high.any()
+    assert all(out.statistics[f"pg_clipfrac_{side}"].any() for side in ("lower", "higher"))
     gradients = [torch.autograd.grad(x, new.weight)[0] for x in (out.loss, loss)]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
 
@@ -118,7 +131,9 @@ def test_matching_noises_every_leaf_anew_and_pulls_to_its_anchors():
     loss = (loss + 0.2 * (v - v_ema.detach()).square().mean(1)).sum()
     gradients = [torch.autograd.grad(x, module.weight)[0] for x in (out.loss, loss)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
-    assert torch.equal(out.ratio, torch.ones(12, dtype=torch.float64)) and (out.kl > 0).all()
+    assert torch.equal(out.statistics["ratio_mean"], torch.ones(12, dtype=torch.float64))
+    distance = (v - v_ref).square().mean(1).detach()
+    torch.testing.assert_close(out.statistics["kl"], distance, rtol=1e-9, atol=0)
     # A copy that equals the weights may be left out: it pulls at nothing.
     without = objective(points, velocity_of(module), {"reference": velocity_of(base)})
     same = objective(points, velocity_of(module), anchors | {"mean": velocity_of(module)})

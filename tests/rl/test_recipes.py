@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowkern.rl import algorithms
-from flowkern.rl.algorithms import cost, mean_cost, names, recipe
+from flowkern.ops.policy_loss import policy_loss
+from flowkern.rl import algorithms, objectives
+from flowkern.rl.algorithms import cost, names, recipe
+from flowkern.rl.cost import mean_cost
 from flowkern.rollout import Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
 
@@ -46,7 +48,6 @@ def std(node):
 def test_a_recipe_is_one_short_file():
     for file in Path(algorithms.__file__).parent.glob("[!_]*.py"):
         assert len(file.read_text().splitlines()) < 80, file.name
-    assert len(names()) == 11
 
 
 # ---- network calls per prompt, guidance not counted ----
@@ -271,12 +272,12 @@ def test_awm_draws_and_matches_where_the_released_code_does():
         assert set(index[i::6]) == stratum, "over 24 images, each is met"
     assert not any(node.is_trained for node in plan.nodes)
     it = recipe("awm")()
-    objective = it.objective(uncond=0)
+    objective = it.objective(it.guidance(0))
     assert (objective.objective, objective.weighting) == ("awm", "ghuber")
     assert (objective.ema, objective.ema_coef, objective.ref_coef) == ("ema", 1.0, 0.001)
     assert set(objective.anchors) == {"ema", "reference"} and it.sampler is None
     assert [it.copies["ema"](n) for n in (1, 100, 300, 900)] == pytest.approx([1e-3, 0.1, 0.3, 0.3])
-    assert recipe("awm")(ref_coef=0.0, ema_coef=0.0).objective(0).anchors == ()
+    assert recipe("awm")(ref_coef=0.0, ema_coef=0.0).objective(None).anchors == ()
     still = plan_of("awm", noise_level=0.0)
     assert drawn_steps(still)[0] == set()
 
@@ -293,7 +294,7 @@ def test_nft_matches_nine_of_ten_levels_of_every_image():
     assert orders == [0, *[1] * 8, 0] and path(plan, 3) == grid
     assert drawn_steps(plan)[0] == set()
     it = recipe("diffusion_nft")()
-    objective = it.objective(uncond=0)
+    objective = it.objective(it.guidance(0))
     assert (objective.objective, objective.old, objective.ref_coef) == ("nft", "old", 1e-4)
     assert it.sampler == "old" and objective.needs_all
 
@@ -356,11 +357,12 @@ def rollout_of(name, **options):
 
 def objective_of(name, **options):
     options = {"num_inference_steps": 5, "group_size": 3, "guidance_scale": 1.0} | options
-    return replace(recipe(name)(**options).objective(uncond=9), backend="reference")
+    it = recipe(name)(**options)
+    return replace(it.objective(it.guidance(9)), backend="reference")
 
 
-def all_rows(rollout):
-    """Every trained row of two prompts, at all steps mixed."""
+def all_sites(rollout):
+    """Every trained site of two prompts, at all steps mixed."""
     sites = len(rollout.plan.origins)
     pair = torch.randperm(2 * sites, generator=torch.Generator().manual_seed(1))
     return pair % sites, pair // sites, torch.ones(2, len(rollout.plan.trained))
@@ -371,41 +373,49 @@ def test_the_kl_has_its_dt(name):
     """Released Flow-GRPO divides by 2 g^2 instead of 2 std^2 = 2 g^2 (-dt)."""
     options = {"window": 2} if name == "mixgrpo" else {}
     rollout = rollout_of(name, kl_coef=0.5, **options)
-    rows = batch(rollout, *all_rows(rollout))
+    part = batch(rollout, *all_sites(rollout))
     anchors = {"reference": velocity_of(0.7)}
     weighed = objective_of(name, kl_coef=0.5, **options)
-    out = weighed(rows, velocity_of(1.0), anchors)
-    c, row = rows.coefficients, torch.arange(len(rows.x_t)) if rows.row is None else rows.row
+    out = weighed(part, velocity_of(1.0), anchors)
+    c, row = part.coefficients, torch.arange(len(part.x_t)) if part.row is None else part.row
     v, v_ref = (
-        f(rows.x_t, rows.sigma, rows.prompt)[row] for f in (velocity_of(1.0), *anchors.values())
+        f(part.x_t, part.sigma, part.prompt)[row] for f in (velocity_of(1.0), *anchors.values())
     )
     kl = (c.b[:, None] * (v - v_ref)).square().mean(1) / (2 * c.std**2)
-    torch.testing.assert_close(out.kl, kl, rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.statistics["kl"], kl, rtol=1e-9, atol=0)
     # On policy the policy term is -weight A: the step weight leaves the KL alone.
-    policy = -(rows.weight * rows.advantage).sum()
+    policy = -(part.weight * part.advantage).sum()
     torch.testing.assert_close(out.loss, policy + 0.5 * kl.sum(), rtol=1e-9, atol=0)
     if name == "tempflow_grpo":
-        assert rows.weight.std() > 0.1
+        assert part.weight.std() > 0.1
 
 
-def test_the_guarded_ratio_is_each_samples_own():
+def test_the_guarded_ratio_is_each_samples_own(monkeypatch):
     """Released, std and dt are means over the batch: wrong where its samples differ in step."""
+    found = []  # what the op says beside the outcome
+
+    def watched(*arguments, **options):
+        found.append(policy_loss(*arguments, **options).log_ratio)
+        return policy_loss(*arguments, **options)
+
+    monkeypatch.setattr(objectives, "policy_loss", watched)
     rollout = rollout_of("grpo_guard")
-    site, prompt, advantage = all_rows(rollout)
+    site, prompt, advantage = all_sites(rollout)
     objective, moved = objective_of("grpo_guard"), velocity_of(1.0001)
-    rows = batch(rollout, site, prompt, advantage)
-    together = objective(rows, moved, {})
-    c = rows.coefficients
+    part = batch(rollout, site, prompt, advantage)
+    together = objective(part, moved, {})
+    c = part.coefficients
     assert len({*c.std.tolist()}) == 4
-    moved_mean = c.b[:, None] * (moved(rows.x_t, rows.sigma, rows.prompt) - rows.old_velocity)
-    old_mean = c.a[:, None] * rows.x_t + c.b[:, None] * rows.old_velocity
-    noise = (rows.x_next - old_mean) / c.std[:, None]
-    torch.testing.assert_close(together.log_ratio, (noise * moved_mean).mean(1), rtol=1e-9, atol=0)
+    moved_mean = c.b[:, None] * (moved(part.x_t, part.sigma, part.prompt) - part.old_velocity)
+    old_mean = c.a[:, None] * part.x_t + c.b[:, None] * part.old_velocity
+    noise = (part.x_next - old_mean) / c.std[:, None]
+    (log_ratio,) = found
+    torch.testing.assert_close(log_ratio, (noise * moved_mean).mean(1), rtol=1e-9, atol=0)
     loss = 0
     for i in range(len(site)):
         alone = batch(rollout, site[i : i + 1], prompt[i : i + 1], advantage)
         out = objective(alone, moved, {})
-        torch.testing.assert_close(out.log_ratio[0], together.log_ratio[i], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[-1][0], log_ratio[i], rtol=1e-12, atol=0)
         loss += out.loss
     torch.testing.assert_close(loss, together.loss, rtol=1e-9, atol=1e-12)
     assert (objective.clip_low, objective.clip_high) == (2e-6, 2e-6)
@@ -432,6 +442,7 @@ STATISTICS = {
 
 @pytest.mark.parametrize("name", names())
 def test_each_algorithm_has_its_own_statistics(name):
+    assert name in STATISTICS, f"{name} needs an entry in STATISTICS"
     ddof, eps, is_global, scale = STATISTICS[name]
     options = {"num_inference_steps": 10, "group_size": 4}
     plan = plan_of(name, **options)
@@ -552,8 +563,15 @@ def test_the_public_count():
         assert counts["sample"] == (start + 1) + 12 * (24 - start) and counts["naive_sample"] == 300
         assert (counts["train"], counts["naive_train"], counts["decode"]) == (37, 48, 12)
     assert cost("flow_grpo", group_size=8)["sample"] == 80
-    with pytest.raises(ValueError, match="window_start: got 20, which mixgrpo never reaches"):
+    with pytest.raises(ValueError, match="window_start: got 20, which MixGRPO never reaches"):
         cost("mixgrpo", window_start=20)
+
+
+def test_every_file_is_an_algorithm_that_is_found_by_its_name():
+    files = {path.stem for path in Path(algorithms.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(names())
+    for name in names():
+        assert algorithms.name_of(recipe(name)()) == name
 
 
 def test_names_of_nothing_are_told_apart():
@@ -572,5 +590,4 @@ def test_guidance_up_to_1_is_none():
         for scale in (0, 0.5, 1):
             chosen = recipe(name)(guidance_scale=scale)
             assert chosen.guidance(uncond=7) is None
-            assert getattr(chosen.objective(uncond=7), "guidance", None) is None
         assert recipe(name)(guidance_scale=1.5).guidance(uncond=7).scale == 1.5

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
+from flowkern.rl.algorithms.flow_grpo import FlowGRPO
 from flowkern.rl.objectives import RatioClip
-from flowkern.rollout import Guidance, Plan, Source, batch, engine, network_rows, prompt_ids, run
-from flowkern.rollout.batches import site_of
+from flowkern.rollout import (
+    Guidance,
+    Layout,
+    Plan,
+    Source,
+    batch,
+    engine,
+    network_batches,
+    prompt_ids,
+    run,
+)
 from flowkern.rollout.engine import moved
 from flowkern.schedules import sd3_sigmas
 
@@ -48,8 +57,8 @@ def field(x_t, sigma, prompt):
 class Plain:
     """One state at a time, from its own noise on: nothing is shared, nothing is batched."""
 
-    def __init__(self, plan, source, scale):
-        self.plan, self.source, self.scale = plan, source, scale
+    def __init__(self, plan, source, scale, guide=None):
+        self.plan, self.source, self.scale, self.guide = plan, source, scale, guide
 
     def noise(self, prompt, member, step, stream):
         one, key = (1, *SHAPE), self.source.prompt_id[prompt : prompt + 1] + member
@@ -60,8 +69,10 @@ class Plain:
             self.state(node, prompt),
             torch.tensor([self.plan.nodes[node].sigma], dtype=torch.float64),
         )
-        uncond = field(x, sigma, torch.tensor([UNCOND]))
-        return uncond + self.scale * (field(x, sigma, torch.tensor([prompt])) - uncond)
+        uncond, v = (field(x, sigma, torch.tensor([p])) for p in (UNCOND, prompt))
+        if self.guide is not None:
+            return self.guide(v, uncond, self.scale, sigma)
+        return uncond + self.scale * (v - uncond)
 
     def clean(self, node, prompt):
         sigma = self.plan.nodes[node].sigma
@@ -82,11 +93,18 @@ class Plain:
         return x
 
 
-def test_the_engine_is_the_plain_recursion_in_float64():
+def of_two_scales(v, uncond, scale, sigma):
+    """As a family of two networks has it."""
+    w = torch.where(sigma > 0.5, scale, scale - 1)
+    return uncond + w.view(-1, *[1] * (v.ndim - 1)) * (v - uncond)
+
+
+@pytest.mark.parametrize("guide", [None, of_two_scales])
+def test_the_engine_is_the_plain_recursion_in_float64(guide):
     plan, source, scale = make_tree(), make_source(dtype=torch.float64), 2.5
-    guidance = Guidance(scale, UNCOND)
+    guidance = Guidance(scale, UNCOND, guide)
     rollout = run(plan, field, source, max_batch=7, guidance=guidance, keep_velocity=True)
-    plain, near = Plain(plan, source, scale), {"rtol": 0, "atol": 1e-10}
+    plain, near = Plain(plan, source, scale, guide), {"rtol": 0, "atol": 1e-10}
     assert not rollout.is_redrawn, "only float32 states can be drawn again"
     for prompt in range(3):
         for node, position in plan.leaves.items():
@@ -95,25 +113,27 @@ def test_the_engine_is_the_plain_recursion_in_float64():
     advantage = torch.randn(3, len(plan.trained))
     site, prompt = (g.flatten() for g in torch.meshgrid(
         torch.arange(len(plan.origins)), torch.arange(3), indexing="ij"))  # fmt: skip
-    rows = batch(rollout, site, prompt, advantage)
-    assert len(rows.x_t) == len(site) and len(rows.x_next) == advantage.numel()
+    trained = batch(rollout, site, prompt, advantage)
+    assert len(trained.x_t) == len(site) and len(trained.x_next) == advantage.numel()
     for i in range(len(site)):
         node = plan.origins[site[i]]
-        torch.testing.assert_close(rows.x_t[i], plain.state(node, int(prompt[i]))[0], **near)
+        torch.testing.assert_close(trained.x_t[i], plain.state(node, int(prompt[i]))[0], **near)
         velocity = plain.velocity(node, int(prompt[i]))[0]
-        torch.testing.assert_close(rows.old_velocity[i], velocity, **near)
-        assert rows.sigma[i] == plan.nodes[node].sigma and rows.prompt[i] == prompt[i]
+        torch.testing.assert_close(trained.old_velocity[i], velocity, **near)
+        assert trained.sigma[i] == plan.nodes[node].sigma and trained.prompt[i] == prompt[i]
     seen = set()
-    for j, i in enumerate(rows.row.tolist()):
-        x_next, where = rows.x_next[j], int(prompt[i])
+    for j, i in enumerate(trained.row.tolist()):
+        x_next, where = trained.x_next[j], int(prompt[i])
         for e, node in enumerate(plan.trained):
             if torch.allclose(x_next, plain.state(node, where)[0], rtol=0, atol=1e-10):
                 it = plan.nodes[node]
-                assert it.parent == plan.origins[site[i]] and site_of(plan)[e] == site[i]
-                assert rows.advantage[j] == advantage[where, e]
-                assert torch.equal(rows.coefficients.table[j], it.edge.table)
-                assert rows.key["sample_id"][j] == source.prompt_id[where] + it.member
-                assert rows.key["step"][j] == it.depth - 1
+                assert (
+                    it.parent == plan.origins[site[i]] and rollout.layout.trained.site[e] == site[i]
+                )
+                assert trained.advantage[j] == advantage[where, e]
+                assert torch.equal(trained.coefficients.table[j], it.edge.table)
+                assert trained.key["sample_id"][j] == source.prompt_id[where] + it.member
+                assert trained.key["step"][j] == it.depth - 1
                 seen.add((where, e))
     assert len(seen) == advantage.numel(), "every trained edge of every prompt, once"
 
@@ -133,11 +153,11 @@ def test_samples_depend_on_neither_max_batch_nor_the_rank(guidance):
         return run(plan, counted, source, max_batch, guidance, keep_velocity=True), calls
 
     whole, calls = walk((0, 1, 2), 1000)
-    rows = 3 * per_node * plan.cost().sample
-    assert len(calls) == 6 and sum(calls) == rows, "one call a depth, one row a node"
+    asked = 3 * per_node * plan.cost().sample
+    assert len(calls) == 6 and sum(calls) == asked, "one batch a depth, one call a node"
     for max_batch in (2, 5, 8):
         parts, calls = walk((0, 1, 2), max_batch)
-        assert max(calls) <= max_batch and sum(calls) == rows
+        assert max(calls) <= max_batch and sum(calls) == asked
         for name in ("latents", "states", "velocity"):
             assert torch.equal(getattr(parts, name), getattr(whole, name)), name
     ranks = [walk(slots, 5)[0] for slots in ((0,), (1, 2))]
@@ -171,16 +191,20 @@ def test_only_what_training_needs_is_kept():
 def test_calls_of_training_are_as_many_on_every_rank_and_leave_out_what_teaches_nothing():
     plan = make_tree()
     advantage = torch.zeros(2, 3, len(plan.trained))
-    every = [network_rows(plan, advantage, rank, 4, needs_all=True) for rank in (0, 1)]
+    every = [network_batches(Layout(plan), advantage, rank, 4, needs_all=True) for rank in (0, 1)]
     sites = len(plan.origins)
     for calls in every:
         pairs = {pair for rows in calls for pair in zip(*(r.tolist() for r in rows), strict=True)}
         assert pairs == {(s, p) for s in range(sites) for p in range(3)}
         assert max(len(site) for site, _ in calls) <= 4
-    nothing = [network_rows(plan, advantage, rank, 4, needs_all=False) for rank in (0, 1)]
+    nothing = [
+        network_batches(Layout(plan), advantage, rank, 4, needs_all=False) for rank in (0, 1)
+    ]
     assert [len(calls) for calls in nothing] == [1, 1], "momentum and gradient averages go on"
     advantage[1, 2] = 1.0  # one prompt of the second rank
-    first, second = (network_rows(plan, advantage, rank, 1, needs_all=False) for rank in (0, 1))
+    first, second = (
+        network_batches(Layout(plan), advantage, rank, 1, needs_all=False) for rank in (0, 1)
+    )
     assert len(first) == len(second) == sites
     assert all(int(prompt) == 2 for _, prompt in second)
 
@@ -209,8 +233,8 @@ def test_velocities_are_kept_in_the_precision_of_the_step(dtype):
     rollout = run(make_tree(), field, source, 7, guidance, keep_velocity=True)
     assert rollout.states.dtype == dtype and rollout.velocity.dtype == torch.float32
     assert not torch.equal(rollout.velocity, rollout.velocity.to(dtype).float())
-    rows = batch(rollout, torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.ones(3, 8))
-    assert rows.sigma.dtype == rows.advantage.dtype == torch.float32
+    trained = batch(rollout, torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.ones(3, 8))
+    assert trained.sigma.dtype == trained.advantage.dtype == torch.float32
 
 
 @pytest.mark.parametrize("max_batch", [1000, 7])
@@ -222,9 +246,9 @@ def test_nothing_of_a_rollout_or_of_its_loss_is_read_on_the_host(max_batch):
     weight = torch.ones((), device="meta", requires_grad=True)
     objective = RatioClip(1e-2, 1e-2, kl_coef=0.1, guidance=scale)
     advantage = torch.linspace(-1, 1, 3 * len(plan.trained)).view(1, 3, -1)
-    for site, prompt in network_rows(plan, advantage, 0, max_batch, needs_all=True):
-        rows = batch(rollout, site, prompt, advantage[0])
-        out = objective(rows, lambda *x: weight * field(*x), {"reference": field})
+    for site, prompt in network_batches(Layout(plan), advantage, 0, max_batch, needs_all=True):
+        trained = batch(rollout, site, prompt, advantage[0])
+        out = objective(trained, lambda *x: weight * field(*x), {"reference": field})
         out.loss.backward()
     with pytest.raises(RuntimeError):
         rollout.latents.flatten()[0].item()

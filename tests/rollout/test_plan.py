@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowkern.rl.algorithms import names, recipe
-from flowkern.rollout import Cost, Guidance, Plan, Source, network_rows, prompt_ids, run
+from flowkern.rollout import Cost, Guidance, Layout, Plan, Source, network_batches, prompt_ids, run
 from flowkern.schedules import edge_coefficients, multistep_coefficients, sd3_sigmas
 
 SHAPE, PROMPTS = (2, 4, 4), 3
@@ -37,7 +37,7 @@ def field(x_t, sigma, prompt):
 
 
 def walk(plan, max_batch=1000, slots=range(PROMPTS), guidance=None):
-    """A rollout, and the rows of its network calls; a prompt is told apart by its slot."""
+    """A rollout, and how many network calls its batches had; a prompt is told apart by its slot."""
     calls, slots = [], torch.tensor(slots)
     asked = torch.cat([slots, torch.tensor([-1])])
 
@@ -167,7 +167,7 @@ def test_the_cost_is_what_the_network_counts(name, options):
     assert rollout.latents.isfinite().all()
     assert sum(walk(plan, guidance=Guidance(2.0, PROMPTS))[1]) == 2 * PROMPTS * cost.sample
     advantage = torch.ones(1, PROMPTS, len(plan.points or plan.trained))
-    trained = network_rows(plan, advantage, 0, 5, needs_all=False)
+    trained = network_batches(Layout(plan), advantage, 0, 5, needs_all=False)
     assert sum(len(site) for site, _ in trained) == PROMPTS * cost.train
 
 

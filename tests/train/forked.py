@@ -94,8 +94,8 @@ if __name__ == "__main__":
     from conftest import without_drawing
 
     import flowkern.models.sd3
-    import flowkern.train.run
-    import flowkern.train.trainer  # noqa: F401
+    import flowkern.train.flow
+    import flowkern.train.loop  # noqa: F401
 
     without_drawing(setattr)
     for line in sys.stdin:

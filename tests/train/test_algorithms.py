@@ -1,4 +1,4 @@
-"""Every algorithm through the trainer, small: what it costs, that it begins on policy, that it is
+"""Every algorithm through the loop, small: what it costs, that it begins on policy, that it is
 the same on two processes and after a resume.
 """
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
 from flowkern.train.config import from_dict, to_dict
-from flowkern.train.trainer import Trainer
+from flowkern.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
@@ -78,8 +78,8 @@ def written(path: Path, content: str) -> Path:
 ONE_STEP = (
     "import json, os, sys\n"
     "from flowkern.train.config import from_dict\n"
-    "from flowkern.train.trainer import Trainer\n"
-    "records = Trainer(from_dict(json.loads(sys.argv[1]))).step()\n"
+    "from flowkern.train.loop import Loop\n"
+    "records = Loop(from_dict(json.loads(sys.argv[1]))).step()\n"
     "if os.environ['RANK'] == '0':\n"  # two that write have each other's ends in one file
     "    open(sys.argv[2], 'w').write(''.join(json.dumps(record) + '\\n' for record in records))\n"
     "import torch.distributed as group\n"
@@ -93,16 +93,16 @@ def test_it_costs_what_its_plan_says_begins_on_policy_and_is_the_same_on_two_pro
 ):
     tree, of_two = json.dumps(to_dict(small(name))), tmp_path / "of_two.jsonl"
     on_processes(2, written(tmp_path / "program.py", ONE_STEP), tree, of_two)
-    trainer = Trainer(small(name))
-    recipe = trainer.recipe
+    loop = Loop(small(name))
+    recipe = loop.recipe
     for iteration in range(2):
-        cost = recipe.plan(trainer.model.sigmas, trainer.iteration, 0).cost()
-        records = trainer.step()
-        rows = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
-        assert records[0]["nfe/sample"] == rows <= records[0]["nfe/naive_sample"]
+        cost = recipe.plan(loop.task.model.sigmas, loop.iteration, 0).cost()
+        records = loop.step()
+        calls = 4 * cost.sample * (1 if recipe.guidance_scale == 1 else 2)
+        assert records[0]["nfe/sample"] == calls <= records[0]["nfe/naive_sample"]
         trained = [record["nfe/train"] for record in records]
         # Less where a copy of the weights still equals them, or rewards are all alike.
-        assert max(trained) <= 2 * cost.train * trainer.objective.forwards
+        assert max(trained) <= 2 * cost.train * loop.task.objective.forwards
         assert records[0]["ratio_mean"] == pytest.approx(1, abs=1e-5)
         assert all(record["grad_norm"] > 0 for record in records)
         if iteration == 0:
@@ -111,8 +111,8 @@ def test_it_costs_what_its_plan_says_begins_on_policy_and_is_the_same_on_two_pro
             for two, one in zip(lines(of_two), of_one, strict=True):
                 assert two == pytest.approx(one, rel=2e-3, abs=1e-6)
     if not recipe.copies:
-        assert trained[0] == 2 * cost.train * trainer.objective.forwards, "none is skipped here"
-    before = [p.detach().clone() for p in trainer.parameters]
+        assert trained[0] == 2 * cost.train * loop.task.objective.forwards, "none is skipped here"
+    before = [p.detach().clone() for p in loop.parameters]
     assert any(p.abs().sum() > 0 for p in before)
 
 
@@ -136,12 +136,11 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
     program = (
         "import json, sys\n"
         "from flowkern.train.config import from_dict\n"
-        "from flowkern.train.run import Run\n"
-        "from flowkern.train.trainer import Trainer\n"
+        "from flowkern.train.loop import Loop\n"
         "for tree in json.loads(sys.argv[1]):\n"
-        "    run = Run(Trainer(from_dict(tree)))\n"
-        "    run.begin()\n"
-        "    run.advance()\n"
+        "    loop = Loop(from_dict(tree))\n"
+        "    loop.begin()\n"
+        "    loop.advance()\n"
         "import torch.distributed as group\n"
         "group.barrier()\n"
         "group.destroy_process_group()\n"
@@ -153,14 +152,14 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
         )
         return make("validation.num_prompts=4", "train.ema_decay=0.9", *options, name=name)
 
-    Trainer(config("one")).run()
+    Loop(config("one")).run()
     program = written(tmp_path / "program.py", program)
     for count, *configs in (
         (2, config("two"), config("two_two", "two")),
         (4, config("two_four", "two")),
     ):
         on_processes(count, program, json.dumps([to_dict(each) for each in configs]))
-    Trainer(config("two_one", "two")).run()
+    Loop(config("two_one", "two")).run()
     launched(2, ROOT / "scripts/train.py", config("one_two", "one", tiny_file))
     straight = lines(tmp_path / "two/metrics.jsonl")
     assert straight[0] == pytest.approx(
@@ -188,7 +187,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
 @pytest.mark.parametrize("name", ["awm", "diffusion_nft"])
 def test_copies_of_the_weights_survive_a_resume(small, name, lines):
     extra = {"checkpointing_steps": 2, "ema_decay": 0.9}
-    straight, resumed = (Trainer(small(name, run, **extra)) for run in ("straight", "resumed"))
+    straight, resumed = (Loop(small(name, run, **extra)) for run in ("straight", "resumed"))
     assert straight.run() == 0
     update = resumed.update
 
@@ -200,18 +199,18 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
 
     resumed.update = asked_to_stop
     assert resumed.run() == 128 + signal.SIGTERM
-    directory = resumed.output_dir
+    directory = resumed.directory.path
     assert (directory / "checkpoint-3").is_dir() and not (directory / "checkpoint-4").exists()
-    again = Trainer(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
+    again = Loop(small(name, "resumed", **extra, resume_from_checkpoint="latest"))
     again.run()
     for file in ("metrics.jsonl", "validation.jsonl"):
-        expected = lines(straight.output_dir / file)
+        expected = lines(straight.directory.path / file)
         assert lines(directory / file) == expected and len(expected) >= 2
     states = [
-        torch.load(trainer.output_dir / "checkpoint-4/state.pt", weights_only=True)["copies"][
+        torch.load(loop.directory.path / "checkpoint-4/state.pt", weights_only=True)["copies"][
             "copies"
         ]
-        for trainer in (straight, again)
+        for loop in (straight, again)
     ]
     assert states[0].keys() == states[1].keys() >= {*straight.recipe.copies, "evaluated"}
     for key, copy in states[0].items():
@@ -224,7 +223,7 @@ def test_ratios_are_means_over_what_was_trained(small):
     """And not over what was left out because it teaches nothing."""
     tree = to_dict(small("dance_grpo"))
     tree["algorithm"] |= {"group_size": 4, "best_of": 2}
-    record = Trainer(from_dict(tree)).step()[0]
+    record = Loop(from_dict(tree)).step()[0]
     assert record["ratio_mean"] == pytest.approx(1, abs=1e-5)
 
 
@@ -232,15 +231,15 @@ def test_a_recipe_of_ones_own_may_sample_with_a_copy(small, tmp_path, monkeypatc
     """The ratio is then that to the copy, in the first update too."""
     (tmp_path / "trailing.py").write_text(
         "from dataclasses import dataclass\n"
-        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
+        "from flowkern.rl.algorithms.flow_grpo import FlowGRPO\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Recipe(Base):\n"
+        "class Recipe(FlowGRPO):\n"
         "    copies = {'old': lambda n: 0.9}\n"
         "    sampler = 'old'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     tree = to_dict(small("flow_grpo", learning_rate=2e-2))
     tree["algorithm"] |= {"name": "trailing:Recipe", "updates_per_rollout": 1}
-    trainer = Trainer(from_dict(tree))
-    ratios = [trainer.step()[0]["ratio_mean"] for _ in range(3)]
+    loop = Loop(from_dict(tree))
+    ratios = [loop.step()[0]["ratio_mean"] for _ in range(3)]
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-5

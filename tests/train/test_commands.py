@@ -79,8 +79,7 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     from flowkern.cli import main
     from flowkern.models.sd3 import SD3
     from flowkern.train import checkpoint
-    from flowkern.train.run import Run
-    from flowkern.train.trainer import Trainer
+    from flowkern.train.loop import Loop
 
     seen, load = [], SD3.from_pretrained
 
@@ -92,10 +91,9 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one precision per process
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    trainer = Trainer(tiny("train.mixed_precision=bf16", "model.max_sequence_length=5"))
-    run = Run(trainer)
-    run.begin()
-    run.save()
+    loop = Loop(tiny("train.mixed_precision=bf16", "model.max_sequence_length=5"))
+    loop.begin()
+    loop.checkpoint()
     monkeypatch.chdir(tmp_path)
     arguments = ["sample", "run", "--prompt", "the digit 3", "--num-inference-steps", "2"]
     assert main(arguments) == 0
@@ -118,6 +116,11 @@ def test_errors_are_one_line(capsys, monkeypatch):
     for override, message in (
         (["configs/digits"], "Is a directory"),
         (["configs/digits/flow_grpo.yaml", "train.steps=["], "train.steps: got '[', not YAML"),
+        # Before the model is loaded, which is not there either.
+        (
+            ["configs/digits/flow_grpo.yaml", "reward.digits_judge.zz=1", "model.path=nowhere"],
+            "reward.digits_judge.zz: unknown key; known are weight, kind, directory",
+        ),
     ):
         assert main(["train", *override]) == 2
         error = capsys.readouterr().err

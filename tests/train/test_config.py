@@ -17,13 +17,15 @@ DIGITS = ROOT / "configs/digits/flow_grpo.yaml"
 
 def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
     overrides = ["seed=3", "train.learning_rate=1e-4", "train.report_to=null", "lora.rank=8"]
-    overrides += ["reward.weights={digits_judge: 2}", "reward.report=[]", "algorithm.clip_range=.5"]
+    overrides += ["reward={digits_judge: {weight: 2, directory: here}}", "algorithm.clip_range=.5"]
+    overrides += ["reward.a:b.weight=-1e-4"]
     overrides += ["train.mixed_precision=no", "train.overwrite_output_dir=true"]
     config = load_config(DIGITS, overrides)
     assert (config.seed, config.train.learning_rate, config.train.report_to) == (3, 1e-4, None)
     assert config.lora.rank == 8 and config.algorithm.clip_range == 0.5
     assert config.train.mixed_precision == "no" and config.train.overwrite_output_dir
-    assert config.reward.weights == {"digits_judge": 2.0} and config.reward.report == []
+    assert config.reward.weights == {"digits_judge": 2.0, "a:b": -1e-4}
+    assert config.reward.root["digits_judge"].options == {"directory": "here"}
     assert config.algorithm.noise_level == 0.7, "not in the file: the recipe's"
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
@@ -51,8 +53,24 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("algorithm=7", "algorithm.name: missing in 7"),
         ("model.path.x=1", "model.path: is a value, and has no 'x'"),
         ("lora.target_modules=[1]", r"lora.target_modules\[0\]: got 1, expected a string"),
-        ("reward.report=judge", "reward.report: got 'judge', expected a list"),
-        ("reward.weights={}", "reward.weights: got none"),
+        ("lora.target_modules=1", "lora.target_modules: got 1, expected a list"),
+        ("reward={}", "reward: got none, expected at least one with a weight"),
+        ("reward={digits_judge: {weight: 0}}", "reward: got 0 for every reward"),
+        ("reward=digits_judge", "reward: got 'digits_judge', expected a mapping"),
+        ("reward.weights={digits_judge: 1}", "reward.weights: .* reward: {NAME: {weight: 1.0}"),
+        ("reward={report: [a], digits_judge: {}}", "reward.report: .* {weight: 0}}, where 0"),
+        ("reward.digits_judge=2", "reward.digits_judge: got 2, expected a mapping of keys"),
+        ("reward.digits_judge.weight=x", "reward.digits_judge.weight: got 'x', expected a finite"),
+        (
+            "reward.digits_judge.weight=1e300",
+            r"digits_judge.weight: got 1e\+300, .* 1e\+100",
+        ),
+        ("reward.digit_judge={}", "reward.digit_judge: got .*; did you mean 'digits_judge'?"),
+        ("reward.mine.kind=jugde", "reward.mine.kind: got 'jugde', expected one of digits_cl"),
+        ("reward.mean.kind=a:b", "reward.mean: cannot be told apart"),
+        ("model.path=3", "model.path: got 3, expected a path"),
+        ("algorithm.best=1", "algorithm.best: unknown key; known are num_inference_steps, guid"),
+        ("extends=a.yaml", "extends: unknown key"),
         ("algorithm.updates_per_rollout=4", "train.steps: got .* expected a multiple of .* 4"),
         ("algorithm.clip_range=1", r"algorithm\.clip_range: got 1\.0, .* from 0 to below 1"),
         ("algorithm.noise_level=-1", "algorithm.noise_level: got -1.0, expected a number above 0"),
@@ -83,7 +101,8 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("lora.rank=1000000000", "lora.rank: got 1000000000, expected a number at most 4096"),
         ("algorithm.num_inference_steps=1000000", "got 1000000, expected a number at most 1000"),
         ("seed=2001-99-99", "seed: got '2001-99-99': month must be in"),
-        ("reward.weights={1: 2}", "reward.weights: got 1, expected a string"),
+        ("reward={1: {}}", "reward: got 1, expected a string"),
+        ("reward={digits_judge: {1: 2}}", "reward.digits_judge: got 1, expected a string"),
     ],
 )
 def test_errors_name_the_key(override, message):
@@ -100,7 +119,7 @@ def test_a_missing_key_is_named():
 
 
 def test_every_config_has_the_agreed_keys():
-    paths = sorted((ROOT / "configs").rglob("*.yaml"))
+    paths = sorted((ROOT / "configs/digits").rglob("*.yaml"))
     assert DIGITS in paths
     for path in paths:
         tree = yaml.safe_load(path.read_text())
@@ -110,7 +129,8 @@ def test_every_config_has_the_agreed_keys():
 
 def test_every_field_says_what_it_is():
     """Once: a recipe that only sets another default leaves the words to the one it derives from."""
-    recipes = sorted((ROOT / "flowkern/rl/algorithms").glob("*.py"))
+    rl = ROOT / "flowkern/rl"
+    recipes = [rl / "recipe.py", *sorted((rl / "algorithms").glob("*.py"))]
     said, set_again = set(), []
     for path in [Path(module.__file__), *recipes]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -130,9 +150,9 @@ def test_every_field_says_what_it_is():
 def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from flowkern.rl.algorithms.flow_grpo import Recipe as Base\n"
+        "from flowkern.rl.algorithms.flow_grpo import FlowGRPO\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Short(Base):\n"
+        "class Short(FlowGRPO):\n"
         "    num_inference_steps: int = 4\n"
         "    temperature: float = 1.0\n"
     )
@@ -157,6 +177,9 @@ def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
         (b"\xff\xfe\x00", "is no text"),
         (b"\x00", "not YAML"),
         ("[" * 100_000, "nested too deeply"),
+        ("extends: 3", "extends: got 3, expected a file or a list of them"),
+        ("extends: [run.yaml]", "extends: it extends itself, through run.yaml"),
+        ("extends: no.yaml", "extends: there is no 'no.yaml' in /"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]\n", "a: unknown key"),
     ],
 )  # fmt: skip
@@ -173,7 +196,7 @@ def test_files_that_are_refused_say_where(text, message, tmp_path):
 def test_files_are_merged_and_paths_are_absolute(tmp_path, monkeypatch):
     more = tmp_path / "more.yaml"
     more.write_text(
-        "\ufefflora: {rank: 8}\nreward: {weights: {digits_judge: 2}}\noutput_dir: runs/x\n"
+        "\ufefflora: {rank: 8}\nreward: {digits_judge: {weight: 2}}\noutput_dir: runs/x\n"
         "model: {path: here}\ndata: {test_prompts: null}\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -181,11 +204,23 @@ def test_files_are_merged_and_paths_are_absolute(tmp_path, monkeypatch):
     config = load_config([DIGITS, more], ["lora.rank=4"])
     assert (config.lora.rank, config.lora.alpha) == (4, first.lora.alpha), "mapping by mapping"
     assert config.reward.weights == {"digits_judge": 2.0}, "rewards are replaced"
-    assert config.reward.report == []
     assert config.output_dir == str(tmp_path / "runs/x")
     assert config.model.path == str(tmp_path / "here")
     assert config.data.train_prompts == str(tmp_path / "assets/digits-prompts/train.jsonl")
     assert config.data.test_prompts is None
+
+
+def test_files_extend_others_of_their_own_folder(tmp_path):
+    """From left to right, the file itself last; `reward` is the last one's."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "first.yaml").write_text("lora: {rank: 1, alpha: 1}\nseed: 1\n")
+    (tmp_path / "deep/second.yaml").write_text(f"extends: [{DIGITS}, ../first.yaml]\nseed: 2\n")
+    text = "extends: deep/second.yaml\nreward: {digits_judge: {}}\nlora: {rank: 3}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_config(tmp_path / "run.yaml", ["reward.distance_to_real.weight=-1"])
+    assert (config.lora.rank, config.lora.alpha, config.seed) == (3, 1, 2)
+    assert config.reward.weights == {"digits_judge": 1.0, "distance_to_real": -1.0}
+    assert config.algorithm == load_config(DIGITS).algorithm
 
 
 def test_random_trees_are_read_or_refused_in_a_line():
@@ -228,7 +263,7 @@ def test_random_trees_are_read_or_refused_in_a_line():
 def test_what_a_checkpoint_names_is_not_imported_when_it_is_sampled(tmp_path, monkeypatch):
     tree = to_dict(load_config(DIGITS))
     tree["algorithm"] = {"name": "evil_recipe:Recipe"}
-    tree["reward"] = {"weights": {"evil_recipe:reward": 1.0}}
+    tree["reward"] = {"evil_recipe:reward": {"weight": 1.0}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "evil_recipe.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.chdir(tmp_path)

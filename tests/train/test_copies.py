@@ -45,23 +45,23 @@ def test_the_mean_that_is_evaluated_takes_one_step_per_optimizer_step(tiny):
     """Not one per micro-batch, and not one per rollout."""
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    from flowkern.train.trainer import EVALUATED, Trainer
+    from flowkern.train.loop import EVALUATED, Loop
 
     options = ("train.ema_decay=0.2", "algorithm.updates_per_rollout=2", "train.max_batch=5")
-    trainer = Trainer(tiny(*options))
-    weights, update = [trainer.parameters[1].detach().clone()], trainer.update
+    loop = Loop(tiny(*options))
+    weights, update = [loop.parameters[1].detach().clone()], loop.update
 
     def watched(*arguments):
         metrics = update(*arguments)
-        weights.append(trainer.parameters[1].detach().clone())
+        weights.append(loop.parameters[1].detach().clone())
         return metrics
 
-    trainer.update = watched
-    trainer.step()
+    loop.update = watched
+    loop.step()
     expected = weights[0]
     for n, weight in enumerate(weights[1:], start=1):
         decay = min((1 + n) / (10 + n), 0.2)
         expected = decay * expected + (1 - decay) * weight
-    actual = trainer.copies.state_dict()["copies"][EVALUATED][1]
+    actual = loop.copies.state_dict()["copies"][EVALUATED][1]
     torch.testing.assert_close(actual, expected)
     assert len(weights) == 3 and not torch.equal(actual, weights[-1])

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from flowkern.checks import ConfigError
 from flowkern.models import load_model
+from flowkern.models.lora import WEIGHTS
 from flowkern.train.config import LoraConfig
-from flowkern.train.lora import WEIGHTS, add_lora, attach_lora, restore_lora, save_lora
+from flowkern.train.lora import add_lora, attach_lora, restore_lora
 
 MODEL = Path(__file__).resolve().parents[2] / "assets/digits-sd3"
 CONFIG = LoraConfig(rank=4, alpha=8, target_modules=["to_q", "to_out.0"])
@@ -37,7 +38,7 @@ def saved(tmp_path_factory):
     plain, blocks[0] = blocks[0], torch.compile(blocks[0])
     before = os.umask(0o027)
     try:
-        save_lora(network, model.pipeline, directory)
+        model.save_lora(directory)
     finally:
         os.umask(before)
         blocks[0] = plain
@@ -45,7 +46,7 @@ def saved(tmp_path_factory):
 
 
 def velocity(model):
-    x_t = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(1))
+    x_t = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         prompts = model.encode(["the digit 3", "the digit 4"])
         return model.velocity(x_t, torch.tensor([0.9, 0.4]), prompts)
@@ -112,5 +113,7 @@ def test_it_goes_back_where_it_came_from_and_nothing_named_in_it_is_imported(sav
         (LoraConfig(rank=4, target_modules=["to_q"]), "lora.target_modules: .* holds"),
         (LoraConfig(rank=4, target_modules=["to_q", "to_out.0", "to_k"]), ".* lacks"),
     ):
+        model = load_model(MODEL)
+        add_lora(model, other)
         with pytest.raises(ConfigError, match=message):
-            restore_lora(add_lora(load_model(MODEL), other), directory)
+            restore_lora(model, directory)

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -33,7 +34,7 @@ def drawn(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("suffix, kind", [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG")])
+@pytest.mark.parametrize("suffix, kind", [("png", "PNG"), ("JPG", "JPEG"), ("webp", "WEBP")])
 def test_any_text_is_drawn_as_it_stands(tmp_path, drawn, suffix, kind):
     images = torch.rand(len(ODD), 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images[0], images[1] = float("nan"), 7.0
@@ -69,8 +70,38 @@ def test_an_image_is_its_pixels_and_its_name_says_the_format(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"], "nothing half-written"
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_video_plays_its_frames(tmp_path, suffix):
+    """A PNG has their pixels; a WebP comes close."""
+    noise = torch.rand(5, 3, 2, 3, generator=torch.Generator().manual_seed(0))
+    video = noise.repeat_interleave(8, 2).repeat_interleave(8, 3)  # 16 x 24 pixels
+    tracking.save_image(tmp_path / f"a.{suffix}", video, frame_rate=20)
+    with Image.open(tmp_path / f"a.{suffix}") as picture:
+        assert picture.n_frames == 5
+        for index, frame in enumerate(video):
+            picture.seek(index)
+            pixels = torch.tensor(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+            assert (pixels / 255 - frame).abs().mean() < (0.003 if suffix == "png" else 0.06)
+            assert picture.info["duration"] == 50
+    with pytest.raises(ValueError, match="b.jpg' for a video, expected a name in .png or .webp"):
+        tracking.save_image(tmp_path / "b.jpg", video, frame_rate=20)
+    assert not (tmp_path / "b.jpg").exists()
+
+
+def test_a_grid_shows_a_video_by_a_few_of_its_frames(tmp_path, monkeypatch):
+    """Side by side, from the first to the last; of few frames all."""
+    drawn = []
+    monkeypatch.setattr(Axes, "imshow", lambda axes, pixels, **_: drawn.append(pixels))
+    gray = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 4, 6) / 10
+    for frames, shown in ((10, [0, 3, 6, 9]), (5, [0, 1, 3, 4]), (2, [0, 1]), (1, [0])):
+        tracking.save_grid(tmp_path / "a.png", gray[None, :frames].expand(3, -1, -1, -1, -1), "abc")
+        assert len(drawn) == 3 and drawn[0].shape == (4, 6 * len(shown), 3)
+        assert [round(float(x) * 10) for x in drawn.pop()[0, ::6, 0]] == shown
+        drawn.clear()
+
+
 @pytest.mark.parametrize("prompt, output, message", [
-    ("x", "y.gif", "--output: got 'y.gif', expected a name in .png, .jpg or .jpeg"),
+    ("x", "y.gif", "--output: got 'y.gif', expected a name in .png, .webp, .jpg or .jpeg"),
     ("\udcff", "y.jpg", "--prompt: '\\udcff' has half of a surrogate pair"),
 ])  # fmt: skip
 def test_a_sample_that_cannot_be_is_refused_before_the_work(

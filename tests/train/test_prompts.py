@@ -18,7 +18,7 @@ def read(path, name, data):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_only_a_newline_ends_a_line(tmp_path, mark, end):
     text = mark + end.join(["one", "", f" {ODD} ", "\x0c", "last"])
-    assert [row["prompt"] for row in read(tmp_path, "a.TXT", text)] == ["one", ODD, "last"]
+    assert [prompt["prompt"] for prompt in read(tmp_path, "a.TXT", text)] == ["one", ODD, "last"]
     lines = mark + end.join(['{"prompt": "one", "n": [1]}', " ", '{"prompt": "\u2028x\x85"}', ""])
     for name in ("a.jsonl", "a.ndjson", "a.JSONL"):
         expected = [{"prompt": "one", "n": [1]}, {"prompt": "\u2028x\x85"}]
@@ -48,7 +48,7 @@ def test_only_a_newline_ends_a_line(tmp_path, mark, end):
     ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: 'prompt' is there twice"),
     ("a.jsonl", b'{"prompt": "\\ud800"}', r"line 1: '\\ud800' has half of a surrogate pair"),
     ("a.json", b'[{"prompt": "a"},\n{"prompt": b}]', "line 2: not JSON: Expecting value at column"),
-    ("a.json", b'[{"prompt": "a"}, {}]', "row 2: got {}, expected a string"),
+    ("a.json", b'[{"prompt": "a"}, {}]', "entry 2: got {}, expected a string"),
     ("a.json", b'{"prompt": "a"}', "line 1: got {'prompt': 'a'}, expected a list"),
     ("a.csv", b"text\na", r"line 1: got columns \['text'\], expected a \"prompt\""),
     ("a.csv", b"prompt,prompt\na,b", r"line 1: got columns .*, each once"),

@@ -21,20 +21,21 @@ from flowkern.rewards import RewardError
 from flowkern.rl.advantage import Credit
 from flowkern.rollout import Plan
 from flowkern.train import distributed
-from flowkern.train.config import ConfigError, RewardConfig
+from flowkern.train.config import ConfigError, Rewards
 from flowkern.train.distributed import together
 from flowkern.train.errors import RunError
+from flowkern.train.fields import build
 from flowkern.train.prompts import read_prompts
 from flowkern.train.scoring import KeyedReward, Scores, evaluate, load_rewards, score
 
-KEY = "reward.weights.mine:reward"
-ROWS = [{"prompt": f"a {word}", "deep": {"tags": ["x"]}} for word in ("cat", "dog", "newt")]
+KEY = "reward.mine:reward"
+ASKED = [{"prompt": f"a {word}", "deep": {"tags": ["x"]}} for word in ("cat", "dog", "newt")]
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def named(**functions):
     """Rewards by name, each counting with weight 1."""
-    return {name: KeyedReward(f"reward.weights.{name}", 1.0, f) for name, f in functions.items()}
+    return {name: KeyedReward(f"reward.{name}", 1.0, f) for name, f in functions.items()}
 
 
 def giving(value):
@@ -45,13 +46,13 @@ def test_no_reward_spoils_what_the_next_one_sees():
     seen = []
 
     def vandal(images, prompts, metadata):
-        seen.append((images.clone(), list(prompts), [str(row) for row in metadata]))
+        seen.append((images.clone(), list(prompts), [str(one) for one in metadata]))
         images.zero_()
         prompts.clear()
-        for row in metadata:
-            assert row["deep"]["tags"] == ["x"], "of this image alone"
-            row["deep"]["tags"].append("y")
-            row["prompt"] = None
+        for one in metadata:
+            assert one["deep"]["tags"] == ["x"], "of this image alone"
+            one["deep"]["tags"].append("y")
+            one["prompt"] = None
         metadata.pop()
         return torch.zeros(3)
 
@@ -60,11 +61,11 @@ def test_no_reward_spoils_what_the_next_one_sees():
     def recycler(images, prompts, metadata):
         return buffer.add_(1)
 
-    mine, rows = IMAGES.clone(), [ROWS[0], ROWS[0], ROWS[1]]  # siblings share one row
-    before = copy.deepcopy(rows)
-    found = [evaluate(named(a=vandal, b=recycler, c=vandal), mine, rows)[0] for _ in range(2)]
+    mine, prompts = IMAGES.clone(), [ASKED[0], ASKED[0], ASKED[1]]  # siblings share one
+    before = copy.deepcopy(prompts)
+    found = [evaluate(named(a=vandal, b=recycler, c=vandal), mine, prompts)[0] for _ in range(2)]
     assert len(seen) == 4 and all(str(each) == str(seen[0]) for each in seen)
-    assert torch.equal(mine, IMAGES) and rows == before
+    assert torch.equal(mine, IMAGES) and prompts == before
     assert found[0]["b"].tolist() == [1] * 3 and found[1]["b"].tolist() == [2] * 3, (
         "no memory of it"
     )
@@ -83,7 +84,7 @@ def test_no_reward_spoils_what_the_next_one_sees():
     ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
 )  # fmt: skip
 def test_scores_of_any_real_kind_are_taken_in_float64(value):
-    (found,) = evaluate(giving(value), IMAGES, ROWS)[0].values()
+    (found,) = evaluate(giving(value), IMAGES, ASKED)[0].values()
     assert torch.equal(found, torch.tensor([1.0, 0, 2], dtype=torch.float64))
     assert not found.requires_grad
 
@@ -91,8 +92,8 @@ def test_scores_of_any_real_kind_are_taken_in_float64(value):
 def test_large_scores_keep_what_tells_them_apart():
     signal = [0.01 * x + 1e6 for x in (1, 2, 3)]
     for value in (signal, np.array(signal), torch.tensor(signal, dtype=torch.float64)):
-        assert score(giving(value), [(IMAGES, ROWS)]).rewards["mean"].tolist() == signal
-    assert score(giving([2**53 - 1, 1, 2]), [(IMAGES, ROWS)]).rewards["mean"][0] == 2**53 - 1
+        assert score(giving(value), [(IMAGES, ASKED)]).rewards["mean"].tolist() == signal
+    assert score(giving([2**53 - 1, 1, 2]), [(IMAGES, ASKED)]).rewards["mean"][0] == 2**53 - 1
 
 
 async def later(images, prompts, metadata): ...
@@ -137,7 +138,7 @@ def failing(images, prompts, metadata):
 )
 def test_what_is_no_score_per_image_is_refused_by_key(value, message):
     with pytest.raises(RewardError, match=f"^{KEY}: {message}.*; expected 3 real numbers") as stop:
-        evaluate(giving(value), IMAGES, ROWS)
+        evaluate(giving(value), IMAGES, ASKED)
     assert "\n" not in str(stop.value)
 
 
@@ -147,26 +148,22 @@ def test_what_is_no_score_per_image_is_refused_by_key(value, message):
     (lambda images: 0, r"TypeError: .* takes 1 positional argument"),
 ])  # fmt: skip
 def test_a_reward_that_raises_or_leaves_is_named(function, message):
-    with pytest.raises(RewardError, match=f"^reward.weights.f: {message}"):
-        evaluate(named(f=function), IMAGES, ROWS)
+    with pytest.raises(RewardError, match=f"^reward.f: {message}"):
+        evaluate(named(f=function), IMAGES, ASKED)
     with pytest.raises(KeyboardInterrupt):  # not the reward's doing
-        evaluate(named(f=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)), IMAGES, ROWS)
+        evaluate(named(f=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)), IMAGES, ASKED)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e160])
 def test_scores_that_are_not_finite_are_refused_with_the_image(bad):
     values = iter([[0, 1, 2], [0, bad, bad]])
     rewards = named(fine=lambda *_: [0, 0, 0], f=lambda *_: next(values))
-    text = (
-        r"^reward.weights.f: (-?inf|nan|1e\+160) for image 4 of 6, prompt 'a dog', and of 1 others"
-    )
+    text = r"^reward.f: (-?inf|nan|1e\+160) for image 4 of 6, prompt 'a dog', and of 1 others"
     with pytest.raises(RewardError, match=text):
-        score(rewards, [(IMAGES, ROWS), (IMAGES, ROWS)])
+        score(rewards, [(IMAGES, ASKED), (IMAGES, ASKED)])
     large = {name: KeyedReward(name, 1e60, lambda *_: [1e100, 0, 0]) for name in "ab"}
-    with pytest.raises(RewardError, match="reward.weights: their weighted sum: 2e.160 for image 0"):
-        score(large, [(IMAGES, ROWS)])
-    with pytest.raises(ValueError, match=r"weights\.a: got 1e\+300, expected at most 1e100"):
-        RewardConfig(weights={"a": 1e300})
+    with pytest.raises(RewardError, match="reward: the weighted sum: 2e.160 for image 0"):
+        score(large, [(IMAGES, ASKED)])
 
 
 def test_what_a_reward_tells_beside_its_scores_is_reported_or_warned_of():
@@ -177,18 +174,18 @@ def test_what_a_reward_tells_beside_its_scores_is_reported_or_warned_of():
             [0, 0, 0],
         ]
     )
-    with pytest.warns(UserWarning, match=r"weights\.judge: info 'why' is not one real number"):
-        found = score(named(judge=lambda *_: next(batches)), [(IMAGES, ROWS)] * 3)
+    with pytest.warns(UserWarning, match=r"reward\.judge: info 'why' is not one real number"):
+        found = score(named(judge=lambda *_: next(batches)), [(IMAGES, ASKED)] * 3)
     assert found.rewards["judge"].tolist() == [1, 2, 3, 1, 1, 1, 0, 0, 0]
     told = {"info/judge/length": 36 / 5, "info/judge/7": 1.0}
     assert found.means() == {"reward/mean": 1, "reward/judge": 1} | told
-    unknown = score(named(a=lambda *_: ([0, 0, 0], {"x": [float("nan")] * 3})), [(IMAGES, ROWS)])
+    unknown = score(named(a=lambda *_: ([0, 0, 0], {"x": [float("nan")] * 3})), [(IMAGES, ASKED)])
     assert unknown.means().keys() == {"reward/mean", "reward/a"}, "JSON has no NaN"
 
 
 def test_scores_are_joined_in_order_with_what_some_lack():
     parts = [
-        score(giving(value), [(IMAGES, ROWS)])
+        score(giving(value), [(IMAGES, ASKED)])
         for value in ([1, 2, 3], ([4, 5, 6], {"x": [7, 8, 9]}))
     ]
     joined = Scores.joined(parts).at(torch.tensor([5, 0]))
@@ -201,11 +198,11 @@ def test_one_ranks_failure_is_every_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "gather_object", lambda mine: sent.extend(mine) or sent)
 
     def fails():
-        raise RewardError("reward.weights.a: gone")
+        raise RewardError("reward.a: gone")
 
-    with pytest.raises(RewardError, match="^reward.weights.a: gone"):
+    with pytest.raises(RewardError, match="^reward.a: gone"):
         together(there, fails)
-    with pytest.raises(RunError, match="^process 0: reward.weights.a: gone"):
+    with pytest.raises(RunError, match="^process 0: reward.a: gone"):
         together(there, lambda: 3)  # what the first one sent is there already
     sent.clear()
     assert together(there, lambda: 3) == [3]
@@ -231,11 +228,60 @@ def test_rewards_that_cannot_be_made_are_named_by_key(tmp_path, monkeypatch, nam
     )
     (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    others = {"digits_judge": 1.0}
-    with pytest.raises(ConfigError, match=f"^reward.report.{name}: {message}"):
-        load_rewards(RewardConfig(weights=others, report=[name]))
-    with pytest.raises(ConfigError, match=f"^reward.weights.{name}: {message}"):
-        load_rewards(RewardConfig(weights={name: 2.0}))
+    others = {"digits_judge": {"weight": 1.0}}
+    with pytest.raises(ConfigError, match=f"^reward.{name}: {message}"):
+        load_rewards(build(Rewards, others | {name: {"weight": 0}}))
+    with pytest.raises(ConfigError, match=f"^reward.mine(.kind)?: {message}"):
+        load_rewards(build(Rewards, others | {"mine": {"kind": name}}))
+
+
+SERVED = """
+class Served:
+    def __init__(self, url: str, name, *, batch: int = 16):
+        if batch < 1:
+            raise ValueError(f"batch: got {batch}, expected at least 1")
+        self.told = url, name, batch
+    def __call__(self, images, prompts, metadata):
+        return [0.0] * len(images)
+class Named(Served):
+    def __init__(self, name="its own", **others):
+        self.told = name, others
+def plain(images, prompts, metadata): ...
+"""
+
+
+def test_options_go_to_what_makes_the_reward(tmp_path, monkeypatch):
+    (tmp_path / "served.py").write_text(SERVED)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind, tree = "served:Served", {"digits_judge": {"weight": 0}}
+    tree |= {"a": {"kind": kind, "url": "u"}, "b": {"kind": kind, "url": "u", "name": "x"}}
+    tree |= {"served:Named": {"scale": 1}, "digits_classifier": {"kind": "served:plain"}}
+    found = load_rewards(build(Rewards, tree))
+    assert list(found) == list(tree) and [r.weight for r in found.values()] == [0, 1, 1, 1, 1]
+    assert found["a"].reward.told == ("u", "a", 16), "a name that is required is the key"
+    assert found["b"].reward.told == ("u", "x", 16)
+    assert found["served:Named"].reward.told == ("its own", {"scale": 1})
+    assert found["digits_classifier"].reward.__name__ == "plain", "kind wins"
+    for options, message in (
+        ({"kind": kind}, "reward.a.url: missing, and has no default"),
+        (
+            {"kind": kind, "url": "u", "btach": 1},
+            "btach: .* did you mean 'reward.a.batch'",
+        ),
+        (
+            {"kind": kind, "url": "u", "zzz": 1},
+            "reward.a.zzz: unknown key; known are weight, ",
+        ),
+        ({"kind": kind, "url": "u", "batch": 0}, "reward.a.batch: got 0, expected at least 1"),
+        ({"kind": kind, "url": 3}, "reward.a.url: got 3, expected a string"),
+        ({"kind": kind, "url": "u", "batch": True}, "batch: got True, expected a whole number"),
+        (
+            {"kind": "served:plain", "scale": 1},
+            "reward.a.scale: .* a function takes no options: make it a class",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_rewards(build(Rewards, {"a": options}))
 
 
 # ---- from a prompt file to advantages ----
@@ -265,8 +311,7 @@ def write(path, prompts, mark, end):
         table.writerows([["prompt", "n"], *([text, "1"] for text in prompts)])
         text = file.getvalue()
     else:
-        rows = [{"prompt": text} for text in prompts]
-        lines = [json.dumps(row, ensure_ascii=mark == "") for row in rows]
+        lines = [json.dumps({"prompt": text}, ensure_ascii=mark == "") for text in prompts]
         text = f"[{','.join(lines)}]" if kind == ".json" else end.join(lines)
     path.write_bytes((mark + text).encode())
     return prompts
@@ -290,21 +335,21 @@ def test_odd_prompts_and_odd_scores_become_the_advantages_they_should(
     with TemporaryDirectory() as directory:
         path = Path(directory) / name
         prompts = write(path, prompts, mark, end)
-        rows = read_prompts(path)
-    assert [row["prompt"] for row in rows] == prompts
-    wanted = np.random.default_rng(seed).integers(-3, 4, (len(rows), MEMBERS))
+        asked = read_prompts(path)
+    assert [one["prompt"] for one in asked] == prompts
+    wanted = np.random.default_rng(seed).integers(-3, 4, (len(asked), MEMBERS))
     wanted = level + scale * wanted
-    rows = [row for row in rows for _ in range(MEMBERS)]
-    images = torch.arange(len(rows)).float()[:, None, None, None].expand(-1, 3, 1, 1)
+    asked = [one for one in asked for _ in range(MEMBERS)]
+    images = torch.arange(len(asked)).float()[:, None, None, None].expand(-1, 3, 1, 1)
 
     def reward(images, prompts, metadata):
         place = images[:, 0, 0, 0].long()
-        assert prompts == [rows[i]["prompt"] for i in place] == [row["prompt"] for row in metadata]
+        assert prompts == [asked[i]["prompt"] for i in place] == [one["prompt"] for one in metadata]
         images.fill_(-1)
         return KINDS[kind](wanted.ravel()[place.numpy()].tolist())
 
-    parts = [slice(i, i + batch) for i in range(0, len(rows), batch)]
-    found = score(named(odd=reward), ((images[part], rows[part]) for part in parts)).rewards
+    parts = [slice(i, i + batch) for i in range(0, len(asked), batch)]
+    found = score(named(odd=reward), ((images[part], asked[part]) for part in parts)).rewards
     assert np.array_equal(found["odd"].numpy(), wanted.ravel())
     plan = Plan()
     for member in range(MEMBERS):

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from flowkern.train import checkpoint
 from flowkern.train.config import ConfigError
 from flowkern.train.errors import RunError
-from flowkern.train.run import Run
+from flowkern.train.flow import FlowTask
+from flowkern.train.loop import Loop
 from flowkern.train.stop import Stop, StopRequest
-from flowkern.train.trainer import Trainer
 
 LATEST = "train.resume_from_checkpoint=latest"
 
@@ -48,40 +48,42 @@ def wrapped(function, condition, before):
     return call
 
 
-def put(trainer, name, reward):
-    trainer.rewards[name] = dataclasses.replace(trainer.rewards[name], reward=reward)
+def put(loop, name, reward):
+    loop.task.rewards[name] = dataclasses.replace(loop.task.rewards[name], reward=reward)
 
 
 def ask(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def in_rollout(trainer):
-    trainer.velocity = wrapped(trainer.velocity, lambda: trainer.iteration == 1, ask(signal.SIGINT))
+def in_rollout(loop):
+    model = loop.task.model
+    model.velocity = wrapped(model.velocity, lambda: loop.iteration == 1, ask(signal.SIGINT))
 
 
-def in_reward(trainer):
+def in_reward(loop):
     def hang():
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(600)
 
-    name, reward = next(iter(trainer.rewards.items()))
-    put(trainer, name, wrapped(reward, lambda: trainer.iteration == 1, hang))
+    name, reward = next(iter(loop.task.rewards.items()))
+    put(loop, name, wrapped(reward, lambda: loop.iteration == 1, hang))
 
 
-def in_second_update(trainer):
-    trainer.learn = wrapped(trainer.learn, lambda: trainer.global_step == 3, ask(signal.SIGTERM))
+def in_second_update(loop):
+    task = loop.task
+    task.loss = wrapped(task.loss, lambda: loop.global_step == 3, ask(signal.SIGTERM))
 
 
-def in_validation(trainer):
-    sample = trainer.validation._sample
-    trainer.validation._sample = wrapped(
-        sample, lambda: trainer.global_step == 2, ask(signal.SIGTERM)
+def in_validation(loop):
+    sample = loop.task.validation._sample
+    loop.task.validation._sample = wrapped(
+        sample, lambda: loop.global_step == 2, ask(signal.SIGTERM)
     )
 
 
-def in_last_update(trainer):
-    trainer.update = wrapped(trainer.update, lambda: trainer.global_step == 3, ask(signal.SIGHUP))
+def in_last_update(loop):
+    loop.update = wrapped(loop.update, lambda: loop.global_step == 3, ask(signal.SIGHUP))
 
 
 def assert_same_end(one: Path, two: Path, lines):
@@ -108,7 +110,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_one_that_never_stopped(tiny, 
         "validation.steps=2",
     )  # fmt: skip
     straight = tiny(*options, name="straight")
-    assert Trainer(straight).run() == 0
+    assert Loop(straight).run() == 0
     for stop, status, step in (
         (in_rollout, 130, 2),
         (in_reward, 129, 2),
@@ -117,11 +119,12 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_one_that_never_stopped(tiny, 
         (in_last_update, 129, 4),
     ):
         name = stop.__name__
-        trainer = Trainer(tiny(*options, name=name))
-        stop(trainer)
-        assert trainer.run() == status, name
-        directory = Path(trainer.config.output_dir)
-        assert f"stopped after step {step}; continue with" in capsys.readouterr().err
+        loop = Loop(tiny(*options, name=name))
+        stop(loop)
+        assert loop.run() == status, name
+        directory = Path(loop.config.output_dir)
+        said = f"stopped after step {step} by {signal.Signals(status - 128).name}; continue with"
+        assert said in capsys.readouterr().err
         assert [p.name for p in checkpoint.checkpoints(directory)] == [f"checkpoint-{step}"]
         assert [record["step"] for record in lines(directory / "metrics.jsonl")] == [
             *range(1, step + 1)
@@ -130,7 +133,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_one_that_never_stopped(tiny, 
         if stop is in_reward:
             continue  # the state is that of in_rollout
         torch.manual_seed(123)
-        assert Trainer(tiny(*options, LATEST, name=name)).run() == 0
+        assert Loop(tiny(*options, LATEST, name=name)).run() == 0
         assert_same_end(Path(straight.output_dir), directory, lines)
 
 
@@ -162,46 +165,46 @@ def test_signals_are_heard_by_all_and_acted_on_by_the_one_that_saves():
 
 
 def of_reward(error):
-    def fail(trainer):
+    def fail(loop):
         def reward(images, prompts, metadata):
-            if trainer.iteration == 2:
+            if loop.iteration == 2:
                 raise error
             return torch.linspace(0, 1, len(images))
 
-        put(trainer, "digits_judge", reward)
+        put(loop, "digits_judge", reward)
 
     return fail
 
 
-def of_recipe(trainer):
-    trainer.credit = wrapped(trainer.credit, lambda: trainer.iteration == 2, lambda: {}["gone"])
+def of_recipe(loop):
+    loop.task.credit = wrapped(loop.task.credit, lambda: loop.iteration == 2, lambda: {}["gone"])
 
 
-def of_validation(trainer):
+def of_validation(loop):
     def reward(images, prompts, metadata):
-        return torch.full((len(images),), float("nan" if trainer.global_step == 2 else 1))
+        return torch.full((len(images),), float("nan" if loop.global_step == 2 else 1))
 
-    put(trainer, "digits_judge", reward)
+    put(loop, "digits_judge", reward)
 
 
 @pytest.mark.parametrize(
     "fail, message",
     [
-        (of_reward(SystemExit(0)), "step 3: reward.report.digits_judge: SystemExit: 0"),
-        (of_reward(ZeroDivisionError("no")), "step 3: reward.report.digits_judge: ZeroDivision"),
+        (of_reward(SystemExit(0)), "step 3: reward.digits_judge: SystemExit: 0"),
+        (of_reward(ZeroDivisionError("no")), "step 3: reward.digits_judge: ZeroDivision"),
         (of_recipe, "step 3: KeyError: 'gone'"),
-        (of_validation, "validation after step 2: reward.report.digits_judge: nan for image 0"),
+        (of_validation, "validation after step 2: reward.digits_judge: nan for image 0"),
     ],
     ids=["exit", "exception", "recipe", "validation"],
 )
 def test_what_fails_ends_the_run_in_one_line_and_the_state_is_saved(tiny, lines, fail, message):
     every = 2 if fail is of_validation else 100
-    trainer = Trainer(tiny("train.checkpointing_steps=100", f"validation.steps={every}"))
-    fail(trainer)
+    loop = Loop(tiny("train.checkpointing_steps=100", f"validation.steps={every}"))
+    fail(loop)
     with pytest.raises(RunError, match=f"^{message}.*; continue with .*latest$") as caught:
-        trainer.run()
+        loop.run()
     assert "\n" not in str(caught.value)
-    directory = Path(trainer.config.output_dir)
+    directory = Path(loop.config.output_dir)
     assert [p.name for p in checkpoint.checkpoints(directory)] == ["checkpoint-2"]
     assert [record["step"] for record in lines(directory / "metrics.jsonl")] == [1, 2]
 
@@ -209,88 +212,84 @@ def test_what_fails_ends_the_run_in_one_line_and_the_state_is_saved(tiny, lines,
 def test_a_failing_run_exits_with_1_in_one_line(tiny_file, monkeypatch, capsys):
     from flowkern.cli import main
 
-    monkeypatch.setattr(Trainer, "credit", lambda *_: {}["gone"])
+    monkeypatch.setattr(FlowTask, "credit", lambda *_: {}["gone"])
     assert main(["train", str(tiny_file("data.test_prompts=null"))]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("flowkern: step 1: KeyError: 'gone'; no step was finished")
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half(tiny, lines):
-    trainer = Trainer(tiny("data.test_prompts=null"))
+    loop = Loop(tiny("data.test_prompts=null"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(RunError, match=r"checkpoint-2 cannot be written: .*") as caught:
-            trainer.run()
+            loop.run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "too large" in str(caught.value) and str(caught.value).count("cannot be written") == 1
-    directory = Path(trainer.config.output_dir)
+    directory = Path(loop.config.output_dir)
     assert not [p for p in directory.iterdir() if "checkpoint" in p.name]
     assert [record["step"] for record in lines(directory / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_restart_before_the_first_checkpoint_begins_again(tiny, lines):
     config = tiny("train.checkpointing_steps=100", "train.steps=2", LATEST)
-    trainer = Trainer(config)
-    run = Run(trainer)
-    run.begin()
-    run.validate_if_due(-1)
-    run.log(trainer.step())  # killed here
+    loop = Loop(config)
+    loop.begin()
+    loop.validate_if_due(-1)
+    loop.directory.log(loop.step())  # killed here
     for name, count in (("metrics.jsonl", 1), ("validation.jsonl", 1)):
-        assert len(lines(run.output_dir / name)) == count
+        assert len(lines(loop.directory.path / name)) == count
     with pytest.raises(ConfigError, match="holds a run already"):
-        Run(Trainer(tiny("train.steps=2"))).begin()
-    assert Trainer(config).run() == 0
-    assert [record["step"] for record in lines(run.output_dir / "metrics.jsonl")] == [1, 2]
-    assert [record["step"] for record in lines(run.output_dir / "validation.jsonl")] == [0, 2]
+        Loop(tiny("train.steps=2")).begin()
+    assert Loop(config).run() == 0
+    assert [record["step"] for record in lines(loop.directory.path / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in lines(loop.directory.path / "validation.jsonl")] == [0, 2]
 
 
 def test_a_resume_takes_new_optimizer_options_and_notes_them(tiny, capsys):
-    assert Trainer(tiny("train.steps=2", "data.test_prompts=null")).run() == 0
+    assert Loop(tiny("train.steps=2", "data.test_prompts=null")).run() == 0
     changed = (
         "train.learning_rate=1e-2", "train.adam_beta1=0.5", "train.adam_weight_decay=0.1",
         "train.lr_scheduler=linear", "train.steps=4", "data.test_prompts=null",
     )  # fmt: skip
-    trainer = Trainer(tiny(*changed, LATEST))
-    run = Run(trainer)
-    run.begin()
-    (group,) = trainer.optimizer.param_groups
+    loop = Loop(tiny(*changed, LATEST))
+    loop.begin()
+    (group,) = loop.optimizer.param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 0.1)
     assert group["lr"] == pytest.approx(1e-2 * (4 - 2) / 4), "half of the schedule is over"
-    assert trainer.optimizer.state, "the moments are kept"
+    assert loop.optimizer.state, "the moments are kept"
     assert "train.adam_beta1: 0.9 until step 2, 0.5 from there" in capsys.readouterr().err
-    assert "learning_rate: 0.003" in (run.output_dir / "config-2.yaml").read_text()
-    run.advance()
+    assert "learning_rate: 0.003" in (loop.directory.path / "config-2.yaml").read_text()
+    loop.advance()
     assert group["lr"] == 0
-    other = tmp_prompts(run.output_dir, trainer.config.data.train_prompts)
+    other = tmp_prompts(loop.directory.path, loop.config.data.train_prompts)
     with pytest.raises(ConfigError, match="data.train_prompts: holds other prompts"):
-        Run(Trainer(tiny(*changed, LATEST, f"data.train_prompts={other}"))).begin()
+        Loop(tiny(*changed, LATEST, f"data.train_prompts={other}")).begin()
     with pytest.raises(ConfigError, match="lora.alpha: got 16, but the run .* has 32"):
-        Run(Trainer(tiny(*changed, LATEST, "lora.alpha=16"))).begin()
+        Loop(tiny(*changed, LATEST, "lora.alpha=16")).begin()
 
 
 def tmp_prompts(directory: Path, path: str) -> Path:
     other = directory / "other.jsonl"
-    rows = Path(path).read_text().splitlines()
-    other.write_text("\n".join(rows[1:] + rows[:1]))
+    lines = Path(path).read_text().splitlines()
+    other.write_text("\n".join(lines[1:] + lines[:1]))
     return other
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_a_batch_that_teaches_nothing_counts_and_moves_nothing(tiny, kl_coef):
     options = ("train.adam_weight_decay=0.5", "train.lr_scheduler=linear")
-    trainer = Trainer(tiny(*options, f"algorithm.kl_coef={kl_coef}"))
-    trainer.step()
-    for name in trainer.rewards:
-        put(trainer, name, lambda images, prompts, metadata: torch.ones(len(images)))
-    weights = [p.detach().clone() for p in trainer.parameters]
-    moments = json.dumps([float(s["exp_avg_sq"].sum()) for s in trainer.optimizer.state.values()])
-    (record,) = trainer.step()
-    after = json.dumps([float(s["exp_avg_sq"].sum()) for s in trainer.optimizer.state.values()])
-    is_unmoved = all(map(torch.equal, weights, trainer.parameters)) and moments == after
+    loop = Loop(tiny(*options, f"algorithm.kl_coef={kl_coef}"))
+    loop.step()
+    for name in loop.task.rewards:
+        put(loop, name, lambda images, prompts, metadata: torch.ones(len(images)))
+    weights = [p.detach().clone() for p in loop.parameters]
+    moments = json.dumps([float(s["exp_avg_sq"].sum()) for s in loop.optimizer.state.values()])
+    (record,) = loop.step()
+    after = json.dumps([float(s["exp_avg_sq"].sum()) for s in loop.optimizer.state.values()])
+    is_unmoved = all(map(torch.equal, weights, loop.parameters)) and moments == after
     assert is_unmoved == (kl_coef == 0) == (record["grad_norm"] == 0)
-    assert record["step"] == trainer.global_step == 2 and record["zero_std_ratio"] == 1
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 / 2), (
-        "the schedule goes on"
-    )
+    assert record["step"] == loop.global_step == 2 and record["zero_std_ratio"] == 1
+    assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 / 2), "the schedule goes on"

@@ -132,26 +132,25 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def check_rows(
-    name: str, rows: Coefficients, batch: int, device: torch.device, dtype: torch.dtype
+def check_edges(
+    name: str, edges: Coefficients, batch: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The table of `rows` in `dtype`: (batch, columns), or (columns,) for one edge for all."""
-    if not isinstance(rows, Coefficients):
+    """The table of `edges` in `dtype`: (batch, columns), or (columns,) for one edge for all."""
+    if not isinstance(edges, Coefficients):
         raise TypeError(
-            f"{name}: expected flowkern.schedules.Coefficients, got {type(rows).__name__}"
+            f"{name}: expected flowkern.schedules.Coefficients, got {type(edges).__name__}"
         )
-    table = rows.table
+    table = edges.table
     if table.ndim == 2 and table.shape[0] != batch:
         raise ValueError(
-            f"{name}: expected a single edge or {batch} rows, one per sample; "
-            f"got {table.shape[0]} rows"
+            f"{name}: expected a single edge or {batch}, one per sample; got {table.shape[0]}"
         )
     if table.device != device:
         raise ValueError(
             f"{name}: expected device {device}, got {table.device}; "
             f"move it once with c.to({str(device)!r})"
         )
-    return table if table.dtype == dtype else rows.to(device, dtype).table
+    return table if table.dtype == dtype else edges.to(device, dtype).table
 
 
 def per_sample_contiguous(x: Tensor) -> Tensor:
@@ -220,8 +219,12 @@ class Noise(NamedTuple):
     step: Tensor | None = None  # (B,) int64, or None: step_value for all
     step_value: int = 0
 
-
-NO_NOISE = Noise()
+    @classmethod
+    def of(cls, given, seed: int | None, sample_id, step: int | Tensor | None) -> Noise:
+        """From what a loss's inputs hold: all None where there is none."""
+        if isinstance(step, Tensor):
+            return cls(given, seed, sample_id, step)
+        return cls(given, seed or 0, sample_id, None, step or 0)
 
 
 def check_noise(noise, seed, sample_id, step, like: Tensor) -> Noise:

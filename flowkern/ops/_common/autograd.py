@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .dispatch import BackendError, is_in_func
+from flowkern import torch_private as private
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True: no memory
+from .arguments import check_guidance
+from .dispatch import BackendError, is_transformed
+
+
+class _OfBoth(torch.autograd.Function):
+    """The first half: its gradient is w times that of the guided velocity, and 1 - w times that is
+    the second half's."""
+
+    @staticmethod
+    def forward(ctx, velocity: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        ctx.share, ctx.dtype = (1 - scale) / scale, uncond.dtype
+        return velocity.view_as(velocity)
+
+    @staticmethod
+    def backward(ctx, grad):
+        share = (grad * ctx.share).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad, share, None
+
+
+def of_both(velocity: Tensor, uncond: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Both halves of guidance for an op that differentiates the first: the second gets its share.
+
+    Raises ValueError without a second half, or where the first has no share: a scale of 0.
+    """
+    if uncond is None:
+        raise ValueError("uncond_gradient: needs velocity_uncond, got None")
+    check_guidance(uncond, scale, velocity)
+    if scale == 0:
+        raise ValueError("uncond_gradient: velocity has no share where guidance_scale is 0")
+    if is_transformed():  # torch.func and forward mode take no Function of this kind
+        return velocity + (1 - scale) / scale * (uncond - uncond.detach()), uncond.detach()
+    return _OfBoth.apply(velocity, uncond, scale), uncond.detach()
 
 
 class EagerGradient(torch.autograd.Function):
-    """Gives a kernel's output its gradient in `velocity`, for less than the dispatcher's price.
+    """Gives a kernel's output its gradient in one input, for less than the dispatcher's price.
 
-    All but the velocity comes in tuples, and one output goes out: each argument and each output of
+    All but that input comes in one tuple, and one output goes out: each argument and each output of
     a Function costs, and so does a setup_context.
 
     A forward pass may have kept a tensor that becomes the gradient: the first backward pass takes
@@ -24,35 +52,25 @@ class EagerGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        velocity: Tensor,
-        saved: tuple,
-        rest: tuple[Tensor, Callable, tuple, str],
-        kept: tuple[Tensor, Callable] | None = None,
-    ) -> Tensor:
-        """rest: the output, backward(grad, *saved, *settings), its settings, and the backend.
-
-        kept: a tensor that nobody else has, and over_kept(kept, grad, *saved, *settings), which
-        writes the gradient over it.
+    def forward(ctx, of: Tensor, rest: tuple[Tensor, tuple, tuple, Tensor | None]) -> Tensor:
+        """rest: the output; the tensors that are saved; how: backward(grad, saved, settings,
+        backend, kept), its settings, and the backend; and what is kept, or None: a tensor that
+        nobody else has, which backward writes over.
         """
+        output, saved, ctx.how, ctx.kept = rest
         ctx.save_for_backward(*saved)
-        output, ctx.backward_pass, ctx.settings, ctx.backend = rest
-        ctx.kept = kept
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        transformed = is_in_func() or forward_ad._current_level >= 0 or _is_batched(grad)
-        if transformed or torch.is_grad_enabled():
-            _check_derivatives(ctx.backend)
+        backward_pass, settings, backend = ctx.how
+        if is_transformed() or private.is_batched(grad) or torch.is_grad_enabled():
+            _check_derivatives(backend)
         if grad.is_neg():
             grad = grad.resolve_neg()
         saved = ctx.saved_tensors  # raises where an input has changed, also where none is read
-        if ctx.kept is None:
-            return ctx.backward_pass(grad, *saved, *ctx.settings), None, None, None
-        (kept, over_kept), ctx.kept = ctx.kept, None
-        return over_kept(kept, grad, *saved, *ctx.settings), None, None, None
+        kept, ctx.kept = ctx.kept, None
+        return backward_pass(grad, saved, settings, backend, kept), None
 
 
 def _check_derivatives(backend: str) -> None:

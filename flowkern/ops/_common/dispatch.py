@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch.autograd import forward_ad
+
+from flowkern import torch_private as private
 
 from . import native
 
@@ -121,24 +122,24 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def is_tracing(*tensors: torch.Tensor | None) -> bool:
+def is_tracing(*arguments: object) -> bool:
     """Whether a compiler or a dispatch mode must see the op itself, rather than what it calls."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or private.num_modes() > 0:
         return True
-    for t in tensors:  # a loop: this is asked at every call, and a generator costs as much again
-        if t is not None and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+    for x in arguments:  # a loop: this is asked at every call, and a generator costs as much again
+        if type(x) not in _PLAIN and isinstance(x, torch.Tensor):
             return True
     return False
 
 
-is_in_func = torch._C._are_functorch_transforms_active
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def is_transformed() -> bool:
     """Whether forward mode or a torch.func transform is under way: kernels read memory alone, and
     would drop a tangent, or find none where a tensor stands for another. The reference serves.
     """
-    return is_in_func() or forward_ad._current_level >= 0  # spelled out where a frame is too much
+    return private.is_in_func() or private.forward_level() >= 0
 
 
 def lazily(module: str, name: str) -> Callable:

@@ -16,8 +16,6 @@ scratch:  (floats, arrivals): in float64 the means (sums, B) of the samples, wha
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -241,11 +239,6 @@ def packed_siblings(row: Tensor | None, rows: int) -> tuple[Tensor | None, ...]:
     in_order, order = torch.sort(row, stable=True)
     begins = torch.searchsorted(in_order, torch.arange(rows, device=row.device))
     return row, order, begins
-
-
-def log_clip(clip_low: float, clip_high: float) -> tuple[float, float]:
-    """The clip range of the log-ratio; 1 is no lower bound."""
-    return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
 def loss_scratch(

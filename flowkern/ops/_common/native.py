@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from flowkern import torch_private as private
 from flowkern.schedules import Coefficients
 
 from . import native_cuda, outputs
@@ -16,7 +17,6 @@ _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool,
 )  # fmt: skip
 _CPU, _CUDA = 1, 2  # the device types of DLPack
-_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"the native kernels are not built ({error}); install with a C++ compiler present, "
             "FLOWKERN_BUILD=cpu shows why a build fails"
         )
-    connect(_cpu, _EXCHANGE)
+    connect(_cpu, private.exchange)
     return _cpu, None
 
 
@@ -45,7 +45,7 @@ def connect(module: ModuleType, exchange_api: object, served: int = _CPU, **othe
         "is_neg": Tensor.is_neg,
         "dtypes": _DTYPES,
         "get_num_threads": torch.get_num_threads,
-        "stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),  # of a device, by its index
+        "stream": private.raw_stream,
         "scratch": native_cuda.scratch,
         "siblings": native_cuda.siblings,
         "loss_outputs": outputs.loss_outputs,
@@ -64,7 +64,7 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
             f"the native CUDA kernels are not built ({error}); install with nvcc present, "
             "FLOWKERN_BUILD=cuda shows why a build fails"
         )
-    connect(_cuda, _EXCHANGE, _CUDA)
+    connect(_cuda, private.exchange, _CUDA)
     return _cuda, None
 
 

@@ -12,15 +12,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+
+from flowkern import torch_private as private
 
 from . import native
 from .arguments import Noise, packed, per_sample_contiguous
-from .dispatch import is_in_func, straight_on_cuda
-
-_num_modes = torch._C._len_torch_dispatch_stack
-increment_version = torch._C._increment_version  # of a tuple; torch.autograd.graph's adds a frame
+from .dispatch import straight_on_cuda
 
 
 def direct(backend: str | None, like: Tensor) -> ModuleType | None:
@@ -29,8 +27,10 @@ def direct(backend: str | None, like: Tensor) -> ModuleType | None:
     """
     if backend is not None and backend != "native":
         return None
-    if is_dynamo_compiling() or _num_modes() or is_in_func() or forward_ad._current_level >= 0:
-        return None  # the latter two are is_transformed()
+    if is_dynamo_compiling() or private.num_modes():
+        return None
+    if private.is_in_func() or private.forward_level() >= 0:  # is_transformed(), without its frame
+        return None
     if getattr(like, "is_cuda", False):
         return straight_on_cuda(like.get_device())
     return native._load()[0]  # cpu(): each frame that is spared is half a microsecond, cold
@@ -59,13 +59,6 @@ def _plain(x):
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         x = x.as_subclass(Tensor)
     return per_sample_contiguous(x) if x.ndim > 1 else packed(x, x.dtype)
-
-
-def as_taken(noise, seed, sample_id, step) -> Noise:
-    """The source of the noise that a kernel has taken from these arguments."""
-    if isinstance(step, Tensor):
-        return Noise(noise, seed, sample_id, step)
-    return Noise(noise, seed or 0, sample_id, None, step or 0)
 
 
 def noise(source: Noise | None) -> tuple:

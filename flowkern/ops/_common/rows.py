@@ -8,9 +8,9 @@ from torch import Tensor
 from flowkern.schedules import COLUMNS
 
 
-def column(rows: Tensor, name: str, like: Tensor) -> Tensor:
+def column(edges: Tensor, name: str, like: Tensor) -> Tensor:
     """A coefficient, shaped to broadcast over `like` (B, *D)."""
-    return rows[..., COLUMNS.index(name)].reshape(-1, *[1] * (like.ndim - 1))
+    return edges[..., COLUMNS.index(name)].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def guided(

@@ -3,7 +3,7 @@ order, launches. What the losses share on top of it is in loss_triton.
 
 What kernels take:
 a latent: (pointer, elements from sample to sample), each sample contiguous; None where absent
-row:      a sample's nine coefficients, in the order of schedules.COLUMNS
+edge:     a sample's nine coefficients, in the order of schedules.COLUMNS
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flowkern import torch_private as private
 
 from .arguments import per_sample_contiguous
 from .dispatch import interpreting
@@ -45,8 +47,8 @@ def guided(velocity, uncond, guidance_scale, sample, first, count, BLOCK: tl.con
 
 
 @triton.jit
-def step_mean(row, x, v):
-    return tl.load(row) * x + tl.load(row + 1) * v
+def step_mean(edge, x, v):
+    return tl.load(edge) * x + tl.load(edge + 1) * v
 
 
 # Constants of kernels are functions where they can be: a global one is compared at every launch.
@@ -95,10 +97,10 @@ def packed_latent(x: Tensor | None) -> tuple[Tensor, int] | None:
     return x, x.stride(0)
 
 
-def packed_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows and their stride: 0 where one edge serves all samples."""
-    rows = rows.contiguous()
-    return rows, 0 if rows.ndim == 1 else rows.stride(0)
+def packed_edges(edges: Tensor) -> tuple[Tensor, int]:
+    """Edges and their stride: 0 where one serves all samples."""
+    edges = edges.contiguous()
+    return edges, 0 if edges.ndim == 1 else edges.stride(0)
 
 
 _INTERPRETED = interpreting()  # settled when triton is imported
@@ -164,7 +166,7 @@ def scratch(x: Tensor, sums: int, counters: int) -> tuple[Tensor, Tensor]:
     """
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return _allocate(x.device, sums, counters)
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    stream = private.raw_stream(x.get_device())
     capacity = _KEPT_COUNTERS if counters <= _KEPT_COUNTERS else 1 << (counters - 1).bit_length()
     kept_sums, kept_counters = _kept(x.device, stream, capacity)
     if sums > _KEPT_SUMS:

@@ -7,30 +7,18 @@ from torch import Tensor
 from flowkern.ops._common import native_calls
 from flowkern.ops._common.arguments import Noise
 
-from .reference import WEIGHTINGS
+from .inputs import MatchingInputs
 
 
-def forward(
-    velocity, x0, sigma, advantage, row, source: Noise, nft: bool, weighting: int,
-    old_velocity, velocity_ref, velocity_ema,
-    ref_coef: float, ema_coef: float, clip_low: float, clip_high: float, reduction: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def forward(i: MatchingInputs) -> tuple[Tensor, ...]:
     """The fields of MatchingLoss, and the slopes (B, 4)."""
-    return native_calls.run(
-        "matching_forward", velocity, x0, sigma, advantage, row, *native_calls.noise(source),
-        "nft" if nft else "awm", WEIGHTINGS[weighting], old_velocity, velocity_ref, velocity_ema,
-        ref_coef, ema_coef, clip_low, clip_high, reduction, False,
-    )[:-1]  # fmt: skip
+    return native_calls.run("matching_forward", *i, False)[:-1]
 
 
 def backward(
-    grad, slopes, velocity, x0, sigma, row, source: Noise, nft: bool,
-    old_velocity, velocity_ref, velocity_ema, residual=None,
-) -> Tensor:  # fmt: skip
-    return native_calls.run(
-        "matching_backward", grad, slopes, velocity, x0, row, *native_calls.noise(source),
-        old_velocity, velocity_ref, velocity_ema, residual,
-    )  # fmt: skip
+    grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor | None = None
+) -> Tensor:
+    return native_calls.run("matching_backward", grad, slopes, *i, residual)
 
 
 def add_noise(x0: Tensor, sigma: Tensor, source: Noise) -> Tensor:

@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.ops._common.arguments import STREAMS, Noise
+from flowkern.ops._common.loss_reference import log_clip
 from flowkern.ops._common.loss_triton import (
     advantage_of,
     chunk_sums,
     clipped_policy,
     group_is_complete,
     group_of,
-    log_clip,
     loss_scratch,
     mean_of,
     next_place,
@@ -41,6 +41,8 @@ from flowkern.ops._common.rows_triton import (
     packed_latent,
     store,
 )
+
+from .inputs import WEIGHTINGS, MatchingInputs
 
 # Latents as in rows_triton, source as in philox_triton, the rest as in loss_triton.
 # out:    what loss_outputs makes
@@ -280,68 +282,43 @@ def _add_noise_kernel(
     store(x_t, sample, first, count, (1.0 - t) * x + t * e, BLOCK)
 
 
-def forward(
-    velocity: Tensor,
-    x0: Tensor,
-    sigma: Tensor,
-    advantage: Tensor,
-    row: Tensor | None,
-    source: Noise,
-    nft: bool,
-    weighting: int,
-    old_velocity: Tensor | None,
-    velocity_ref: Tensor | None,
-    velocity_ema: Tensor | None,
-    ref_coef: float,
-    ema_coef: float,
-    clip_low: float,
-    clip_high: float,
-    reduction: str,
-) -> tuple[Tensor, ...]:
+def forward(i: MatchingInputs) -> tuple[Tensor, ...]:
     """The fields of MatchingLoss, and the slopes (B, 4)."""
-    batch, made = x0.shape[0], cut(velocity, x0, may_grow=row is None)
-    sums = sum(x is not None for x in (velocity, velocity_ref, velocity_ema))
-    sums += nft + 2 * (old_velocity is not None)
-    out = loss_outputs(batch, 5, 4, reduction, velocity.device)
-    scratch = loss_scratch(velocity, batch, sums, made.sums)
+    batch, rows = i.x0.shape[0], i.velocity.shape[0]
+    made = cut(i.velocity, i.x0, may_grow=i.row is None)
+    nft = i.objective == "nft"
+    sums = sum(x is not None for x in (i.velocity, i.velocity_ref, i.velocity_ema))
+    sums += nft + 2 * (i.old_velocity is not None)
+    out = loss_outputs(batch, 5, 4, i.reduction, i.velocity.device)
+    scratch = loss_scratch(i.velocity, batch, sums, made.sums)
     if batch:
-        latents = (x0, velocity, old_velocity, velocity_ref, velocity_ema)
         launch(
-            _forward_kernel, velocity, made,
-            out, scratch, sigma.contiguous(), advantage.contiguous(),
-            (float(ref_coef), float(ema_coef)), log_clip(clip_low, clip_high),
-            packed_siblings(row, velocity.shape[0]),
-            *map(packed_latent, latents), *packed_noise(source), batch, made.chunks,
-            NFT=nft, WEIGHTING=weighting, REDUCTION=reduction, STREAM=STREAMS["match"],
+            _forward_kernel, i.velocity, made,
+            out, scratch, i.sigma.contiguous(), i.advantage.contiguous(),
+            (float(i.ref_coef), float(i.ema_coef)), log_clip(i.clip_low, i.clip_high),
+            packed_siblings(i.row, rows), *_latents(i), batch, made.chunks,
+            NFT=nft, WEIGHTING=WEIGHTINGS.index(i.weighting), REDUCTION=i.reduction,
+            STREAM=STREAMS["match"],
         )  # fmt: skip
     return out
 
 
-def backward(
-    grad: Tensor,
-    slopes: Tensor,
-    velocity: Tensor,
-    x0: Tensor,
-    sigma: Tensor,
-    row: Tensor | None,
-    source: Noise,
-    nft: bool,
-    old_velocity: Tensor | None,
-    velocity_ref: Tensor | None,
-    velocity_ema: Tensor | None,
-) -> Tensor:
-    grad_velocity = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
-    if velocity.numel():
-        made = cut(velocity)
-        latents = (x0, velocity, old_velocity if nft else None, velocity_ref, velocity_ema)
+def backward(grad: Tensor, slopes: Tensor, i: MatchingInputs) -> Tensor:
+    grad_velocity = torch.empty(i.velocity.shape, dtype=i.velocity.dtype, device=i.velocity.device)
+    if i.velocity.numel():
+        made = cut(i.velocity)
         launch(
-            _backward_kernel, velocity, made,
+            _backward_kernel, i.velocity, made,
             packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes,
-            packed_siblings(row, velocity.shape[0]),
-            *map(packed_latent, latents), *packed_noise(source), slopes.shape[0],
-            made.chunks, STREAM=STREAMS["match"],
+            packed_siblings(i.row, i.velocity.shape[0]),
+            *_latents(i), slopes.shape[0], made.chunks, STREAM=STREAMS["match"],
         )  # fmt: skip
     return grad_velocity
+
+
+def _latents(i: MatchingInputs) -> tuple:
+    latents = (i.x0, i.velocity, i.old_velocity, i.velocity_ref, i.velocity_ema)
+    return *map(packed_latent, latents), *packed_noise(i.source)
 
 
 def add_noise(x0: Tensor, sigma: Tensor, source: Noise) -> Tensor:

@@ -2,86 +2,66 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from flowkern.ops._common.arguments import STREAMS, Noise
+from flowkern.ops._common.arguments import STREAMS
+from flowkern.ops._common.loss_reference import (
+    clipped_policy,
+    log_clip,
+    mean,
+    reduced,
+    samples_of,
+    wide,
+)
 from flowkern.ops._common.philox import reference_normal
 from flowkern.schedules import COLUMNS
 
+from .inputs import PolicyInputs
 
-def policy_loss(
-    velocity, x_t, x_next, rows, advantage, row, old_velocity, old_log_prob, source: Noise | None,
-    velocity_uncond, guidance_scale, velocity_ref, kl_coef, kl_value, step_weight,
-    clip_low, clip_high, guard, reduction,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = rows.dtype
-    a, b, std, k, c = (rows[..., COLUMNS.index(name)] for name in ("a", "b", "std", "k", "c"))
 
-    def samples(x: Tensor) -> Tensor:
-        """(R, *D) velocity rows -> (B, *D), in the dtype of the arithmetic."""
-        return x.to(dtype) if row is None else x.to(dtype)[row]
-
-    def constant(x: Tensor) -> Tensor:
-        """The same without gradient: only the velocity has one, whatever the caller passes."""
-        return samples(x.detach())
-
-    def wide(scalar: Tensor) -> Tensor:
-        return scalar.reshape(-1, *[1] * (velocity.ndim - 1))
-
-    v = samples(velocity)
-    if velocity_uncond is not None:
-        uncond = constant(velocity_uncond)
-        v = uncond + guidance_scale * (v - uncond)
-    x, v_old = constant(x_t), v.detach() if old_velocity is None else constant(old_velocity)
-    mean_old = wide(a) * x + wide(b) * v_old
-    if x_next is None:
-        noise = source.given
-        if noise is None:
-            noise = reference_normal(mean_old.shape, source, STREAMS["step"], x.device)
-        x_next = torch.where(wide(std) > 0, mean_old + wide(std) * noise.to(dtype), mean_old)
-    difference = wide(b) * (v - v_old)
-    residual = x_next.detach().to(dtype) - mean_old
-
-    if old_log_prob is not None:
-        new_log_prob = c - k * _mean((residual - difference).square())
-        log_ratio = new_log_prob - old_log_prob
-    elif not guard:
-        log_ratio = k * _mean(difference * (2 * residual - difference))
-    else:
-        noisy = torch.where(std > 0, std, torch.ones_like(std))
-        log_ratio = torch.where(
-            std > 0, _mean(residual * difference) / noisy, torch.zeros_like(std)
-        )
-
-    high, low = math.log1p(clip_high), math.log1p(-clip_low)
-    clipped_high, clipped_low = (
-        (advantage > 0) & (log_ratio > high),
-        (advantage < 0) & (log_ratio < low),
+def policy_loss(i: PolicyInputs) -> tuple[Tensor, ...]:
+    """The fields of PolicyLoss. Only the velocity has a gradient, whatever the caller passes."""
+    b, std = (i.c_rows[..., COLUMNS.index(name)] for name in ("b", "std"))
+    samples = samples_of(i.row, i.c_rows.dtype)
+    v = samples(i.velocity)
+    if i.velocity_uncond is not None:
+        uncond = samples(i.velocity_uncond.detach())
+        v = uncond + i.guidance_scale * (v - uncond)
+    log_ratio = _log_ratio(i, v)
+    loss, clipped_low, clipped_high = clipped_policy(
+        i.advantage, log_ratio, log_clip(i.clip_low, i.clip_high)
     )
-    clipped = torch.where(
-        clipped_high | clipped_low, log_ratio.detach().clamp(low, high), log_ratio
-    )
-    loss = -advantage * (1 + torch.expm1(clipped))
-    if step_weight is not None:
-        loss = step_weight * loss
-
+    if i.step_weight is not None:
+        loss = i.step_weight * loss
     kl = torch.zeros_like(log_ratio.detach())
-    if velocity_ref is not None:
+    if i.velocity_ref is not None:
         # Rows with std == 0 have no density: their log-probability is 0, and so is their KL.
         scale = torch.where(std > 0, b / torch.where(std > 0, std, 1), 0)
-        kl = scale.square() / 2 * _mean((v - constant(velocity_ref)).square())
-        loss = loss + (kl_value if kl_coef is None else kl_coef) * kl
-    if reduction == "mean":
-        loss = loss.sum() / max(1, len(loss))
-    elif reduction == "sum":
-        loss = loss.sum()
-    log_ratio = log_ratio.detach()
+        kl = scale.square() / 2 * mean((v - samples(i.velocity_ref.detach())).square())
+        loss = loss + i.kl_coef * kl
+    loss, log_ratio = reduced(loss, i.reduction), log_ratio.detach()
     return loss, log_ratio, log_ratio.exp(), kl.detach(), clipped_low, clipped_high
 
 
-def _mean(x: Tensor) -> Tensor:
-    """(B, *D) -> (B,); 0 where D is 0."""
-    return x.flatten(1).mean(1) if x.numel() else x.flatten(1).sum(1)
+def _log_ratio(i: PolicyInputs, v: Tensor) -> Tensor:
+    """(B,), of the guided velocity of each sample."""
+    samples = samples_of(i.row, i.c_rows.dtype)
+    a, b, std, k, c = (i.c_rows[..., COLUMNS.index(name)] for name in ("a", "b", "std", "k", "c"))
+    v_old = v.detach() if i.old_velocity is None else samples(i.old_velocity.detach())
+    mean_old = wide(a, v) * samples(i.x_t.detach()) + wide(b, v) * v_old
+    x_next = i.x_next
+    if x_next is None:
+        noise = i.noise
+        if noise is None:
+            noise = reference_normal(mean_old.shape, i.source, STREAMS["step"], v.device)
+        drawn = mean_old + wide(std, v) * noise.to(mean_old.dtype)
+        x_next = torch.where(wide(std, v) > 0, drawn, mean_old)
+    difference = wide(b, v) * (v - v_old)
+    residual = x_next.detach().to(mean_old.dtype) - mean_old
+    if i.old_log_prob is not None:
+        return c - k * mean((residual - difference).square()) - i.old_log_prob
+    if i.ratio == "sde":
+        return k * mean(difference * (2 * residual - difference))
+    noisy = torch.where(std > 0, std, torch.ones_like(std))
+    return torch.where(std > 0, mean(residual * difference) / noisy, torch.zeros_like(std))

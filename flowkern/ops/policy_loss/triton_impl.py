@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.ops._common.arguments import STREAMS, Noise
+from flowkern.ops._common.arguments import STREAMS
+from flowkern.ops._common.loss_reference import log_clip
 from flowkern.ops._common.loss_triton import (
     advantage_of,
     chunk_sums,
@@ -19,7 +20,6 @@ from flowkern.ops._common.loss_triton import (
     group_is_complete,
     group_of,
     is_silent,
-    log_clip,
     loss_scratch,
     mean_of,
     next_place,
@@ -40,13 +40,15 @@ from flowkern.ops._common.rows_triton import (
     guided,
     launch,
     load,
+    packed_edges,
     packed_latent,
-    packed_rows,
     step_mean,
     store,
 )
 
-# Latents and rows as in rows_triton, source as in philox_triton, the rest as in loss_triton.
+from .inputs import PolicyInputs
+
+# Latents and edges as in rows_triton, source as in philox_triton, the rest as in loss_triton.
 # out:     what loss_outputs makes
 # held:    the chunk of the row: velocity (guided), x_t, old_velocity, velocity_ref
 # scalars: advantage, old_log_prob, step_weight, kl_coef: (B,) float32, or None
@@ -68,7 +70,7 @@ def _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK: tl
 
 @triton.jit
 def _serve(
-    scratch, x_next, source, held, step, sample, place,
+    scratch, x_next, source, held, edge, sample, place,
     RECORDED: tl.constexpr, GUARD: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums one sample over the chunk."""
@@ -77,10 +79,10 @@ def _serve(
     count = place[4] - first
     sums = ()
     if x is not None:
-        mean_old = step_mean(step, x, v_old)
-        std = tl.load(step + 2)
+        mean_old = step_mean(edge, x, v_old)
+        std = tl.load(edge + 2)
         e = _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK) - mean_old
-        d = tl.load(step + 1) * (v - v_old)
+        d = tl.load(edge + 1) * (v - v_old)
         if RECORDED:
             q = e * e
         elif GUARD:
@@ -96,8 +98,8 @@ def _serve(
 
 @triton.jit
 def _statistics(
-    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, rows_ptr, row_stride, group,
-    place, OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr,
+    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, edges_ptr, edge_stride,
+    group, place, OFF_POLICY: tl.constexpr, KL: tl.constexpr, GUARD: tl.constexpr,
     REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the means of a group of samples say, in float64."""
@@ -105,9 +107,9 @@ def _statistics(
     advantage_ptr, old_log_prob_ptr, step_weight_ptr, kl_coef_ptr = scalars
     inner = guidance_scale * share_of(place, REDUCTION)
     sample = samples_of(group, place)
-    step = rows_ptr + sample * row_stride
-    b, std = tl.load(step + 1).to(tl.float64), tl.load(step + 2).to(tl.float64)
-    k, c = tl.load(step + 3).to(tl.float64), tl.load(step + 4)
+    edge = edges_ptr + sample * edge_stride
+    b, std = tl.load(edge + 1).to(tl.float64), tl.load(edge + 2).to(tl.float64)
+    k, c = tl.load(edge + 3).to(tl.float64), tl.load(edge + 4)
     inverse_std = tl.where(std != 0, 1.0 / tl.where(std != 0, std, 1.0), 0.0)
     log_ratio = tl.zeros(sample.shape, tl.float32)
     if OFF_POLICY:
@@ -152,7 +154,7 @@ def _statistics(
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
     out, scratch, scalars, bounds, kl_value,  # out, in: one per sample
-    siblings, rows_ptr, row_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
+    siblings, edges_ptr, edge_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     GUARD: tl.constexpr, REDUCTION: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -176,8 +178,8 @@ def _forward_kernel(
     at = next_place(siblings, None, 0, row, begin, end, place)
     while at < end:
         sample = sample_at(siblings, row, at)
-        step = rows_ptr + sample * row_stride
-        _serve(scratch, x_next, source, held, step, sample, place, RECORDED, GUARD, STREAM, BLOCK)
+        edge = edges_ptr + sample * edge_stride
+        _serve(scratch, x_next, source, held, edge, sample, place, RECORDED, GUARD, STREAM, BLOCK)
         at = next_place(siblings, None, 0, row, at + 1, end, place)
     if row_is_complete(scratch, row, place):
         at = next_place(siblings, None, 0, row, begin, end, place)
@@ -185,8 +187,8 @@ def _forward_kernel(
             sample = sample_at(siblings, row, at)
             if group_is_complete(scratch, OFF_POLICY + KL, sample, place, BLOCK):
                 _statistics(
-                    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, rows_ptr,
-                    row_stride, group_of(sample), place, OFF_POLICY, KL, GUARD, REDUCTION, BLOCK,
+                    out, scratch, scalars, bounds, kl_value, guidance_scale, siblings, edges_ptr,
+                    edge_stride, group_of(sample), place, OFF_POLICY, KL, GUARD, REDUCTION, BLOCK,
                 )  # fmt: skip
             at = next_place(siblings, None, 0, row, at + 1, end, place)
 
@@ -194,7 +196,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def _backward_kernel(
     grad_velocity,  # out
-    grad_ptr, grad_stride, slopes_ptr, siblings, rows_ptr, row_stride,
+    grad_ptr, grad_stride, slopes_ptr, siblings, edges_ptr, edge_stride,
     x_next, x_t, velocity, uncond, guidance_scale, old, ref,
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high,
     batch, chunks, size,
@@ -215,14 +217,14 @@ def _backward_kernel(
             drift = v - load(ref, row, first, count, BLOCK)
         while at < end:
             sample = sample_at(siblings, row, at)
-            step = rows_ptr + sample * row_stride
+            edge = edges_ptr + sample * edge_stride
             grad = tl.load(grad_ptr + sample * grad_stride)
             slope = tl.load(slopes_ptr + sample * 2)
             read = tl.where(is_silent(slope), 0, count)
-            mean_old = step_mean(step, x, v_old)
-            std = tl.load(step + 2)
+            mean_old = step_mean(edge, x, v_old)
+            std = tl.load(edge + 2)
             residual = _next(x_next, source, mean_old, std, sample, first, read, STREAM, BLOCK)
-            residual -= mean_old if GUARD else step_mean(step, x, v)
+            residual -= mean_old if GUARD else step_mean(edge, x, v)
             gradient = slope * residual
             if ref is not None:
                 gradient += tl.load(slopes_ptr + sample * 2 + 1) * drift
@@ -231,87 +233,46 @@ def _backward_kernel(
     store(grad_velocity, row, first, count, total, BLOCK)
 
 
-def forward(
-    velocity: Tensor,
-    x_t: Tensor,
-    x_next: Tensor | None,
-    rows: Tensor,
-    advantage: Tensor,
-    row: Tensor | None,
-    old_velocity: Tensor | None,
-    old_log_prob: Tensor | None,
-    source: Noise | None,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    velocity_ref: Tensor | None,
-    kl_coef: Tensor | None,
-    kl_value: float,
-    step_weight: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    guard: bool,
-    reduction: str,
-) -> tuple[Tensor, ...]:
-    """loss, log_ratio, ratio, kl, clipped_low, clipped_high, slopes (B, 2)."""
-    batch = advantage.shape[0]
-    off_policy = old_velocity is not None or old_log_prob is not None
-    if not off_policy:  # the log-ratio is 0, whatever the states
-        x_t = x_next = None
-    sums = off_policy + (velocity_ref is not None)
-    states = () if x_t is None else (x_t,)
-    made = cut(velocity, *states, may_grow=row is None and x_next is not None)
+def forward(i: PolicyInputs) -> tuple[Tensor, ...]:
+    """The fields of PolicyLoss, and the slopes (B, 2)."""
+    batch, rows = i.advantage.shape[0], i.velocity.shape[0]
+    off_policy = i.old_velocity is not None or i.old_log_prob is not None
+    states = (i.x_next, i.x_t) if off_policy else (None, None)  # 0 whatever these are
+    sums = off_policy + (i.velocity_ref is not None)
+    may_grow = i.row is None and states[0] is not None
+    made = cut(i.velocity, *states[1:] if off_policy else (), may_grow=may_grow)
     if not sums:  # nothing of size D is read
         made = made._replace(chunks=1)
-    out = loss_outputs(batch, 3, 2, reduction, velocity.device)
-    scratch = loss_scratch(velocity, batch, sums, made.sums)
+    out = loss_outputs(batch, 3, 2, i.reduction, i.velocity.device)
+    scratch = loss_scratch(i.velocity, batch, sums, made.sums)
+    is_each = isinstance(i.kl_coef, Tensor)
+    kl_coef, kl_value = (i.kl_coef, 0.0) if is_each else (None, i.kl_coef)
     if batch:
         launch(
-            _forward_kernel, velocity, made,
-            out, scratch, (advantage, old_log_prob, step_weight, kl_coef),
-            log_clip(clip_low, clip_high), float(kl_value), packed_siblings(row, velocity.shape[0]),
-            *packed_rows(rows),
-            *_latents(x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity,
-                      velocity_ref, source),
-            batch, made.chunks,
-            GUARD=guard, REDUCTION=reduction, STREAM=STREAMS["step"],
+            _forward_kernel, i.velocity, made,
+            out, scratch, (i.advantage, i.old_log_prob, i.step_weight, kl_coef),
+            log_clip(i.clip_low, i.clip_high), float(kl_value), packed_siblings(i.row, rows),
+            *packed_edges(i.c_rows), *_latents(i, *states), batch, made.chunks,
+            GUARD=i.ratio == "guard", REDUCTION=i.reduction, STREAM=STREAMS["step"],
         )  # fmt: skip
     return out
 
 
-def backward(
-    grad: Tensor,
-    slopes: Tensor,
-    velocity: Tensor,
-    x_t: Tensor,
-    x_next: Tensor | None,
-    rows: Tensor,
-    row: Tensor | None,
-    old_velocity: Tensor | None,
-    source: Noise | None,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    velocity_ref: Tensor | None,
-    guard: bool,
-) -> Tensor:
-    grad_velocity = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
-    if velocity.numel():
-        made = cut(velocity)
+def backward(grad: Tensor, slopes: Tensor, i: PolicyInputs) -> Tensor:
+    grad_velocity = torch.empty(i.velocity.shape, dtype=i.velocity.dtype, device=i.velocity.device)
+    if i.velocity.numel():
+        made = cut(i.velocity)
         launch(
-            _backward_kernel, velocity, made,
+            _backward_kernel, i.velocity, made,
             packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes,
-            packed_siblings(row, velocity.shape[0]),
-            *packed_rows(rows),
-            *_latents(x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity,
-                      velocity_ref, source),
-            slopes.shape[0], made.chunks,
-            GUARD=guard, STREAM=STREAMS["step"],
+            packed_siblings(i.row, i.velocity.shape[0]),
+            *packed_edges(i.c_rows), *_latents(i, i.x_next, i.x_t), slopes.shape[0], made.chunks,
+            GUARD=i.ratio == "guard", STREAM=STREAMS["step"],
         )  # fmt: skip
     return grad_velocity
 
 
-def _latents(
-    x_next, x_t, velocity, velocity_uncond, guidance_scale, old_velocity, velocity_ref, source
-) -> tuple:
-    latents = map(packed_latent, (x_next, x_t, velocity, velocity_uncond))
-    anchors = map(packed_latent, (old_velocity, velocity_ref))
-    return *latents, float(guidance_scale), *anchors, *packed_noise(source or Noise())
+def _latents(i: PolicyInputs, x_next: Tensor | None, x_t: Tensor | None) -> tuple:
+    latents = map(packed_latent, (x_next, x_t, i.velocity, i.velocity_uncond))
+    anchors = map(packed_latent, (i.old_velocity, i.velocity_ref))
+    return *latents, float(i.guidance_scale), *anchors, *packed_noise(i.source)

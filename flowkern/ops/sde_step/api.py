@@ -6,7 +6,7 @@
     log_prob = mean_D(-k (x_next - mean)^2) + c     (of the x_next that is stored)
 
 B = samples, D = latent elements of one sample. Arithmetic in float32; in float64 where any input is
-float64 (reference only). The coefficients are rows of flowkern.schedules.
+float64 (reference only). The coefficients are edges of flowkern.schedules.
 Source: Flow-GRPO (arXiv 2505.05470) and its relatives; docs/ops/sde_step.md has the derivation.
 """
 
@@ -17,17 +17,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowkern import torch_private as private
 from flowkern.ops._common.arguments import (
     FLOATS,
     Noise,
+    check_edges,
     check_guidance,
     check_latents,
     check_noise,
     check_out,
-    check_rows,
     compute_dtype,
 )
-from flowkern.ops._common.autograd import EagerGradient
+from flowkern.ops._common.autograd import EagerGradient, of_both
 from flowkern.ops._common.dispatch import (
     Impl,
     choose,
@@ -38,10 +39,11 @@ from flowkern.ops._common.dispatch import (
     no_objection,
     triton_why_not,
 )
-from flowkern.ops._common.native_calls import direct, increment_version
+from flowkern.ops._common.native_calls import direct
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 from . import native_impl, reference
+from .inputs import StepInputs
 
 _TRITON = "flowkern.ops.sde_step.triton_impl"
 
@@ -69,7 +71,7 @@ _GRADIENT = {impl.name: impl.call for impl in _REPLAY_BACKWARD}
 def _draw_op(
     x_t: Tensor,
     velocity: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     history: Sequence[Tensor],
@@ -84,10 +86,9 @@ def _draw_op(
     backend: str | None,
 ) -> None:
     dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, x0, *history)
+    inputs = StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, history)
     source = Noise(noise, seed, sample_id, step, step_value)
-    choose(_DRAW, x_t.device, dtype, backend).call(
-        x_t, velocity, rows, velocity_uncond, guidance_scale, history, source, x_next, log_prob, x0
-    )
+    choose(_DRAW, x_t.device, dtype, backend).call(inputs, source, x_next, log_prob, x0)
 
 
 @_draw_op.register_fake
@@ -100,18 +101,18 @@ def _replay_op(
     x_t: Tensor,
     velocity: Tensor,
     x_next: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     backend: str | None,
 ) -> Tensor:
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     impl = choose(_REPLAY, x_t.device, dtype, backend)
-    return impl.call(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+    return impl.call(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
 
 
 @_replay_op.register_fake
-def _(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale, backend) -> Tensor:
+def _(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, backend) -> Tensor:
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     return x_t.new_empty(x_t.shape[0], dtype=dtype)
 
@@ -122,14 +123,14 @@ def _replay_backward_op(
     x_t: Tensor,
     velocity: Tensor,
     x_next: Tensor,
-    rows: Tensor,
+    edges: Tensor,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     backend: str | None,
 ) -> Tensor:
     dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
     impl = choose(_REPLAY_BACKWARD, x_t.device, dtype, backend)
-    return impl.call(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale)
+    return impl.call(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
 
 
 @_replay_backward_op.register_fake
@@ -138,12 +139,12 @@ def _(grad, x_t, velocity, *_) -> Tensor:
 
 
 def _save_inputs(ctx, inputs, output) -> None:
-    x_t, velocity, x_next, rows, velocity_uncond, ctx.guidance_scale, ctx.backend = inputs
-    ctx.save_for_backward(x_t, velocity, x_next, rows, velocity_uncond)
+    x_t, velocity, x_next, edges, velocity_uncond, ctx.guidance_scale, ctx.backend = inputs
+    ctx.save_for_backward(x_t, velocity, x_next, edges, velocity_uncond)
 
 
 def _backward(ctx, grad: Tensor):
-    x_t, velocity, x_next, rows, velocity_uncond = ctx.saved_tensors
+    x_t, velocity, x_next, edges, velocity_uncond = ctx.saved_tensors
     grad_velocity = None
     if ctx.needs_input_grad[1]:
         grad_velocity = _replay_backward_op(
@@ -151,7 +152,7 @@ def _backward(ctx, grad: Tensor):
             x_t,
             velocity,
             x_next,
-            rows,
+            edges,
             velocity_uncond,
             ctx.guidance_scale,
             ctx.backend,
@@ -183,13 +184,13 @@ def sde_step(
 
     Args:
         x_t, velocity: (B, *D), any strides; float32, bfloat16 or float16 (float64: the reference).
-        c_rows: one edge for all samples, or B rows, of `flowkern.schedules`, on the device of x_t.
+        c_rows: one edge for all samples, or B, of `flowkern.schedules`, on the device of x_t.
         noise: (B, *D) standard normals. Or else all of
         seed, sample_id, step: Philox noise drawn in the kernel: 64 bits; (B,) int64 global ids; an
             int or (B,) int64.
         velocity_uncond: (B, *D), with guidance_scale: the step uses uncond + guidance_scale
             (velocity - uncond).
-        history: earlier x0 predictions, most recent first, for the rows of a multistep solver: up
+        history: earlier x0 predictions, most recent first, for the edges of a multistep solver: up
             to three of (B, *D).
         out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), contiguous, written
             instead of a new tensor. It may be x_t, velocity or noise itself (a draw in place), and
@@ -210,21 +211,10 @@ def sde_step(
         )  # fmt: skip
         if drawn is not None:
             if out is not None:
-                increment_version((out,))
+                private.increment_version((out,))
             return drawn[:2]
-    latents = _latents(x_t, velocity, velocity_uncond, history, noise)
-    dtype = _check_output(latents, out_dtype, out)
-    _check_step(velocity, c_rows, velocity_uncond, guidance_scale, history)
-    source = check_noise(noise, seed, sample_id, step, x_t)
-    if out is not None:
-        check_out(out, latents, {"c_rows": c_rows, "sample_id": sample_id, "step": step})
-    x_next = _empty(x_t, out_dtype) if out is None else out
-    log_prob = torch.empty(x_t.shape[0], dtype=dtype, device=x_t.device)
-    _draw(
-        x_t, velocity, c_rows, velocity_uncond, guidance_scale, history, source,
-        x_next, log_prob, None, dtype, backend,
-    )  # fmt: skip
-    return x_next, log_prob
+    inputs = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
+    return _draw(inputs, (noise, seed, sample_id, step), out, out_dtype, backend)[:2]
 
 
 def ode_step(
@@ -257,19 +247,10 @@ def ode_step(
         )  # fmt: skip
         if drawn is not None:
             if out is not None:
-                increment_version((out,))
+                private.increment_version((out,))
             return drawn[::2] if return_x0 else drawn[0]
-    latents = _latents(x_t, velocity, velocity_uncond, history)
-    dtype = _check_output(latents, out_dtype, out)
-    _check_step(velocity, m_rows, velocity_uncond, guidance_scale, history, "m_rows")
-    if out is not None:
-        check_out(out, latents, {"m_rows": m_rows})
-    x_next = _empty(x_t, out_dtype) if out is None else out
-    x0 = torch.empty_like(x_next) if return_x0 else None
-    _draw(
-        x_t, velocity, m_rows, velocity_uncond, guidance_scale, history, Noise(),
-        x_next, None, x0, dtype, backend,
-    )  # fmt: skip
+    inputs = StepInputs(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history)
+    x_next, _, x0 = _draw(inputs, None, out, out_dtype, backend, return_x0)
     return (x_next, x0) if return_x0 else x_next
 
 
@@ -280,15 +261,19 @@ def sde_log_prob(
     c_rows: Coefficients,
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
+    uncond_gradient: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of a stored x_next: (B,) float32, differentiable in `velocity`.
 
     With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for
-    any split of the batch. Args as `sde_step`; velocity_uncond gets no gradient.
+    any split of the batch. Args as `sde_step`; velocity_uncond gets a gradient with
+    uncond_gradient only.
     d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
     is saved.
     """
+    if uncond_gradient:
+        velocity, velocity_uncond = of_both(velocity, velocity_uncond, guidance_scale)
     if kernels := direct(backend, x_t):
         inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
         log_prob = kernels.sde_replay(*inputs)
@@ -296,11 +281,11 @@ def sde_log_prob(
             saved = (x_t, velocity, x_next, c_rows.table, velocity_uncond)
             return _with_gradient(log_prob, saved, guidance_scale, "native")
     if isinstance(c_rows, Coefficients) and c_rows.num_history:
-        raise ValueError("c_rows: a replay takes one-step rows, got rows with history weights")
+        raise ValueError("c_rows: a replay takes one-step edges, got some with history weights")
     dtype = check_latents(_latents(x_t, velocity, velocity_uncond) | {"x_next": x_next})
     _check_step(velocity, c_rows, velocity_uncond, guidance_scale, ())
-    rows = check_rows("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
-    inputs = (x_t, velocity, x_next, rows, velocity_uncond, float(guidance_scale))
+    edges = check_edges("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
+    inputs = (x_t, velocity, x_next, edges, velocity_uncond, float(guidance_scale))
     transformed = is_transformed()
     if is_tracing(x_t, velocity, x_next, velocity_uncond) and not transformed:
         return _replay_op(*inputs, backend)
@@ -309,7 +294,7 @@ def sde_log_prob(
         x_t, x_next, uncond = (
             None if x is None else x.detach() for x in (x_t, x_next, velocity_uncond)
         )
-        return impl.call(x_t, velocity, x_next, rows, uncond, inputs[-1])
+        return impl.call(x_t, velocity, x_next, edges, uncond, inputs[-1])
     with torch.no_grad():  # the gradient is the kernel's
         log_prob = impl.call(*inputs)
     return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name)
@@ -322,8 +307,12 @@ def _with_gradient(log_prob: Tensor, saved: tuple, guidance_scale: float, kernel
     velocity = saved[1]
     if not (velocity.requires_grad and torch.is_grad_enabled()):
         return log_prob
-    backward = _GRADIENT[kernel]
-    return EagerGradient.apply(velocity, saved, (log_prob, backward, (guidance_scale,), kernel))
+    how = _gradient, (guidance_scale,), kernel
+    return EagerGradient.apply(velocity, (log_prob, saved, how, None))
+
+
+def _gradient(grad: Tensor, saved: tuple, settings: tuple, kernel: str, _) -> Tensor:
+    return _GRADIENT[kernel](grad, *saved, *settings)
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:
@@ -340,9 +329,9 @@ def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str
     return latents
 
 
-def _check_step(velocity, rows, velocity_uncond, guidance_scale, history, name="c_rows") -> None:
+def _check_step(velocity, edges, velocity_uncond, guidance_scale, history, name="c_rows") -> None:
     check_guidance(velocity_uncond, guidance_scale, velocity)
-    needed = rows.num_history if isinstance(rows, Coefficients) else 0
+    needed = edges.num_history if isinstance(edges, Coefficients) else 0
     if not needed <= len(history) <= MAX_HISTORY:
         raise ValueError(
             f"history: {name} weigh {needed} earlier x0 predictions; "
@@ -365,27 +354,41 @@ def _check_output(
     return torch.float64 if out_dtype == torch.float64 else dtype
 
 
-def _empty(x_t: Tensor, out_dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(x_t.shape, dtype=out_dtype or x_t.dtype, device=x_t.device)
-
-
 def _draw(
-    x_t, velocity, rows, velocity_uncond, guidance_scale, history, source: Noise,
-    x_next, log_prob, x0, dtype, backend,
-) -> None:  # fmt: skip
-    name = "c_rows" if log_prob is not None else "m_rows"
-    table = check_rows(name, rows, x_t.shape[0], x_t.device, dtype)
-    scale = float(guidance_scale)
-    tensors = (x_t, velocity, velocity_uncond, source.given, source.sample_id, x_next)
+    i: StepInputs, key: tuple | None, out, out_dtype, backend: str | None, return_x0: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x_next, log_prob and x0, by the way that checks.
+
+    key: noise, seed, sample_id and step; None: the mean alone, without log_prob, of m_rows.
+    """
+    name = "m_rows" if key is None else "c_rows"
+    noise, _, sample_id, step = key or (None,) * 4
+    latents = _latents(i.x_t, i.velocity, i.velocity_uncond, i.history, noise)
+    dtype = _check_output(latents, out_dtype, out)
+    _check_step(i.velocity, i.edges, i.velocity_uncond, i.guidance_scale, i.history, name)
+    source = Noise() if key is None else check_noise(*key, i.x_t)
+    if out is not None:
+        check_out(out, latents, {name: i.edges, "sample_id": sample_id, "step": step})
+    batch, device = i.x_t.shape[0], i.x_t.device
+    x_next = out
+    if out is None:
+        x_next = torch.empty(i.x_t.shape, dtype=out_dtype or i.x_t.dtype, device=device)
+    log_prob = None if key is None else torch.empty(batch, dtype=dtype, device=device)
+    x0 = torch.empty_like(x_next) if return_x0 else None
+    edges, scale = check_edges(name, i.edges, batch, device, dtype), float(i.guidance_scale)
+    checked = StepInputs(i.x_t, i.velocity, edges, i.velocity_uncond, scale, i.history)
+    _run(checked, source, (x_next, log_prob, x0), dtype, backend)
+    return x_next, log_prob, x0
+
+
+def _run(i: StepInputs, source: Noise, out: tuple, dtype: torch.dtype, backend: str | None) -> None:
+    """Through the dispatcher where a compiler is to see an operator, else straight."""
+    tensors = (i.x_t, i.velocity, i.velocity_uncond, source.given, source.sample_id, out[0])
     transformed = is_transformed()
     if is_tracing(*tensors) and not transformed:
-        x_t, velocity, *history = (t.detach() for t in (x_t, velocity, *history))
-        if velocity_uncond is not None:
-            velocity_uncond = velocity_uncond.detach()
-        inputs = (x_t, velocity, table, velocity_uncond, scale, history)
-        _draw_op(*inputs, *source, x_next, log_prob, x0, backend)
+        x_t, velocity, *history = (t.detach() for t in (i.x_t, i.velocity, *i.history))
+        uncond = None if i.velocity_uncond is None else i.velocity_uncond.detach()
+        _draw_op(x_t, velocity, i.edges, uncond, i.guidance_scale, history, *source, *out, backend)
         return
-    inputs = (x_t, velocity, table, velocity_uncond, scale, history)
-    impl = choose(_DRAW, x_t.device, dtype, backend, transformed)
-    impl.call(*inputs, source, x_next, log_prob, x0)
-    torch.autograd.graph.increment_version(x_next)  # a graph that saved `out` must notice
+    choose(_DRAW, i.x_t.device, dtype, backend, transformed).call(i, source, *out)
+    torch.autograd.graph.increment_version(out[0])  # a graph that saved it must notice

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,55 +10,47 @@ from flowkern.ops._common.philox import reference_normal
 from flowkern.ops._common.rows import column, guided
 from flowkern.schedules import COLUMNS, MAX_HISTORY
 
+from .inputs import StepInputs
+
 CHUNK = 1024
 
 
-def mean_and_x0(
-    x_t, velocity, rows, velocity_uncond, guidance_scale, history
-) -> tuple[Tensor, Tensor]:
-    x, v = x_t.to(rows.dtype), guided(velocity, velocity_uncond, guidance_scale, rows.dtype)
-    mean = column(rows, "a", x) * x + column(rows, "b", x) * v
-    for j, earlier in enumerate(history[:MAX_HISTORY]):
-        mean = mean + column(rows, f"h{j + 1}", x) * earlier.to(rows.dtype)
-    return mean, x - column(rows, "sigma", x) * v
+def mean_and_x0(i: StepInputs) -> tuple[Tensor, Tensor]:
+    dtype = i.edges.dtype
+    x, v = i.x_t.to(dtype), guided(i.velocity, i.velocity_uncond, i.guidance_scale, dtype)
+    mean = column(i.edges, "a", x) * x + column(i.edges, "b", x) * v
+    for j, earlier in enumerate(i.history[:MAX_HISTORY]):
+        mean = mean + column(i.edges, f"h{j + 1}", x) * earlier.to(dtype)
+    return mean, x - column(i.edges, "sigma", x) * v
 
 
-def log_prob_of(x_next: Tensor, mean: Tensor, rows: Tensor) -> Tensor:
+def log_prob_of(x_next: Tensor, mean: Tensor, edges: Tensor) -> Tensor:
     """(B,) from fixed chunks, one sample at a time.
 
     torch's sums depend on the shape and, over enough elements, on the threads; a replay must not.
     """
-    residual = (x_next.to(rows.dtype) - mean).flatten(1)
-    k, c = rows[..., COLUMNS.index("k")], rows[..., COLUMNS.index("c")]
+    residual = (x_next.to(edges.dtype) - mean).flatten(1)
+    k, c = edges[..., COLUMNS.index("k")], edges[..., COLUMNS.index("c")]
     batch, size = residual.shape
     if residual.numel() == 0:
         return (c - k * 0).expand(batch).clone()
     chunks = torch.nn.functional.pad(residual, (0, -size % CHUNK)).reshape(batch, -1, CHUNK)
     partial = chunks.square().sum(2).double()
     squares = torch.stack([sample.sum() for sample in partial.unbind()]) / size
-    return c - k * squares.to(rows.dtype)
+    return c - k * squares.to(edges.dtype)
 
 
 def draw(
-    x_t: Tensor,
-    velocity: Tensor,
-    rows: Tensor,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    history: Sequence[Tensor],
-    source: Noise,
-    x_next: Tensor,
-    log_prob: Tensor | None,
-    x0: Tensor | None,
+    i: StepInputs, source: Noise, x_next: Tensor, log_prob: Tensor | None, x0: Tensor | None
 ) -> None:
     with torch.no_grad():
-        mean, predicted = mean_and_x0(x_t, velocity, rows, velocity_uncond, guidance_scale, history)
+        mean, predicted = mean_and_x0(i)
         value = mean
         noise = source.given
         if source.sample_id is not None:
-            noise = reference_normal(x_t.shape, source, STREAMS["step"], x_t.device)
+            noise = reference_normal(i.x_t.shape, source, STREAMS["step"], i.x_t.device)
         if noise is not None:
-            std = column(rows, "std", mean)
+            std = column(i.edges, "std", mean)
             value = torch.where(
                 std > 0, mean + std * noise.to(mean.dtype), mean
             )  # std == 0 never reads the noise
@@ -68,19 +58,19 @@ def draw(
             x0.copy_(predicted)
         x_next.copy_(value)
         if log_prob is not None:
-            log_prob.copy_(log_prob_of(x_next, mean, rows))
+            log_prob.copy_(log_prob_of(x_next, mean, i.edges))
 
 
-def replay(x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
-    mean, _ = mean_and_x0(x_t, velocity, rows, velocity_uncond, guidance_scale, ())
-    return log_prob_of(x_next, mean, rows)
+def replay(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
+    mean, _ = mean_and_x0(StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, ()))
+    return log_prob_of(x_next, mean, edges)
 
 
-def replay_backward(grad, x_t, velocity, x_next, rows, velocity_uncond, guidance_scale) -> Tensor:
+def replay_backward(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
     """By hand, since it runs inside an op; the tests hold it to autograd through `replay`."""
-    mean, _ = mean_and_x0(x_t, velocity, rows, velocity_uncond, guidance_scale, ())
+    mean, _ = mean_and_x0(StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, ()))
     scale = guidance_scale if velocity_uncond is not None else 1.0
-    weight = grad.to(rows.dtype).reshape(-1, *[1] * (mean.ndim - 1))
+    weight = grad.to(edges.dtype).reshape(-1, *[1] * (mean.ndim - 1))
     size = max(1, mean[0].numel() if len(mean) else 1)
-    slope = weight * 2 * column(rows, "k", mean) * column(rows, "b", mean) * scale / size
-    return (slope * (x_next.to(rows.dtype) - mean)).to(velocity.dtype)
+    slope = weight * 2 * column(edges, "k", mean) * column(edges, "b", mean) * scale / size
+    return (slope * (x_next.to(edges.dtype) - mean)).to(velocity.dtype)

@@ -1,184 +1,38 @@
-"""Algorithms: one module each, with a class `Recipe` that holds the paper's defaults.
-
-A recipe is data, and answers four questions: what is sampled (plan), who gets the credit (credit),
-what is minimized (objective), and which other weights take part (copies). The trainer knows no more
-than this.
-"""
+"""Algorithms: one short file each, a recipe with the paper's defaults, and a row of the table."""
 
 from __future__ import annotations
 
-import pkgutil
-import random
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from flowkern import rl, rollout
-from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, check_fields, count
+from flowkern.checks import ConfigError
 from flowkern.lookup import load
+from flowkern.rl.cost import counts
+from flowkern.rl.recipe import Recipe
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["ALGORITHMS", "DEFAULT", "cost", "name_of", "names", "recipe"]
 
-__all__ = [
-    "DEFAULT",
-    "EvenGridRecipe",
-    "Grid",
-    "Levels",
-    "PolicyRecipe",
-    "Recipe",
-    "cost",
-    "mean_cost",
-    "name_of",
-    "names",
-    "recipe",
-    "shared_random",
-    "windowed",
-]
+ALGORITHMS = {
+    "awm": "flowkern.rl.algorithms.awm:AWM",
+    "dance_grpo": "flowkern.rl.algorithms.dance_grpo:DanceGRPO",
+    "diffusion_nft": "flowkern.rl.algorithms.diffusion_nft:DiffusionNFT",
+    "flow_grpo": "flowkern.rl.algorithms.flow_grpo:FlowGRPO",
+    "flow_grpo_fast": "flowkern.rl.algorithms.flow_grpo_fast:FlowGRPOFast",
+    "g2rpo": "flowkern.rl.algorithms.g2rpo:G2RPO",
+    "grpo_guard": "flowkern.rl.algorithms.grpo_guard:GRPOGuard",
+    "mixgrpo": "flowkern.rl.algorithms.mixgrpo:MixGRPO",
+    "mixgrpo_flash": "flowkern.rl.algorithms.mixgrpo_flash:MixGRPOFlash",
+    "mixgrpo_flash_star": "flowkern.rl.algorithms.mixgrpo_flash_star:MixGRPOFlashStar",
+    "tempflow_grpo": "flowkern.rl.algorithms.tempflow_grpo:TempFlowGRPO",
+}
+"""The recipe of each; imported when it is asked for."""
 
 DEFAULT = "flow_grpo"
 """The one that the others are compared with: what a demonstration runs."""
 
-Grid = Callable[[int], "Tensor"]
-"""Number of steps -> the model's noise levels (S + 1,), from 1 to 0."""
-
-Levels = Annotated[int, count(1000)]
-"""A number of noise levels; models are trained on a thousand."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe(ABC):
-    """What every algorithm offers; the defaults are its paper's, or its released code's."""
-
-    num_inference_steps: Annotated[int, count(1000, least=2)]
-    """Steps of a training rollout; evaluation takes more."""
-    guidance_scale: Annotated[float, AT_LEAST_0] = 1.0
-    """Classifier-free guidance; up to 1 is none."""
-    group_size: Annotated[int, count(4096, least=2)]
-    """Samples that are compared with each other."""
-    prompts_per_rollout: Annotated[int, count(2**16)]
-    """Prompts of a rollout, over all processes."""
-    updates_per_rollout: Annotated[int, count(2**16)] = 1
-    """Optimizer steps per rollout; each sees its own share of the prompts."""
-    adv_clip_max: Annotated[float, ABOVE_0] = 5.0
-    """Advantages are clamped to +-this."""
-    min_std: Annotated[float, AT_LEAST_0] = 1e-6
-    """A group whose rewards have a standard deviation below this teaches nothing: advantage 0."""
-
-    copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType({})
-    """Other versions of the trained weights: name -> decay d after rollout number n = 1, 2, ...:
-    copy = d copy + (1 - d) current, once per rollout."""
-    sampler: ClassVar[str | None] = None
-    """The copy that samples; None: the current weights."""
-
-    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
-    """Other published settings, to be counted beside the defaults: name -> options."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @abstractmethod
-    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        """The tree of every prompt of a rollout: a function of the arguments alone, so that all
-        ranks walk the same one.
-        """
-
-    @abstractmethod
-    def credit(self) -> rl.Credit:
-        """How rewards become advantages."""
-
-    def group_credit(self, **options: Any) -> rl.Credit:
-        """`Credit` of these options and of those that all recipes have."""
-        return rl.Credit(limit=self.adv_clip_max, min_std=self.min_std, **options)
-
-    @abstractmethod
-    def objective(self, uncond: int) -> rl.Objective:
-        """The loss; uncond: the row of the conditioning without a prompt."""
-
-    @abstractmethod
-    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
-        """What the authors' released loop takes per prompt, guidance not counted."""
-
-    def window_start(self, iteration: int = 0, seed: int = 0) -> int | None:
-        """The first drawn step of a rollout, where that moves."""
-        return None
-
-    def guidance(self, uncond: int) -> rollout.Guidance | None:
-        return rollout.Guidance.of(self.guidance_scale, uncond)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyRecipe(Recipe):
-    """Trains drawn edges with the clipped ratio."""
-
-    noise_level: Annotated[float, ABOVE_0]
-    """Of the SDE, as `schedules.edge_coefficients` takes it."""
-    clip_range: Annotated[float, BELOW_1] = 1e-4
-    """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
-    kl_coef: Annotated[float, AT_LEAST_0] = 0.0
-    """Of the Gaussian KL to the reference at the trained edges."""
-    ratio: ClassVar[str] = "sde"
-    """Or "guard", as in `policy_loss`."""
-
-    def objective(self, uncond: int) -> rl.RatioClip:
-        clip, guidance = self.clip_range, self.guidance(uncond)
-        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvenGridRecipe(PolicyRecipe):
-    """On a grid of equal steps, with the unbiased std of each group."""
-
-    shift: Annotated[float | None, Range(0, above=True, most=1000)] = 3.0
-    """Of the grid of equal steps; None: the model's own grid."""
-    mix: Literal["reward", "advantage", "sum"] = "advantage"
-    """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
-    own."""
-    best_of: Annotated[int | None, ABOVE_0] = None
-    """Train on this many of a group, half of them the best, half the worst; None: on all."""
-    trimmed_ratio: Annotated[float, BELOW_1] = 0.0
-    """The share of a group, its lowest rewards, that mean and std leave out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.best_of is not None and (self.best_of % 2 or self.best_of > self.group_size):
-            raise ValueError(
-                f"best_of: got {self.best_of}, expected an even number, at most group_size, "
-                f"{self.group_size}"
-            )
-
-    def levels(self, grid: Grid, first: int = 0, points: int | None = None) -> list[float]:
-        """Noise levels from place `first` of the grid to its end, falling.
-
-        points: this many, equally far apart before the shift (on the model's own grid, between its
-        places); None: the grid's.
-        """
-        import numpy as np  # here, as all that is not needed to read a recipe's options
-
-        from flowkern.schedules import shifted_sigmas
-
-        steps, shift = self.num_inference_steps, self.shift
-        own = (grid(steps) if shift is None else shifted_sigmas(steps, shift)).tolist()
-        if points is None:
-            return own[first:]
-        places = np.linspace(first, steps, points)
-        if shift is None:
-            return np.interp(places, range(steps + 1), own).tolist()
-        u = 1 - places / steps
-        return (shift * u / (1 + (shift - 1) * u)).tolist()
-
-    def credit(self) -> rl.Credit:
-        return self.group_credit(
-            eps=1e-8, unbiased=True, trimmed_ratio=self.trimmed_ratio, best_of=self.best_of,
-            mix=self.mix,
-        )  # fmt: skip
-
 
 def names() -> list[str]:
     """The algorithms there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(ALGORITHMS)
 
 
 def recipe(name: str) -> type[Recipe]:
@@ -187,7 +41,7 @@ def recipe(name: str) -> type[Recipe]:
     name: one of `names()`, or "module:Class" of your own.
     Raises ConfigError, a ValueError, for what is neither.
     """
-    kind = load(name, {known: f"{__name__}.{known}:Recipe" for known in names()}, "algorithm.name")
+    kind = load(name, ALGORITHMS, "algorithm.name")
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         raise ConfigError(f"algorithm.name: got {name!r}, expected a class derived from Recipe")
     return kind
@@ -195,9 +49,8 @@ def recipe(name: str) -> type[Recipe]:
 
 def name_of(recipe: Recipe) -> str:
     """The name that `recipe` finds it by."""
-    module, kind = type(recipe).__module__, type(recipe).__qualname__
-    package, _, name = module.rpartition(".")
-    return name if package == __name__ else f"{module}:{kind}"
+    home = f"{type(recipe).__module__}:{type(recipe).__qualname__}"
+    return next((name for name, known in ALGORITHMS.items() if known == home), home)
 
 
 def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[str, float]:
@@ -205,57 +58,7 @@ def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[s
 
     window_start: where its window begins; None: where it begins in the first rollout. overrides:
     fields of its recipe.
-    Returns sample, train (rows forward of the trained network), decode (images), and naive_sample,
+    Returns sample, train (calls of the trained network), decode (images), and naive_sample,
     naive_train, which the authors' released loop takes.
     """
-    from flowkern.schedules import sd3_sigmas
-
-    chosen, iteration = recipe(name)(**overrides), 0
-    if window_start is not None:
-        while chosen.window_start(iteration) != window_start:
-            if (iteration := iteration + 1) == 10_000:
-                raise ValueError(f"window_start: got {window_start}, which {name} never reaches")
-    ours, theirs = mean_cost(chosen, sd3_sigmas, range(iteration, iteration + 1))
-    counts = {"sample": ours.sample, "train": ours.train, "decode": ours.images}
-    return counts | {"naive_sample": theirs.sample, "naive_train": theirs.train}
-
-
-def mean_cost(
-    recipe: Recipe, grid: Grid, iterations: range = range(1), seed: int = 0
-) -> tuple[rollout.Cost, rollout.Cost]:
-    """Per prompt, guidance not counted: what this package takes and what the released loop takes.
-
-    Means over the rollouts `iterations`, whose plans may differ.
-    """
-    ours = [recipe.plan(grid, i, seed).cost() for i in iterations]
-    theirs = [recipe.released(i, seed) for i in iterations]
-    return rollout.Cost.mean(ours), rollout.Cost.mean(theirs)
-
-
-def shared_random(seed: int, iteration: int) -> random.Random:
-    """Chance that all ranks and all members of a group share."""
-    return random.Random(f"{seed}/{iteration}")
-
-
-def windowed(
-    plan: rollout.Plan, sigmas: list[float], window: range, tail: list[float],
-    sde: tuple[str, float], members: int, is_shared: bool, order: int = 1,
-) -> rollout.Plan:  # fmt: skip
-    """`plan` with samples that are drawn and trained in a window, and deterministic around it.
-
-    tail: the noise levels after the window's last; order: of the solver there. sde: kind and noise
-    level. is_shared: the samples are one up to the window.
-    """
-    trunk = None
-    for member in range(members):
-        if trunk is None or not is_shared:
-            trunk = plan.root(member)
-            for sigma in sigmas[1 : window.start + 1]:
-                trunk = plan.step(trunk, sigma)
-        node = trunk
-        for sigma in sigmas[window.start + 1 : window.stop + 1]:
-            node = plan.draw(node, sigma, *sde, member, is_trained=True)
-        for sigma in tail:
-            node = plan.step(node, sigma, order)
-        plan.leaf(node)
-    return plan
+    return counts(recipe(name)(**overrides), window_start)

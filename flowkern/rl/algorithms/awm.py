@@ -15,12 +15,11 @@ from typing import Annotated, Literal
 
 from flowkern import rl, rollout
 from flowkern.checks import AT_LEAST_0, SHARE
-from flowkern.rl.algorithms import Grid, Levels, shared_random
-from flowkern.rl.algorithms import Recipe as Base
+from flowkern.rl.recipe import Grid, Levels, MatchingRecipe, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Base):
+class AWM(MatchingRecipe):
     """The released defaults."""
 
     num_inference_steps: int = 14
@@ -44,11 +43,8 @@ class Recipe(Base):
         return {"ema": lambda n: min(0.3, 0.001 * n), "old": lambda n: 0.0}
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, chance, steps = (
-            rollout.Plan(),
-            shared_random(seed, iteration),
-            self.num_inference_steps,
-        )
+        plan, chance = rollout.Plan(), shared_random(seed, iteration)
+        steps = self.num_inference_steps
         sigmas, count = grid(steps).tolist(), self.num_train_timesteps
         last = max(1, int(steps * self.timestep_fraction))
         bounds = [1 + (last - 1) * i // count for i in range(count + 1)]
@@ -64,13 +60,6 @@ class Recipe(Base):
                 plan.match(leaf, sigmas[chance.randrange(low, max(high, low + 1))])
         return plan
 
-    def credit(self) -> rl.Credit:
-        return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
-
-    def objective(self, uncond: int) -> rl.Matching:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
         old = None if self.updates_per_rollout == 1 else "old"  # one is on policy, as released
         return rl.Matching("awm", self.weighting, old, self.ref_coef, "ema", self.ema_coef)
-
-    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
-        size = self.group_size
-        return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

@@ -13,11 +13,11 @@ from typing import Annotated
 
 from flowkern import rollout
 from flowkern.checks import SHARE
-from flowkern.rl.algorithms import EvenGridRecipe, Grid, shared_random
+from flowkern.rl.recipe import EvenGridRecipe, Grid, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(EvenGridRecipe):
+class DanceGRPO(EvenGridRecipe):
     """The released defaults."""
 
     num_inference_steps: int = 16
@@ -36,7 +36,7 @@ class Recipe(EvenGridRecipe):
         return max(1, int((self.num_inference_steps - 1) * self.timestep_fraction))
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, chance = rollout.Plan(has_kl=self.kl_coef > 0), shared_random(seed, iteration)
+        plan, chance = self.empty_plan(), shared_random(seed, iteration)
         sigmas, root = self.levels(grid), None
         for member in range(self.group_size):
             if root is None or not self.init_same_noise:

@@ -12,8 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from flowkern import rl, rollout
 from flowkern.checks import AT_LEAST_0, SHARE
-from flowkern.rl.algorithms import Grid, shared_random
-from flowkern.rl.algorithms import Recipe as Base
+from flowkern.rl.recipe import Grid, MatchingRecipe, shared_random
 
 DECAYS: tuple[Callable[[int], float], ...] = (
     lambda step: 0.0,
@@ -24,7 +23,7 @@ DECAYS: tuple[Callable[[int], float], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Base):
+class DiffusionNFT(MatchingRecipe):
     """The released defaults for GenEval, PickScore and HPSv2."""
 
     num_inference_steps: int = 10
@@ -60,12 +59,5 @@ class Recipe(Base):
                 plan.match(leaf, sigma)
         return plan
 
-    def credit(self) -> rl.Credit:
-        return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
-
-    def objective(self, uncond: int) -> rl.Matching:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
         return rl.Matching("nft", old="old", ref_coef=self.ref_coef)
-
-    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
-        size = self.group_size
-        return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

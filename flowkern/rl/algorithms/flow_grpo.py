@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowkern import rl, rollout
-from flowkern.rl.algorithms import Grid, PolicyRecipe
+from flowkern.rl.recipe import Grid, PolicyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(PolicyRecipe):
+class FlowGRPO(PolicyRecipe):
     """The released defaults."""
 
     num_inference_steps: int = 10
@@ -31,10 +31,7 @@ class Recipe(PolicyRecipe):
     """Divide by the population std of all rewards of the rollout, not the group's own."""
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, sigmas = (
-            rollout.Plan(has_kl=self.kl_coef > 0),
-            grid(self.num_inference_steps).tolist(),
-        )
+        plan, sigmas = self.empty_plan(), grid(self.num_inference_steps).tolist()
         for member in range(self.group_size):
             node = plan.root(member)
             for sigma in sigmas[1:]:

@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 
 from flowkern import rollout
 from flowkern.checks import AT_LEAST_0
-from flowkern.rl.algorithms import Grid, Levels, shared_random, windowed
-from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
+from flowkern.rl.algorithms.flow_grpo import FlowGRPO
+from flowkern.rl.recipe import Grid, Levels, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(FlowGRPO):
+class FlowGRPOFast(FlowGRPO):
     """The released defaults."""
 
     guidance_scale: float = 1.0
@@ -52,14 +52,10 @@ class Recipe(FlowGRPO):
         return shared_random(seed, iteration).randint(0, max(0, last))
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, sigmas = (
-            rollout.Plan(has_kl=self.kl_coef > 0),
-            grid(self.num_inference_steps).tolist(),
-        )
-        start, sde = self.window_start(iteration, seed), (self.sde_type, self.noise_level)
+        sigmas, start = grid(self.num_inference_steps).tolist(), self.window_start(iteration, seed)
         window = range(start, start + self.num_drawn)
         tail = sigmas[window.stop + 1 :]
-        return windowed(plan, sigmas, window, tail, sde, self.group_size, self.branching)
+        return self.windowed(sigmas, window, tail, self.sde_type, is_shared=self.branching)
 
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size, steps = self.group_size, self.num_inference_steps

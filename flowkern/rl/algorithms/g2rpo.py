@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import Literal
 
 from flowkern import rl, rollout
-from flowkern.rl.algorithms import EvenGridRecipe, Grid, Levels
+from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(EvenGridRecipe):
+class G2RPO(EvenGridRecipe):
     """The released defaults."""
 
     num_inference_steps: int = 16
@@ -41,7 +41,7 @@ class Recipe(EvenGridRecipe):
             raise ValueError(f"granularities: got {sizes}, expected different step sizes, from 1")
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, sigmas = rollout.Plan(has_kl=self.kl_coef > 0), self.levels(grid)
+        plan, sigmas = self.empty_plan(), self.levels(grid)
         state, sizes = plan.root(0), self.granularities
         for i in range(self.branch_steps):
             state = plan.step(state, sigmas[i]) if i else state

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from flowkern import rollout
-from flowkern.rl.algorithms import Grid
-from flowkern.rl.algorithms.flow_grpo import Recipe as FlowGRPO
+from flowkern.rl.algorithms.flow_grpo import FlowGRPO
+from flowkern.rl.recipe import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(FlowGRPO):
+class GRPOGuard(FlowGRPO):
     """The released defaults for OCR and GenEval."""
 
     clip_range: float = 2e-6
@@ -26,10 +26,7 @@ class Recipe(FlowGRPO):
     ratio = "guard"
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, sigmas = (
-            rollout.Plan(has_kl=self.kl_coef > 0),
-            grid(self.num_inference_steps).tolist(),
-        )
+        plan, sigmas = self.empty_plan(), grid(self.num_inference_steps).tolist()
         for member in range(self.group_size):
             node = plan.root(member)
             for sigma, sigma_next in pairwise(sigmas):

@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 
 from flowkern import rollout
 from flowkern.checks import AT_LEAST_0, count
-from flowkern.rl.algorithms import EvenGridRecipe, Grid, Levels, shared_random, windowed
+from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(EvenGridRecipe):
+class MixGRPO(EvenGridRecipe):
     """The released defaults."""
 
     num_inference_steps: int = 25
@@ -66,12 +66,11 @@ class Recipe(EvenGridRecipe):
         return self.levels(grid, stop)[1:], 1
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, sde = rollout.Plan(has_kl=self.kl_coef > 0), ("flow_sde", self.noise_level)
         start = self.window_start(iteration, seed)
         window = range(start, start + self.window)
         tail, order = self.tail(grid, window.stop)
-        size, is_shared = self.group_size, self.init_same_noise
-        return windowed(plan, self.levels(grid), window, tail, sde, size, is_shared, order)
+        is_shared = self.init_same_noise
+        return self.windowed(self.levels(grid), window, tail, is_shared=is_shared, order=order)
 
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size

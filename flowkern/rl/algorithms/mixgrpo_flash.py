@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 from flowkern import rollout
 from flowkern.checks import SHARE
-from flowkern.rl.algorithms import Grid
-from flowkern.rl.algorithms.mixgrpo import Recipe as MixGRPO
+from flowkern.rl.algorithms.mixgrpo import MixGRPO
+from flowkern.rl.recipe import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(MixGRPO):
+class MixGRPOFlash(MixGRPO):
     """The released defaults."""
 
     window_iterations: int = 20

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowkern.rl.algorithms.mixgrpo_flash import Recipe as MixGRPOFlash
+from flowkern.rl.algorithms.mixgrpo_flash import MixGRPOFlash
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(MixGRPOFlash):
+class MixGRPOFlashStar(MixGRPOFlash):
     """The released defaults."""
 
     stride: int = 0

@@ -11,11 +11,11 @@ from typing import Annotated
 
 from flowkern import rl, rollout
 from flowkern.checks import count
-from flowkern.rl.algorithms import Grid, PolicyRecipe
+from flowkern.rl.recipe import Grid, PolicyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(PolicyRecipe):
+class TempFlowGRPO(PolicyRecipe):
     """The released defaults for GenEval."""
 
     num_inference_steps: int = 10
@@ -33,7 +33,7 @@ class Recipe(PolicyRecipe):
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
         from flowkern.schedules import step_coefficients
 
-        plan, sigmas = rollout.Plan(has_kl=self.kl_coef > 0), grid(self.num_inference_steps)
+        plan, sigmas = self.empty_plan(), grid(self.num_inference_steps)
         sde, size = ("flow_sde", self.noise_level), self.group_size
         std = step_coefficients(sigmas, *sde).std[:-1]
         # By the noise of the step, 1 on average: a constant of one grid is wrong on another.

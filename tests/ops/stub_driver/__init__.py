@@ -111,7 +111,7 @@ def native_on(module, stream: int = 0):
     from flowkern.ops._common import native, native_calls
 
     others = {"stream": lambda index: stream, "scratch": memory_of_the_host}
-    native.connect(module, native._EXCHANGE, native._CPU, **others)
+    native.connect(module, native.private.exchange, native._CPU, **others)
     before = native.cuda, native_calls.straight_on_cuda
     native.cuda = lambda: module
     native_calls.straight_on_cuda = lambda index: module

@@ -1,0 +1,11 @@
+// Every op, once: modules have its kernels, and a function for each of them.
+#pragma once
+
+#include "matching_loss/matching_loss.h"
+#include "policy_loss/policy_loss.h"
+#include "sde_step/sde_step.h"
+
+#define FK_OPS(X) X(sde_step) X(policy_loss) X(matching_loss)
+
+// X(kernel, what it takes) for all kernels of all ops: FK_KERNELS_OF_<op> is in <op>.h.
+#define FK_KERNELS(X) FK_KERNELS_OF_sde_step(X) FK_KERNELS_OF_policy_loss(X) FK_KERNELS_OF_matching_loss(X)

@@ -1,0 +1,98 @@
+"""flowkern sample: images and videos from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flowkern.checks import ConfigError
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "sample",
+        parents=[common],
+        help="draw images or videos from a checkpoint",
+        description="Draw images or videos from a checkpoint with the deterministic sampler.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default="sample.png",
+        metavar="PATH",
+        help="a .png, .webp or .jpg; a video plays in a .png or .webp (default: %(default)s)",
+    )
+    parser.add_argument("--num-images", type=int, default=1, help="a grid if more than 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--num-inference-steps", type=int, help="default: as in validation")
+    parser.add_argument("--guidance-scale", type=float, help="default: as in validation")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if not 1 <= options.num_images <= 1000:
+        raise ConfigError(f"--num-images: got {options.num_images}, expected 1 to 1000")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed: got {options.seed}, expected 0 to 2**63 - 1")
+    from flowkern.train.checkpoint import checkpoints, find_checkpoint, taking
+    from flowkern.train.config import load_sampling
+    from flowkern.train.prompts import require_text
+    from flowkern.train.tracking import picture_format
+
+    try:
+        require_text(options.prompt, "--prompt")
+        picture_format(options.output, "--output")  # refused before the work, not after it
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    name = "latest" if checkpoints(options.checkpoint) else str(options.checkpoint)
+    directory = find_checkpoint(name, options.checkpoint, key="checkpoint")
+    config = load_sampling(directory / "config.yaml")
+    sampler = _sampler(config.validation, options)  # what is wrong there shows before the imports
+    import torch
+
+    from flowkern.rollout import prompt_ids
+    from flowkern.train.loading import load_pipeline
+    from flowkern.train.lora import attach_lora
+    from flowkern.train.tracking import save_grid, save_image
+    from flowkern.train.validation import SAMPLE_ITERATION, Sampler, sample_images
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_pipeline(config, device)
+    averaged = directory / "ema"  # what was validated, where train.ema_decay is set
+    with taking(directory, "checkpoint"):
+        attach_lora(model, config.lora, averaged if averaged.is_dir() else directory)
+    is_video = model.frame_rate is not None and options.num_images == 1  # several are a grid
+    try:
+        picture_format(options.output, "--output", is_video)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    member = torch.arange(options.num_images, device=device)
+    images = sample_images(
+        model,
+        [options.prompt] * options.num_images,
+        prompt_ids(SAMPLE_ITERATION, torch.zeros_like(member)) + member,
+        Sampler(sampler.num_inference_steps, sampler.guidance_scale),
+        seed=options.seed,
+        max_batch=config.train.max_batch,
+    )
+    if options.num_images == 1:
+        save_image(options.output, images[0], model.frame_rate)
+    else:
+        save_grid(options.output, images, [""] * len(images), title=options.prompt)
+    print(options.output)
+    return 0
+
+
+def _sampler(validation: Any, options: argparse.Namespace) -> Any:
+    """The sampler of validation, with what the command line says of it."""
+    from flowkern.train.fields import build
+
+    given = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    try:
+        return build(type(validation), validation.model_dump() | changed)
+    except ConfigError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-')}") from None

@@ -1,0 +1,100 @@
+"""Qwen-Image.
+
+Prompts have lengths of their own: all of a run are padded to one, under a mask. A guided velocity
+is rescaled token by token to the length of the conditional one, as the pipeline does. L text tokens
+of width E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor, nn
+
+from flowkern.models import Guidance
+from flowkern.models.grids import dynamic_mu, even
+from flowkern.models.packing import packed, unpacked
+from flowkern.models.pipeline import Geometry, Pipeline, attention
+
+__all__ = ["QwenImage"]
+
+
+class QwenImage(Pipeline):
+    """A QwenImagePipeline; the parts of its conditioning are tokens (B, L, E) and mask (B, L)."""
+
+    kind = QwenImagePipeline
+    guidance = Guidance("cfg_rescaled", " ")
+    lengths = range(1, 1025)
+
+    @property
+    def lora_targets(self) -> str:
+        """The last block's text queries are asked, and their answers dropped."""
+        last = f"transformer_blocks.{self.pipeline.transformer.config.num_layers - 1}.attn"
+        return attention(f"{last}.add_q_proj", f"{last}.to_add_out")
+
+    def own_length(self) -> int:
+        return self.default("max_sequence_length")
+
+    def tokens_of(self, prompts: Sequence[str]) -> list[int]:
+        """Without the system's words, which the pipeline cuts off."""
+        texts = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+        unseen = self.pipeline.prompt_template_encode_start_idx
+        return [len(ids) - unseen for ids in self.pipeline.tokenizer(texts).input_ids]
+
+    def geometry(self) -> Geometry:
+        channels = self.pipeline.transformer.config.in_channels
+        scale = self.pipeline.vae_scale_factor
+        own = self.pipeline.default_sample_size * scale
+        return Geometry(channels // 4, scale, 2 * scale, own, own)
+
+    def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = self.max_sequence_length
+        tokens, mask = self.pipeline.encode_prompt(list(prompts), max_sequence_length=length)
+        if mask is None:  # all are as long as the longest
+            mask = tokens.new_ones(tokens.shape[:2])
+        missing = length - tokens.shape[1]
+        return {
+            "tokens": nn.functional.pad(tokens, (0, 0, 0, missing)),
+            "mask": nn.functional.pad(mask.bool(), (0, missing)),
+        }
+
+    def call(
+        self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
+        height, width = x_t.shape[-2:]
+        tokens = network(
+            hidden_states=packed(x_t),
+            timestep=sigma,
+            encoder_hidden_states=parts["tokens"],
+            encoder_hidden_states_mask=parts["mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            return_dict=False,
+        )[0]
+        return unpacked(tokens, height, width)
+
+    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
+        _, height, width = self.latent_shape
+        mu = dynamic_mu(self.pipeline.scheduler, height * width // 4)
+        return {"mu": mu, "sigmas": even(num_steps)}
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Of a video of one frame."""
+        config = self.pipeline.vae.config
+        mean, std = (
+            torch.tensor(each, dtype=latents.dtype, device=latents.device).view(-1, 1, 1)
+            for each in (config.latents_mean, config.latents_std)
+        )
+        return (latents * std + mean).unsqueeze(2)
+
+    def to_pixels(self, decoded: Tensor) -> Tensor:
+        return super().to_pixels(decoded[:, :, 0])
+
+    def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
+        """Every token of the guided velocity has the length of the conditional one's."""
+        guided = packed(super().guide(v_cond, v_uncond, w))
+        length = packed(v_cond).to(guided.dtype).norm(dim=-1, keepdim=True)
+        guided = guided * (length / guided.norm(dim=-1, keepdim=True))
+        return unpacked(guided, *v_cond.shape[-2:])

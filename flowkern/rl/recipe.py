@@ -1,0 +1,226 @@
+"""Recipes: what an algorithm is, apart from its numbers, and what several of them share.
+
+A recipe is data, and answers four questions: what is sampled (plan), who gets the credit (credit),
+what is minimized (objective), and which other weights take part (copies). The trainer knows no more
+than this. Its fields are the options; their defaults are its paper's, or its released code's.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from flowkern import rl, rollout
+from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, Range, check_fields, count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "EvenGridRecipe",
+    "Grid",
+    "Levels",
+    "MatchingRecipe",
+    "PolicyRecipe",
+    "Recipe",
+    "shared_random",
+]
+
+Grid = Callable[[int], "Tensor"]
+"""Number of steps -> the model's noise levels (S + 1,), from 1 to 0."""
+
+Levels = Annotated[int, count(1000)]
+"""A number of noise levels; models are trained on a thousand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """What every algorithm offers."""
+
+    num_inference_steps: Annotated[int, count(1000, least=2)]
+    """Steps of a training rollout; evaluation takes more."""
+    guidance_scale: Annotated[float, AT_LEAST_0] = 1.0
+    """Classifier-free guidance; up to 1 is none."""
+    group_size: Annotated[int, count(4096, least=2)]
+    """Samples that are compared with each other."""
+    prompts_per_rollout: Annotated[int, count(2**16)]
+    """Prompts of a rollout, over all processes."""
+    updates_per_rollout: Annotated[int, count(2**16)] = 1
+    """Optimizer steps per rollout; each sees its own share of the prompts."""
+    adv_clip_max: Annotated[float, ABOVE_0] = 5.0
+    """Advantages are clamped to +-this."""
+    min_std: Annotated[float, AT_LEAST_0] = 1e-6
+    """A group whose rewards have a standard deviation below this teaches nothing: advantage 0."""
+
+    copies: ClassVar[Mapping[str, Callable[[int], float]]] = MappingProxyType({})
+    """Other versions of the trained weights: name -> decay d after rollout number n = 1, 2, ...:
+    copy = d copy + (1 - d) current, once per rollout."""
+    sampler: ClassVar[str | None] = None
+    """The copy that samples; None: the current weights."""
+
+    task: ClassVar[str] = "flow"
+    """What is trained: the name of a Task of the trainer's, or "module:attribute" of one's own."""
+
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """Other published settings, to be counted beside the defaults: name -> options."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+        """The tree of every prompt of a rollout: a function of the arguments alone, so that all
+        ranks walk the same one.
+        """
+
+    @abstractmethod
+    def credit(self) -> rl.Credit:
+        """How rewards become advantages."""
+
+    def group_credit(self, kind: type[rl.Credit] | None = None, **options: Any) -> rl.Credit:
+        """`Credit`, or a class derived from it, of these options and of those that all recipes
+        have.
+        """
+        kind = kind or rl.Credit
+        return kind(limit=self.adv_clip_max, min_std=self.min_std, **options)
+
+    @abstractmethod
+    def objective(self, guidance: rollout.Guidance | None) -> rl.Objective:
+        """The loss; guidance: as in the rollout."""
+
+    @abstractmethod
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
+        """What the authors' released loop takes per prompt, guidance not counted."""
+
+    def window_start(self, iteration: int = 0, seed: int = 0) -> int | None:
+        """The first drawn step of a rollout, where that moves."""
+        return None
+
+    def guidance(self, uncond: int, guide: rollout.Guide | None = None) -> rollout.Guidance | None:
+        """uncond: the row of the conditioning without a prompt. guide: of the model's family."""
+        return rollout.Guidance.of(self.guidance_scale, uncond, guide)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRecipe(Recipe):
+    """Trains drawn edges with the clipped ratio."""
+
+    noise_level: Annotated[float, ABOVE_0]
+    """Of the SDE, as `schedules.edge_coefficients` takes it."""
+    clip_range: Annotated[float, BELOW_1] = 1e-4
+    """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
+    kl_coef: Annotated[float, AT_LEAST_0] = 0.0
+    """Of the Gaussian KL to the reference at the trained edges."""
+    uncond_gradient: bool = False
+    """Does the unconditional half of guidance learn too, as in DanceGRPO's and Flow-Factory's code?
+    It does not in Flow-GRPO's; the gradient is then shorter, so the learning rate higher."""
+    ratio: ClassVar[str] = "sde"
+    """Or "guard", as in `policy_loss`."""
+
+    def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
+        clip = self.clip_range
+        both = self.uncond_gradient
+        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance, both)
+
+    def empty_plan(self) -> rollout.Plan:
+        """One without a node, which refuses trained edges that a KL is not defined on."""
+        return rollout.Plan(has_kl=self.kl_coef > 0)
+
+    def windowed(
+        self,
+        sigmas: list[float],
+        window: range,
+        tail: list[float],
+        kind: str = "flow_sde",
+        is_shared: bool = True,
+        order: int = 1,
+    ) -> rollout.Plan:
+        """A group of samples, drawn and trained in a window of steps and deterministic around it.
+
+        sigmas: the noise levels up to the window's end, at least; tail: those after it; order: of
+        the solver there. kind: of the SDE. is_shared: the samples are one up to the window.
+        """
+        plan, trunk = self.empty_plan(), None
+        for member in range(self.group_size):
+            if trunk is None or not is_shared:
+                trunk = plan.root(member)
+                for sigma in sigmas[1 : window.start + 1]:
+                    trunk = plan.step(trunk, sigma)
+            node = trunk
+            for sigma in sigmas[window.start + 1 : window.stop + 1]:
+                node = plan.draw(node, sigma, kind, self.noise_level, member, is_trained=True)
+            for sigma in tail:
+                node = plan.step(node, sigma, order)
+            plan.leaf(node)
+        return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenGridRecipe(PolicyRecipe):
+    """On a grid of equal steps, with the unbiased std of each group."""
+
+    shift: Annotated[float | None, Range(0, above=True, most=1000)] = 3.0
+    """Of the grid of equal steps; None: the model's own grid."""
+    mix: Literal["reward", "advantage", "sum"] = "advantage"
+    """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
+    own."""
+    best_of: Annotated[int | None, ABOVE_0] = None
+    """Train on this many of a group, half of them the best, half the worst; None: on all."""
+    trimmed_ratio: Annotated[float, BELOW_1] = 0.0
+    """The share of a group, its lowest rewards, that mean and std leave out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.best_of is not None and (self.best_of % 2 or self.best_of > self.group_size):
+            raise ValueError(
+                f"best_of: got {self.best_of}, expected an even number, at most group_size, "
+                f"{self.group_size}"
+            )
+
+    def levels(self, grid: Grid, first: int = 0, points: int | None = None) -> list[float]:
+        """Noise levels from place `first` of the grid to its end, falling.
+
+        points: this many, equally far apart before the shift (on the model's own grid, between its
+        places); None: the grid's.
+        """
+        import numpy as np  # here, as all that is not needed to read a recipe's options
+
+        from flowkern.schedules import shifted_sigmas
+
+        steps, shift = self.num_inference_steps, self.shift
+        own = (grid(steps) if shift is None else shifted_sigmas(steps, shift)).tolist()
+        if points is None:
+            return own[first:]
+        places = np.linspace(first, steps, points)
+        if shift is None:
+            return np.interp(places, range(steps + 1), own).tolist()
+        u = 1 - places / steps
+        return (shift * u / (1 + (shift - 1) * u)).tolist()
+
+    def credit(self) -> rl.Credit:
+        trimmed, best_of = self.trimmed_ratio, self.best_of
+        return self.group_credit(
+            eps=1e-8, unbiased=True, trimmed_ratio=trimmed, best_of=best_of, mix=self.mix
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingRecipe(Recipe):
+    """Trains at chosen noise levels of each image, `num_train_timesteps`, with bounded
+    advantages."""
+
+    def credit(self) -> rl.Credit:
+        return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
+
+    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
+        size = self.group_size
+        return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)
+
+
+def shared_random(seed: int, iteration: int) -> random.Random:
+    """Chance that all ranks and all members of a group share."""
+    return random.Random(f"{seed}/{iteration}")

@@ -1,0 +1,239 @@
+"""The task of flow-matching models: trees of images per prompt, rewards, and an objective.
+
+P prompts of a rollout, of this rank unless stated, each with L leaves and C trained choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from flowkern.models import Conditioning, Model, guide_of
+from flowkern.rl.objectives import Outcome
+from flowkern.rollout import Plan, Rollout, Source, network_batches, prompt_ids, run
+from flowkern.rollout import batch as gathered
+from flowkern.rollout.engine import Velocity, moved, slices
+from flowkern.train import distributed, lora
+from flowkern.train.config import Config, ConfigError
+from flowkern.train.copies import Weights
+from flowkern.train.distributed import Laps
+from flowkern.train.loading import load_pipeline
+from flowkern.train.loop import Batch
+from flowkern.train.metrics import Experience
+from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
+from flowkern.train.scoring import Scores, load_rewards, score
+from flowkern.train.stop import StopRequest
+from flowkern.train.validation import Validation
+
+NETWORK = "network"  # the one module that is trained
+
+
+@dataclass(frozen=True)
+class FlowExperience(Experience):
+    rollout: Rollout
+    conditioning: Conditioning
+    """Of the P prompts, and of none in the last row."""
+    advantage: Tensor
+    """(ranks, P, C) of all ranks, on the host."""
+
+
+@dataclass(frozen=True)
+class FlowBatch(Batch):
+    experience: FlowExperience
+    site: Tensor
+    """(R,): where the network is called, on the host; so is prompt."""
+    prompt: Tensor
+
+
+class FlowTask:
+    """Answers `loop.Task`."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        stop: StopRequest,
+        model: Model | None = None,
+    ) -> None:
+        """model: an adapter that is in memory, on the device, in place of model.path's."""
+        self.config, self.recipe = config, config.algorithm
+        self.accelerator, self.stop, self.device = accelerator, stop, accelerator.device
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.prompts = read_prompts(config.data.train_prompts, "data.train_prompts")
+        count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
+        self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
+        draw_prompts(len(self.prompts), count, config.seed, 0)  # refuses too many, before loading
+        torch.manual_seed(config.seed)
+        self.rewards = load_rewards(config.reward)  # in seconds; the model may take minutes
+        torch.manual_seed(config.seed)  # as if they had drawn nothing
+        self.model = load_pipeline(config, self.device) if model is None else model
+        self._check_guidance()  # refused before anything is written
+        self._check_plan()
+        if config.model.gradient_checkpointing:
+            self.model.network.enable_gradient_checkpointing()
+        lora.add_lora(self.model, config.lora)
+        self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
+        self.objective = self.recipe.objective(self.guidance)
+        self.validation = Validation(config, accelerator, self.model, self.rewards, stop)
+        self._fit()
+
+    def _fit(self) -> None:
+        """The length of text: one for all of the run."""
+        prompts = [prompt["prompt"] for prompt in (*self.prompts, *self.validation.prompts)]
+        try:
+            self.model.fit([*prompts, self.model.guidance.negative_prompt])
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
+
+    def _check_guidance(self) -> None:
+        """Of a model that has one way through the network only."""
+        scales = {"algorithm": self.recipe, "validation": self.config.validation}
+        for section, options in scales.items():
+            if self.model.guidance.kind == "none" and options.guidance_scale > 1:
+                raise ConfigError(
+                    f"{section}.guidance_scale: got {options.guidance_scale}, expected at most 1: "
+                    "this model takes no guidance"
+                )
+
+    def _check_plan(self) -> None:
+        """On the grid of the model, which the configuration does not know."""
+        try:
+            self.recipe.plan(self.model.sigmas)
+        except ValueError as error:
+            is_option = str(error).partition(":")[0] in {f.name for f in fields(self.recipe)}
+            raise ConfigError(f"algorithm{'.' if is_option else ': '}{error}") from error
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {NETWORK: self.model.network}
+
+    # ---- collecting ----
+
+    def collect(self, iteration: int) -> FlowExperience:
+        """A rollout of all the prompts of an iteration, scored."""
+        laps = Laps(self.device, lambda: self.model.calls)
+        prompts = self.draw_prompts(iteration)
+        texts = [*(prompt["prompt"] for prompt in prompts), self.model.guidance.negative_prompt]
+        conditioning = self.model.encode(texts).to(self.device)
+        rollout = self.sample(iteration, conditioning)
+        laps.mark()
+        found, leaves = self.score(rollout, prompts), len(rollout.plan.leaves)
+        scores = {name: value.view(-1, leaves) for name, value in found.rewards.items()}
+        advantage = self.credit(scores, rollout.plan)
+        laps.mark()
+        weights = self.config.reward.weights
+        flat = self.recipe.credit().zero_std_ratio(scores, weights, rollout.plan)
+        sampling, training = self.released_calls(iteration)
+        return FlowExperience(
+            figures=found.means() | {"zero_std_ratio": flat, "nfe/naive_sample": sampling},
+            every={"nfe/naive_train": training // self.recipe.updates_per_rollout},
+            laps=laps,
+            samples=len(found),
+            unit="images",
+            rollout=rollout,
+            conditioning=conditioning,
+            advantage=advantage,
+        )
+
+    def draw_prompts(self, iteration: int) -> list[Prompt]:
+        """This rank's prompts of the iteration, P."""
+        count = self.recipe.prompts_per_rollout
+        drawn = draw_prompts(len(self.prompts), count, self.config.seed, iteration)
+        return [self.prompts[drawn[slot]] for slot in self.slots.tolist()]
+
+    def sample(self, iteration: int, conditioning: Conditioning) -> Rollout:
+        """The tree of every prompt."""
+        recipe, model, seed = self.recipe, self.model, self.config.seed
+        ids = moved(prompt_ids(iteration, self.slots), self.device)
+        return run(
+            recipe.plan(model.sigmas, iteration, seed),
+            self.velocity(conditioning),
+            Source(seed, ids, model.latent_shape),
+            self.config.train.max_batch,
+            guidance=self.guidance,
+            # Where the weights move in between, or never were those that sampled.
+            keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
+        )
+
+    def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Scores:
+        """Of the images of all ranks, prompt by prompt."""
+        latents = rollout.latents.flatten(0, 1)
+        asked = [prompt for prompt in prompts for _ in rollout.plan.leaves]
+        parts = slices(len(latents), self.config.train.max_batch)
+        batches = ((self.model.decode(latents[part]), asked[part]) for part in parts)
+        found = distributed.together(
+            self.accelerator, lambda: score(self.rewards, batches, self.stop.in_reward)
+        )
+        return Scores.joined(found)
+
+    def credit(self, scores: dict[str, Tensor], plan: Plan) -> Tensor:
+        """The advantages of all ranks, (ranks, P, C); the same for any number of ranks."""
+        advantage = self.recipe.credit()(scores, self.config.reward.weights, plan)
+        return advantage.view(self.world, len(self.slots), -1)
+
+    def released_calls(self, iteration: int) -> tuple[int, int]:
+        """Of the network in the authors' loop, of all ranks: in sampling, in training."""
+        recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
+        cost = recipe.released(iteration, self.config.seed)
+        halves = 1 if self.guidance is None else 2
+        forwards = self.objective.forwards
+        return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)
+
+    # ---- learning ----
+
+    def batches(self, experience: FlowExperience, update: int) -> list[FlowBatch]:
+        """Which sites of which prompts go through the network together: never siblings apart."""
+        shares = torch.arange(len(self.slots)).tensor_split(self.recipe.updates_per_rollout)
+        share, needs_all = shares[update], self.objective.needs_all
+        advantage = experience.advantage[:, share]
+        max_batch = self.config.train.max_batch // self.objective.together
+        parts = network_batches(
+            experience.rollout.layout, advantage, self.rank, max_batch, needs_all
+        )
+        total, teaches = advantage[self.rank].numel(), needs_all or bool(advantage.any())
+        return [FlowBatch(total, teaches, experience, site, share[p]) for site, p in parts]
+
+    def loss(self, batch: FlowBatch, weights: Weights) -> Outcome:
+        experience = batch.experience
+        advantage = experience.advantage[self.rank]
+        trained = gathered(experience.rollout, batch.site, batch.prompt, advantage)
+        learn = self.velocity(experience.conditioning, weights.trained[NETWORK])
+        # No copy that is known to equal the weights.
+        names = [name for name in self.objective.anchors if not weights.is_current(name)]
+        anchors = {name: self.anchor(name, experience.conditioning, weights) for name in names}
+        return self.objective(trained, learn, anchors)
+
+    def velocity(self, conditioning: Conditioning, network: nn.Module | None = None) -> Velocity:
+        """Of prompts by their places, through the network that is asked; None: the model's own."""
+
+        def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+            self.stop.poll()
+            return self.model.velocity(x_t, sigma, conditioning[prompt], network=network)
+
+        return velocity
+
+    def anchor(self, name: str, conditioning: Conditioning, weights: Weights) -> Velocity:
+        """Without gradient: of another version of the weights."""
+        velocity = self.velocity(conditioning)
+
+        def anchored(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+            with torch.no_grad(), weights.using(name):
+                return velocity(x_t, sigma, prompt)
+
+        return anchored
+
+    # ---- what stays ----
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return self.validation.run(step)
+
+    def save(self, directory: Path) -> None:
+        """The adapter's files."""
+        self.model.save_lora(directory)
+
+    def load(self, directory: Path) -> None:
+        lora.restore_lora(self.model, directory)

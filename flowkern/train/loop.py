@@ -1,0 +1,349 @@
+"""The loop of every training. What is trained is a Task, which a recipe names; `Loop.step` asks it.
+
+Data runs one way: prompts -> Experience -> Batch -> Outcome -> record. The state that is saved is
+that of the last finished optimizer step, wherever a run stops. Only the main process writes, and it
+needs none of the others for that.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from flowkern.lookup import load
+from flowkern.rl.objectives import Outcome
+from flowkern.train import distributed, metrics, tracking
+from flowkern.train.checkpoint import taking
+from flowkern.train.config import Config
+from flowkern.train.copies import Copies, Weights
+from flowkern.train.errors import RunError, describe
+from flowkern.train.metrics import Experience, Progress, Sums
+from flowkern.train.optimizer import make_optimizer, make_schedule, restore
+from flowkern.train.run_directory import RunDirectory
+from flowkern.train.stop import StopRequest
+
+EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
+SAMPLED = "sampled"  # that of those which drew the rollout, while optimizer steps follow it
+TASKS = {"flow": "flowkern.train.flow:FlowTask"}
+"""By the name that a recipe has; or "module:attribute" of one's own."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call of the network trains on, and what is said of its whole optimizer step; a
+    Task's own has more. It is light: what it takes on the device is gathered in `Task.loss`.
+    """
+
+    total: int
+    """Choices of this process in the optimizer step, those that are left out included: what the
+    summed loss is divided by."""
+    teaches: bool
+    """Does the step move the weights? Of all processes: it does not where every advantage is zero
+    and nothing else pulls."""
+
+
+class Task(Protocol):
+    """What is trained. It is made of (config, accelerator, stop, model) and refuses what it cannot
+    use; model: one in memory, on the device, in place of model.path's.
+    """
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """By name; those of their parameters that take a gradient are trained."""
+        ...
+
+    def collect(self, iteration: int) -> Experience:
+        """A rollout under the weights as they are, with its rewards and advantages of all ranks; a
+        function of (config, iteration, weights)."""
+        ...
+
+    def batches(self, experience: Any, update: int) -> Sequence[Batch]:
+        """Of optimizer step number `update` of the rollout; as many on every rank, at least one."""
+        ...
+
+    def loss(self, batch: Any, weights: Weights) -> Outcome:
+        """Through `weights.trained`; anchors through `weights.using`."""
+        ...
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """What validation.jsonl gets, under the weights as they are; empty: nothing."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """What was learned, as the weights are, without asking other ranks."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """What `save` wrote."""
+        ...
+
+
+class Loop:
+    """Accelerator, optimizer, copies of the weights, cadence. `run` does all of it; `step` is one
+    iteration.
+    """
+
+    def __init__(self, config: Config, model: Any = None) -> None:
+        """model: see `Task`."""
+        self.config, self.recipe = config, config.algorithm
+        self.global_step = self.iteration = 0  # optimizer steps and rollouts so far
+        self.updates_done = 0  # optimizer steps of the rollout under way
+        self.is_whole = True  # no optimizer step is half done
+        self.progress: Progress | None = None
+        self.accelerator = distributed.make_accelerator(config)
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.stop = StopRequest(acts_alone=self.accelerator.is_main_process)
+        self.directory = RunDirectory(config, self.accelerator)
+        task: Callable[..., Task] = load(self.recipe.task, TASKS, "algorithm: task")
+        self.task = task(config, self.accelerator, self.stop, model)
+        modules = self.task.modules()
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.parameters, config.train)
+        self.lr_scheduler = make_schedule(optimizer, config.train)
+        self.copies = Copies(self.parameters, self._names_of_copies())
+        *trained, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
+        self.weights = Weights(modules, dict(zip(modules, trained, strict=True)), self.copies)
+
+    def _names_of_copies(self) -> list[str]:
+        names = list(self.recipe.copies)
+        if self.evaluated is not None:
+            names.append(EVALUATED)
+        if self.recipe.updates_per_rollout > 1 and self.recipe.sampler is None:
+            names.append(SAMPLED)
+        return names
+
+    @property
+    def evaluated(self) -> str | None:
+        """The copy of the weights that is validated; None: the weights themselves."""
+        return None if self.config.train.ema_decay is None else EVALUATED
+
+    @property
+    def sampler(self) -> str | None:
+        """The copy of the weights that draws the rollout; None: the weights themselves."""
+        return self.recipe.sampler or (SAMPLED if SAMPLED in self.copies else None)
+
+    # ---- one iteration ----
+
+    def step(self) -> list[dict[str, float]]:
+        """A rollout and its optimizer steps, or those that are left of them after a resume, which
+        draws the rollout again; returns the metrics of each.
+        """
+        decays = {name: decay(self.iteration + 1) for name, decay in self.recipe.copies.items()}
+        distributed.seed_generators(self.config.seed, self.iteration, self.rank)
+        if SAMPLED in self.copies and self.updates_done == 0:
+            self.copies.update(SAMPLED, 0.0)
+        with self.weights.using(self.sampler):
+            experience = self.task.collect(self.iteration)
+        self.progress = Progress(experience, is_first=self.updates_done == 0)
+        for update in range(self.updates_done, self.recipe.updates_per_rollout):
+            self.stop.poll()
+            batches, sums = self.task.batches(experience, update), Sums()
+            for i, batch in enumerate(batches):
+                with self.joining(is_last=i == len(batches) - 1):
+                    out = self.task.loss(batch, self.weights)
+                    self.accelerator.backward(out.loss / batch.total)
+                sums.add(out)
+            self.progress.updates.append(self.update(sums, batches[-1]))
+            experience.laps.mark()
+        with self.changing():
+            self.iteration, self.updates_done = self.iteration + 1, 0
+            for name, decay in decays.items():
+                self.copies.update(name, decay)
+        return self.report()
+
+    @contextmanager
+    def joining(self, is_last: bool) -> Iterator[None]:
+        """Around a backward pass: the last of an optimizer step joins the gradients of all."""
+        with ExitStack() as stack:
+            for module in () if is_last else self.weights.trained.values():
+                stack.enter_context(self.accelerator.no_sync(module))
+            yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around what must happen as a whole: a state in between is never saved."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
+
+    def update(self, sums: Sums, batch: Batch) -> dict[str, float]:
+        """The optimizer step; the only place in a step where the host waits for its results.
+
+        Where nothing teaches, the step counts, and neither weight decay nor the optimizer's moments
+        see it.
+        """
+        options, means = self.config.train, sums.over(batch.total)
+        norm = means.new_zeros(1)
+        if batch.teaches:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
+        reduced = [means, self.stop.flags(self.device)] if self.world > 1 else [means]
+        reduced = self.accelerator.reduce(torch.cat(reduced), "mean")
+        grad_norm, *values = torch.cat([norm.reshape(1).to(means), reduced]).tolist()
+        values, flags = values[: len(means)], values[len(means) :]
+        if flags:
+            self.stop.hear(flags)
+        loss, found = sums.named(values)
+        self._require_finite(loss, grad_norm)
+        step = self.global_step + 1
+        with self.changing():
+            if batch.teaches:
+                self.optimizer.step()
+                self.copies.weights_moved()
+            self.lr_scheduler.step()
+            self.optimizer.zero_grad()
+            self.global_step, self.updates_done = step, self.updates_done + 1
+            if options.ema_decay is not None:
+                self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
+        return {"step": step, **found, "grad_norm": grad_norm}
+
+    def _require_finite(self, loss: float, grad_norm: float) -> None:
+        is_scaled = self.accelerator.scaler is not None  # fp16 skips a step that overflowed
+        for name, value in {"loss": loss, "gradient norm": 0.0 if is_scaled else grad_norm}.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"step {self.global_step + 1}: the {name} is {value}; stopped before the "
+                    "weights moved; a lower train.learning_rate may help"
+                )
+
+    def report(self) -> list[dict[str, float]]:
+        """The metrics of the optimizer steps that were not reported yet."""
+        progress, self.progress = self.progress, None
+        if progress is None or not progress.updates:
+            return []
+        found = metrics.records(progress, self.recipe.updates_per_rollout, self.world)
+        return [r | {"memory/peak_gb": tracking.peak_memory_gb(self.device)} for r in found]
+
+    # ---- what a checkpoint holds ----
+
+    def save(self, directory: Path) -> None:
+        """What was learned, the mean that is validated, and state.pt, without the other ranks."""
+        self.task.save(directory)
+        if self.evaluated is not None:
+            with self.weights.using(self.evaluated):
+                self.task.save(directory / "ema")
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.global_step,
+            "iteration": self.iteration,
+            "updates_done": self.updates_done,
+            "optimizer": self.optimizer.state_dict(),
+            "copies": self.copies.state_dict(),
+        } | ({"scaler": scaler.state_dict()} if scaler else {})
+        with (directory / "state.pt").open("wb") as file:
+            torch.save(state, file)
+
+    def load(self, directory: Path) -> None:
+        """The same on every rank, however many there are and were."""
+        state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+        self.copies.load_state_dict(state["copies"])
+        self.task.load(directory)
+        self.global_step, self.iteration = state["step"], state["iteration"]
+        self.updates_done = state["updates_done"]
+        restore(self.optimizer, self.lr_scheduler, state["optimizer"], self.global_step)
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    # ---- from the first step, or from where a run stopped, to the last ----
+
+    def run(self) -> int:
+        """Train until train.steps. Returns the exit status: 0, or 128 + a signal.
+
+        Raises RunError where a reward, a recipe or the disk ends it; what is finished is saved.
+        """
+        try:
+            self.begin()
+            with self.stop:
+                try:
+                    self.advance()
+                except BaseException as error:
+                    return self.leave(error)
+            self.directory.say(f"done: {self.global_step} steps in {self.directory.path}")
+            distributed.finish(self.accelerator)
+            return 0
+        finally:
+            self.directory.release()
+
+    def begin(self) -> None:
+        """The run directory, new or resumed."""
+        found = self.directory.claim()
+        if found is not None:
+            with taking(found):
+                self.load(found)
+        self.directory.prepare(found, self.global_step)
+
+    def advance(self) -> None:
+        options = self.config.train
+        is_main = self.accelerator.is_main_process
+        bar = tracking.progress_bar(options.steps, self.global_step, is_main)
+        with bar:
+            before = self.global_step - self.recipe.updates_per_rollout
+            if self.updates_done == 0 and not self.directory.is_validated(self.global_step):
+                self.validate_if_due(before)
+            while self.global_step < options.steps:
+                self.stop.poll()
+                before = self.global_step - self.updates_done
+                records = self.step()
+                self.directory.log(records)
+                bar.update(len(records))
+                if "reward/mean" in records[0]:
+                    bar.set_postfix(reward=f"{records[0]['reward/mean']:.3f}")
+                self.stop.poll()
+                self.validate_if_due(before)
+                if self.is_due(options.checkpointing_steps, before):
+                    self.checkpoint()
+                    self.directory.draw_curves()
+                    self.accelerator.wait_for_everyone()
+
+    def is_due(self, every: int, before: int) -> bool:
+        """Has the iteration that began at `before` passed a multiple of `every`, or the end?"""
+        step = self.global_step
+        return step >= self.config.train.steps or step // every > before // every
+
+    def validate_if_due(self, before: int) -> None:
+        if not self.is_due(self.config.validation.steps, before):
+            return
+        with self.weights.using(self.evaluated):
+            found = self.task.evaluate(self.global_step)
+        self.directory.log_validation(self.global_step, found)
+        self.directory.draw_curves()
+
+    def leave(self, error: BaseException) -> int:
+        """Save what is finished. Returns the status that a signal asks for, or raises RunError."""
+        step, message, lost = self.global_step, describe(error), ""
+        try:
+            self.keep()
+        except Exception as second:
+            if describe(second) != message:
+                lost = f": {describe(second)}"
+        if step == 0:
+            kept = "no step was finished, so there is nothing to continue"
+        elif self.directory.saved == step:
+            kept = "continue with train.resume_from_checkpoint=latest"
+        else:
+            kept = f"the last checkpoint stands, the state of step {step} is lost{lost}"
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.stop.signal:  # other processes may have gone already, and their work then fails
+            name = signal.Signals(self.stop.signal).name
+            self.directory.say(f"stopped after step {step} by {name}; {kept}")
+            return self.stop.status
+        if "step " not in message:
+            message = f"step {step + 1}: {message}"
+        raise RunError(f"{message}; {kept}") from error
+
+    def keep(self) -> None:
+        """Write the metrics and the state of the last finished step, where they are not written."""
+        self.directory.log(self.report())
+        if self.is_whole and self.directory.logged == self.global_step > self.directory.saved:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        self.directory.save(self.global_step, self.save)

@@ -1,0 +1,222 @@
+"""The steps and the noise as the fuzzer sees them: random arguments, and what float32 arithmetic
+may make of them (the losses: losses.py).
+
+An op has three parts: `arguments(draw)` makes the keywords of a call, `call` runs it, forward and
+backward, and names its results, `bounds` says in terms of `Bounded` what the results may be. The
+formulas are written here once more, gradients by hand, so that no reference is trusted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import flowkern as fk
+from flowkern.schedules import COLUMNS
+
+from .bounds import Bounded, unless_zero, where
+from .inputs import Draw
+
+WEIGHTS = "loss_weights"  # the gradient that comes in, not an argument of the verb
+
+
+def exact(x) -> Bounded | None:
+    return None if x is None else Bounded(x.detach().double())
+
+
+class Edges:
+    """The columns of a call's coefficients, (B or 1,), and their shape over a latent."""
+
+    def __init__(self, coefficients, latent: torch.Tensor):
+        table = coefficients.table.float().double()
+        table = table[None] if table.ndim == 1 else table
+        self.like = latent.ndim - 1
+        for i, name in enumerate(COLUMNS):
+            setattr(self, name, Bounded(table[:, i]))
+
+    def wide(self, x: Bounded) -> Bounded:
+        return x.reshape(-1, *[1] * self.like)
+
+    def mean(self, x: Bounded, v: Bounded) -> Bounded:
+        return self.wide(self.a) * x + self.wide(self.b) * v
+
+    def drawn(self, mean: Bounded, noise: Bounded) -> Bounded:
+        std = self.wide(self.std)
+        return where(std.value != 0, mean + std * noise, mean)
+
+
+def guided(p) -> Bounded:
+    v, u = exact(p["velocity"]), exact(p.get("velocity_uncond"))
+    return v if u is None else u + float32(p["guidance_scale"]) * (v - u)
+
+
+def _with_output(draw: Draw, p: dict) -> dict:
+    """The output first: it may replace an input, and a union evaluated before kept the old one."""
+    output = draw.output(p)
+    return p | output
+
+
+def scale_of(p) -> float:
+    return float32(p["guidance_scale"]) if p.get("velocity_uncond") is not None else 1.0
+
+
+def float32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
+
+
+def noise_of(p, shape, stream: str) -> Bounded:
+    if p.get("noise") is not None:
+        return exact(p["noise"])
+    step = p.get("step", 0)
+    device = p["sample_id"].device
+    return exact(
+        fk.philox_normal(shape, p["seed"], p["sample_id"], step, stream, device, "reference")
+    )
+
+
+def with_gradient(p, run) -> dict[str, torch.Tensor]:
+    """The results of `run`, and the gradient of its first one in the velocity."""
+    velocity = p["velocity"]
+    if isinstance(velocity, torch.Tensor):  # else it is wrong on purpose
+        velocity = velocity.detach()
+        velocity.requires_grad_(velocity.is_floating_point())
+    arguments = {n: v for n, v in p.items() if n != WEIGHTS} | {"velocity": velocity}
+    results = run(arguments)
+    first = next(iter(results.values()))
+    (gradient,) = torch.autograd.grad(first, velocity, p[WEIGHTS].to(first.dtype))
+    return {n: x.detach() for n, x in results.items()} | {"gradient": gradient}
+
+
+def with_own_output(p) -> dict:
+    """Where an input is also the output, a copy of it: what is compared later must stay."""
+    for name in ("x_t", "velocity", "noise"):
+        if p.get("out") is not None and p["out"] is p.get(name):
+            x = p[name].clone()
+            return p | {name: x, "out": x}
+    return p
+
+
+class Op:
+    name: str
+    exact_names: tuple[str, ...] = ()  # results that have the bits of the float32 reference
+
+    def in_float64(self, p, got) -> dict:
+        """The results of the reference for `p`, the call in float64."""
+        return self.call(p)
+
+
+# ---- the step ----
+
+
+class SdeStep(Op):
+    name, exact_names = "sde_step", ("x_next",)
+
+    def arguments(self, draw: Draw) -> dict:
+        p = draw.step()
+        p |= draw.noise(p["x_t"].shape)
+        return _with_output(draw, p)
+
+    def call(self, p) -> dict:
+        x_next, log_prob = fk.sde_step(**with_own_output(p))
+        return {"x_next": x_next.clone(), "log_prob": log_prob}
+
+    def in_float64(self, p, got) -> dict:
+        results = {"x_next": self.call(p)["x_next"]}
+        if not p["history"]:  # a replay has none
+            keys = ("x_t", "velocity", "c_rows", "velocity_uncond", "guidance_scale", "backend")
+            replay = {n: p[n] for n in keys if n in p} | {"x_next": got["x_next"].double()}
+            results["log_prob"] = fk.sde_log_prob(**replay)
+        return results
+
+    def bounds(self, p, got) -> dict[str, Bounded]:
+        edges = Edges(p["c_rows"], p["x_t"])
+        mean = mean_with_history(edges, p, guided(p))
+        x_next = edges.drawn(mean, noise_of(p, p["x_t"].shape, "step"))
+        residual = exact(got["x_next"]) - mean  # the log-probability is of what was stored
+        log_prob = edges.c - edges.k * (residual * residual).mean()
+        return {"x_next": x_next.within(got["x_next"].dtype), "log_prob": log_prob}
+
+
+def mean_with_history(edges: Edges, p, v: Bounded) -> Bounded:
+    mean = edges.mean(exact(p["x_t"]), v)
+    for j, earlier in enumerate(p.get("history", ())):
+        mean = mean + edges.wide(getattr(edges, f"h{j + 1}")) * exact(earlier)
+    return mean
+
+
+class OdeStep(Op):
+    name, exact_names = "ode_step", ("x_next", "x0")
+
+    def arguments(self, draw: Draw) -> dict:
+        p = draw.step()
+        p["m_rows"] = p.pop("c_rows")
+        return _with_output(draw, p) | {"return_x0": True}
+
+    def call(self, p) -> dict:
+        x_next, x0 = fk.ode_step(**with_own_output(p))
+        return {"x_next": x_next.clone(), "x0": x0}
+
+    def bounds(self, p, got) -> dict[str, Bounded]:
+        edges, v = Edges(p["m_rows"], p["x_t"]), guided(p)
+        x_next, x0 = mean_with_history(edges, p, v), exact(p["x_t"]) - edges.wide(edges.sigma) * v
+        return {n: x.within(got[n].dtype) for n, x in (("x_next", x_next), ("x0", x0))}
+
+
+class SdeLogProb(Op):
+    name = "sde_log_prob"
+
+    def arguments(self, draw: Draw) -> dict:
+        p = draw.step(history=False)
+        x_next = draw.near(p["x_t"], p["velocity"])
+        return p | {"x_next": x_next, WEIGHTS: draw.per_sample(len(x_next))}
+
+    def call(self, p) -> dict:
+        return with_gradient(p, lambda a: {"log_prob": fk.sde_log_prob(**a)})
+
+    def bounds(self, p, got) -> dict[str, Bounded]:
+        edges = Edges(p["c_rows"], p["x_t"])
+        residual = exact(p["x_next"]) - edges.mean(exact(p["x_t"]), guided(p))
+        size = max(1, math.prod(p["x_t"].shape[1:]))
+        slope = exact(p[WEIGHTS]) * (2 * scale_of(p) / size) * edges.k * edges.b
+        gradient = unless_zero(edges.wide(slope), residual)
+        log_prob = edges.c - edges.k * (residual * residual).mean()
+        log_prob = log_prob + exact(torch.zeros_like(p[WEIGHTS]))  # one row for all: (B,)
+        return {"log_prob": log_prob, "gradient": gradient.within(p["velocity"].dtype)}
+
+
+class PhiloxNormal(Op):
+    name, exact_names = "philox_normal", ("normals",)
+
+    def arguments(self, draw: Draw) -> dict:
+        shape = draw.shape()
+        stream = draw.r.choice(("init", "step", "match"))
+        return {"shape": shape, "stream": stream} | draw.key(shape[0])
+
+    def call(self, p) -> dict:
+        return {"normals": fk.philox_normal(**p)}
+
+    def bounds(self, p, got) -> dict[str, Bounded]:
+        return {}
+
+
+class AddNoise(Op):
+    name, exact_names = "add_noise", ("x_t",)
+
+    def arguments(self, draw: Draw) -> dict:
+        x0 = draw.latent(draw.shape())
+        return {"x0": x0, "sigma": draw.sigma(len(x0))} | draw.noise(x0.shape)
+
+    def call(self, p) -> dict:
+        return {"x_t": fk.add_noise(**p)}
+
+    def bounds(self, p, got) -> dict[str, Bounded]:
+        sigma = exact(p["sigma"].float()).reshape(-1, *[1] * (p["x0"].ndim - 1))
+        noise = noise_of(p, p["x0"].shape, "match")
+        x_t = (-sigma + exact(torch.ones_like(p["sigma"])).reshape(*sigma.value.shape)) * exact(
+            p["x0"]
+        ) + sigma * noise
+        return {"x_t": x_t.within(got["x_t"].dtype)}
+
+
+STEPS = (SdeStep(), OdeStep(), SdeLogProb(), AddNoise(), PhiloxNormal())
