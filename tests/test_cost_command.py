@@ -1,5 +1,6 @@
 """`flowkern cost` prints the counts that the papers' defaults lead to."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowkern.cli import main
+from flowkern.rollout import Plan
 
 ROOT = Path(__file__).parents[1]
 # sampling here and released, saved, training here and released, images
@@ -136,11 +139,20 @@ def test_the_recipe_in_the_docs_costs_what_it_says(capsys, tmp_path, monkeypatch
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/algorithms.md").read_text(), re.DOTALL
     )
-    (tmp_path / "fork.py").write_text(blocks[0])
+    recipe, credit, cost = blocks
+    (tmp_path / "fork.py").write_text(recipe)
     monkeypatch.syspath_prepend(tmp_path)
-    exec(compile(blocks[1], "docs/algorithms.md", "exec"), {})
-    printed_cost = capsys.readouterr().out.strip()
-    assert printed_cost == re.search(r"# (Cost\(.*\))", blocks[1])[1]
+    exec(compile(cost, "docs/algorithms.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"# (Cost\(.*\))", cost)[1]
+    made = {}
+    exec(compile(credit, "docs/algorithms.md", "exec"), made)
+    of_signs = importlib.import_module("fork").Fork().group_credit(made["Sign"])
+    plan = Plan()
+    for member in range(2):
+        node = plan.draw(plan.root(member), 0.5, "flow_sde", 0.7, member, is_trained=True)
+        plan.leaf(plan.step(node, 0.0))
+    scores = {"a": torch.tensor([[1.0, 4.0]])}
+    assert of_signs(scores, {"a": 1.0}, plan).tolist() == [[-1, 1]]
     found = printed(capsys, "fork:Fork")
     assert found["fork:Fork", ""] == "115 160 28% 1 16 16"
     del sys.modules["fork"]
