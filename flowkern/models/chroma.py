@@ -15,24 +15,17 @@ from diffusers import ChromaPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowkern.models.grids import dynamic_mu, even
-from flowkern.models.packing import packed, positions, unpacked
-from flowkern.models.pipeline import ATTENTION, Geometry, Pipeline
+from flowkern.models.packing import PackedPipeline, packed, positions, unpacked
+from flowkern.models.pipeline import ATTENTION
 
 __all__ = ["Chroma"]
 
 
-class Chroma(Pipeline):
+class Chroma(PackedPipeline):
     """A ChromaPipeline; the parts of its conditioning are tokens (B, L, E) and mask (B, L)."""
 
     kind = ChromaPipeline
     lora_targets = ATTENTION
-
-    def geometry(self) -> Geometry:
-        channels = self.pipeline.transformer.config.in_channels
-        scale = self.pipeline.vae_scale_factor
-        own = self.pipeline.default_sample_size * scale
-        return Geometry(channels // 4, scale, 2 * scale, own, own)
 
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokens, _, mask, *_ = self.pipeline.encode_prompt(
@@ -59,11 +52,6 @@ class Chroma(Pipeline):
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)
-
-    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
-        _, height, width = self.latent_shape
-        mu = dynamic_mu(self.pipeline.scheduler, height * width // 4)
-        return {"mu": mu, "sigmas": even(num_steps)}
 
 
 def recomputed(block: nn.Module, *inputs: Any, mask: Tensor) -> Any:

@@ -14,25 +14,17 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from flowkern.models.embedded import EmbeddedPipeline
-from flowkern.models.grids import dynamic_mu, even
-from flowkern.models.packing import packed, positions, unpacked
-from flowkern.models.pipeline import ATTENTION, Geometry
+from flowkern.models.packing import PackedPipeline, packed, positions, unpacked
+from flowkern.models.pipeline import ATTENTION
 
 __all__ = ["Flux"]
 
 
-class Flux(EmbeddedPipeline):
+class Flux(EmbeddedPipeline, PackedPipeline):
     """A FluxPipeline; the parts of its conditioning are tokens (B, L, E) and pooled (B, P)."""
 
     kind = FluxPipeline
     lora_targets = ATTENTION
-
-    def geometry(self) -> Geometry:
-        scale = self.pipeline.vae_scale_factor
-        own = self.pipeline.default_sample_size * scale
-        return Geometry(
-            self.pipeline.transformer.config.in_channels // 4, scale, 2 * scale, own, own
-        )
 
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         length = self.max_sequence_length
@@ -58,9 +50,7 @@ class Flux(EmbeddedPipeline):
         return unpacked(tokens, height, width)
 
     def grid_arguments(self, num_steps: int) -> dict[str, Any]:
-        scheduler = self.pipeline.scheduler
-        _, height, width = self.latent_shape
-        own = {"mu": dynamic_mu(scheduler, height * width // 4)}
-        if scheduler.config.get("use_flow_sigmas"):
-            return own
-        return own | {"sigmas": even(num_steps)}
+        given = super().grid_arguments(num_steps)
+        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+            del given["sigmas"]
+        return given

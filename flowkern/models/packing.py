@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flowkern.models.grids import dynamic_mu, even
+from flowkern.models.pipeline import Geometry, Pipeline
+
+
+class PackedPipeline(Pipeline):
+    """A pipeline whose network takes such tokens, and whose grid may shift by their number."""
+
+    def geometry(self) -> Geometry:
+        channels = self.pipeline.transformer.config.in_channels
+        scale = self.pipeline.vae_scale_factor
+        own = self.pipeline.default_sample_size * scale
+        return Geometry(channels // 4, scale, 2 * scale, own, own)
+
+    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
+        _, height, width = self.latent_shape
+        mu = dynamic_mu(self.pipeline.scheduler, height * width // 4)
+        return {"mu": mu, "sigmas": even(num_steps)}
 
 
 def packed(x: Tensor) -> Tensor:

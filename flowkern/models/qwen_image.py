@@ -8,21 +8,19 @@ of width E.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from flowkern.models import Guidance
-from flowkern.models.grids import dynamic_mu, even
-from flowkern.models.packing import packed, unpacked
-from flowkern.models.pipeline import Geometry, Pipeline, attention
+from flowkern.models.packing import PackedPipeline, packed, unpacked
+from flowkern.models.pipeline import attention
 
 __all__ = ["QwenImage"]
 
 
-class QwenImage(Pipeline):
+class QwenImage(PackedPipeline):
     """A QwenImagePipeline; the parts of its conditioning are tokens (B, L, E) and mask (B, L)."""
 
     kind = QwenImagePipeline
@@ -43,12 +41,6 @@ class QwenImage(Pipeline):
         texts = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         unseen = self.pipeline.prompt_template_encode_start_idx
         return [len(ids) - unseen for ids in self.pipeline.tokenizer(texts).input_ids]
-
-    def geometry(self) -> Geometry:
-        channels = self.pipeline.transformer.config.in_channels
-        scale = self.pipeline.vae_scale_factor
-        own = self.pipeline.default_sample_size * scale
-        return Geometry(channels // 4, scale, 2 * scale, own, own)
 
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         length = self.max_sequence_length
@@ -74,11 +66,6 @@ class QwenImage(Pipeline):
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)
-
-    def grid_arguments(self, num_steps: int) -> dict[str, Any]:
-        _, height, width = self.latent_shape
-        mu = dynamic_mu(self.pipeline.scheduler, height * width // 4)
-        return {"mu": mu, "sigmas": even(num_steps)}
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """Of a video of one frame."""

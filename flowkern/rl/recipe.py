@@ -121,6 +121,14 @@ class PolicyRecipe(Recipe):
     ratio: ClassVar[str] = "sde"
     """Or "guard", as in `policy_loss`."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.uncond_gradient and self.guidance_scale <= 1:
+            raise ValueError(
+                "uncond_gradient: got True, but there is no second half at guidance_scale "
+                f"{self.guidance_scale}; expected one above 1"
+            )
+
     def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
         clip = self.clip_range
         both = self.uncond_gradient

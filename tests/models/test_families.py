@@ -287,6 +287,7 @@ def test_the_ratio_is_one_before_the_first_update(name, load, dtype):
 @every_family
 def test_every_lora_parameter_learns_and_the_pipeline_loads_them(name, load, tmp_path):
     model = load(name)
+    torch.manual_seed(0)  # of the adapter: whatever tests came before
     network = add_lora(model, LoraConfig(rank=2, alpha=3))
     adapted = {key: p for key, p in network.named_parameters() if p.requires_grad}
     assert adapted

@@ -532,6 +532,11 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
         ("g2rpo", {"granularities": [2, 2]}, r"granularities: got \[2, 2\], expected different"),
         ("g2rpo", {"granularities": [0, 1]}, r"granularities: got \[0, 1\]"),
         ("g2rpo", {"branch_steps": 16}, "branch_steps: got 16, expected at most 15"),
+        (
+            "dance_grpo",
+            {"uncond_gradient": True},
+            "uncond_gradient: got True, but there is no",
+        ),
         ("awm", {"num_train_timesteps": 0}, "num_train_timesteps: got 0"),
         ("awm", {"ema_coef": -1.0}, "ema_coef: got -1.0"),
         ("diffusion_nft", {"timestep_fraction": 0.0}, "timestep_fraction: got 0.0"),
