@@ -7,7 +7,7 @@
 namespace {
 
 // What comes out of a loss for each sample: numbers, then the two bools; the loss is before them, slopes (batch, n) after. On a
-// device they are cut from one allocation. Last, on a CPU, the residual of the velocity's shape, or None.
+// device they are cut from one allocation. Last, the residual of the velocity's shape, or None.
 template <int numbers, int slopes_of_one>
 struct LossResult {
   Made loss, values[numbers], clipped_low, clipped_high, slopes, residual{py::none(), nullptr};
@@ -51,7 +51,7 @@ struct LossResult {
 
 // Whether a loss keeps its residual for the backward pass; records: whether gradients are recorded.
 bool keeps_residual(PyObject* records, PyObject* velocity, const int64_t* row, DType dtype) {
-  return torch.reads_values && records == Py_True && Reader::requires_grad(velocity) && !row && dtype == DType::float32;
+  return records == Py_True && Reader::requires_grad(velocity) && !row && dtype == DType::float32;
 }
 
 const std::initializer_list<const char*> kReductions = {"mean", "sum", "none"};  // of enum Reduction

@@ -27,9 +27,10 @@ struct RowTile {
   int slice;
 };
 
-FK_DEVICE RowTile row_tile_of_block(const Walk& walk) {
-  const unsigned part = quotient(blockIdx.x, walk.tiles);
-  return {int64_t(part / unsigned(walk.slices)), int64_t(blockIdx.x - part * walk.tiles.by), int(part % unsigned(walk.slices))};
+// backwards: the first blocks, which run first, take the last tiles, of which caches still hold what a kernel before has written.
+FK_DEVICE RowTile row_tile_of_block(const Walk& walk, bool backwards = false) {
+  const unsigned block = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x, part = quotient(block, walk.tiles);
+  return {int64_t(part / unsigned(walk.slices)), int64_t(block - part * walk.tiles.by), int(part % unsigned(walk.slices))};
 }
 
 FK_DEVICE bool is_out_of_range(const Walk& walk, int64_t sample) {

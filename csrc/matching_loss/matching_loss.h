@@ -144,7 +144,7 @@ struct MatchingArguments {
   float *loss, *log_ratio, *ratio, *matching;  // (batch,)
   float *ref_mean, *ema_mean;                  // (batch,)
   bool *clipped_low, *clipped_high;            // (batch,)
-  // On a CPU, (rows, size) of float32, where row b has sample b alone: velocity - u. Forward writes it; given to backward, it takes the
+  // (rows, size) of float32, where row b has sample b alone: velocity - u. Forward writes it; given to backward, it takes the
   // place of x0 and noise, and becomes the gradient.
   Latent residual;
   float* slopes;  // (batch, 4)

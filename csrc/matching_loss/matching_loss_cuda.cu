@@ -20,11 +20,12 @@ struct NoisingLaunch {
   bool vectors;
 };
 
-template <Calls kCalls>
+// kKept: with a residual, which only samples with rows of their own have.
+template <Calls kCalls, bool kKept>
 FK_DEVICE MatchingLaunch known(MatchingLaunch launch) {
   MatchingArguments& m = launch.m;
-  know_dtypes<kCalls>(m.velocity, m.old_velocity, m.ref, m.ema, m.x0, m.noise, m.grad_velocity);
-  if constexpr (kCalls != Calls::any) know_own_rows(launch.walk);
+  know_dtypes<kCalls>(m.velocity, m.old_velocity, m.ref, m.ema, m.x0, m.noise, m.residual, m.grad_velocity);
+  if constexpr (kCalls != Calls::any || kKept) know_own_rows(launch.walk);
   return launch;
 }
 
@@ -128,11 +129,19 @@ FK_DEVICE RowGroups load_row(const MatchingArguments& m, const Place& at, bool i
           load_group(m.ema, at, is_whole)};
 }
 
-template <bool kDrawn>
-FK_DEVICE void add_terms(const MatchingArguments& m, const RowGroups& row, const SampleGroups& groups, const Place& at,
+FK_DEVICE Floats residual_of(const Floats& velocity, const Floats& target) {
+  Floats residual;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) residual.v[i] = velocity.v[i] - target.v[i];
+  return residual;
+}
+
+template <bool kDrawn, bool kKept>
+FK_DEVICE void add_terms(const MatchingArguments& m, const RowGroups& row, const SampleGroups& groups, const Place& at, bool is_whole,
                          float (&sums)[kMatchingSums]) {
   const Floats target = target_of<kDrawn>(m, groups, at);
   const Floats v = widen(row.velocity, m.velocity.dtype), old = widen(row.old, m.old_velocity.dtype);
+  if constexpr (kKept) store_group(m.residual, at, is_whole, residual_of(v, target));
 #pragma unroll
   for (int i = 0; i < kGroup; ++i)
     if (i < at.count) add_terms(m.rule, v.v[i], old.v[i], target.v[i], sums);
@@ -144,27 +153,28 @@ FK_DEVICE void add_distances(const MatchingArguments& m, const RowGroups& row, i
 }
 
 // The sums of a sample that has its row alone: all loads in flight before the first is used.
-template <bool kDrawn>
+template <bool kDrawn, bool kKept>
 FK_DEVICE void add_alone(const MatchingArguments& m, const Place& at, bool is_whole, float (&sums)[kMatchingSums]) {
   const RowGroups row = load_row(m, at, is_whole);
   const SampleGroups groups = load_sample(m.x0, m.noise, at, is_whole);
-  add_terms<kDrawn>(m, row, groups, at, sums);
+  add_terms<kDrawn, kKept>(m, row, groups, at, is_whole, sums);
   add_distances(m, row, at.count, sums);
 }
 
-// kDrawn: noise is made, not given. The registers that takes would cost the other half its threads.
-template <Calls kCalls, bool kDrawn>
-__global__ void __launch_bounds__(256, kCalls == Calls::any ? 2 : 3) matching_forward_kernel(const __grid_constant__ MatchingLaunch given) {
-  const MatchingLaunch launch = known<kCalls>(given);
+// kDrawn: noise is made, not given. The registers that takes would cost the other half its threads. kKept: the residual is stored.
+template <Calls kCalls, bool kDrawn, bool kKept>
+__global__ void __launch_bounds__(256, kCalls == Calls::any && !kKept ? 2 : 3)
+    matching_forward_kernel(const __grid_constant__ MatchingLaunch given) {
+  const MatchingLaunch launch = known<kCalls, kKept>(given);
   const MatchingArguments& m = launch.m;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
   const bool is_whole = launch.vectors && at.count == kGroup;
   const auto finish = [&](int64_t sample, const double (&totals)[kMatchingSums]) { finish_sample(launch, sample, totals); };
-  if constexpr (kCalls != Calls::any) {
+  if constexpr (kCalls != Calls::any || kKept) {
     float sums[kMatchingSums] = {};
-    if (is_whole) add_alone<kDrawn>(m, at, true, sums);
-    else if (at.count > 0) add_alone<kDrawn>(m, at, false, sums);
+    if (is_whole) add_alone<kDrawn, kKept>(m, at, true, sums);
+    else if (at.count > 0) add_alone<kDrawn, kKept>(m, at, false, sums);
     sum_alone(tile, launch.walk, launch.scratch.tiles, used_sums(m), sums, finish);
   } else {
     const auto place_of = [&](int64_t sample) { return Place{sample, at.first, at.count}; };
@@ -174,7 +184,7 @@ __global__ void __launch_bounds__(256, kCalls == Calls::any ? 2 : 3) matching_fo
     float of_row[kMatchingSums] = {};
     add_distances(m, row, at.count, of_row);
     const auto term = [&](int64_t sample, const SampleGroups& groups, float (&sums)[kMatchingSums]) {
-      add_terms<kDrawn>(m, row, groups, place_of(sample), sums);
+      add_terms<kDrawn, false>(m, row, groups, place_of(sample), is_whole, sums);
       sums[4] = of_row[4];
       sums[5] = of_row[5];
     };
@@ -195,7 +205,7 @@ FK_DEVICE void add_in_order(float& sum, float value) {
 
 template <Calls kCalls, bool kDrawn>
 __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_constant__ MatchingLaunch given) {
-  const MatchingLaunch launch = known<kCalls>(given);
+  const MatchingLaunch launch = known<kCalls, false>(given);
   const MatchingArguments& m = launch.m;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
@@ -246,6 +256,34 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
   store_group(m.grad_velocity, at, is_whole, gradient);
 }
 
+// The same from the residual that forward has kept of samples with rows of their own, in whose memory the gradient is left.
+template <Calls kCalls>
+__global__ void __launch_bounds__(256) matching_backward_kept_kernel(const __grid_constant__ MatchingLaunch given) {
+  const MatchingLaunch launch = known<kCalls, true>(given);
+  const MatchingArguments& m = launch.m;
+  const RowTile tile = row_tile_of_block(launch.walk, true);
+  const Place at = place_of_thread(tile.row, tile.tile, m.rule.size);
+  const bool is_whole = launch.vectors && at.count == kGroup;
+  const float scale = weight(m, at.sample, 0, true), ref_weight = weight(m, at.sample, 2, m.ref.data);
+  const float ema_weight = weight(m, at.sample, 3, m.ema.data);
+  const Floats residual = widen(scale != 0 ? load_group(m.residual, at, is_whole) : Group{}, DType::float32);
+  Floats gradient = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) gradient.v[i] += scale * residual.v[i];
+  if (ref_weight != 0 || ema_weight != 0) {
+    const Floats v = widen(load_group(m.velocity, at, is_whole), m.velocity.dtype);
+    const auto pull = [&](const Latent& latent, float weight) {
+      if (weight == 0) return;
+      const Floats anchor = widen(load_group(latent, at, is_whole), latent.dtype);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) gradient.v[i] += weight * (v.v[i] - anchor.v[i]);
+    };
+    pull(m.ref, ref_weight);
+    pull(m.ema, ema_weight);
+  }
+  store_group(m.residual, at, is_whole, gradient);
+}
+
 template <Calls kCalls, bool kDrawn>
 __global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ NoisingLaunch given) {
   const NoisingLaunch launch = known<kCalls>(given);
@@ -264,9 +302,17 @@ __global__ void __launch_bounds__(256) add_noise_kernel(const __grid_constant__ 
 }
 
 template <bool kDrawn>
-constexpr Kernels<MatchingLaunch> kForward = {{matching_forward_kernel<Calls::any, kDrawn>,
-                                               matching_forward_kernel<Calls::plain_float32, kDrawn>,
-                                               matching_forward_kernel<Calls::plain_bfloat16, kDrawn>}};
+constexpr Kernels<MatchingLaunch> kForward = {{matching_forward_kernel<Calls::any, kDrawn, false>,
+                                               matching_forward_kernel<Calls::plain_float32, kDrawn, false>,
+                                               matching_forward_kernel<Calls::plain_bfloat16, kDrawn, false>}};
+// A residual is float32: there are two of these.
+template <bool kDrawn>
+constexpr Kernels<MatchingLaunch> kForwardKept = {{matching_forward_kernel<Calls::any, kDrawn, true>,
+                                                   matching_forward_kernel<Calls::plain_float32, kDrawn, true>,
+                                                   matching_forward_kernel<Calls::any, kDrawn, true>}};
+constexpr Kernels<MatchingLaunch> kBackwardKept = {{matching_backward_kept_kernel<Calls::any>,
+                                                    matching_backward_kept_kernel<Calls::plain_float32>,
+                                                    matching_backward_kept_kernel<Calls::any>}};
 template <bool kDrawn>
 constexpr Kernels<MatchingLaunch> kBackward = {{matching_backward_kernel<Calls::any, kDrawn>,
                                                 matching_backward_kernel<Calls::plain_float32, kDrawn>,
@@ -276,13 +322,13 @@ constexpr Kernels<NoisingLaunch> kAddNoise = {{add_noise_kernel<Calls::any, kDra
                                                add_noise_kernel<Calls::plain_bfloat16, kDrawn>}};
 
 auto pick(const Kernels<MatchingLaunch>& kernels, const MatchingArguments& m) {
-  const Calls calls = calls_of({&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.x0, &m.noise, &m.grad_velocity});
+  const Calls calls = calls_of({&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.x0, &m.noise, &m.residual, &m.grad_velocity});
   return kernels.for_calls[int(m.row ? Calls::any : calls)];
 }
 
 MatchingLaunch prepared(const MatchingArguments& m) {
   MatchingLaunch launched = {m, walk_of(m, tiles_of(m.rule.size)), {}, true};
-  for (const Latent* latent : {&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.grad_velocity})
+  for (const Latent* latent : {&m.velocity, &m.old_velocity, &m.ref, &m.ema, &m.residual, &m.grad_velocity})
     launched.vectors = launched.vectors && takes_vectors(*latent, m.rows);
   launched.vectors = launched.vectors && takes_vectors(m.x0, m.batch) && takes_vectors(m.noise, m.batch);
   return launched;
@@ -298,15 +344,21 @@ void matching_forward(const MatchingArguments& m, const Queue& queue) {
   if (m.batch == 0) return;
   MatchingLaunch launched = prepared(m);
   launched.scratch = loss_scratch(queue.scratch, m.batch, launched.walk.tiles.by, kMatchingSums, m.is_reduced ? nullptr : m.loss);
-  const auto kernel = pick(m.noise.data ? kForward<false> : kForward<true>, m);
+  const bool is_drawn = !m.noise.data;
+  const auto& kernels = m.residual.data ? (is_drawn ? kForwardKept<true> : kForwardKept<false>) : (is_drawn ? kForward<true> : kForward<false>);
+  const auto kernel = pick(kernels, m);
   launch("matching_forward", kernel, launched, m.rows * launched.walk.slices * launched.walk.tiles.by, threads_of(m.rule.size), queue);
 }
 
-void matching_backward(const MatchingArguments& m, const Queue& queue) {
-  if (m.rule.size == 0) return;
+void matching_backward(const MatchingArguments& arguments, const Queue& queue) {
+  if (arguments.rule.size == 0) return;
+  MatchingArguments m = arguments;
+  const bool is_kept = m.residual.data;
+  if (is_kept) m.x0 = m.noise = m.old_velocity = {};
+  if (is_kept && !m.ref.data && !m.ema.data) m.velocity = {};
   MatchingLaunch launched = prepared(m);
   launched.walk.slices = 1;
-  const auto kernel = pick(m.noise.data ? kBackward<false> : kBackward<true>, m);
+  const auto kernel = pick(is_kept ? kBackwardKept : m.noise.data ? kBackward<false> : kBackward<true>, m);
   launch("matching_backward", kernel, launched, m.rows * launched.walk.tiles.by, threads_of(m.rule.size), queue);
 }
 
@@ -318,6 +370,7 @@ void add_noise(const NoisingArguments& n, const Queue& queue) {
 }
 
 std::string matching_loss_why_not(int device) {
-  const std::string why_not = load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
+  const std::string why_not = load_kernels(device, {kForward<false>, kForward<true>, kForwardKept<false>, kForwardKept<true>,
+                                                    kBackward<false>, kBackward<true>, kBackwardKept});
   return why_not.empty() ? load_kernels(device, {kAddNoise<false>, kAddNoise<true>}) : why_not;
 }

@@ -119,7 +119,7 @@ struct PolicyArguments {
   float *loss, *log_ratio, *ratio, *kl;
   bool *clipped_low, *clipped_high;
 
-  // On a CPU, (rows, size) of float32, where row b has sample b alone: what slopes[0] multiplies. Forward writes it; given to backward,
+  // (rows, size) of float32, where row b has sample b alone: what slopes[0] multiplies. Forward writes it; given to backward,
   // it takes the place of x_t, x_next and noise, and becomes the gradient.
   Latent residual;
   float* slopes;      // (batch, 2): written forward, read backward

@@ -17,14 +17,13 @@ struct PolicyLaunch {
   bool vectors;         // whether latents allow 128-bit accesses
 };
 
-template <Calls kCalls>
+// kKept: with a residual, which only samples with rows of their own have.
+template <Calls kCalls, bool kKept>
 FK_DEVICE PolicyLaunch known(PolicyLaunch launch) {
   PolicyArguments& p = launch.p;
-  know_dtypes<kCalls>(p.velocity, p.x_t, p.old_velocity, p.velocity_ref, p.x_next, p.noise, p.grad_velocity);
-  if constexpr (kCalls != Calls::any) {
-    p.velocity_uncond = {};
-    know_own_rows(launch.walk);
-  }
+  know_dtypes<kCalls>(p.velocity, p.x_t, p.old_velocity, p.velocity_ref, p.x_next, p.noise, p.residual, p.grad_velocity);
+  if constexpr (kCalls != Calls::any) p.velocity_uncond = {};
+  if constexpr (kCalls != Calls::any || kKept) know_own_rows(launch.walk);
   return launch;
 }
 
@@ -102,6 +101,15 @@ FK_DEVICE float ratio_sum(Ratio kind, const StepEdge& edge, const Chunk& chunk, 
   return ratio_sum<Ratio::recorded>(edge, chunk, next, count);
 }
 
+FK_DEVICE Floats residual_of(const PolicyArguments& p, const StepEdge& edge, const Chunk& chunk, const Floats& next) {
+  const bool is_old = p.settings.guard && p.old_velocity.data;
+  Floats residual;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    residual.v[i] = ratio_residual(edge, chunk.x.v[i], is_old ? chunk.old.v[i] : chunk.velocity.v[i], next.v[i]);
+  return residual;
+}
+
 // The whole warp: a sample's loss, statistics and slopes; the last sample of all also writes the loss of the batch.
 FK_DEVICE void finish_sample(const PolicyLaunch& launch, int64_t sample, const double (&sums)[kPolicySums]) {
   const PolicyArguments& p = launch.p;
@@ -129,38 +137,41 @@ FK_DEVICE float kl_sum(const Floats& velocity, const Floats& ref, int count) {
   return sum;
 }
 
-template <bool kDrawn>
+template <bool kDrawn, bool kKept>
 FK_DEVICE float ratio_sum(const PolicyArguments& p, const RowGroups& row, const Group& group, const Place& at, bool is_whole) {
   if (p.settings.ratio == Ratio::on_policy) return 0.0f;
   const StepEdge edge = edge_of(p, at.sample);  // after the latents: they do not wait for it
   const Chunk chunk = chunk_of(p, row);
-  return ratio_sum(p.settings.ratio, edge, chunk, next_of<kDrawn>(p, edge, chunk, group, at, is_whole), at.count);
+  const Floats next = next_of<kDrawn>(p, edge, chunk, group, at, is_whole);
+  if constexpr (kKept) store_group(p.residual, at, is_whole, residual_of(p, edge, chunk, next));
+  return ratio_sum(p.settings.ratio, edge, chunk, next, at.count);
 }
 
 // The sums of a sample that has its row alone: all loads in flight before the first is used.
-template <bool kWhole, bool kDrawn>
+template <bool kWhole, bool kDrawn, bool kKept>
 FK_DEVICE void add_alone(const PolicyArguments& p, const Place& at, float (&sums)[kPolicySums]) {
   const RowGroups row = load_row<kWhole>(p, at);
   const Group group = load_sample<kDrawn>(p, at, kWhole);
   const Group ref = load_if_given<kWhole>(p.velocity_ref, at);
-  sums[0] = ratio_sum<kDrawn>(p, row, group, at, kWhole);
+  sums[0] = ratio_sum<kDrawn, kKept>(p, row, group, at, kWhole);
   if (p.velocity_ref.data) sums[1] = kl_sum(velocity_of(p, row), widen(ref, p.velocity_ref.dtype), at.count);
 }
 
-// kDrawn: x_next is drawn again. The registers that takes would cost the usual loss half its threads.
-template <Calls kCalls, bool kDrawn>
-__global__ void __launch_bounds__(256, kCalls == Calls::any ? 2 : 0) policy_forward_kernel(const __grid_constant__ PolicyLaunch given) {
-  const PolicyLaunch launch = known<kCalls>(given);
+// kDrawn: x_next is drawn again. The registers that takes would cost the usual loss half its threads. kKept: the residual is stored.
+template <Calls kCalls, bool kDrawn, bool kKept>
+__global__ void __launch_bounds__(256, kCalls == Calls::any && !kKept ? 2 : 0)
+    policy_forward_kernel(const __grid_constant__ PolicyLaunch given) {
+  const PolicyLaunch launch = known<kCalls, kKept>(given);
   const PolicyArguments& p = launch.p;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, p.size);
   const bool is_whole = launch.vectors && at.count == kGroup;
   const auto finish = [&](int64_t sample, const double (&sums)[kPolicySums]) { finish_sample(launch, sample, sums); };
   const unsigned used = (p.settings.ratio == Ratio::on_policy ? 0u : 1u) | (p.velocity_ref.data ? 2u : 0u);
-  if constexpr (kCalls != Calls::any) {
+  if constexpr (kCalls != Calls::any || kKept) {
     float sums[kPolicySums] = {};
-    if (is_whole) add_alone<true, kDrawn>(p, at, sums);
-    else if (at.count > 0) add_alone<false, kDrawn>(p, at, sums);
+    if (is_whole) add_alone<true, kDrawn, kKept>(p, at, sums);
+    else if (at.count > 0) add_alone<false, kDrawn, kKept>(p, at, sums);
     sum_alone(tile, launch.walk, launch.scratch.tiles, used, sums, finish);
   } else {
     const auto fetch = [&](int64_t sample) { return load_sample<kDrawn>(p, of_sample(at, sample), is_whole); };
@@ -169,7 +180,7 @@ __global__ void __launch_bounds__(256, kCalls == Calls::any ? 2 : 0) policy_forw
     const Group only = launch.walk.row ? Group{} : fetch(tile.row);
     const float kl = p.velocity_ref.data ? kl_sum(velocity_of(p, row), widen(ref, p.velocity_ref.dtype), at.count) : 0.0f;
     const auto term = [&](int64_t sample, const Group& group, float (&sums)[kPolicySums]) {
-      sums[0] = ratio_sum<kDrawn>(p, row, group, of_sample(at, sample), is_whole);
+      sums[0] = ratio_sum<kDrawn, false>(p, row, group, of_sample(at, sample), is_whole);
       sums[1] = kl;
     };
     sum_siblings<kPolicySums>(launch.walk, tile, launch.scratch.tiles, used, only, fetch, term, finish);
@@ -184,7 +195,7 @@ FK_DEVICE float weight(const PolicyArguments& p, int64_t sample, int which) {
 // Nothing is read until a slope asks for it.
 template <Calls kCalls, bool kDrawn>
 __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_constant__ PolicyLaunch given) {
-  const PolicyLaunch launch = known<kCalls>(given);
+  const PolicyLaunch launch = known<kCalls, false>(given);
   const PolicyArguments& p = launch.p;
   const RowTile tile = row_tile_of_block(launch.walk);
   const Place at = place_of_thread(tile.row, tile.tile, p.size);
@@ -211,11 +222,9 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
       const Group group = load_sample<kDrawn>(p, there, is_whole);
       const StepEdge edge = edge_of(p, there.sample);
       const Chunk chunk = chunk_of(p, row);
-      const Floats next = next_of<kDrawn>(p, edge, chunk, group, there, is_whole);
-      const bool is_old = p.settings.guard && p.old_velocity.data;
+      const Floats residual = residual_of(p, edge, chunk, next_of<kDrawn>(p, edge, chunk, group, there, is_whole));
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        gradient.v[i] += scale * ratio_residual(edge, chunk.x.v[i], is_old ? chunk.old.v[i] : chunk.velocity.v[i], next.v[i]);
+      for (int i = 0; i < kGroup; ++i) gradient.v[i] += scale * residual.v[i];
     }
   }
   if (kl_weight != 0) {
@@ -227,10 +236,33 @@ __global__ void __launch_bounds__(256) policy_backward_kernel(const __grid_const
   store_group(p.grad_velocity, at, is_whole, gradient);
 }
 
+// The same from the residual that forward has kept of samples with rows of their own, in whose memory the gradient is left.
+template <Calls kCalls>
+__global__ void __launch_bounds__(256) policy_backward_kept_kernel(const __grid_constant__ PolicyLaunch given) {
+  const PolicyLaunch launch = known<kCalls, true>(given);
+  const PolicyArguments& p = launch.p;
+  const RowTile tile = row_tile_of_block(launch.walk, true);
+  const Place at = place_of_thread(tile.row, tile.tile, p.size);
+  const bool is_whole = launch.vectors && at.count == kGroup, is_read = !is_silent(p.slopes[2 * at.sample]);
+  const float scale = weight(p, at.sample, 0), kl_scale = p.velocity_ref.data ? weight(p, at.sample, 1) : 0.0f;
+  const Floats residual = widen(is_read ? load_group(p.residual, at, is_whole) : Group{}, DType::float32);
+  Floats gradient = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) gradient.v[i] += scale * residual.v[i];
+  if (kl_scale != 0) {
+    const RowGroups row = is_whole ? load_row<true>(p, at) : load_row<false>(p, at);
+    const Floats ref = widen(load_group(p.velocity_ref, at, is_whole), p.velocity_ref.dtype), velocity = velocity_of(p, row);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) gradient.v[i] += kl_scale * (velocity.v[i] - ref.v[i]);
+  }
+  store_group(p.residual, at, is_whole, gradient);
+}
+
 // Tells what the kernels have to know of the call, and picks one.
 auto pick(const Kernels<PolicyLaunch>& kernels, PolicyLaunch& launched) {
   const PolicyArguments& p = launched.p;
-  const auto all = {&p.velocity, &p.x_t, &p.old_velocity, &p.velocity_uncond, &p.velocity_ref, &p.grad_velocity, &p.x_next, &p.noise};
+  const auto all = {&p.velocity,      &p.x_t,    &p.old_velocity, &p.velocity_uncond, &p.velocity_ref,
+                    &p.grad_velocity, &p.x_next, &p.noise,        &p.residual};
   launched.vectors = true;
   for (const Latent* latent : all)
     launched.vectors = launched.vectors && takes_vectors(*latent, latent == &p.x_next || latent == &p.noise ? p.batch : p.rows);
@@ -238,8 +270,17 @@ auto pick(const Kernels<PolicyLaunch>& kernels, PolicyLaunch& launched) {
 }
 
 template <bool kDrawn>
-constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn>, policy_forward_kernel<Calls::plain_float32, kDrawn>,
-                                             policy_forward_kernel<Calls::plain_bfloat16, kDrawn>}};
+constexpr Kernels<PolicyLaunch> kForward = {{policy_forward_kernel<Calls::any, kDrawn, false>,
+                                             policy_forward_kernel<Calls::plain_float32, kDrawn, false>,
+                                             policy_forward_kernel<Calls::plain_bfloat16, kDrawn, false>}};
+// A residual is float32: there are two of these.
+template <bool kDrawn>
+constexpr Kernels<PolicyLaunch> kForwardKept = {{policy_forward_kernel<Calls::any, kDrawn, true>,
+                                                 policy_forward_kernel<Calls::plain_float32, kDrawn, true>,
+                                                 policy_forward_kernel<Calls::any, kDrawn, true>}};
+constexpr Kernels<PolicyLaunch> kBackwardKept = {{policy_backward_kept_kernel<Calls::any>,
+                                                  policy_backward_kept_kernel<Calls::plain_float32>,
+                                                  policy_backward_kept_kernel<Calls::any>}};
 template <bool kDrawn>
 constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any, kDrawn>,
                                               policy_backward_kernel<Calls::plain_float32, kDrawn>,
@@ -262,7 +303,8 @@ void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
       loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums, p.reduction == Reduction::none ? p.loss : nullptr);
   if (p.reduction == Reduction::mean) launched.share = 1.0 / double(p.batch);
   const bool is_drawn = !(p.settings.ratio == Ratio::on_policy || p.x_next.data);
-  const auto kernel = pick(is_drawn ? kForward<true> : kForward<false>, launched);
+  const auto& kernels = p.residual.data ? (is_drawn ? kForwardKept<true> : kForwardKept<false>) : (is_drawn ? kForward<true> : kForward<false>);
+  const auto kernel = pick(kernels, launched);
   launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles.by, threads_of(p.size), queue);
 }
 
@@ -270,14 +312,18 @@ void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
   if (arguments.size == 0) return;
   PolicyLaunch launched = {arguments, {}, {}, 1.0, false};
   PolicyArguments& p = launched.p;
-  if (!p.settings.guard && p.x_next.data) p.old_velocity = {};  // needed neither to draw nor for the residual
-  if (p.settings.guard && p.old_velocity.data && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
+  const bool is_kept = p.residual.data, is_drawn = !p.x_next.data;
+  const bool from_velocity = !is_kept && !(p.settings.guard && p.old_velocity.data);
+  if (is_kept) p.x_t = p.x_next = p.noise = p.old_velocity = {};
+  if (!p.settings.guard && !is_drawn) p.old_velocity = {};  // needed neither to draw nor for the residual
+  if (!from_velocity && !p.velocity_ref.data) p.velocity = p.velocity_uncond = {};
   launched.walk = walk_of(p, tiles_of(p.size));
   launched.walk.slices = 1;
-  const auto kernel = pick(p.x_next.data ? kBackward<false> : kBackward<true>, launched);
+  const auto kernel = pick(is_kept ? kBackwardKept : is_drawn ? kBackward<true> : kBackward<false>, launched);
   launch("policy_backward", kernel, launched, p.rows * launched.walk.tiles.by, threads_of(p.size), queue);
 }
 
 std::string policy_loss_why_not(int device) {
-  return load_kernels(device, {kForward<false>, kForward<true>, kBackward<false>, kBackward<true>});
+  return load_kernels(device, {kForward<false>, kForward<true>, kForwardKept<false>, kForwardKept<true>, kBackward<false>, kBackward<true>,
+                               kBackwardKept});
 }

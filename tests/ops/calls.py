@@ -111,9 +111,9 @@ class Call:
     def __str__(self):
         return f"{self.verb}, {self.name}".removesuffix(", ")
 
-    def but(self, **given):
+    def but(self, name=None, **given):
         """The same call with more given, or another setting."""
-        return Call(self.verb, self.name, self.given | given)
+        return Call(self.verb, name or self.name, self.given | given)
 
     def has(self, *names):
         """Whether all of them are given."""
@@ -146,6 +146,39 @@ def take(*reasons):
         if call not in taken
     }
     return taken
+
+
+def _keeps_nothing(call):
+    if call.verb == "policy_loss":
+        return not (call.has("old_velocity") or call.has("old_log_prob"))
+    return call.given.get("objective") == "nft" and call.has("old_velocity")
+
+
+# Losses of float32 that keep their residual for the backward pass; and with samples that are
+# clipped and have none to multiply.
+KEEPING = take(
+    ("is no loss", lambda call: not call.verb.endswith("_loss")),
+    ("has siblings", lambda call: call.has("row")),
+    ("reads no latent forward, or has two residuals", _keeps_nothing),
+)
+KEEPING.append(BY_NAME["policy_loss"].but(name="clipped"))
+
+
+def twice(p, backend):
+    """Backward twice: the residual becomes the gradient once, with the bits of the other way."""
+    if p.call.name == "clipped":
+        velocity, old, x_next = (p[name] for name in ("velocity", "old_velocity", "x_next"))
+        x_next[-1] = torch.copysign(x_next[-1] + torch.inf, (old - velocity)[-1]).detach()  # b < 0
+    out = p.call.function(**p.arguments, backend=backend)
+    kept = out.loss.grad_fn.kept
+    first, again = (
+        torch.autograd.grad(out.loss, p[p.call.learned], p.weight, retain_graph=True)[0]
+        for _ in range(2)
+    )
+    assert kept.data_ptr() == first.data_ptr() != again.data_ptr()
+    torch.testing.assert_close(first, again, rtol=0, atol=0, equal_nan=True)
+    if p.call.name == "clipped":
+        assert out.clipped_high[-1] and not first[-1].any() and first[:-1].isfinite().all()
 
 
 class Problem:

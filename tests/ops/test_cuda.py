@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import BY_NAME, Problem, take
+from calls import BY_NAME, KEEPING, Problem, take, twice
 
 import flowkern as fk
 from flowkern.ops._common import loss_op, native, philox
@@ -346,6 +346,16 @@ def check(kernels, p, **change):
 def test_losses(kernels, call, dtype):
     for size in (5, 1024, 2053):
         check(kernels, Problem(call, 3, size, dtype))
+
+
+@pytest.mark.parametrize("call", KEEPING, ids=str)
+def test_the_residual_kept_forward_is_the_gradient_once(kernels, call, request):
+    if "device" in request.node.name:
+        pytest.skip("test_gpu.py has it")
+    for size in (5, 2053):
+        p = Problem(call, 3, size)
+        with kernels():
+            twice(p, "native")
 
 
 @pytest.mark.parametrize("layout", ROWS)

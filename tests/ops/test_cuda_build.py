@@ -26,7 +26,7 @@ FIGURES = ("registers", "stack", "spills", "shared", "loads128", "stores128")
 
 # Latents that a thread reads and writes in 128-bit accesses: in kernels for any calls, in those for
 # plain ones, and written. An access takes a bfloat16 group, two a float32 one; so two where the
-# dtype is known only at run time.
+# dtype is known only at run time. Of kernels with a residual, which is float32, there are two.
 #   the step: x_t, velocity, velocity_uncond, then noise (and history) | x_next | x_next
 #   the losses load a given sample in two places, to be ahead of its sums; plain ones no uncond
 LATENTS = {
@@ -34,19 +34,27 @@ LATENTS = {
     "sde_draw_kernel<3>": (7, 7, 2),
     "sde_replay_kernel": (4, 4, 0),
     "sde_replay_backward_kernel": (4, 4, 1),
-    "policy_forward_kernel<0>": (7, 5, 0),
-    "policy_forward_kernel<1>": (6, 5, 0),
+    "policy_forward_kernel<0,0>": (7, 5, 0),
+    "policy_forward_kernel<1,0>": (6, 5, 0),
+    "policy_forward_kernel<0,1>": (6, 5, 1),
+    "policy_forward_kernel<1,1>": (6, 5, 1),
     "policy_backward_kernel<0>": (6, 5, 1),
     "policy_backward_kernel<1>": (6, 5, 1),
-    "matching_forward_kernel<0>": (8, 6, 0),
-    "matching_forward_kernel<1>": (6, 5, 0),
+    "policy_backward_kept_kernel": (4, 3, 1),
+    "matching_forward_kernel<0,0>": (8, 6, 0),
+    "matching_forward_kernel<1,0>": (6, 5, 0),
+    "matching_forward_kernel<0,1>": (6, 6, 1),
+    "matching_forward_kernel<1,1>": (5, 5, 1),
     "matching_backward_kernel<0>": (6, 6, 1),
     "matching_backward_kernel<1>": (5, 5, 1),
+    "matching_backward_kept_kernel": (4, 4, 1),
     "add_noise_kernel<0>": (2, 2, 1),
     "add_noise_kernel<1>": (1, 1, 1),
 }
 LIGHT = {"fill_philox_kernel", "sde_draw_kernel<0>", "sde_replay_kernel"}
-LIGHT |= {"sde_replay_backward_kernel", "policy_forward_kernel<0>"}
+LIGHT |= {"sde_replay_backward_kernel", "policy_forward_kernel<0,0>"}
+LIGHT |= {"policy_forward_kernel<0,1>", "policy_backward_kept_kernel"}
+LIGHT |= {"matching_backward_kept_kernel"}
 CALLS = {"any": 2, "float32": 2, "bfloat16": 1}  # the order of Calls; accesses of a latent
 
 
@@ -55,6 +63,8 @@ def accesses():
     table = {"fill_philox_kernel": (0, 2)}
     for kernel, (reads, plain_reads, writes) in LATENTS.items():
         for calls, each in CALLS.items():
+            if calls == "bfloat16" and ("kept" in kernel or kernel.endswith(",1>")):
+                continue
             read = each * (reads if calls == "any" else plain_reads)
             table[f"{kernel} {calls}"] = (read, each * writes)
     return table
@@ -87,11 +97,11 @@ def dump(path, flag):
 
 
 def kernel_of(mangled):
-    """name, or name<its last template argument>; and the calls it is compiled for."""
+    """name, or name<its other template arguments>; and the calls it is compiled for."""
     names = "|".join({re.split("[< ]", kernel)[0] for kernel in ACCESSES})
-    pattern = rf"({names})(?:IL\w*?5CallsE?(\d)E(?:L[a-z](\d)E)?)?"
-    name, calls, argument = re.search(pattern, mangled).groups()
-    name = name if argument is None else f"{name}<{argument}>"
+    pattern = rf"({names})(?:IL\w*?5CallsE?(\d)E((?:L[a-z]\d+E)*))?"
+    name, calls, others = re.search(pattern, mangled).groups()
+    name += f"<{','.join(re.findall('[0-9]+', others))}>" if others else ""
     return name if calls is None else f"{name} {list(CALLS)[int(calls)]}"
 
 
@@ -150,7 +160,7 @@ def test_arithmetic_is_ieee_without_contraction(objects):
     for path in objects:
         kernels |= by_kernel(dump(path, "-ptx"), r"\.entry (\S+)\(")
     assert kernels.keys() == ACCESSES.keys()
-    makes_noise = {k for k in kernels if "<1>" in k or k.startswith(("fill_philox", "sde_draw"))}
+    makes_noise = {k for k in kernels if "<1" in k or k.startswith(("fill_philox", "sde_draw"))}
     for kernel, ptx in kernels.items():
         arithmetic = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|ex2|lg2)\S*f32\b", ptx))
         allowed = r"(mul|add|sub|div)\.rn\.f32" + (r"|fma\.rn\.f32" * (kernel in makes_noise))

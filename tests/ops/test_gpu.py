@@ -7,7 +7,7 @@ import random
 import fuzz
 import pytest
 import torch
-from calls import FEW, GRID, Problem, take
+from calls import FEW, GRID, KEEPING, Problem, take, twice
 
 import flowkern as fk
 
@@ -123,6 +123,13 @@ def test_more_elements_than_32_bits_count(backend):
     assert torch.equal(x_next[2, -8192:], alone[0][0, -8192:])
     assert torch.equal(drawn[2:], alone[1])
     assert torch.equal(fk.sde_log_prob(x, x, x_next, rows, backend=backend), drawn)
+
+
+@every_backend
+@pytest.mark.parametrize("call", KEEPING, ids=str)
+def test_the_residual_kept_forward_is_the_gradient_once(call, backend):
+    for size in (1001, 65_536):
+        twice(make(call, size), backend)
 
 
 # ---- what the host does ----

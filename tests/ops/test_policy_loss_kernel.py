@@ -238,7 +238,7 @@ def test_a_row_out_of_range_is_an_error_in_compiled_code_too():
         torch.ops.flowkern.policy_loss(*LOSS.op_arguments(arguments, "native"))
     slopes = torch.zeros(6, 2)
     with pytest.raises(IndexError, match="row: expected values"):
-        native_impl.backward(torch.ones(6), slopes, arguments)
+        native_impl.backward(torch.ones(6), slopes, arguments, None)
 
 
 def test_eager_and_compiled_take_the_same_kernel():

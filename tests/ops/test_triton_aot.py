@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from calls import BY_NAME, Problem, take  # noqa: E402
+from calls import BY_NAME, KEEPING, LATENTS, Problem, take  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -74,8 +74,15 @@ class Unwritten(Problem):
         return [x, x] if name == "history" else x
 
 
-def unread(call):
-    """The latents that a launch has no need of, forward and backward."""
+def unread(call, is_kept):
+    """The latents that a launch has no need of, forward and backward.
+
+    is_kept: the backward pass has the residual, and reads what anchors ask for.
+    """
+    if is_kept:
+        anchors = {name for name in ("velocity_ref", "velocity_ema") if call.has(name)}
+        reads = anchors | ({"velocity", "velocity_uncond"} if anchors else set())
+        return (), set(LATENTS) - reads
     if call.verb == "matching_loss" and call.given.get("objective") != "nft":
         return (), {"old_velocity"}
     if call.verb != "policy_loss":
@@ -92,9 +99,12 @@ def latents(p):
     """(dtypes read, dtypes written) by each launch."""
     call = p.call
     dtypes = {n: [x.dtype for x in p[n]] if n == "history" else [p[n].dtype] for n in p.latents}
-    reads = [[t for n in dtypes if n not in names for t in dtypes[n]] for names in unread(call)]
+    is_kept = any(str(call) == str(other) for other in KEEPING) and p.of_velocity == F
+    unused = unread(call, is_kept)
+    reads = [[t for n in dtypes if n not in names for t in dtypes[n]] for names in unused]
     if call.learned:
-        return [(reads[0], ()), (reads[1], dtypes[call.learned])]
+        kept = [F] * is_kept
+        return [(reads[0], kept), (kept + reads[1], dtypes[call.learned])]
     return [(reads[0], [p.state] * (2 if call.given.get("return_x0") else 1))]
 
 
@@ -251,11 +261,13 @@ def test_arithmetic_is_ieee_without_contraction():
             re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f\d\d\b", ptx)
         )
         assert all(re.fullmatch(r"(mul|add|sub|div|sqrt|fma)\.rn\.f\d\d", a) for a in arithmetic)
-        draws = call.has("seed")
+        is_kept = kernel.metadata.name == "_backward_kept_kernel"  # what forward has left is scaled
+        draws = call.has("seed") and not is_kept
         assert ("sqrt.rn.f32" in arithmetic) == draws, str(call)
         assert draws or "fma.rn.f32" not in arithmetic, str(call)
         if is_backward or str(call) != "policy_loss, on policy":  # which has no latents
-            assert arithmetic >= {"mul.rn.f32", "add.rn.f32"}, str(call)
+            adds = set() if is_kept else {"add.rn.f32"}
+            assert arithmetic >= {"mul.rn.f32"} | adds, str(call)
 
 
 def test_atomics_are_integers_and_few():

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from calls import BY_NAME, GIVEN, Problem, take
+from calls import BY_NAME, GIVEN, KEEPING, Problem, take, twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
@@ -398,10 +398,10 @@ def test_what_has_no_slope_is_not_read(siblings):
         velocity=velocity, x_t=x_t, x_next=x_next, c_rows=rows.table, row=ROW,
         guidance_scale=1.0, ratio="sde",
     )  # fmt: skip
-    expected = policy.backward(grad, slopes, inputs)
+    expected = policy.backward(grad, slopes, inputs, None)
     assert expected[1].any() and not expected[0].any()
     x_next[1:3], x_t[0], velocity[0] = float("nan"), float("nan"), float("nan")
-    assert torch.equal(policy.backward(grad, slopes, inputs), expected)
+    assert torch.equal(policy.backward(grad, slopes, inputs, None), expected)
 
 
 def test_anchors_without_slope_are_not_read():
@@ -416,9 +416,14 @@ def test_anchors_without_slope_are_not_read():
                 velocity=velocity, x0=x, noise=noise, old_velocity=poison, velocity_ref=ref,
                 velocity_ema=poison,
             )  # fmt: skip
-            got.append(matching.backward(grad, slopes, inputs))
+            got.append(matching.backward(grad, slopes, inputs, None))
     assert torch.equal(got[0][0], velocity[0] - noise[0])
     assert all(torch.equal(x, got[0]) for x in got)
+
+
+@pytest.mark.parametrize("call", KEEPING, ids=str)
+def test_the_residual_kept_forward_is_the_gradient_once(call):
+    twice(Problem(call, 3, 600, device=DEVICE), "triton")
 
 
 def test_deterministic_in_whatever_order_programs_run():

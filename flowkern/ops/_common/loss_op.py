@@ -3,10 +3,11 @@
 From it come the op that compilers see, with its schema, its fake kernel and its gradient, and the
 eager path past the dispatcher, which costs as much as kernels do at image size.
 
-An implementation is forward(inputs), which returns the fields of the loss's result and the slopes
-(B, n) that the backward pass multiplies, and backward(grad, slopes, inputs), which returns the
+An implementation is forward(inputs, records), which returns the fields of the loss's result, the
+slopes (B, n) that the backward pass multiplies, and what it keeps for it where `records`: a tensor
+that becomes the gradient, or None; and backward(grad, slopes, inputs, kept), which returns the
 gradient of the first input and gets None for what `forward_only` names. The reference is one
-function: torch differentiates it.
+function of inputs: torch differentiates it.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class LossOp:
         output = getattr(kernels, self._native_name)(*given, torch.is_grad_enabled())
         if output is None:
             return None
-        return self._with_gradient(output[:-1], given, "native", output[-1])
+        return self._with_gradient(output, given, "native")
 
     def __call__(self, inputs: NamedTuple, dtype: torch.dtype, backend: str | None) -> NamedTuple:
         """The result of checked inputs; dtype: of the arithmetic."""
@@ -157,7 +158,8 @@ class LossOp:
             first, *others = self.op_arguments(inputs, kernel)
             others = [x.detach() if isinstance(x, Tensor) else x for x in others]
             return self._result(*self._op(first, *others)[:-1])
-        return self._with_gradient(self.forwards[kernel](inputs), inputs, kernel, None)
+        output = self.forwards[kernel](inputs, torch.is_grad_enabled())
+        return self._with_gradient(output, inputs, kernel)
 
     def op_arguments(self, inputs: NamedTuple, kernel: str) -> tuple:
         """What torch.ops.flowkern.<name> takes; spelled out, since compilers look into it."""
@@ -169,13 +171,13 @@ class LossOp:
             kernel,
         )
 
-    def _with_gradient(self, output, inputs, kernel: str, residual: Tensor | None) -> NamedTuple:
-        """residual: what the forward pass has kept, for the backward pass to write over."""
-        first, fields = inputs[0], output[:-1]
+    def _with_gradient(self, output: tuple, inputs: tuple, kernel: str) -> NamedTuple:
+        """The result of what a forward pass returned; what it kept, backward writes over."""
+        first, (*fields, slopes, kept) = inputs[0], output
         if first.requires_grad and torch.is_grad_enabled():
             tensors, settings = self.keep(inputs)
             how = self._backward, settings, kernel
-            loss = EagerGradient.apply(first, (fields[0], (output[-1], *tensors), how, residual))
+            loss = EagerGradient.apply(first, (fields[0], (slopes, *tensors), how, kept))
             fields = loss, *fields[1:]
         return self._resulting(fields)
 
@@ -188,16 +190,18 @@ class LossOp:
                 tensors[at] = of(inputs)
         return tensors, settings
 
-    def _backward(self, grad, saved, settings, kernel: str, residual: Tensor | None) -> Tensor:
+    def _backward(self, grad, saved, settings, kernel: str, kept: Tensor | None) -> Tensor:
         slopes, *values = saved
         values += settings
-        given = () if residual is None else (residual,)
-        return self.backwards[kernel](grad, slopes, self._kept.join(values), *given)
+        return self.backwards[kernel](grad, slopes, self._kept.join(values), kept)
 
     def _register(self, name: str) -> None:
         def forward(*halves):
             *halves, kernel = halves
-            return self.forwards[kernel](self._all.join(halves))
+            inputs = self._all.join(halves)
+            if kernel == "reference":
+                return self.forwards[kernel](inputs)
+            return self.forwards[kernel](inputs, False)[:-1]  # an op must not write over its inputs
 
         outputs = len(self._result._fields) + 1
         takes = ", ".join([*self._all.schema, "str kernel"])

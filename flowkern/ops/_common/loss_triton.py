@@ -38,9 +38,15 @@ def group_of(sample):
 
 
 @triton.jit
-def row_place(batch, chunks, size):
-    """The velocity row, and its place, in a grid of rows x chunks, flat."""
+def row_place(batch, chunks, size, BACKWARDS: tl.constexpr = False):
+    """The velocity row, and its place, in a grid of rows x chunks, flat.
+
+    BACKWARDS: the first programs, which run first, take the last chunks, of which caches still hold
+    what a kernel before has written.
+    """
     program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
     rows, chunk = tl.num_programs(0) // chunks, (program % chunks).to(tl.int64)
     return (program // chunks).to(tl.int64), (rows, batch, chunk, chunks, size)
 
@@ -239,6 +245,14 @@ def packed_siblings(row: Tensor | None, rows: int) -> tuple[Tensor | None, ...]:
     in_order, order = torch.sort(row, stable=True)
     begins = torch.searchsorted(in_order, torch.arange(rows, device=row.device))
     return row, order, begins
+
+
+def new_residual(velocity: Tensor, row: Tensor | None, records: bool) -> Tensor | None:
+    """Memory for what the backward pass will multiply and write over, by the rule of the native
+    kernels (csrc/common/loss_python.h); None where it is not kept.
+    """
+    is_kept = records and velocity.requires_grad and row is None and velocity.dtype == torch.float32
+    return torch.empty(velocity.shape, device=velocity.device) if is_kept else None
 
 
 def loss_scratch(

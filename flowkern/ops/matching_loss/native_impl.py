@@ -10,14 +10,12 @@ from flowkern.ops._common.arguments import Noise
 from .inputs import MatchingInputs
 
 
-def forward(i: MatchingInputs) -> tuple[Tensor, ...]:
-    """The fields of MatchingLoss, and the slopes (B, 4)."""
-    return native_calls.run("matching_forward", *i, False)[:-1]
+def forward(i: MatchingInputs, records: bool) -> tuple[Tensor | None, ...]:
+    """The fields of MatchingLoss, the slopes (B, 4), and the residual or None."""
+    return native_calls.run("matching_forward", *i, records)
 
 
-def backward(
-    grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor | None = None
-) -> Tensor:
+def backward(grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor | None) -> Tensor:
     return native_calls.run("matching_backward", grad, slopes, *i, residual)
 
 

@@ -21,6 +21,7 @@ from flowkern.ops._common.loss_triton import (
     group_of,
     loss_scratch,
     mean_of,
+    new_residual,
     next_place,
     packed_siblings,
     put_down,
@@ -47,6 +48,7 @@ from .inputs import WEIGHTINGS, MatchingInputs
 # Latents as in rows_triton, source as in philox_triton, the rest as in loss_triton.
 # out:    what loss_outputs makes
 # held:   the chunk of the row: velocity, old_velocity, velocity_ref, velocity_ema
+# residual: a latent that forward leaves to backward, or None
 # coefs:  ref_coef, ema_coef
 # bounds: of the log-ratio
 
@@ -62,7 +64,7 @@ def _target(x0, source, sample, first, count, STREAM: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _serve(
-    scratch, x0, source, held, sample, place,
+    scratch, residual, x0, source, held, sample, place,
     NFT: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums one sample over the chunk."""
@@ -71,6 +73,8 @@ def _serve(
     count = place[4] - first
     u = _target(x0, source, sample, first, count, STREAM, BLOCK)
     plus = v - u
+    if residual is not None:
+        store(residual, sample, first, count, plus, BLOCK)
     sums = (chunk_sums(plus * plus, count, BLOCK),)
     if NFT:
         sums += (chunk_sums(tl.abs(plus), count, BLOCK),)
@@ -184,7 +188,7 @@ def _awm(t, m, scratch, sample, place, OLD: tl.constexpr, WEIGHTING: tl.constexp
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    out, scratch, sigma_ptr, advantage_ptr, coefs, bounds,  # out, in: one per sample
+    out, residual, scratch, sigma_ptr, advantage_ptr, coefs, bounds,  # out, in: one per sample
     siblings, x0, velocity, old, ref, ema,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     NFT: tl.constexpr, WEIGHTING: tl.constexpr, REDUCTION: tl.constexpr,
@@ -210,7 +214,7 @@ def _forward_kernel(
     at = next_place(siblings, None, 0, row, begin, end, place)
     while at < end:
         sample = sample_at(siblings, row, at)
-        _serve(scratch, x0, source, held, sample, place, NFT, STREAM, BLOCK)
+        _serve(scratch, residual, x0, source, held, sample, place, NFT, STREAM, BLOCK)
         at = next_place(siblings, None, 0, row, at + 1, end, place)
     if row_is_complete(scratch, row, place):
         at = next_place(siblings, None, 0, row, begin, end, place)
@@ -266,6 +270,36 @@ def _backward_kernel(
     store(grad_velocity, row, first, count, total, BLOCK)
 
 
+@triton.jit(do_not_specialize=["batch", "chunks"])
+def _backward_kept_kernel(
+    residual,  # in, and out: the gradient
+    grad_ptr, grad_stride, slopes_ptr, velocity, ref, ema, batch, chunks, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, place = row_place(batch, chunks, size, BACKWARDS=True)
+    first = place[2] * BLOCK
+    count = size - first
+    slopes = slopes_ptr + row * 4
+    slope = tl.load(slopes)
+    is_used = slope != 0
+    gradient = slope * load(residual, row, first, tl.where(is_used, count, 0), BLOCK)
+    if velocity is not None:
+        ref_slope, ema_slope = tl.load(slopes + 2), tl.load(slopes + 3)
+        has_anchor = (ref_slope != 0) | (ema_slope != 0)
+        v = load(velocity, row, first, tl.where(has_anchor, count, 0), BLOCK)
+        if ref is not None:
+            of_ref = tl.where(ref_slope != 0, count, 0)
+            v_ref = load(ref, row, first, of_ref, BLOCK)
+            gradient += ref_slope * (v - v_ref)
+        if ema is not None:
+            of_ema = tl.where(ema_slope != 0, count, 0)
+            v_ema = load(ema, row, first, of_ema, BLOCK)
+            gradient += ema_slope * (v - v_ema)
+        is_used |= has_anchor
+    grad = tl.load(grad_ptr + row * grad_stride)
+    store(residual, row, first, count, tl.where(is_used, grad * gradient, 0.0), BLOCK)
+
+
 @triton.jit(do_not_specialize=_INTEGERS[:3])
 def _add_noise_kernel(
     x_t,  # out
@@ -282,28 +316,32 @@ def _add_noise_kernel(
     store(x_t, sample, first, count, (1.0 - t) * x + t * e, BLOCK)
 
 
-def forward(i: MatchingInputs) -> tuple[Tensor, ...]:
-    """The fields of MatchingLoss, and the slopes (B, 4)."""
+def forward(i: MatchingInputs, records: bool) -> tuple[Tensor | None, ...]:
+    """The fields of MatchingLoss, the slopes (B, 4), and the residual or None."""
     batch, rows = i.x0.shape[0], i.velocity.shape[0]
     made = cut(i.velocity, i.x0, may_grow=i.row is None)
     nft = i.objective == "nft"
     sums = sum(x is not None for x in (i.velocity, i.velocity_ref, i.velocity_ema))
     sums += nft + 2 * (i.old_velocity is not None)
     out = loss_outputs(batch, 5, 4, i.reduction, i.velocity.device)
+    is_one_residual = not (nft and i.old_velocity is not None)
+    residual = new_residual(i.velocity, i.row, records and is_one_residual)
     scratch = loss_scratch(i.velocity, batch, sums, made.sums)
     if batch:
         launch(
             _forward_kernel, i.velocity, made,
-            out, scratch, i.sigma.contiguous(), i.advantage.contiguous(),
+            out, packed_latent(residual), scratch, i.sigma.contiguous(), i.advantage.contiguous(),
             (float(i.ref_coef), float(i.ema_coef)), log_clip(i.clip_low, i.clip_high),
             packed_siblings(i.row, rows), *_latents(i), batch, made.chunks,
             NFT=nft, WEIGHTING=WEIGHTINGS.index(i.weighting), REDUCTION=i.reduction,
             STREAM=STREAMS["match"],
         )  # fmt: skip
-    return out
+    return *out, residual
 
 
-def backward(grad: Tensor, slopes: Tensor, i: MatchingInputs) -> Tensor:
+def backward(grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        return _backward_kept(grad, slopes, i, residual)
     grad_velocity = torch.empty(i.velocity.shape, dtype=i.velocity.dtype, device=i.velocity.device)
     if i.velocity.numel():
         made = cut(i.velocity)
@@ -314,6 +352,20 @@ def backward(grad: Tensor, slopes: Tensor, i: MatchingInputs) -> Tensor:
             *_latents(i), slopes.shape[0], made.chunks, STREAM=STREAMS["match"],
         )  # fmt: skip
     return grad_velocity
+
+
+def _backward_kept(grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor) -> Tensor:
+    """The gradient in the residual's memory."""
+    if residual.numel():
+        has_anchor = i.velocity_ref is not None or i.velocity_ema is not None
+        latents = (i.velocity if has_anchor else None, i.velocity_ref, i.velocity_ema)
+        made = cut(residual)
+        launch(
+            _backward_kept_kernel, residual, made,
+            packed_latent(residual), grad.contiguous(), grad.ndim, slopes,
+            *map(packed_latent, latents), slopes.shape[0], made.chunks,
+        )  # fmt: skip
+    return residual
 
 
 def _latents(i: MatchingInputs) -> tuple:

@@ -22,6 +22,7 @@ from flowkern.ops._common.loss_triton import (
     is_silent,
     loss_scratch,
     mean_of,
+    new_residual,
     next_place,
     packed_siblings,
     put_down,
@@ -51,6 +52,7 @@ from .inputs import PolicyInputs
 # Latents and edges as in rows_triton, source as in philox_triton, the rest as in loss_triton.
 # out:     what loss_outputs makes
 # held:    the chunk of the row: velocity (guided), x_t, old_velocity, velocity_ref
+# residual: a latent that forward leaves to backward, or None
 # scalars: advantage, old_log_prob, step_weight, kl_coef: (B,) float32, or None
 # bounds:  of the log-ratio
 
@@ -69,8 +71,14 @@ def _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK: tl
 
 
 @triton.jit
+def _residual(value, mean_old, edge, x, v, GUARD: tl.constexpr):
+    """What slopes[0] multiplies in the gradient (policy_loss.h)."""
+    return value - mean_old if GUARD else value - step_mean(edge, x, v)
+
+
+@triton.jit
 def _serve(
-    scratch, x_next, source, held, edge, sample, place,
+    scratch, residual, x_next, source, held, edge, sample, place,
     RECORDED: tl.constexpr, GUARD: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums one sample over the chunk."""
@@ -81,7 +89,11 @@ def _serve(
     if x is not None:
         mean_old = step_mean(edge, x, v_old)
         std = tl.load(edge + 2)
-        e = _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK) - mean_old
+        value = _next(x_next, source, mean_old, std, sample, first, count, STREAM, BLOCK)
+        if residual is not None:
+            kept = _residual(value, mean_old, edge, x, v, GUARD)
+            store(residual, sample, first, count, kept, BLOCK)
+        e = value - mean_old
         d = tl.load(edge + 1) * (v - v_old)
         if RECORDED:
             q = e * e
@@ -153,7 +165,7 @@ def _statistics(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    out, scratch, scalars, bounds, kl_value,  # out, in: one per sample
+    out, residual, scratch, scalars, bounds, kl_value,  # out, in: one per sample
     siblings, edges_ptr, edge_stride, x_next, x_t, velocity, uncond, guidance_scale, old, ref,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     GUARD: tl.constexpr, REDUCTION: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,7 +191,10 @@ def _forward_kernel(
     while at < end:
         sample = sample_at(siblings, row, at)
         edge = edges_ptr + sample * edge_stride
-        _serve(scratch, x_next, source, held, edge, sample, place, RECORDED, GUARD, STREAM, BLOCK)
+        _serve(
+            scratch, residual, x_next, source, held, edge, sample, place,
+            RECORDED, GUARD, STREAM, BLOCK,
+        )  # fmt: skip
         at = next_place(siblings, None, 0, row, at + 1, end, place)
     if row_is_complete(scratch, row, place):
         at = next_place(siblings, None, 0, row, begin, end, place)
@@ -223,9 +238,8 @@ def _backward_kernel(
             read = tl.where(is_silent(slope), 0, count)
             mean_old = step_mean(edge, x, v_old)
             std = tl.load(edge + 2)
-            residual = _next(x_next, source, mean_old, std, sample, first, read, STREAM, BLOCK)
-            residual -= mean_old if GUARD else step_mean(edge, x, v)
-            gradient = slope * residual
+            value = _next(x_next, source, mean_old, std, sample, first, read, STREAM, BLOCK)
+            gradient = slope * _residual(value, mean_old, edge, x, v, GUARD)
             if ref is not None:
                 gradient += tl.load(slopes_ptr + sample * 2 + 1) * drift
             total += grad * gradient
@@ -233,8 +247,30 @@ def _backward_kernel(
     store(grad_velocity, row, first, count, total, BLOCK)
 
 
-def forward(i: PolicyInputs) -> tuple[Tensor, ...]:
-    """The fields of PolicyLoss, and the slopes (B, 2)."""
+@triton.jit(do_not_specialize=["batch", "chunks"])
+def _backward_kept_kernel(
+    residual,  # in, and out: the gradient
+    grad_ptr, grad_stride, slopes_ptr, velocity, uncond, guidance_scale, ref, batch, chunks, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, place = row_place(batch, chunks, size, BACKWARDS=True)
+    first = place[2] * BLOCK
+    count = size - first
+    slope = tl.load(slopes_ptr + row * 2)
+    is_used = ~is_silent(slope)
+    gradient = slope * load(residual, row, first, tl.where(is_used, count, 0), BLOCK)
+    if ref is not None:
+        kl_slope = tl.load(slopes_ptr + row * 2 + 1)
+        read = tl.where(is_silent(kl_slope), 0, count)
+        v = guided(velocity, uncond, guidance_scale, row, first, read, BLOCK)
+        gradient += kl_slope * (v - load(ref, row, first, read, BLOCK))
+        is_used |= ~is_silent(kl_slope)
+    grad = tl.load(grad_ptr + row * grad_stride)
+    store(residual, row, first, count, tl.where(is_used, grad * gradient, 0.0), BLOCK)
+
+
+def forward(i: PolicyInputs, records: bool) -> tuple[Tensor | None, ...]:
+    """The fields of PolicyLoss, the slopes (B, 2), and the residual or None."""
     batch, rows = i.advantage.shape[0], i.velocity.shape[0]
     off_policy = i.old_velocity is not None or i.old_log_prob is not None
     states = (i.x_next, i.x_t) if off_policy else (None, None)  # 0 whatever these are
@@ -244,21 +280,25 @@ def forward(i: PolicyInputs) -> tuple[Tensor, ...]:
     if not sums:  # nothing of size D is read
         made = made._replace(chunks=1)
     out = loss_outputs(batch, 3, 2, i.reduction, i.velocity.device)
+    residual = new_residual(i.velocity, i.row, records and off_policy)
     scratch = loss_scratch(i.velocity, batch, sums, made.sums)
     is_each = isinstance(i.kl_coef, Tensor)
     kl_coef, kl_value = (i.kl_coef, 0.0) if is_each else (None, i.kl_coef)
     if batch:
         launch(
             _forward_kernel, i.velocity, made,
-            out, scratch, (i.advantage, i.old_log_prob, i.step_weight, kl_coef),
+            out, packed_latent(residual), scratch,
+            (i.advantage, i.old_log_prob, i.step_weight, kl_coef),
             log_clip(i.clip_low, i.clip_high), float(kl_value), packed_siblings(i.row, rows),
             *packed_edges(i.c_rows), *_latents(i, *states), batch, made.chunks,
             GUARD=i.ratio == "guard", REDUCTION=i.reduction, STREAM=STREAMS["step"],
         )  # fmt: skip
-    return out
+    return *out, residual
 
 
-def backward(grad: Tensor, slopes: Tensor, i: PolicyInputs) -> Tensor:
+def backward(grad: Tensor, slopes: Tensor, i: PolicyInputs, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        return _backward_kept(grad, slopes, i, residual)
     grad_velocity = torch.empty(i.velocity.shape, dtype=i.velocity.dtype, device=i.velocity.device)
     if i.velocity.numel():
         made = cut(i.velocity)
@@ -270,6 +310,20 @@ def backward(grad: Tensor, slopes: Tensor, i: PolicyInputs) -> Tensor:
             GUARD=i.ratio == "guard", STREAM=STREAMS["step"],
         )  # fmt: skip
     return grad_velocity
+
+
+def _backward_kept(grad: Tensor, slopes: Tensor, i: PolicyInputs, residual: Tensor) -> Tensor:
+    """The gradient in the residual's memory."""
+    if residual.numel():
+        of_kl = (i.velocity, i.velocity_uncond) if i.velocity_ref is not None else (None, None)
+        made = cut(residual)
+        launch(
+            _backward_kept_kernel, residual, made,
+            packed_latent(residual), grad.contiguous(), grad.ndim, slopes,
+            *map(packed_latent, of_kl), float(i.guidance_scale), packed_latent(i.velocity_ref),
+            slopes.shape[0], made.chunks,
+        )  # fmt: skip
+    return residual
 
 
 def _latents(i: PolicyInputs, x_next: Tensor | None, x_t: Tensor | None) -> tuple:
