@@ -79,7 +79,7 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
             transformer = SD3Transformer2DModel(**architecture.transformer).to(dtype)
         finally:
             torch.set_default_dtype(default)
-        vae = _vae(architecture)
+        vae = vae_of(architecture)
         encoders = [
             _clip(name, width).to(dtype)
             for name, width in zip(
@@ -87,7 +87,7 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
             )
         ]
         encoders.append(_t5(architecture.text_width).to(dtype))
-    _nothing_is_zero(transformer)
+    nothing_is_zero(transformer)
     clip, t5 = architecture.tokens
     tokenizers = [_tokenizer(n, m) for n, m in (("", clip), ("_2", clip), ("_3", t5))]
     pipeline = StableDiffusion3Pipeline(
@@ -99,7 +99,7 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
     return SD3(pipeline, height=pixels, width=pixels)
 
 
-def _vae(architecture: Architecture) -> AutoencoderKL:
+def vae_of(architecture: Architecture) -> AutoencoderKL:
     """In float32, as the adapter keeps it."""
     blocks = len(architecture.vae_channels)
     return AutoencoderKL(
@@ -137,7 +137,7 @@ def _tokenizer(suffix: str, length: int):
 
 
 @torch.no_grad()
-def _nothing_is_zero(network: torch.nn.Module) -> None:
+def nothing_is_zero(network: torch.nn.Module) -> None:
     """What begins at zero would make a part of the network constant."""
     for parameter in network.parameters():
         if not parameter.any():
