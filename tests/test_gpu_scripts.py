@@ -3,12 +3,15 @@
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ sys.path.append(str(ROOT / "tests" / "ops"))
 import bench_large_model  # noqa: E402
 import calls  # noqa: E402
 import device_time  # noqa: E402
+import float8  # noqa: E402
 import launch  # noqa: E402
 import part_a  # noqa: E402
 import smoke  # noqa: E402
@@ -221,3 +225,79 @@ def test_the_large_model_is_the_published_one():
     with torch.device("meta"):
         network = large_model.SD3Transformer2DModel(**large_model.MEDIUM.transformer)
     assert round(sum(p.numel() for p in network.parameters()) / 1e9, 3) == 2.243
+
+
+@pytest.fixture(scope="module")
+def networks():
+    pytest.importorskip("diffusers")
+    return importlib.import_module("network_models")
+
+
+@pytest.mark.parametrize("family, billions", [("flux", 11.901), ("wan", 1.419)])
+def test_the_larger_networks_are_the_published_ones(networks, family, billions):
+    network = networks.Network(family, torch.device("meta"), has_lora=False).network
+    assert round(sum(p.numel() for p in network.parameters()) / 1e9, 3) == billions
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_float8_layer_is_the_linear_one_and_has_its_gradient(by_rows):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 8, 64, dtype=torch.bfloat16) * torch.logspace(-2, 2, 8)[:, None]
+    found = []
+    for layer in (linear, float8.Float8Linear(linear, by_rows)):
+        given = x.bfloat16().requires_grad_(True)
+        out = layer(given)
+        out.float().square().sum().backward()
+        found.append((out.detach().float(), given.grad.float()))
+    for right, close in zip(*found, strict=True):
+        assert 0 < (close - right).norm() < 0.06 * right.norm()
+        each = ((close - right).norm(dim=-1) / right.norm(dim=-1)).max()
+        assert not by_rows or each < 0.08  # a row's scale is its own: small ones lose no more
+
+
+def test_a_float8_base_is_close_to_the_network_and_learns(networks, monkeypatch):
+    monkeypatch.setattr(networks, "IS_REHEARSAL", True)
+    model = networks.Network("sd3", CPU)
+    right, gradient = model.learn(1), model.gradient()
+    count = float8.quantize(model.blocks, by_rows=True)
+    names = [n for n, m in model.network.named_modules() if isinstance(m, float8.Float8Linear)]
+    assert len(names) == count and not [n for n in names if "norm" in n or "lora" in n]
+    # Of a block: 8 of joint attention, 4 of its own attention (3 blocks), 4 of two feed-forwards;
+    # the last has neither a second output nor a second feed-forward.
+    assert count == 6 * 12 + 3 * 4 - 3
+    found, learned = model.learn(1), model.gradient()
+    assert 0 < (found - right).float().norm() < 0.1 * right.float().norm()
+    assert 0 < (learned - gradient).norm() < 0.3 * gradient.norm()
+
+
+def test_cases_take_turns_as_they_come_to_be_ready(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    network = importlib.import_module("network")
+    context, results = multiprocessing.get_context("fork"), network.Results(tmp_path)
+    case = network.CASES[0]
+
+    def prepares(results, turn, name):
+        results.note(name, "prepared", True)
+
+    def takes(results, turn, name):
+        turn()
+        results.note(name, "taken", True)
+
+    def hangs(results, turn):
+        turn()
+        signal.pause()
+
+    first = network.Job("first", prepares, (tmp_path, "first"))
+    after = [
+        network.Job("hangs", hangs, (tmp_path,), replace(case, limit=0.2), needs=[first]),
+        network.Job("faulty", lambda results, turn: 1 / 0, (tmp_path,), case),
+        network.Job("last", takes, (tmp_path, "last"), case, needs=[first]),
+    ]
+    end = time.monotonic() + 20
+    while network.advance([first], after, results, context) and time.monotonic() < end:
+        time.sleep(0.01)
+    found = results.read()
+    assert found["first"] == {"prepared": True} and found["last"] == {"taken": True}
+    assert found["hangs"]["error"].startswith("out of time")
+    assert found["faulty"]["error"].startswith("ZeroDivisionError")

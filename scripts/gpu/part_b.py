@@ -12,6 +12,4 @@ def run(steps: Steps) -> None:
     if IS_REHEARSAL:
         command += ["--device", "cpu", "--tiny", "--rollouts", "0", "--images", "2"]
     steps.run("e2e", 195, command)
-    device = "cpu" if IS_REHEARSAL else "cuda"
-    steps.run("network", 60, [PYTHON, "scripts/gpu/network.py", "--device", device])
     steps.run("train", 100, [PYTHON, "scripts/gpu/train.py"])
