@@ -325,18 +325,19 @@ def test_opcheck():
     ops = torch.ops.flowkern
     of_samples = (v, p["x0"], p["sigma"], p["advantage"], row)
     ids = torch.arange(3)
-    for source in ((p["noise"], None, None, None), (None, 3, ids, ids + 1), (None, 3, ids, 2)):
-        for objective in ("awm", "nft"):
-            coefficients = (0.3, 0.7, 0.1, 0.1, "mean")
-            inputs = MatchingInputs(
-                *of_samples, *source, objective, "ghuber", *anchors, *coefficients
-            )
-            call = LOSS.op_arguments(inputs, "native")
-            torch.library.opcheck(ops.matching_loss, call)
-            slopes = ops.matching_loss(*call)[-1].detach()
-            tensors, settings = LOSS.keep(inputs._replace(velocity=v.detach()))
-            call = (torch.ones(()), slopes, *tensors, *settings, "native")
-            torch.library.opcheck(ops.matching_loss_backward, call)
+    for objective, source in (
+        ("awm", (p["noise"], None, None, None)),
+        ("nft", (None, 3, ids, ids + 1)),
+        ("awm", (None, 3, ids, 2)),
+    ):
+        coefficients = (0.3, 0.7, 0.1, 0.1, "mean")
+        inputs = MatchingInputs(*of_samples, *source, objective, "ghuber", *anchors, *coefficients)
+        call = LOSS.op_arguments(inputs, "native")
+        torch.library.opcheck(ops.matching_loss, call)
+        slopes = ops.matching_loss(*call)[-1].detach()
+        tensors, settings = LOSS.keep(inputs._replace(velocity=v.detach()))
+        call = (torch.ones(()), slopes, *tensors, *settings, "native")
+        torch.library.opcheck(ops.matching_loss_backward, call)
         given, _, ids_of, step = source
         key = (None, 3, step) if isinstance(step, int) else (step, 3, 0)
         torch.library.opcheck(ops.add_noise, (p["x0"], p["sigma"], given, ids_of, *key, "native"))

@@ -235,9 +235,9 @@ def test_siblings_have_the_bits_of_repeated_rows(loss, problem, siblings):
     ids=["policy, own rows", "awm, siblings"],
 )
 def test_batches_of_many_groups(loss, problem, is_shared):
-    """One program makes the statistics of 128 samples; of 260, some of the third group."""
-    row = torch.arange(260, device=DEVICE).flip(0) % 2 if is_shared else None
-    check(loss, problem(260, 5, row=row))
+    """One program makes the statistics of 128 samples; of 132, some of the second group."""
+    row = torch.arange(132, device=DEVICE).flip(0) % 2 if is_shared else None
+    check(loss, problem(132, 5, row=row))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter counts")

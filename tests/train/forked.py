@@ -80,6 +80,8 @@ def child(file: str, *arguments: str) -> None:
         sys.argv = [file, *arguments]
         runpy.run_path(file, run_name="__main__")
         status = 0
+    except SystemExit as end:
+        status = end.code
     except BaseException:
         traceback.print_exc()
     finally:

@@ -5,8 +5,6 @@ the same on two processes and after a resume.
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,18 +114,6 @@ def test_it_costs_what_its_plan_says_begins_on_policy_and_is_the_same_on_two_pro
     assert any(p.abs().sum() > 0 for p in before)
 
 
-def launched(count: int, *command: object) -> None:
-    """The same by torch's launcher."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    path = os.pathsep.join(filter(None, sys.path))
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
-        env=os.environ | environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.long(70)
 def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, lines, on_processes):
     """Two processes train as one does. From one to, by the file that launchers start, two; from two
@@ -160,7 +146,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
     ):
         on_processes(count, program, json.dumps([to_dict(each) for each in configs]))
     Loop(config("two_one", "two")).run()
-    launched(2, ROOT / "scripts/train.py", config("one_two", "one", tiny_file))
+    on_processes(2, ROOT / "scripts/train.py", config("one_two", "one", tiny_file))
     straight = lines(tmp_path / "two/metrics.jsonl")
     assert straight[0] == pytest.approx(
         lines(tmp_path / "one/metrics.jsonl")[0], rel=1e-4, abs=1e-6
