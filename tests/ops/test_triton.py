@@ -156,14 +156,15 @@ def test_the_tile_does_not_show(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2**18, 2**18 + 8])
-def test_long_samples_in_16_bits(size):
+def test_long_samples(size, dtype):
     """Around the size from which on a draw and its replay take larger tiles."""
     if INTERPRETED:
         size //= 256  # of the tiles of the fixture there are as many
-    arguments = problem(2, size, dtype=torch.bfloat16)
-    for dtype in (torch.float32, torch.bfloat16):
-        drawn = fk.sde_step(**arguments, **key(2), out_dtype=dtype, backend="triton")
+    arguments = problem(2, size, dtype=dtype)
+    for out_dtype in (torch.float32, torch.bfloat16):
+        drawn = fk.sde_step(**arguments, **key(2), out_dtype=out_dtype, backend="triton")
         expected = fk.sde_log_prob(**arguments, x_next=drawn[0], backend="reference")
         torch.testing.assert_close(drawn[1], expected, rtol=1e-5, atol=1e-6)
         replayed = fk.sde_log_prob(**arguments, x_next=drawn[0], backend="triton")

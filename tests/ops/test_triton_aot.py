@@ -54,16 +54,16 @@ CALLS = take(
 )
 
 
-def is_grown(call):
-    """Whether long samples in 16 bits take larger tiles: where programs arrive and have registers
-    left.
-    """
+def is_grown(call, dtypes):
+    """Whether long samples take larger tiles: where programs arrive and have registers left."""
     if call.has("row") or call.verb == "ode_step":
+        return False
+    if call.verb in ("policy_loss", "matching_loss") and dtypes[1] != H:
         return False
     return call.verb != "policy_loss" or call.has("old_velocity", "x_next")
 
 
-GROWN = [call for call in CALLS if is_grown(call)]
+GROWN = [call for call in CALLS if is_grown(call, (H, H))]
 
 
 class Unwritten(Problem):
@@ -206,8 +206,10 @@ def taken(arch):
     share = slice(None) if arch == 90 else slice(2 * others.index(arch), None, 2 * len(others))
     for turn, case in list(enumerate(CALLS))[share]:
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
-    for case in GROWN[1::2] if arch == 90 else GROWN[::2][share]:
-        yield from compiled(case, (H, H), VIDEO, arch)
+    for turn, case in enumerate(GROWN[1::2] if arch == 90 else GROWN[::2][share]):
+        wished = DTYPES[turn % 3]
+        dtypes = wished if is_grown(case, wished) else (H, H)
+        yield from compiled(case, dtypes, VIDEO, arch)
 
 
 def check(made):
@@ -241,13 +243,13 @@ def test_no_spills_and_every_latent_in_128_bit_accesses(arch):
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_long_samples_in_16_bits_take_larger_tiles(call):
+def test_long_samples_take_larger_tiles(call):
     """Where programs arrive and have registers left; nothing else does."""
     for dtypes, size in itertools.product(DTYPES, (SIZE, VIDEO)):
         with compiling(90, take=lambda compile: None) as launches:
             Unwritten(call, 2, size, *dtypes).run("triton")
         first, *others = (block for _, block, _ in launches)
-        assert first == (2048 if call in GROWN and (dtypes, size) == ((H, H), VIDEO) else 1024)
+        assert first == (2048 if is_grown(call, dtypes) and size == VIDEO else 1024)
         assert set(others) <= {1024}
 
 
@@ -297,7 +299,7 @@ def table():
     for dtypes in DTYPES:
         short = ", ".join(str(t).removeprefix("torch.").replace("float", "f") for t in dtypes)
         for arch, call in itertools.product(ARCHS, CALLS):
-            sizes = (SIZE, VIDEO) if call in GROWN and dtypes == (H, H) else (SIZE,)
+            sizes = (SIZE, VIDEO) if is_grown(call, dtypes) else (SIZE,)
             for made in itertools.chain(*(compiled(call, dtypes, size, arch) for size in sizes)):
                 kernel = (
                     f"{call}{' backward' * made.is_backward}",

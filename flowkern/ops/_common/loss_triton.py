@@ -255,6 +255,13 @@ def new_residual(velocity: Tensor, row: Tensor | None, records: bool) -> Tensor 
     return torch.empty(velocity.shape, device=velocity.device) if is_kept else None
 
 
+def takes_more(velocity: Tensor, row: Tensor | None) -> bool:
+    """Whether programs have registers left for a larger tile: those that loop over siblings have
+    not, and with a velocity in float32 it gains nothing (docs/log.md).
+    """
+    return row is None and velocity.element_size() == 2
+
+
 def loss_scratch(
     velocity: Tensor, batch: int, sums: int, sums_of_sample: int
 ) -> tuple[Tensor, Tensor]:

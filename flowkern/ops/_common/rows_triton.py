@@ -104,7 +104,7 @@ def packed_edges(edges: Tensor) -> tuple[Tensor, int]:
 
 
 _INTERPRETED = interpreting()  # settled when triton is imported
-LONG = 2**18  # elements of a sample from which on tiles of 16 bits grow
+LONG = 2**18  # elements of a sample from which on tiles grow
 
 
 class Cut(NamedTuple):
@@ -126,21 +126,20 @@ def tile(grown: bool) -> tuple[int, int]:
 
     Eight elements per thread are one 128-bit load of 16 bits, two of float32. A program that ends
     with an arrival waits for it with nothing on its way. So where samples are long enough for many
-    programs, those of 16 bits read as much as those of float32 before they do.
+    programs, each reads more before it does.
     """
     if _INTERPRETED:
         return 2**16, 1  # any length costs the same
     return (2048, 4) if grown else (1024, 4)
 
 
-def cut(x: Tensor, *others: Tensor, may_grow: bool = False) -> Cut:
+def cut(x: Tensor, may_grow: bool = False) -> Cut:
     """For samples as those of `x`. may_grow: programs end with an arrival or draw noise, and have
-    registers left, as those that loop over siblings have not.
+    registers left.
     """
     batch = x.shape[0]
     size = x.numel() // batch if batch else 0
-    grown = may_grow and size > LONG and all(one.element_size() == 2 for one in (x, *others))
-    block, warps = tile(grown)
+    block, warps = tile(may_grow and size > LONG)
     return Cut(size, -(-size // block) or 1, block, warps)
 
 

@@ -32,6 +32,7 @@ from flowkern.ops._common.loss_triton import (
     samples_of,
     share_of,
     span_of,
+    takes_more,
 )
 from flowkern.ops._common.outputs import loss_outputs
 from flowkern.ops._common.philox_triton import noise_of, packed_noise, program_place
@@ -319,7 +320,7 @@ def _add_noise_kernel(
 def forward(i: MatchingInputs, records: bool) -> tuple[Tensor | None, ...]:
     """The fields of MatchingLoss, the slopes (B, 4), and the residual or None."""
     batch, rows = i.x0.shape[0], i.velocity.shape[0]
-    made = cut(i.velocity, i.x0, may_grow=i.row is None)
+    made = cut(i.velocity, may_grow=takes_more(i.velocity, i.row))
     nft = i.objective == "nft"
     sums = sum(x is not None for x in (i.velocity, i.velocity_ref, i.velocity_ema))
     sums += nft + 2 * (i.old_velocity is not None)

@@ -33,6 +33,7 @@ from flowkern.ops._common.loss_triton import (
     samples_of,
     share_of,
     span_of,
+    takes_more,
 )
 from flowkern.ops._common.outputs import loss_outputs
 from flowkern.ops._common.philox_triton import noise_of, packed_noise
@@ -275,8 +276,8 @@ def forward(i: PolicyInputs, records: bool) -> tuple[Tensor | None, ...]:
     off_policy = i.old_velocity is not None or i.old_log_prob is not None
     states = (i.x_next, i.x_t) if off_policy else (None, None)  # 0 whatever these are
     sums = off_policy + (i.velocity_ref is not None)
-    may_grow = i.row is None and states[0] is not None
-    made = cut(i.velocity, *states[1:] if off_policy else (), may_grow=may_grow)
+    may_grow = takes_more(i.velocity, i.row) and states[0] is not None
+    made = cut(i.velocity, may_grow=may_grow)
     if not sums:  # nothing of size D is read
         made = made._replace(chunks=1)
     out = loss_outputs(batch, 3, 2, i.reduction, i.velocity.device)

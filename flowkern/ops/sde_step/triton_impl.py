@@ -132,7 +132,7 @@ def draw(
             log_prob.copy_(i.edges[..., 4])
         return
     inputs = _inputs(i.x_t, i.velocity, i.velocity_uncond, i.guidance_scale)
-    made = cut(i.x_t, i.velocity, may_grow=log_prob is not None)
+    made = cut(i.x_t, may_grow=log_prob is not None)
     out = _result(i.x_t, log_prob, made), packed_latent(x_next), packed_latent(x0)
     key = source.sample_id, source.step, source.step_value, *key_halves(source.seed)
     launch(
@@ -148,7 +148,7 @@ def replay(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Ten
     if x_t.numel() == 0:
         return log_prob.copy_(edges[..., 4])
     inputs = _inputs(x_t, velocity, velocity_uncond, guidance_scale)
-    made = cut(x_t, velocity, may_grow=True)
+    made = cut(x_t, may_grow=True)
     out = _result(x_t, log_prob, made)
     launch(_sde_replay_kernel, x_t, made, out, packed_latent(x_next), *inputs, *packed_edges(edges))
     return log_prob
