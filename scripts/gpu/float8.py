@@ -52,7 +52,7 @@ class Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, by_rows: bool) -> Tensor:
     """(M, K) by a quantized (N, K) -> (M, N) in bfloat16."""
-    small, scale_x = quantized(x, by_rows)
+    small, scale_x = quantized(x.contiguous(), by_rows)
     if by_rows and x.is_cpu:  # a CPU's torch has no such product; a rehearsal needs its value
         return ((small.float() * scale_x) @ (weight.float() * scale).t()).to(torch.bfloat16)
     return torch._scaled_mm(
