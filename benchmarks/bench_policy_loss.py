@@ -91,7 +91,10 @@ def _case(
     (truth,) = (true_loss,) if is_forward else torch.autograd.grad(true_loss, wide)
 
     def with_gradient(loss):
-        return (loss().detach(),) if is_forward else torch.autograd.grad(loss(), v)
+        if is_forward:  # alone: with a gradient to come, it would keep what that needs
+            with torch.no_grad():
+                return (loss(),)
+        return torch.autograd.grad(loss(), v)
 
     def loss(backend, **change):
         inputs, options = (v, x, x_next, table, advantage), kernel | {"backend": backend} | change
@@ -112,12 +115,12 @@ def _case(
     name = f"forward{'' if is_forward else ' + backward'}, {name}"
     case = Case("policy_loss", name, shape, str(dtype).removeprefix("torch."), contenders, check)
     case.allowed = 1e-5 if is_forward else 1e-3 if dtype == torch.float32 else 1e-2
-    # Each pass reads what it uses, the backward writes one gradient; what the CPU keeps instead of
+    # Each pass reads what it uses, the backward writes one gradient; what is kept instead of
     # reading inputs again is written, read and written.
     once = rows * (2 if is_on_policy else 3) + batch + (rows if siblings > 1 else 0)
     forward = 0 if is_on_policy else once
     backward = 0 if is_forward else rows * (2 + (siblings > 1)) + batch + rows
-    if device.type == "cpu" and dtype == torch.float32 and siblings == 1 and not is_on_policy:
+    if dtype == torch.float32 and siblings == 1 and not (is_on_policy or is_forward):
         backward = 3 * rows
     case.bytes_moved = (forward + backward) * math.prod(shape[1:]) * x.element_size()
     return case

@@ -13,7 +13,9 @@ FK_INLINE float step_log_prob(const StepEdge& edge, double sum_of_squares, int64
 }
 
 // d log_prob / d velocity of one element, times the gradient that comes in: scale = grad 2 k b guidance_scale / D.
-FK_INLINE float step_gradient(float scale, float x_next, float mean) { return scale * (x_next - mean); }
+FK_INLINE float step_gradient(float scale, float residual) { return scale * residual; }
+
+FK_INLINE float step_residual(float x_next, float mean) { return x_next - mean; }
 
 // ---- what the kernels take ----
 // A tensor that is not given is not read.
@@ -27,6 +29,9 @@ struct StepArguments {
   const float* edges;  // edge_stride 0: one edge for all samples
   int64_t edge_stride;
   NoiseKey key;
+  // (batch, size) of float32: x_next - mean. A replay writes it; given to its backward pass, it takes the place of x_t, velocity and
+  // x_next, and becomes the gradient.
+  Latent residual;
   float* log_prob;        // (batch,), nullptr: not wanted
   const float* grad_out;  // (batch,), backward only, grad_stride apart
   int64_t grad_stride;

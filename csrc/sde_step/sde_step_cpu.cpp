@@ -139,23 +139,36 @@ void sde_replay(const StepArguments& s) {
     Buffers buffers;
     const Chunk chunk = load_chunk(s, edge_of(s, sample), sample, first, count, buffers);
     const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
-    return sum_of_squares(
-        count, [&](int64_t i) { return next[i] - step_mean(chunk.edge, chunk.x[i], chunk.velocity[i]); }, Prefetch{s, sample, first});
+    const Prefetch prefetch{s, sample, first};
+    // By value: through a reference the compiler must assume that keeping the residual changes the coefficients.
+    const auto residual = [chunk, next](int64_t i) { return step_residual(next[i], step_mean(chunk.edge, chunk.x[i], chunk.velocity[i])); };
+    if (!s.residual.data) return sum_of_squares(count, residual, prefetch);
+    float* const kept = reinterpret_cast<float*>(s.residual.at(sample, first));
+    return sum_of_squares(count, [=](int64_t i) __attribute__((always_inline)) { return kept[i] = residual(i); }, prefetch);
   });
 }
 
 void sde_replay_backward(const StepArguments& s) {
   for_chunks(s.batch, s.size, s.threads, nullptr, [&](int64_t sample, int64_t first, int64_t count) {
     Buffers buffers;
-    const Chunk chunk = load_chunk(s, edge_of(s, sample), sample, first, count, buffers);
-    const StepEdge& edge = chunk.edge;
-    const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
+    const StepEdge edge = edge_of(s, sample);
     const float scale = float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * edge.k * edge.b *
                               (s.velocity_uncond.data ? s.guidance_scale : 1.0f) / double(s.size));
+    if (s.residual.data) {
+      float* const kept = reinterpret_cast<float*>(s.residual.at(sample, first));
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) kept[i] = step_gradient(scale, kept[i]);
+      return 0.0;
+    }
+    const Chunk chunk = load_chunk(s, edge, sample, first, count, buffers);
+    const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
     const bool direct = s.grad.dtype == DType::float32;
     float* out = direct ? reinterpret_cast<float*>(s.grad.at(sample, first)) : buffers.noise;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = step_gradient(scale, next[i], step_mean(edge, chunk.x[i], chunk.velocity[i]));
+    for (int64_t i = 0; i < count; ++i) {
+      const float mean = step_mean(edge, chunk.x[i], chunk.velocity[i]);
+      out[i] = step_gradient(scale, step_residual(next[i], mean));
+    }
     if (!direct) narrow(out, s.grad.at(sample, first), s.grad.dtype, count);
     return 0.0;
   });

@@ -22,9 +22,9 @@ struct Tile {
   int64_t sample, index;
 };
 
-FK_DEVICE Tile tile_of_block(const Divisor& tiles) {
-  const unsigned sample = quotient(blockIdx.x, tiles);
-  return {int64_t(sample), int64_t(blockIdx.x - sample * tiles.by)};
+FK_DEVICE Tile tile_of_block(const Divisor& tiles, unsigned block = blockIdx.x) {
+  const unsigned sample = quotient(block, tiles);
+  return {int64_t(sample), int64_t(block - sample * tiles.by)};
 }
 
 FK_DEVICE StepEdge edge_of(const StepArguments& s, int64_t sample) {
@@ -33,7 +33,8 @@ FK_DEVICE StepEdge edge_of(const StepArguments& s, int64_t sample) {
 
 template <Calls kCalls>
 FK_DEVICE StepArguments known(StepArguments s) {
-  know_dtypes<kCalls>(s.x_t, s.velocity, s.velocity_uncond, s.noise, s.x_next, s.x0, s.history[0], s.history[1], s.history[2], s.grad);
+  know_dtypes<kCalls>(s.x_t, s.velocity, s.velocity_uncond, s.noise, s.x_next, s.x0, s.history[0], s.history[1], s.history[2], s.residual,
+                      s.grad);
   return s;
 }
 
@@ -66,13 +67,18 @@ FK_DEVICE Floats mean_of(const StepEdge& edge, const Floats& x, const Floats& ve
   return mean;
 }
 
-FK_DEVICE float sum_of_squares(const Floats& value, const Floats& mean, int count) {
+FK_DEVICE Floats residual_of(const Floats& next, const Floats& mean) {
+  Floats residual;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) residual.v[i] = step_residual(next.v[i], mean.v[i]);
+  return residual;
+}
+
+FK_DEVICE float sum_of_squares(const Floats& residual, int count) {
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const float r = value.v[i] - mean.v[i];
-    if (i < count) sum += r * r;
-  }
+  for (int i = 0; i < kGroup; ++i)
+    if (i < count) sum += residual.v[i] * residual.v[i];
   return sum;
 }
 
@@ -125,16 +131,31 @@ FK_DEVICE float draw(const StepArguments& s, const Place& at) {
   }
   const Group stored = narrow(next, s.x_next.dtype);
   store<kWhole>(s.x_next, at, stored);
-  return sum_of_squares(widen(stored, s.x_next.dtype), mean, at.count);
+  return sum_of_squares(residual_of(widen(stored, s.x_next.dtype), mean), at.count);
 }
 
-template <bool kWhole>
+template <bool kWhole, bool kKept>
 FK_DEVICE float replay(const StepArguments& s, const Place& at) {
   const Inputs in = load_inputs<kWhole>(s, at);
   const Group next = load<kWhole>(s.x_next, at);
   const StepEdge edge = edge_of(s, at.sample);
   const Floats mean = mean_of(edge, widen(in.x, s.x_t.dtype), velocity_of(s, in));
-  return sum_of_squares(widen(next, s.x_next.dtype), mean, at.count);
+  const Floats residual = residual_of(widen(next, s.x_next.dtype), mean);
+  if constexpr (kKept) store<kWhole>(s.residual, at, narrow(residual, DType::float32));
+  return sum_of_squares(residual, at.count);
+}
+
+// Of d log_prob / d velocity what a sample's elements share.
+FK_DEVICE float gradient_scale(const StepArguments& s, const StepEdge& edge, int64_t sample) {
+  const float guidance = s.velocity_uncond.data ? s.guidance_scale : 1.0f;
+  return s.grad_out[sample * s.grad_stride] * 2.0f * edge.k * edge.b * guidance / float(s.size);  // every thread: no doubles
+}
+
+FK_DEVICE Floats gradient_of(float scale, const Floats& residual) {
+  Floats gradient;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) gradient.v[i] = step_gradient(scale, residual.v[i]);
+  return gradient;
 }
 
 template <bool kWhole>
@@ -142,14 +163,16 @@ FK_DEVICE void replay_backward(const StepArguments& s, const Place& at) {
   const Inputs in = load_inputs<kWhole>(s, at);
   const Group stored = load<kWhole>(s.x_next, at);
   const StepEdge edge = edge_of(s, at.sample);
-  const float guidance = s.velocity_uncond.data ? s.guidance_scale : 1.0f;
-  const float scale =
-      s.grad_out[at.sample * s.grad_stride] * 2.0f * edge.k * edge.b * guidance / float(s.size);  // every thread: no doubles
+  const float scale = gradient_scale(s, edge, at.sample);
   const Floats mean = mean_of(edge, widen(in.x, s.x_t.dtype), velocity_of(s, in)), next = widen(stored, s.x_next.dtype);
-  Floats slope;
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) slope.v[i] = step_gradient(scale, next.v[i], mean.v[i]);
-  store<kWhole>(s.grad, at, narrow(slope, s.grad.dtype));
+  store<kWhole>(s.grad, at, narrow(gradient_of(scale, residual_of(next, mean)), s.grad.dtype));
+}
+
+template <bool kWhole>
+FK_DEVICE void replay_backward_kept(const StepArguments& s, const Place& at) {
+  const Floats residual = widen(load<kWhole>(s.residual, at), DType::float32);
+  const float scale = gradient_scale(s, edge_of(s, at.sample), at.sample);
+  store<kWhole>(s.residual, at, narrow(gradient_of(scale, residual), DType::float32));
 }
 
 // kHistory: how many earlier predictions there may be. Their registers would cost the plain draw half its threads.
@@ -166,14 +189,15 @@ __global__ void __launch_bounds__(256, kHistory == 0                     ? 0
   if (s.log_prob) finish(launch, tile, sum);
 }
 
-template <Calls kCalls>
+// kKept: the residual is stored.
+template <Calls kCalls, bool kKept>
 __global__ void __launch_bounds__(256) sde_replay_kernel(const __grid_constant__ StepLaunch launch) {
   const StepArguments s = known<kCalls>(launch.s);
   const Tile tile = tile_of_block(launch.tiles);
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
   float sum = 0;
-  if (launch.vectors && at.count == kGroup) sum = replay<true>(s, at);
-  else if (at.count > 0) sum = replay<false>(s, at);
+  if (launch.vectors && at.count == kGroup) sum = replay<true, kKept>(s, at);
+  else if (at.count > 0) sum = replay<false, kKept>(s, at);
   finish(launch, tile, sum);
 }
 
@@ -184,6 +208,17 @@ __global__ void __launch_bounds__(256) sde_replay_backward_kernel(const __grid_c
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
   if (launch.vectors && at.count == kGroup) replay_backward<true>(s, at);
   else if (at.count > 0) replay_backward<false>(s, at);
+}
+
+// From the residual, in whose memory the gradient is left. The first blocks, which run first, take the last tiles, of which caches still
+// hold what the replay has written.
+__global__ void __launch_bounds__(256) sde_replay_backward_kept_kernel(const __grid_constant__ StepLaunch launch) {
+  StepArguments s = launch.s;
+  s.residual.dtype = DType::float32;
+  const Tile tile = tile_of_block(launch.tiles, gridDim.x - 1 - blockIdx.x);
+  const Place at = place_of_thread(tile.sample, tile.index, s.size);
+  if (launch.vectors && at.count == kGroup) replay_backward_kept<true>(s, at);
+  else if (at.count > 0) replay_backward_kept<false>(s, at);
 }
 
 __global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant__ NormalLaunch launch) {
@@ -200,15 +235,20 @@ __global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant_
 template <int kHistory>
 constexpr Kernels<StepLaunch> kDraw = {{sde_draw_kernel<Calls::any, kHistory>, sde_draw_kernel<Calls::plain_float32, kHistory>,
                                         sde_draw_kernel<Calls::plain_bfloat16, kHistory>}};
-constexpr Kernels<StepLaunch> kReplay = {
-    {sde_replay_kernel<Calls::any>, sde_replay_kernel<Calls::plain_float32>, sde_replay_kernel<Calls::plain_bfloat16>}};
+constexpr Kernels<StepLaunch> kReplay = {{sde_replay_kernel<Calls::any, false>, sde_replay_kernel<Calls::plain_float32, false>,
+                                          sde_replay_kernel<Calls::plain_bfloat16, false>}};
+// A residual is float32: there are two of these, and one.
+constexpr Kernels<StepLaunch> kReplayKept = {
+    {sde_replay_kernel<Calls::any, true>, sde_replay_kernel<Calls::plain_float32, true>, sde_replay_kernel<Calls::any, true>}};
+constexpr Kernels<StepLaunch> kReplayBackwardKept = {
+    {sde_replay_backward_kept_kernel, sde_replay_backward_kept_kernel, sde_replay_backward_kept_kernel}};
 constexpr Kernels<StepLaunch> kReplayBackward = {{sde_replay_backward_kernel<Calls::any>, sde_replay_backward_kernel<Calls::plain_float32>,
                                                   sde_replay_backward_kernel<Calls::plain_bfloat16>}};
 
 void launch_step(const char* name, const Kernels<StepLaunch>& kernels, const StepArguments& s, const Queue& queue) {
   StepLaunch launched = {s, queue.scratch, divisor(tiles_of(s.size)), true};
   const std::initializer_list<const Latent*> latents = {&s.x_t, &s.velocity,   &s.velocity_uncond, &s.noise,      &s.x_next,
-                                                        &s.x0,  &s.history[0], &s.history[1],      &s.history[2], &s.grad};
+                                                        &s.x0,  &s.history[0], &s.history[1],      &s.history[2], &s.residual,   &s.grad};
   for (const Latent* latent : latents) launched.vectors = launched.vectors && takes_vectors(*latent, s.batch);
   launch(name, kernels.for_calls[int(calls_of(latents))], launched, s.batch * launched.tiles.by, threads_of(s.size), queue);
 }
@@ -220,9 +260,11 @@ ScratchSize scratch_of(const NormalArguments&) { return {}; }
 
 void sde_draw(const StepArguments& s, const Queue& queue) { launch_step("sde_draw", s.num_history ? kDraw<3> : kDraw<0>, s, queue); }
 
-void sde_replay(const StepArguments& s, const Queue& queue) { launch_step("sde_replay", kReplay, s, queue); }
+void sde_replay(const StepArguments& s, const Queue& queue) { launch_step("sde_replay", s.residual.data ? kReplayKept : kReplay, s, queue); }
 
-void sde_replay_backward(const StepArguments& s, const Queue& queue) { launch_step("sde_replay_backward", kReplayBackward, s, queue); }
+void sde_replay_backward(const StepArguments& s, const Queue& queue) {
+  launch_step("sde_replay_backward", s.residual.data ? kReplayBackwardKept : kReplayBackward, s, queue);
+}
 
 void fill_philox(const NormalArguments& n, const Queue& queue) {
   const NormalLaunch launched = {n, divisor(tiles_of(n.size))};
@@ -231,5 +273,5 @@ void fill_philox(const NormalArguments& n, const Queue& queue) {
 
 std::string sde_step_why_not(int device) {
   const std::string why_not = load_kernels<NormalLaunch>(device, {{{fill_philox_kernel, fill_philox_kernel, fill_philox_kernel}}});
-  return why_not.empty() ? load_kernels(device, {kDraw<0>, kDraw<3>, kReplay, kReplayBackward}) : why_not;
+  return why_not.empty() ? load_kernels(device, {kDraw<0>, kDraw<3>, kReplay, kReplayKept, kReplayBackward, kReplayBackwardKept}) : why_not;
 }

@@ -1,7 +1,7 @@
 // The step as functions of Python's (verbs.h).
 #pragma once
 
-#include "../common/function.h"
+#include "../common/loss_python.h"
 #include "sde_step.h"
 
 namespace {
@@ -61,9 +61,9 @@ py::object sde_draw(Given<14> given, Reader& read) {
   return py::make_tuple(made[0].tensor, made[1].tensor, made[2].tensor);
 }
 
-// Returns log_prob.
-py::object sde_replay(Given<6> given, Reader& read) {
-  const auto& [x_t, velocity, x_next, edges, velocity_uncond, guidance_scale] = given;
+// records: whether gradients are recorded. Returns (log_prob, the residual where it is worth keeping).
+py::object sde_replay(Given<7> given, Reader& read) {
+  const auto& [x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, records] = given;
   StepArguments s{};
   int needed = 0;
   read_step(read, s, x_t, velocity, edges, velocity_uncond, guidance_scale, needed);
@@ -72,22 +72,26 @@ py::object sde_replay(Given<6> given, Reader& read) {
   if (!read.serves) return py::none();
   const Made log_prob = make(read, &s.batch, 1, Element::float32);
   s.log_prob = floats(log_prob);
+  py::object residual = py::none();
+  if (keeps_residual(records, velocity, nullptr, s.velocity.dtype)) residual = make_like_first(read, DType::float32, s.residual).tensor;
   run(kernels.sde_replay, s, read);
-  return log_prob.tensor;
+  return py::make_tuple(log_prob.tensor, residual);
 }
 
-// Returns the gradient of velocity.
-py::object sde_replay_backward(Given<7> given, Reader& read) {
-  const auto& [grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale] = given;
+// residual: what sde_replay kept, or None. Returns the gradient of velocity, in that residual's memory.
+py::object sde_replay_backward(Given<8> given, Reader& read) {
+  const auto& [grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, residual] = given;
   StepArguments s{};
   int needed = 0;
   read_step(read, s, x_t, velocity, edges, velocity_uncond, guidance_scale, needed);
   s.x_next = read.latent(x_next, s.batch, "x_next");
   s.grad_out = read.gradient(grad, s.batch, s.grad_stride);
+  s.residual = read.kept(residual, s.batch, nullptr);
   if (!read.serves) return py::none();
-  const Made made = make_like_first(read, s.velocity.dtype, s.grad);
+  py::object gradient = py::reinterpret_borrow<py::object>(residual);
+  if (!s.residual.data) gradient = make_like_first(read, s.velocity.dtype, s.grad).tensor;
   run(kernels.sde_replay_backward, s, read);
-  return made.tensor;
+  return gradient;
 }
 
 // Writes standard normals to out, and returns it.

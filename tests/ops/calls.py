@@ -162,6 +162,7 @@ KEEPING = take(
     ("reads no latent forward, or has two residuals", _keeps_nothing),
 )
 KEEPING.append(BY_NAME["policy_loss"].but(name="clipped"))
+REPLAYS = [call for call in CALLS if call.verb == "sde_log_prob"]  # native kernels keep theirs
 
 
 def twice(p, backend):
@@ -170,9 +171,10 @@ def twice(p, backend):
         velocity, old, x_next = (p[name] for name in ("velocity", "old_velocity", "x_next"))
         x_next[-1] = torch.copysign(x_next[-1] + torch.inf, (old - velocity)[-1]).detach()  # b < 0
     out = p.call.function(**p.arguments, backend=backend)
-    kept = out.loss.grad_fn.kept
+    result = out if isinstance(out, torch.Tensor) else out.loss
+    kept = result.grad_fn.kept
     first, again = (
-        torch.autograd.grad(out.loss, p[p.call.learned], p.weight, retain_graph=True)[0]
+        torch.autograd.grad(result, p[p.call.learned], p.weight, retain_graph=True)[0]
         for _ in range(2)
     )
     assert kept.data_ptr() == first.data_ptr() != again.data_ptr()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import BY_NAME, KEEPING, Problem, take, twice
+from calls import BY_NAME, KEEPING, REPLAYS, Problem, take, twice
 
 import flowkern as fk
 from flowkern.ops._common import loss_op, native, philox
@@ -348,10 +348,12 @@ def test_losses(kernels, call, dtype):
         check(kernels, Problem(call, 3, size, dtype))
 
 
-@pytest.mark.parametrize("call", KEEPING, ids=str)
+@pytest.mark.parametrize("call", [*KEEPING, *REPLAYS], ids=str)
 def test_the_residual_kept_forward_is_the_gradient_once(kernels, call, request):
     if "device" in request.node.name:
         pytest.skip("test_gpu.py has it")
+    if call in REPLAYS and "straight" not in request.node.name:
+        pytest.skip("a replay keeps it on the straight way alone")
     for size in (5, 2053):
         p = Problem(call, 3, size)
         with kernels():

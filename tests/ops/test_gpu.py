@@ -7,7 +7,7 @@ import random
 import fuzz
 import pytest
 import torch
-from calls import FEW, GRID, KEEPING, Problem, take, twice
+from calls import FEW, GRID, KEEPING, REPLAYS, Problem, take, twice
 
 import flowkern as fk
 
@@ -126,8 +126,10 @@ def test_more_elements_than_32_bits_count(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("call", KEEPING, ids=str)
+@pytest.mark.parametrize("call", [*KEEPING, *REPLAYS], ids=str)
 def test_the_residual_kept_forward_is_the_gradient_once(call, backend):
+    if call in REPLAYS and backend != "native":
+        pytest.skip("native kernels alone keep a replay's")
     for size in (1001, 65_536):
         twice(make(call, size), backend)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import GRID as C
-from calls import SOLVERS, Problem, take
+from calls import REPLAYS, SOLVERS, Problem, take, twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
@@ -402,6 +402,11 @@ def test_the_residual_kept_forward_is_the_gradient_once(name, reduction, monkeyp
         assert function(**given).loss.grad_fn is None
 
 
+@pytest.mark.parametrize("call", REPLAYS, ids=str)
+def test_the_residual_of_a_replay_is_the_gradient_once(call):
+    twice(Problem(call), None)
+
+
 @pytest.mark.parametrize("call", ["policy_loss", "matching_loss, noise given"])
 def test_a_changed_input_is_noticed_where_none_is_read_again(call):
     p = Problem(call)
@@ -428,6 +433,6 @@ def test_a_kernel_called_past_the_verbs_checks_what_it_reads():
         kernels.policy_backward(*call, True)
     with pytest.raises(TypeError, match="expected 24 arguments, got 2"):
         kernels.policy_backward(ones, slopes)
-    latent_first = (X, V, NEXT, ROWS.table, None, 1.0)
+    latent_first = (X, V, NEXT, ROWS.table, None, 1.0, False)
     assert kernels.sde_replay(*latent_first) is None  # a table is for those who have checked it
     assert kernels.sde_replay(*latent_first, False) is not None

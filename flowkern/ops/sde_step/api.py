@@ -269,17 +269,18 @@ def sde_log_prob(
     With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for
     any split of the batch. Args as `sde_step`; velocity_uncond gets a gradient with
     uncond_gradient only.
-    d log_prob / d velocity = 2 k b (x_next - mean) / D is recomputed from the inputs: nothing else
-    is saved.
+    d log_prob / d velocity = 2 k b (x_next - mean) / D: native kernels keep x_next - mean of a
+    float32 velocity, whose memory becomes the gradient; else it is computed from the inputs.
     """
     if uncond_gradient:
         velocity, velocity_uncond = of_both(velocity, velocity_uncond, guidance_scale)
     if kernels := direct(backend, x_t):
         inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
-        log_prob = kernels.sde_replay(*inputs)
-        if log_prob is not None:
+        replayed = kernels.sde_replay(*inputs, torch.is_grad_enabled())
+        if replayed is not None:
+            log_prob, residual = replayed
             saved = (x_t, velocity, x_next, c_rows.table, velocity_uncond)
-            return _with_gradient(log_prob, saved, guidance_scale, "native")
+            return _with_gradient(log_prob, saved, guidance_scale, "native", residual)
     if isinstance(c_rows, Coefficients) and c_rows.num_history:
         raise ValueError("c_rows: a replay takes one-step edges, got some with history weights")
     dtype = check_latents(_latents(x_t, velocity, velocity_uncond) | {"x_next": x_next})
@@ -297,22 +298,27 @@ def sde_log_prob(
         return impl.call(x_t, velocity, x_next, edges, uncond, inputs[-1])
     with torch.no_grad():  # the gradient is the kernel's
         log_prob = impl.call(*inputs)
-    return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name)
+    return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name, None)
 
 
-def _with_gradient(log_prob: Tensor, saved: tuple, guidance_scale: float, kernel: str) -> Tensor:
+def _with_gradient(
+    log_prob: Tensor, saved: tuple, guidance_scale: float, kernel: str, residual: Tensor | None
+) -> Tensor:
     """The replay's result with its gradient, without the dispatcher: that costs as much as kernels
-    do at image size.
+    do at image size. residual: what the replay has kept, for the backward pass to write over.
     """
     velocity = saved[1]
     if not (velocity.requires_grad and torch.is_grad_enabled()):
         return log_prob
     how = _gradient, (guidance_scale,), kernel
-    return EagerGradient.apply(velocity, (log_prob, saved, how, None))
+    return EagerGradient.apply(velocity, (log_prob, saved, how, residual))
 
 
-def _gradient(grad: Tensor, saved: tuple, settings: tuple, kernel: str, _) -> Tensor:
-    return _GRADIENT[kernel](grad, *saved, *settings)
+def _gradient(
+    grad: Tensor, saved: tuple, settings: tuple, kernel: str, residual: Tensor | None
+) -> Tensor:
+    given = () if residual is None else (residual,)  # of the native kernels alone
+    return _GRADIENT[kernel](grad, *saved, *settings, *given)
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:

@@ -33,13 +33,14 @@ def replay(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Ten
             edges[..., 4]
         )
     return native_calls.run(
-        "sde_replay", x_t, velocity, x_next, edges, velocity_uncond, guidance_scale
-    )
+        "sde_replay", x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, False
+    )[0]
 
 
-def replay_backward(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
+def replay_backward(
+    grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, residual=None
+) -> Tensor:
     if x_t.numel() == 0:
         return torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
-    return native_calls.run(
-        "sde_replay_backward", grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale
-    )
+    inputs = (x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
+    return native_calls.run("sde_replay_backward", grad, *inputs, residual)
