@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
@@ -62,6 +63,15 @@ def _own(name: str, module: str, key: str) -> Any:
     except (Exception, SystemExit) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{key}: got {name!r}, but importing {module} raised {said}") from error
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(path: Any) -> bool:
+    """Is it the id of a model on the Hugging Face hub, OWNER/NAME: one that could be, and no
+    directory here?"""
+    return _HUB_ID.fullmatch(str(path)) is not None and not os.path.isdir(path)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from flowkern.lookup import load
+from flowkern.lookup import is_hub_id, load
+from flowkern.models import hub
 from flowkern.models.directory import read_index
 
 __all__ = [
@@ -101,6 +102,8 @@ class Model(Protocol):
     """What every adapter offers; `flowkern.models.pipeline.Pipeline` documents and shares it."""
 
     network: nn.Module
+    base: str
+    revision: str | None
     guidance: Guidance
     lora_targets: str | list[str]
     frame_rate: float | None
@@ -177,17 +180,29 @@ def load_model(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> Model:
-    """The adapter for a pipeline directory, by the class its model_index.json names.
+    """The adapter for a pipeline, by the class that its model_index.json names.
 
-    dtype: of the network and the text encoders. height, width, num_frames: the size of all its
-    latents and images, in pixels and frames; None: the pipeline's own. options: what the family has
-    beside; None counts as not given.
-    Raises FileNotFoundError for no pipeline directory, ValueError for a class without an adapter,
-    an option that its adapter does not take, or a size that it does not have.
+    path: a directory, or an id of the hub, OWNER/NAME, whose files are taken from the hub's cache
+    and downloaded where they are not there. revision: of an id, its branch, tag or commit; None:
+    its main branch. dtype: of the network and the text encoders. height, width, num_frames: the
+    size of all its latents and images, in pixels and frames; None: the pipeline's own. options:
+    what the family has beside; None counts as not given.
+    Raises FileNotFoundError for no pipeline there, ValueError for a class without an adapter, an
+    option that its adapter does not take, or a size that it does not have.
     """
-    name = pipeline_class(path)
+    commit, directory = None, Path(path)
+    if is_hub_id(path):
+        commit = hub.commit_of(str(path), revision)
+        directory = hub.directory_of(str(path), commit)
+    elif revision is not None:
+        raise ValueError(
+            f"revision: got {revision!r}, but {str(path)!r} is a directory; expected an id of the "
+            "hub, OWNER/NAME"
+        )
+    name = pipeline_class(directory)
     if name not in MODELS:
         known = ", ".join(sorted(MODELS))
         raise ValueError(f"path: {str(path)!r} is a {name}; expected one of {known}")
@@ -198,7 +213,9 @@ def load_model(
     for option, value in options.items():
         if option not in takes:
             raise ValueError(f"{option}: got {value!r}, but {name} takes {', '.join(takes)} only")
-    return family.from_pretrained(path, dtype=dtype, device=device, **options)
+    found = family.from_pretrained(directory, dtype=dtype, device=device, **options)
+    found.base, found.revision = str(path), commit
+    return found
 
 
 def _options(family: type) -> list[str]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+INDEX = "model_index.json"
 LIBRARIES = {"diffusers", "transformers"}
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Any of these sets of files makes a tokenizer; without, transformers makes one of a few words."""
@@ -19,11 +20,11 @@ def read_index(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, ValueError where it is no such index.
     """
-    file = Path(path) / "model_index.json"
+    file = Path(path) / INDEX
     if not file.is_file():
         raise FileNotFoundError(
-            f"path: {str(path)!r} has no model_index.json; expected a local pipeline directory as "
-            "diffusers' save_pretrained writes it (from a hub: hf download NAME --local-dir DIR)"
+            f"path: {str(path)!r} has no {INDEX}; expected a pipeline directory as diffusers' "
+            "save_pretrained writes it, or the id of one on the hub, OWNER/NAME"
         )
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -37,11 +38,18 @@ def read_index(path: str | Path) -> dict[str, Any]:
     return index
 
 
+def components(index: dict[str, Any]) -> dict[str, list[Any]]:
+    """The parts that an index names, and where each is from; without those that are null."""
+    return {
+        name: entry
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and entry not in ([None, None], [])
+    }
+
+
 def check_directory(path: str | Path) -> None:
     """Raise ValueError or FileNotFoundError naming the component that lacks its files."""
-    for name, entry in read_index(path).items():
-        if name.startswith("_") or not isinstance(entry, list) or entry in ([None, None], []):
-            continue
+    for name, entry in components(read_index(path)).items():
         if entry[0] not in LIBRARIES or len(entry) != 2:
             raise ValueError(
                 f"path: model_index.json has {name} from {entry[0]!r}, expected one of "

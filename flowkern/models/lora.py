@@ -18,19 +18,20 @@ _PREFIX = "base_model.model."  # peft's; diffusers' keys begin at the network it
 def write(
     network: PeftModel,
     pipeline: Any,
-    base: str,
+    origin: Mapping[str, Any],
     directory: Path,
     files: Mapping[str, str],
 ) -> None:
     """Write the adapter for `PeftModel.from_pretrained` and for the pipeline's `load_lora_weights`.
 
-    pipeline: its class. base: the name or path of what is adapted. files: those of the pipeline, by
-    what the names of the layers in each begin with.
+    pipeline: its class. origin: of what is adapted, as peft's configuration has it. files: those of
+    the pipeline, by what the names of the layers in each begin with.
     The network's own save_pretrained would write keys that neither reads. The pipeline's file holds
     the whole strength in its tensors: what reads nothing else applies all of it, B A.
     """
     adapter = copy.copy(network.peft_config["default"])
-    adapter.base_model_name_or_path = base
+    for name, value in origin.items():
+        setattr(adapter, name, value)
     weights = {
         _plain(key): value.detach().cpu().contiguous()
         for key, value in get_peft_model_state_dict(network).items()

@@ -82,6 +82,10 @@ class Pipeline(ABC):
     network: nn.Module
     """In eval mode with its gradients on: what is trained. May be replaced by a wrapper of itself
     (peft) that takes the same call; all other modules are frozen."""
+    base: str
+    """The path or the id of what was loaded."""
+    revision: str | None = None
+    """The commit of an id of the hub."""
     calls: int
     """Of the network so far, one for every row that went forward, guidance and references too."""
 
@@ -107,6 +111,7 @@ class Pipeline(ABC):
             if isinstance(module, nn.Module) and module not in trained:
                 module.eval().requires_grad_(False)
         self.calls, self._is_released = 0, False
+        self.base = str(pipeline.name_or_path)
         own = self.geometry()
         self.height = own.height if height is None else height
         self.width = own.width if width is None else width
@@ -122,6 +127,10 @@ class Pipeline(ABC):
         self.max_sequence_length = length
         self._is_asked, self._is_fitted = max_sequence_length is not None, False
         if negative_prompt is not None:
+            if self.guidance.kind == "none":
+                raise ValueError(
+                    f"negative_prompt: got {negative_prompt!r}, but this model takes no guidance"
+                )
             self.guidance = replace(self.guidance, negative_prompt=negative_prompt)
         self._dtype = pipeline.transformer.dtype  # as loaded: adapters added later may differ
         self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
@@ -350,8 +359,8 @@ class Pipeline(ABC):
         """Write the adapter of `network` for peft and for the pipeline's `load_lora_weights`."""
         from flowkern.models import lora  # here: peft is for training
 
-        base = str(self.pipeline.name_or_path)
-        lora.write(self.network, self.kind, base, Path(directory), self.lora_files)
+        origin = {"base_model_name_or_path": self.base, "revision": self.revision}
+        lora.write(self.network, self.kind, origin, Path(directory), self.lora_files)
 
     def load_lora(self, directory: str | Path) -> None:
         """Give the adapter that `network` has the weights that `save_lora` wrote.

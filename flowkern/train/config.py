@@ -18,7 +18,7 @@ from flowkern.rewards import REWARDS
 from flowkern.rl.algorithms import name_of
 from flowkern.rl.recipe import Levels
 from flowkern.train import tree as trees
-from flowkern.train.fields import Algorithm, Place, Section, Text, build
+from flowkern.train.fields import Algorithm, Origin, Phrase, Place, Section, Text, build
 
 __all__ = ["Config", "ConfigError", "Sampling", "from_dict", "load_config", "to_dict"]
 
@@ -31,8 +31,11 @@ Pixels = Annotated[int | None, count(2**16)]
 
 
 class ModelConfig(Section):
-    path: Place
-    """A local diffusers pipeline directory."""
+    path: Origin
+    """A diffusers pipeline: a directory, or the id of one on the Hugging Face hub, OWNER/NAME."""
+    revision: Text | None = None
+    """Of an id: a branch, a tag or a commit; None: its main branch, or on a resume what the run
+    began with. A run's own configuration has the commit."""
     height: Pixels = None
     """Image height in pixels; None: the pipeline's own."""
     width: Pixels = None
@@ -41,8 +44,15 @@ class ModelConfig(Section):
     """Frames of a video; None: the pipeline's own."""
     guidance_scale_2: Annotated[float | None, AT_LEAST_0] = None
     """Of a pipeline's second network, where guidance_scale is beyond 1; None: as of the first."""
+    guidance_embedding: Annotated[float | None, AT_LEAST_0] = None
+    """What a network that takes a guidance scale is told; None: as the pipeline has it."""
+    negative_prompt: Phrase | None = None
+    """What stands for no prompt where guidance_scale is beyond 1; None: the family's own."""
+    frame_rate: Annotated[float | None, ABOVE_0] = None
+    """Frames per second, of a family that is told it; None: the pipeline's own."""
     max_sequence_length: Annotated[int | None, AT_LEAST_0] = None
-    """T5 tokens of a prompt; None: as the pipeline has it."""
+    """Tokens of a prompt; None: as the pipeline has it, or as few as hold all of a run's where a
+    network does not look at padding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from flowkern.checks import ConfigError, Range, shown
-from flowkern.lookup import nearest
+from flowkern.lookup import is_hub_id, nearest
 from flowkern.rl.algorithms import recipe
 from flowkern.rl.recipe import PolicyRecipe, Recipe
 
@@ -42,16 +42,31 @@ def _text(value: str) -> str:
     return value
 
 
+def _phrase(value: str) -> str:
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise wanted("text, without a NUL or half of a surrogate pair")
+    return value
+
+
 def _place(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise wanted("a path")
     return os.path.abspath(os.path.expanduser(value))
 
 
+def _origin(value: Any) -> str:
+    place = _place(value)
+    return value if is_hub_id(value) else place
+
+
 Text = Annotated[str, AfterValidator(_text)]
+Phrase = Annotated[str, AfterValidator(_phrase)]
+"""What a text encoder takes: also nothing."""
 Place = Annotated[str, BeforeValidator(_place)]
 """A file or a directory: absolute once it is read, so that a run's own configuration serves from
 anywhere."""
+Origin = Annotated[str, BeforeValidator(_origin)]
+"""A directory as a `Place`, or the id of a model on the hub, OWNER/NAME, as it is."""
 
 
 class Section(BaseModel):
@@ -68,7 +83,9 @@ class Section(BaseModel):
         is_closed = cls.model_config["extra"] == "forbid" and isinstance(tree, Mapping)
         for key in tree if is_closed else ():
             if key not in cls.model_fields:
-                known = {"key": str(key), "known": list(cls.model_fields)}
+                # Half of a surrogate pair is no text to pydantic's core.
+                name = str(key).encode("utf-8", "backslashreplace").decode()
+                known = {"key": name, "known": list(cls.model_fields)}
                 raise PydanticCustomError("unknown", "unknown key", known)
         return tree
 

@@ -27,6 +27,7 @@ from flowkern.train.copies import Copies, Weights
 from flowkern.train.errors import RunError, describe
 from flowkern.train.metrics import Experience, Progress, Sums
 from flowkern.train.optimizer import make_optimizer, make_schedule, restore
+from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
 from flowkern.train.stop import StopRequest
 
@@ -92,12 +93,13 @@ class Loop:
 
     def __init__(self, config: Config, model: Any = None) -> None:
         """model: see `Task`."""
-        self.config, self.recipe = config, config.algorithm
         self.global_step = self.iteration = 0  # optimizer steps and rollouts so far
         self.updates_done = 0  # optimizer steps of the rollout under way
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
         self.accelerator = distributed.make_accelerator(config)
+        config = pinned(config, self.accelerator) if model is None else config
+        self.config, self.recipe = config, config.algorithm
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.stop = StopRequest(acts_alone=self.accelerator.is_main_process)

@@ -22,6 +22,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import flowkern as fk
 from flowkern.models import MODELS, Conditioning, load_model
 from flowkern.models.directory import check_vocabulary
+from flowkern.models.flux2 import Flux2Klein
 from flowkern.schedules import step_coefficients
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora
@@ -333,6 +334,10 @@ def test_mistakes_are_named(load):
         load("ltx", num_frames=5)
     with pytest.raises(ValueError, match="frame_rate: got 0, expected frames per second above 0"):
         load("ltx", frame_rate=0)
+    klein = tiny.pipeline("klein")
+    klein.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match="negative_prompt: got 'bad', but this model takes no gui"):
+        Flux2Klein(klein, negative_prompt="bad")
     assert load("flux", negative_prompt="bad").guidance.negative_prompt == "bad"
     assert len(Conditioning.cat([load("flux").encode(PROMPTS)] * 2)) == 4
 

@@ -15,6 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits/flow_grpo.yaml"
 
 
+def test_an_id_of_the_hub_stays_one_and_a_directory_becomes_absolute():
+    for path, expected in (
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
+        (str(ROOT / "assets/digits-sd3"), str(ROOT / "assets/digits-sd3")),
+        ("nowhere", str(Path.cwd() / "nowhere")),
+        ("./some/where", str(Path.cwd() / "some/where")),
+        ("some/where/else", str(Path.cwd() / "some/where/else")),
+    ):
+        assert load_config(DIGITS, [f"model.path={path}"]).model.path == expected
+
+
 def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
     overrides = ["seed=3", "train.learning_rate=1e-4", "train.report_to=null", "lora.rank=8"]
     overrides += ["reward={digits_judge: {weight: 2, directory: here}}", "algorithm.clip_range=.5"]
@@ -69,6 +80,10 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("reward.mine.kind=jugde", "reward.mine.kind: got 'jugde', expected one of digits_cl"),
         ("reward.mean.kind=a:b", "reward.mean: cannot be told apart"),
         ("model.path=3", "model.path: got 3, expected a path"),
+        ('model={"\\ud800": 1}', r"model.\\ud800: unknown key; known are path"),
+        ('model.negative_prompt="\\ud800"', "model.negative_prompt: got .*, expected text, wi"),
+        ("model.frame_rate=0", "model.frame_rate: got 0.0, expected a number above 0"),
+        ("model.guidance_embedding=-1", "model.guidance_embedding: got -1.0, .* at least 0"),
         ("algorithm.best=1", "algorithm.best: unknown key; known are num_inference_steps, guid"),
         ("extends=a.yaml", "extends: unknown key"),
         ("algorithm.updates_per_rollout=4", "train.steps: got .* expected a multiple of .* 4"),

@@ -1,0 +1,76 @@
+"""Pipelines of the Hugging Face hub, OWNER/NAME: which commit a revision is, and its directory in
+the hub's cache. With HF_HUB_OFFLINE, or without a network, the cache alone is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from flowkern.models.directory import INDEX, components, read_index
+
+Found = TypeVar("Found")
+
+# Other forms of the same weights; nothing here reads pickles.
+UNREAD = "*.bin *.pt *.pth *.ckpt *.msgpack *.h5 *.onnx* *.gguf *.fp16* *.bf16* *.non_ema*".split()
+
+
+def commit_of(name: str, revision: str | None = None) -> str:
+    """The commit that a branch or a tag is, or that the id's main branch is.
+
+    Raises FileNotFoundError, of one line that begins with path or revision, where the hub, or its
+    cache where the hub is not asked, has no such pipeline.
+    """
+    from huggingface_hub import hf_hub_download
+
+    index = _asked(name, revision, lambda: hf_hub_download(name, INDEX, revision=revision))
+    return Path(index).parent.name
+
+
+def directory_of(name: str, commit: str) -> Path:
+    """The directory of a commit in the hub's cache, with the parts that its index names; what is
+    not there yet is downloaded. Raises as `commit_of`.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    index = _asked(name, commit, lambda: hf_hub_download(name, INDEX, revision=commit))
+    wanted = [INDEX, *(f"{part}/*" for part in components(read_index(Path(index).parent)))]
+    options = {"revision": commit, "allow_patterns": wanted, "ignore_patterns": UNREAD}
+    return Path(_asked(name, commit, lambda: snapshot_download(name, **options)))
+
+
+def _asked(name: str, revision: str | None, ask: Callable[[], Found]) -> Found:
+    from huggingface_hub import constants, errors
+
+    try:
+        return ask()
+    except errors.GatedRepoError:
+        raise FileNotFoundError(
+            f"path: {name!r} asks for consent at {constants.ENDPOINT}/{name}, and then for a login "
+            "here: hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"path: {name!r} is no directory here and no model of the hub; a private one asks for "
+            "a login: hf auth login"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"revision: {name!r} has no {revision!r}; expected a branch, a tag or a commit"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        at = f"the hub's cache, {constants.HF_HUB_CACHE!r}"
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+        if revision is not None and any(cached.glob(f"*/{INDEX}")):
+            raise FileNotFoundError(
+                f"revision: {revision!r} of {name!r} is not whole in {at}, and {why}"
+            ) from None
+        raise FileNotFoundError(
+            f"path: {name!r} is no directory here and no pipeline in {at}, and {why}"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"path: {name!r} has no {INDEX}: it is no pipeline") from None
+    except errors.HfHubHTTPError as error:
+        raise OSError(f"path: {name!r}: {' '.join(str(error).split()):.300}") from None
