@@ -229,7 +229,7 @@ def iteration_costs() -> list[dict[str, Any]]:
     costs = []
     for name, trainer in trainers.items():
         recipe = trainer.recipe
-        prompts, forwards = recipe.prompts_per_rollout, trainer.task.objective.forwards
+        prompts, forwards = recipe.prompts_per_rollout, trainer.task.objective.calls()
         first, whole = (
             mean_cost(recipe, trainer.task.model.sigmas, r)[0] for r in (range(1), COST_ROLLOUTS)
         )

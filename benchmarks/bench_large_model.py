@@ -83,9 +83,16 @@ class Bench:
     def _count(self, *_) -> None:
         self.batches += 1
 
-    def _keep(self, rollout):
-        self.found["flowkern", "latents"] = rollout.latents.flatten(0, 1)
-        return rollout
+    def _keep(self, blocks):
+        walk = blocks.walk
+
+        def kept(source):
+            rollout = walk(source)
+            self.found["flowkern", "latents"] = rollout.latents.flatten(0, 1)
+            return rollout
+
+        blocks.walk = kept
+        return blocks
 
     def _keep_gradient(self, update, *given):
         self.found["flowkern", "gradient"] = self._gradient()

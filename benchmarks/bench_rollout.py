@@ -34,12 +34,11 @@ AS_RELEASED = {"flow_grpo": GROUP, "tempflow_grpo": GROUP}  # the others: one sa
 class Way:
     """An iteration, again and again from the same step of the run; the first on given noise."""
 
-    def __init__(self, loop, trainer, calls: tuple[int, int]):
+    def __init__(self, loop, trainer, calls: tuple[int, int], sites: float):
         self.loop, self.trainer, self.calls = loop, trainer, calls
         self.start = trainer.global_step, trainer.iteration
-        sampled, trained = calls
         # In calls forward; backward counts two.
-        self.work = sampled + trained * (1 + 2 / trainer.task.objective.forwards)
+        self.work = sum(calls) + 2 * trainer.recipe.prompts_per_rollout * sites
 
     def __call__(self) -> tuple[torch.Tensor]:
         self.trainer.global_step, self.trainer.iteration = self.start
@@ -100,7 +99,10 @@ def _case(name: str, quick: bool) -> Case:
         return _plain(_trainer(name, folder.name, *few), name, batch_size, theirs)
 
     def engine(trainer) -> Way:
-        return Way(Engine(trainer), trainer, _calls(trainer, ours))
+        from flowkern.rl.cost import network_calls
+
+        sampled, trained = network_calls(recipe, ours, iteration)
+        return Way(Engine(trainer), trainer, (round(sampled), round(sum(trained))), ours.train)
 
     group = plain(size)
     (truth,) = group()
@@ -156,13 +158,9 @@ def _plain(trainer, name: str, batch_size: int, cost) -> Way:
         sample_id = (ids[slot] + torch.tensor(members)).to(trainer.device)
         return philox_normal(shape, trainer.config.seed, sample_id, step, stream)
 
-    return Way(LOOPS[name](trainer, batch_size, noise), trainer, _calls(trainer, cost))
-
-
-def _calls(trainer, cost) -> tuple[int, int]:
-    """Network calls of an iteration, forward: in sampling, in training."""
-    prompts, forwards = trainer.recipe.prompts_per_rollout, trainer.task.objective.forwards
-    return round(prompts * cost.sample), round(prompts * forwards * cost.train)
+    prompts = trainer.recipe.prompts_per_rollout
+    calls = (prompts * cost.sample, prompts * trainer.task.objective.calls() * cost.train)
+    return Way(LOOPS[name](trainer, batch_size, noise), trainer, (*map(round, calls),), cost.train)
 
 
 # ---- alone ----

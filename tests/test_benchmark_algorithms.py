@@ -90,7 +90,7 @@ def test_calls_are_counted_as_the_plan_predicts(name, monkeypatch):
     skipped = sites / 2 if name == "awm" else 0
     assert now["sample"] == sampled * (1 if recipe.guidance_scale == 1 else 2)
     assert now["train_gradient"] == sites
-    assert now["train_forward"] == sites * trainer.task.objective.forwards - skipped
+    assert now["train_forward"] == sites * trainer.task.objective.calls(is_on_policy=True) - skipped
     total = now["sample"] + now["train_forward"] + 2 * now["train_gradient"]
     assert counter.total == now["forward_equivalents"] == total
     assert counter.images == plans[0].images

@@ -14,43 +14,46 @@ from flowkern.cli import main
 from flowkern.rollout import Plan
 
 ROOT = Path(__file__).parents[1]
-# sampling here and released, saved, training here and released, images
+# sampling here and released, saved, training here and released, nfe of both, images
 DEFAULTS = {
-    "awm": "336 336 0% 144 144 24",
-    "dance_grpo": "181 192 6% 103 108 12",
-    "diffusion_nft": "240 240 0% 216 216 24",
-    "flow_grpo": "240 240 0% 216 216 24",
-    "flow_grpo_fast": "240 240 0% 72 72 24",
-    "flow_grpo_fast, branching": "171 194 12% 25 48 24",
-    "g2rpo": "1496 1792 17% 8 8 192",
-    "g2rpo, as in the paper": "1700 2188 22% 8 8 288",
-    "grpo_guard": "240 240 0% 216 216 24",
-    "mixgrpo": "289 300 4% 37 48 12",
-    "mixgrpo_flash": "121 132 8% 37 48 12",
-    "mixgrpo_flash_star": "73 84 13% 37 48 12",
-    "tempflow_grpo": "1116 1116 0% 36 216 216",
+    "awm": "336 336 0% 144 144 336 288 24",
+    "dance_grpo": "181 192 6% 103 108 181 103 12",
+    "diffusion_nft": "240 240 0% 216 216 240 432 24",
+    "flow_grpo": "240 240 0% 216 216 480 756 24",
+    "flow_grpo_fast": "240 240 0% 72 72 240 72 24",
+    "flow_grpo_fast, branching": "171 194 12% 25 48 171 25 24",
+    "g2rpo": "1496 1792 17% 8 8 1496 8 192",
+    "g2rpo, as in the paper": "1700 2188 22% 8 8 1700 8 288",
+    "grpo_guard": "240 240 0% 216 216 480 324 24",
+    "mixgrpo": "289 300 4% 37 48 289 37 12",
+    "mixgrpo_flash": "121 132 8% 37 48 121 37 12",
+    "mixgrpo_flash_star": "73 84 13% 37 48 73 37 12",
+    "tempflow_grpo": "1116 1116 0% 36 216 2232 126 216",
 }
 MEANS = {
-    "dance_grpo": "181 192 6% 102 108 12",
-    "flow_grpo_fast, branching": "181.5 204.5 11% 25 48 24",
-    "mixgrpo": "228.5 300 24% 37 48 12",
-    "mixgrpo_flash": "99.2 187.2 47% 37 48 12",
+    "awm": "336 336 0% 144 144 336 431.5 24",
+    "dance_grpo": "181 192 6% 102 108 181 102 12",
+    "diffusion_nft": "240 240 0% 216 216 240 647.3 24",
+    "flow_grpo_fast, branching": "181.5 204.5 11% 25 48 181.5 25 24",
+    "mixgrpo": "228.5 300 24% 37 48 228.5 37 12",
+    "mixgrpo_flash": "99.2 187.2 47% 37 48 99.2 37 12",
 }
 
 
 def printed(capsys, *arguments):
     """{(name, "" or what the mean is of): its numbers} of the table."""
     assert main(["cost", *arguments]) == 0
-    note, head, *lines = capsys.readouterr().out.splitlines()
-    assert "guidance not counted" in note
-    assert head.split() == "sampling released saved training released images".split()
+    note, more, head, *lines = capsys.readouterr().out.splitlines()
+    assert "guidance not counted" in note and "guidance, of a reference" in more
+    columns = "sampling released saved training released nfe/sample nfe/train images".split()
+    assert head.split() == columns
     assert {len(line) for line in lines} == {len(head)}, "columns are aligned"
     out, name = {}, ""
     for line in lines:
         words = line.split()
-        label = " ".join(words[:-6])
+        label = " ".join(words[:-8])
         name = name if line.startswith(" ") else label
-        out[name, label if line.startswith(" ") else ""] = " ".join(words[-6:])
+        out[name, label if line.startswith(" ") else ""] = " ".join(words[-8:])
     return out
 
 
@@ -64,7 +67,7 @@ def test_every_algorithm_at_its_papers_defaults(capsys):
 
 def test_only_the_algorithms_named(capsys):
     found = printed(capsys, "mixgrpo", "awm")
-    assert [name for name, _ in found] == ["mixgrpo", "mixgrpo", "awm"]
+    assert [name for name, _ in found] == ["mixgrpo", "mixgrpo", "awm", "awm"]
     assert main(["cost", "mix_gppo"]) == 2
     error = capsys.readouterr().err
     assert "got 'mix_gppo', expected" in error and error.endswith("did you mean 'mixgrpo'?\n")
@@ -74,7 +77,10 @@ def test_a_configuration_with_overrides(capsys):
     pytest.importorskip("yaml")
     path = str(ROOT / "configs/digits/g2rpo.yaml")
     paper = ["num_inference_steps=16", "branch_steps=8", "group_size=12"]
-    for sizes, row in (("[1, 2]", DEFAULTS["g2rpo"]), ("[1,2,3]", "1700 2188 22% 8 8 288")):
+    for sizes, row in (
+        ("[1, 2]", DEFAULTS["g2rpo"]),
+        ("[1,2,3]", DEFAULTS["g2rpo, as in the paper"]),
+    ):
         options = [f"algorithm.{option}" for option in (*paper, f"granularities={sizes}")]
         assert printed(capsys, "--config", path, *options) == {("g2rpo", ""): row}
 
@@ -107,10 +113,10 @@ sys.exit(main(["cost", "tempflow_grpo"]))
     assert row == ["tempflow_grpo", *DEFAULTS["tempflow_grpo"].split()]
 
 
-def pairs(name, place):
+def pairs(name, place, between=" / "):
     """What the docs say of an algorithm: here / released, of the first rollout and of the mean."""
     found = [table[name].split()[place] for table in (DEFAULTS, MEANS) if name in table]
-    return list(dict.fromkeys(" / ".join(pair) for pair in found))
+    return list(dict.fromkeys(between.join(pair) for pair in found))
 
 
 def test_the_docs_show_these_numbers():
@@ -118,11 +124,12 @@ def test_the_docs_show_these_numbers():
     for line in (ROOT / "docs/algorithms.md").read_text().splitlines():
         if line.startswith("| ") and " / " in line:
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            said.setdefault(re.search(r"`(\w+)`", cells[0])[1], cells[5:7])
+            said.setdefault(re.search(r"`(\w+)`", cells[0])[1], cells[5:8])
     assert said.keys() == {name for name in DEFAULTS if "," not in name}
-    for name, (sampling, training) in said.items():
+    for name, (sampling, training, calls) in said.items():
         assert sampling == ", mean ".join(pairs(name, slice(0, 2))), name
         assert training == ", mean ".join(pairs(name, slice(3, 5))), name
+        assert calls == ", mean ".join(pairs(name, slice(5, 7), " + ")), name
 
     section = (ROOT / "README.md").read_text().split("## Algorithms")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\w.*) \| (.* / .*) \| (.* / .*) \|$", section, re.MULTILINE)
@@ -154,5 +161,5 @@ def test_the_recipe_in_the_docs_costs_what_it_says(capsys, tmp_path, monkeypatch
     scores = {"a": torch.tensor([[1.0, 4.0]])}
     assert of_signs(scores, {"a": 1.0}, plan).tolist() == [[-1, 1]]
     found = printed(capsys, "fork:Fork")
-    assert found["fork:Fork", ""] == "115 160 28% 1 16 16"
+    assert found["fork:Fork", ""] == "115 160 28% 1 16 115 1 16"
     del sys.modules["fork"]

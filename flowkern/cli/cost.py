@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowkern.rl.recipe import Recipe
 
 ROLLOUTS = 300
 
@@ -14,9 +17,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "cost",
         parents=[common],
         help="count network calls",
-        description="Network calls and images per prompt, guidance not counted: of algorithms at "
-        "their papers' defaults, or of a configuration. Where rollouts differ, those of the first "
-        f"and the mean of {ROLLOUTS}, as many as papers' runs have (of all, in a shorter run).",
+        description="Network calls and images per prompt, of algorithms at their papers' defaults "
+        "or of a configuration: guidance not counted, and all of them as a run counts them. Where "
+        f"rollouts differ, those of the first and the mean of {ROLLOUTS}, as many as papers' runs "
+        "have (of all, in a shorter run).",
     )
     parser.add_argument(
         "names",
@@ -31,7 +35,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from flowkern.rl.algorithms import name_of, names, recipe
-    from flowkern.rl.cost import mean_cost
+    from flowkern.rl.cost import network_calls
+    from flowkern.rollout import Cost
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
     if options.config is None:
@@ -48,16 +53,27 @@ def run(options: argparse.Namespace) -> int:
         recipes = {name_of(config.algorithm): config.algorithm}
         rollouts = min(ROLLOUTS, config.train.steps // config.algorithm.updates_per_rollout)
         seed = config.seed
-    rows = [("", "sampling", "released", "saved", "training", "released", "images")]
+
+    def row(algorithm: Recipe, costs: Sequence[Cost]) -> tuple[str, ...]:
+        ours = Cost.mean(costs)
+        theirs = Cost.mean([algorithm.released(i, seed) for i in range(len(costs))])
+        found = [network_calls(algorithm, cost, i) for i, cost in enumerate(costs)]
+        total = len(costs) * algorithm.prompts_per_rollout
+        calls = sum(s for s, _ in found) / total, sum(sum(t) for _, t in found) / total
+        counts = (ours.sample, theirs.sample, ours.train, theirs.train, *calls, ours.images)
+        sampling, naive, *rest = (f"{count:.1f}".removesuffix(".0") for count in counts)
+        return sampling, naive, f"{1 - ours.sample / theirs.sample:.0%}", *rest
+
+    head = "sampling released saved training released nfe/sample nfe/train images"
+    rows = [("", *head.split())]
     for name, algorithm in recipes.items():
-        first, mean = (mean_cost(algorithm, sd3_sigmas, range(n), seed) for n in (1, rollouts))
-        found = {name: first} | ({f"  mean of {rollouts}": mean} if mean != first else {})
-        for label, (ours, theirs) in found.items():
-            saved = f"{1 - ours.sample / theirs.sample:.0%}"
-            counts = (ours.sample, theirs.sample, ours.train, theirs.train, ours.images)
-            sampling, naive, *rest = (f"{count:.1f}".removesuffix(".0") for count in counts)
-            rows.append((label, sampling, naive, saved, *rest))
+        costs = [algorithm.plan(sd3_sigmas, i, seed).cost() for i in range(rollouts)]
+        first, mean = row(algorithm, costs[:1]), row(algorithm, costs)
+        rows += [(name, *first)] + ([(f"  mean of {rollouts}", *mean)] if mean != first else [])
     print("Network calls and images per prompt, guidance not counted. Released: the authors' loop.")
+    print(
+        "nfe: all calls, those of guidance, of a reference and of copies of the weights included."
+    )
     _print_table(rows)
     return 0
 

@@ -1,4 +1,4 @@
-"""What a recipe costs: network calls and images per prompt, guidance not counted."""
+"""What a recipe costs: network calls and images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowkern.rl.recipe import Grid, Recipe
 def mean_cost(
     recipe: Recipe, grid: Grid, iterations: range = range(1), seed: int = 0
 ) -> tuple[rollout.Cost, rollout.Cost]:
-    """What this package takes and what the released loop takes, per prompt.
+    """What this package takes and what the released loop takes, per prompt, guidance not counted.
 
     Means over the rollouts `iterations`, whose plans may differ.
     """
@@ -19,7 +19,8 @@ def mean_cost(
 
 
 def counts(recipe: Recipe, window_start: int | None = None) -> dict[str, float]:
-    """Of one rollout: the first, or the first whose window begins at step `window_start`.
+    """Per prompt of one rollout, guidance not counted: the first, or the first whose window begins
+    at step `window_start`.
 
     Returns sample, train (calls of the trained network), decode (images), and naive_sample,
     naive_train, which the authors' released loop takes.
@@ -35,3 +36,22 @@ def counts(recipe: Recipe, window_start: int | None = None) -> dict[str, float]:
     ours, theirs = mean_cost(recipe, sd3_sigmas, range(iteration, iteration + 1))
     found = {"sample": ours.sample, "train": ours.train, "decode": ours.images}
     return found | {"naive_sample": theirs.sample, "naive_train": theirs.train}
+
+
+def network_calls(
+    recipe: Recipe, cost: rollout.Cost, iteration: int = 0
+) -> tuple[float, list[float]]:
+    """All calls of the network for a rollout of all prompts, those of guidance, of a reference and
+    of copies included, as nfe/sample and nfe/train count them: in sampling, and in each update.
+
+    cost: of the plan of that rollout. Training takes fewer calls where rewards are all alike.
+    """
+    guidance = recipe.guidance(uncond=0)
+    objective, updates = recipe.objective(guidance), recipe.updates_per_rollout
+    prompts = recipe.prompts_per_rollout
+    # At the first update copies are the weights where they have just been made so, or all begin.
+    current = [n for n, decay in recipe.copies.items() if not iteration or not decay(iteration)]
+    first = objective.calls(is_on_policy=recipe.sampler is None, current=current)
+    calls = [first, *[objective.calls()] * (updates - 1)]
+    halves = 1 if guidance is None else 2
+    return prompts * halves * cost.sample, [prompts / updates * cost.train * c for c in calls]

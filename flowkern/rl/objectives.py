@@ -5,7 +5,7 @@ R rows of the network, B choices (B >= R where siblings share a row), *D one lat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,14 +42,22 @@ class Objective(Protocol):
         """Other weights whose velocity is needed, without gradient: "reference", or a copy's."""
         ...
 
-    @property
-    def forwards(self) -> int:
-        """Network calls for each site, those of the anchors and of guidance included."""
+    def calls(self, is_on_policy: bool = False, current: Collection[str] = ()) -> int:
+        """Of the network for each site, those of the anchors and of guidance included.
+
+        is_on_policy: with the weights that sampled, and what sampling kept. current: the copies
+        that are known to equal the weights, and are left out.
+        """
         ...
 
     @property
     def together(self) -> int:
         """Of those, how many are of one batch."""
+        ...
+
+    @property
+    def keeps_uncond(self) -> bool:
+        """Does it take the unconditional half of guidance from the rollout, on policy?"""
         ...
 
     @property
@@ -83,13 +91,17 @@ class RatioClip:
     def anchors(self) -> tuple[str, ...]:
         return ("reference",) if self.kl_coef > 0 else ()
 
-    @property
-    def forwards(self) -> int:
-        return (1 + len(self.anchors)) * (1 if self.guidance is None else 2)
+    def calls(self, is_on_policy: bool = False, current: Collection[str] = ()) -> int:
+        halves = 1 if self.guidance is None else 2
+        return halves * (1 + len(self.anchors)) - (is_on_policy and self.keeps_uncond)
 
     @property
     def together(self) -> int:
         return 1 if self.guidance is None or not self.uncond_gradient else 2
+
+    @property
+    def keeps_uncond(self) -> bool:
+        return self.guidance is not None and not self.uncond_gradient
 
     @property
     def needs_all(self) -> bool:
@@ -98,13 +110,15 @@ class RatioClip:
     def __call__(
         self, batch: StepBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> Outcome:
-        """Where the unconditional half of guidance has no gradient it is run without."""
+        """Where the unconditional half of guidance has no gradient it is run without, or is what
+        sampling kept.
+        """
         v_ref = None
         if self.anchors:
             with torch.no_grad():
-                v_ref, guide = self._ask(anchors["reference"], batch)
+                v_ref, guide = self._ask(anchors["reference"], batch, None)
                 v_ref = guided(v_ref, **guide)
-        v, guide = self._ask(velocity, batch)
+        v, guide = self._ask(velocity, batch, batch.uncond)
         out = policy_loss(
             v,
             batch.x_t,
@@ -126,20 +140,28 @@ class RatioClip:
         )
         return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl))
 
-    def _ask(self, velocity: Velocity, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
-        """A velocity with the guidance arguments of a step, which are none without guidance."""
+    def _ask(
+        self, velocity: Velocity, batch: StepBatch, uncond: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """A velocity with the guidance arguments of a step, which are none without guidance.
+
+        uncond: (R, *D), the unconditional half where it is known.
+        """
+        where, levels = (batch.x_t, batch.sigma), batch.sigma_host
         if self.guidance is None:
-            return velocity(batch.x_t, batch.sigma, batch.prompt), {}
-        where = batch.x_t, batch.sigma
+            return velocity(*where, batch.prompt, levels), {}
         no_prompt = torch.full_like(batch.prompt, self.guidance.uncond)
         if self.uncond_gradient and torch.is_grad_enabled():  # in one call, as wrappers need it
             both = torch.cat([batch.prompt, no_prompt])
-            v, uncond = velocity(*(torch.cat([x, x]) for x in where), both).chunk(2)
+            twice = (torch.cat([x, x]) for x in where)
+            v, uncond = velocity(*twice, both, levels + levels).chunk(2)
             v, guide = self.guidance.combined(v, uncond, batch.sigma)
             return v, guide | ({"uncond_gradient": True} if guide else {})
-        with torch.no_grad():
-            uncond = velocity(*where, no_prompt)
-        return self.guidance.combined(velocity(*where, batch.prompt), uncond, batch.sigma)
+        if uncond is None:
+            with torch.no_grad():
+                uncond = velocity(*where, no_prompt, levels)
+        v = velocity(*where, batch.prompt, levels)
+        return self.guidance.combined(v, uncond, batch.sigma)
 
 
 @dataclass(frozen=True)
@@ -169,13 +191,16 @@ class Matching:
         ema = self.ema if self.ema_coef > 0 else None
         return tuple(dict.fromkeys(name for name in (self.old, reference, ema) if name))
 
-    @property
-    def forwards(self) -> int:
-        return 1 + len(self.anchors)
+    def calls(self, is_on_policy: bool = False, current: Collection[str] = ()) -> int:
+        return 1 + len({*self.anchors} - {*current})
 
     @property
     def together(self) -> int:
         return 1
+
+    @property
+    def keeps_uncond(self) -> bool:
+        return False
 
     @property
     def needs_all(self) -> bool:
@@ -188,12 +213,12 @@ class Matching:
         x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
         with torch.no_grad():
             v = {
-                name: anchor(x_t, batch.sigma, batch.prompt)
+                name: anchor(x_t, batch.sigma, batch.prompt, batch.sigma_host)
                 for name, anchor in anchors.items()
                 if name in self.anchors
             }
         out = matching_loss(
-            velocity(x_t, batch.sigma, batch.prompt),
+            velocity(x_t, batch.sigma, batch.prompt, batch.sigma_host),
             batch.x0,
             batch.sigma,
             batch.advantage,

@@ -1,5 +1,5 @@
-"""Rollouts: what is sampled (plan, and its layout), how it is run (engine), what of it is trained
-(batches).
+"""Rollouts: what is sampled (plan, and its layout), how it is run (engine, by blocks), what is
+left of it (states), and what of that is trained (batches).
 """
 
 from typing import TYPE_CHECKING
@@ -8,11 +8,14 @@ from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
     from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches
-    from flowkern.rollout.engine import Guidance, Guide, Rollout, Source, prompt_ids, run
+    from flowkern.rollout.blocks import Blocks
+    from flowkern.rollout.engine import Guidance, Guide, run
     from flowkern.rollout.layout import Layout
     from flowkern.rollout.plan import Cost, Plan
+    from flowkern.rollout.states import Rollout, Source, prompt_ids
 
 __all__ = [
+    "Blocks",
     "Cost",
     "Guidance",
     "Guide",
@@ -29,18 +32,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Blocks": "flowkern.rollout.blocks",
     "Cost": "flowkern.rollout.plan",
     "Guidance": "flowkern.rollout.engine",
     "Guide": "flowkern.rollout.engine",
     "Layout": "flowkern.rollout.layout",
     "Plan": "flowkern.rollout.plan",
     "PointBatch": "flowkern.rollout.batches",
-    "Rollout": "flowkern.rollout.engine",
-    "Source": "flowkern.rollout.engine",
+    "Rollout": "flowkern.rollout.states",
+    "Source": "flowkern.rollout.states",
     "StepBatch": "flowkern.rollout.batches",
     "batch": "flowkern.rollout.batches",
     "network_batches": "flowkern.rollout.batches",
-    "prompt_ids": "flowkern.rollout.engine",
+    "prompt_ids": "flowkern.rollout.states",
     "run": "flowkern.rollout.engine",
 }
 __getattr__ = lazily(__name__, _HOMES)

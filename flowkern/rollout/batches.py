@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowkern.rollout.engine import Rollout, moved
+from flowkern.ops.sde_step import sde_step
 from flowkern.rollout.layout import Layout, Points
+from flowkern.rollout.states import Rollout, moved, picked
 from flowkern.schedules import Coefficients
 
 
@@ -26,6 +27,8 @@ class StepBatch:
     """(R, *D)"""
     sigma: Tensor
     """(R,)"""
+    sigma_host: list[float]
+    """R"""
     prompt: Tensor
     """(R,)"""
     row: Tensor | None
@@ -39,7 +42,9 @@ class StepBatch:
     x_next: Tensor | None
     """(B, *D); None: drawn again from the key, with old_velocity."""
     old_velocity: Tensor | None
-    """(R, *D)"""
+    """(R, *D); None: the weights are those that sampled."""
+    uncond: Tensor | None
+    """(R, *D): what those said without a prompt; None: not kept, or not theirs any more."""
     key: dict[str, int | Tensor]
     """seed, sample_id (B,), step (B,): of the noise that led to x_next."""
 
@@ -52,6 +57,8 @@ class PointBatch:
     """(B, *D)"""
     sigma: Tensor
     """(B,)"""
+    sigma_host: list[float]
+    """B"""
     prompt: Tensor
     """(B,)"""
     advantage: Tensor
@@ -83,20 +90,28 @@ def network_batches(
 
 
 def batch(
-    rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor
+    rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor, is_on_policy: bool = False
 ) -> StepBatch | PointBatch:
-    """What the calls (site, prompt), both (R,), learn from; on the host as is advantage (P, C)."""
-    is_points = isinstance(rollout.layout.trained, Points)
-    return (_points if is_points else _steps)(rollout, site, prompt, advantage)
+    """What the calls (site, prompt), both (R,), learn from; on the host as is advantage (P, C).
+
+    is_on_policy: the weights are those that sampled. Then the ratio is 1 and no old velocity is
+    compared with; and what sampling kept of the unconditional half is handed on.
+    """
+    rollout.wait()
+    if isinstance(rollout.layout.trained, Points):
+        return _points(rollout, site, prompt, advantage)
+    return _steps(rollout, site, prompt, advantage, is_on_policy)
 
 
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
     points, source = rollout.layout.trained, rollout.source
     device = source.prompt_id.device
-    where, leaf_of, step = (moved(value, device) for value in (prompt, points.leaf[site], site))
+    leaf, sigma = points.leaf[site], points.sigma[site]
+    where, leaf_of, step = (moved(value, device) for value in (prompt, leaf, site))
     return PointBatch(
-        x0=rollout.latents[where, leaf_of],
-        sigma=moved(points.sigma[site], device, source.precision),
+        x0=picked(rollout.latents, prompt, leaf, device),
+        sigma=moved(sigma, device, source.precision),
+        sigma_host=sigma.tolist(),
         prompt=where,
         advantage=moved(advantage[prompt, site], device, source.precision),
         key={
@@ -107,34 +122,47 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
     )
 
 
-def _steps(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> StepBatch:
+def _steps(
+    rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor, is_on_policy: bool
+) -> StepBatch:
     source, edges = rollout.source, rollout.layout.trained
     device, first, count = source.prompt_id.device, edges.first, edges.count
     # The choices of every row, one row after another.
     row = torch.arange(len(site)).repeat_interleave(count[site])
     within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
     choice = edges.order[first[site][row] + within]
-    origin = moved(torch.tensor([rollout.kept[i] for i in edges.origins])[site], device)
+    place = torch.tensor([rollout.kept[i] for i in edges.origins])[site]
     where, of_row = moved(prompt, device), moved(row, device)
     noise = moved(edges.noise[choice], device)
-    x_next = None
+    key = {
+        "seed": source.seed,
+        "sample_id": source.prompt_id[where[of_row]] + noise[:, 0],
+        "step": noise[:, 1],
+    }
+    table = Coefficients(moved(edges.table[choice], device, source.precision))
+    x_t = picked(rollout.states, place, prompt, device)
+    old = uncond = x_next = None
+    if rollout.velocity is not None and (rollout.is_redrawn or not is_on_policy):
+        old = picked(rollout.velocity, site, prompt, device)
     if not rollout.is_redrawn:
-        end = moved(torch.tensor([rollout.kept[i] for i in edges.ends])[choice], device)
-        x_next = rollout.states[end, where[of_row]]
-    old = rollout.velocity
+        end = torch.tensor([rollout.kept[i] for i in edges.ends])[choice]
+        x_next = picked(rollout.states, end, prompt[row], device)
+    elif is_on_policy:  # it has its bits from the old velocity, and nothing else has
+        drawn = sde_step(x_t[of_row], old[of_row], table, **key, backend=rollout.backend)
+        x_next, old = drawn[0], None
+    if is_on_policy and rollout.uncond is not None and int(prompt.max()) < rollout.uncond.shape[1]:
+        uncond = picked(rollout.uncond, site, prompt, device)
     return StepBatch(
-        x_t=rollout.states[origin, where],
+        x_t=x_t,
         sigma=moved(edges.sigma[site], device, source.precision),
+        sigma_host=edges.sigma[site].tolist(),
         prompt=where,
         row=None if len(row) == len(site) else of_row,
-        coefficients=Coefficients(moved(edges.table[choice], device, source.precision)),
+        coefficients=table,
         advantage=moved(advantage[prompt[row], choice], device, source.precision),
         weight=moved(edges.weight[choice], device, source.precision),
         x_next=x_next,
-        old_velocity=None if old is None else old[moved(site, device), where],
-        key={
-            "seed": source.seed,
-            "sample_id": source.prompt_id[where[of_row]] + noise[:, 0],
-            "step": noise[:, 1],
-        },
+        old_velocity=old,
+        uncond=uncond,
+        key=key,
     )

@@ -8,7 +8,7 @@ one batch. Nodes of one depth run together, whatever their noise levels. Noise f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,55 +18,14 @@ from torch import Tensor
 
 from flowkern.ops._common.philox import philox_normal
 from flowkern.ops.sde_step import ode_step, reference, sde_step
-from flowkern.rollout.layout import Edges, Launch, Layout, Wave
+from flowkern.rollout.layout import Launch, Layout, Wave
 from flowkern.rollout.plan import Plan
+from flowkern.rollout.states import Rollout, Source, moved
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, *D), sigma (B,), prompt (B,) int64) -> velocity (B, *D)"""
-
-ITERATION_BITS, PROMPT_BITS, MEMBER_BITS = 24, 16, 23  # 63 bits: ids stay positive
-
-
-def prompt_ids(iteration: int, slots: Tensor) -> Tensor:
-    """Ids (P,) int64 of the prompts in an iteration's slots (P,); with a member added, of samples.
-
-    An id never repeats within a run, however its samples are batched or sharded. slots: on the
-    host, as a device would be waited for.
-    """
-    highest = int(slots.max()) if len(slots) else 0
-    for name, value, bits in (
-        ("iteration", iteration, ITERATION_BITS),
-        ("slots", highest, PROMPT_BITS),
-    ):
-        if not 0 <= value < 2**bits:
-            raise ValueError(f"{name}: got {value}, expected 0 to 2**{bits} - 1 in a sample id")
-    return ((iteration << PROMPT_BITS) + slots.to(torch.int64)) << MEMBER_BITS
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the states of a rollout are drawn from, beside the plan."""
-
-    seed: int
-    """Of the run: 64 bits."""
-    prompt_id: Tensor
-    """(P,) int64, from `prompt_ids`. The velocity function is asked for prompts 0 to P - 1."""
-    shape: tuple[int, ...]
-    """*D."""
-    dtype: torch.dtype = torch.float32
-    """Of the states."""
-
-    @property
-    def precision(self) -> torch.dtype:
-        """Of noise levels, coefficients and advantages."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def empty(self, *counts: int, dtype: torch.dtype | None = None) -> Tensor:
-        """States to be written, (*counts, *D); dtype: if another than theirs."""
-        device = self.prompt_id.device
-        return torch.empty(*counts, *self.shape, dtype=dtype or self.dtype, device=device)
-
+Velocity = Callable[[Tensor, Tensor, Tensor, Sequence[float]], Tensor]
+"""(x_t (B, *D), sigma (B,), prompt (B,) int64, sigma_host) -> velocity (B, *D); sigma_host: the B
+noise levels on the host, for what chooses by them and is not to wait for the device."""
 
 Guide = Callable[[Tensor, Tensor, float, Tensor], Tensor]
 """(velocity (B, *D), uncond (B, *D), scale, sigma (B,)) -> guided velocity (B, *D)"""
@@ -96,64 +55,51 @@ class Guidance:
         return self.guide(v, uncond, self.scale, sigma), {}
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """What sampling leaves behind: the leaves, and what training needs of the way there."""
-
-    layout: Layout
-    """Of the plan, made once."""
-    source: Source
-    latents: Tensor
-    """(P, L, *D): the leaves."""
-    states: Tensor
-    """(K, P, *D): nodes that trained edges leave, and those they lead to unless drawn again."""
-    kept: dict[int, int]
-    """Node -> its place in `states`."""
-    velocity: Tensor | None
-    """(O, P, *D): guided, at the plan's origins, of the weights that sampled, in the precision of
-    the step kernel; None unless kept."""
-    is_redrawn: bool
-    """Is x_next drawn again from its seed, with `velocity`, where training needs it?"""
-
-    @property
-    def plan(self) -> Plan:
-        return self.layout.plan
-
-
 @torch.no_grad()
 def run(
-    plan: Plan,
+    plan: Plan | Layout,
     velocity: Velocity,
     source: Source,
     max_batch: int,
     guidance: Guidance | None = None,
     keep_velocity: bool = False,
+    keep_uncond: int = 0,
     backend: str | None = None,
 ) -> Rollout:
     """Sample the tree of every prompt.
 
     max_batch: network calls of one batch at most; guidance takes two per node, in the same batch.
     keep_velocity: needed where the weights will have moved between sampling and training.
+    keep_uncond: of how many prompts, from the first on, the unconditional half of guidance is put
+    aside: those that are trained on before the weights move.
     """
-    layout, per_node = Layout(plan), 1 if guidance is None else 2
+    layout = plan if isinstance(plan, Layout) else Layout(plan)
+    per_node = 1 if guidance is None else 2
     if max_batch < per_node:
         raise ValueError(f"max_batch: got {max_batch}, expected at least {per_node}")
-    rollout, prompts = _empty(layout, source, keep_velocity), len(source.prompt_id)
-    x = _roots(plan, layout.waves[0], source, backend)
+    rollout = Rollout.empty(layout, source, keep_velocity, backend)
+    keep_uncond = 0 if guidance is None else min(keep_uncond, source.prompts)
+    x = _roots(layout.plan, layout.waves[0], source, backend)
     memory: list[Tensor] = []  # clean predictions of this wave, of the one before it, ...
     for wave, following in pairwise([*layout.waves, None]):
-        _record(rollout, wave, x)
+        rollout.record(wave, x)
         if following is None:
             break
-        x_next = source.empty(len(following.nodes), prompts)
-        memory = [source.empty(int((wave.memory >= 0).sum()), prompts), *memory[: MAX_HISTORY - 1]]
+        x_next = source.empty(len(following.nodes), source.prompts)
+        fresh = source.empty(int((wave.memory >= 0).sum()), source.prompts)
+        memory = [fresh, *memory[: MAX_HISTORY - 1]]
         tables = _tables(wave, source, backend)
-        for part in slices(len(wave.sigma) * prompts, max_batch // per_node):
+        for part in slices(len(wave.sigma) * source.prompts, max_batch // per_node):
             batch = _ask(tables, part, x.flatten(0, 1)[part], velocity, guidance)
-            _keep(batch, rollout.velocity, memory[0])
+            if keep_uncond and rollout.uncond is None:  # its dtype is the network's
+                dtype = batch.uncond.dtype
+                rollout.uncond = source.empty(len(layout.origins), keep_uncond, dtype=dtype)
+            _keep(batch, rollout, memory[0])
             for launch in tables.launches:
                 _walk(batch, *launch, memory[1:], x_next)
+        del batch  # it holds this wave's states, and the next is to have their memory
         x = x_next
+        del x_next
     return rollout
 
 
@@ -164,28 +110,6 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def _empty(layout: Layout, source: Source, keep_velocity: bool) -> Rollout:
-    """What will be left behind, allocated."""
-    prompts, trained = len(source.prompt_id), layout.trained
-    origins, ends = (trained.origins, trained.ends) if isinstance(trained, Edges) else ((), ())
-    kept = sorted({*origins, *ends})
-    # A velocity per origin and a seed, in place of the states of many siblings.
-    is_redrawn = source.dtype == torch.float32 and 2 * len(origins) < len(kept)
-    kept = sorted(origins) if is_redrawn else kept
-    velocity = None
-    if is_redrawn or keep_velocity:
-        velocity = source.empty(len(origins), prompts, dtype=source.precision)
-    return Rollout(
-        layout,
-        source,
-        latents=source.empty(prompts, len(layout.plan.leaves)),
-        states=source.empty(len(kept), prompts),
-        kept={node: place for place, node in enumerate(kept)},
-        velocity=velocity,
-        is_redrawn=is_redrawn,
-    )
-
-
 def _roots(plan: Plan, wave: Wave, source: Source, backend: str | None) -> Tensor:
     """(W, P, *D): pure noise."""
     member = torch.tensor([plan.nodes[node].member for node in wave.nodes])
@@ -193,16 +117,6 @@ def _roots(plan: Plan, wave: Wave, source: Source, backend: str | None) -> Tenso
     shape = (ids.numel(), *source.shape)
     x = philox_normal(shape, source.seed, ids.flatten(), 0, "init", backend=backend)
     return x.to(source.dtype).view(*ids.shape, *source.shape)
-
-
-def _record(rollout: Rollout, wave: Wave, x: Tensor) -> None:
-    """Put aside the leaves, and what training needs, of a wave's states (W, P, *D)."""
-    leaves = rollout.plan.leaves
-    for position, node in enumerate(wave.nodes):
-        if node in leaves:
-            rollout.latents[:, leaves[node]] = x[position]
-        if node in rollout.kept:
-            rollout.states[rollout.kept[node]] = x[position]
 
 
 @dataclass(frozen=True)
@@ -232,12 +146,14 @@ class _Batch:
     part: slice
     x_t: Tensor
     velocity: Tensor
+    uncond: Tensor | None
+    """What it says without a prompt, as it says it; None without guidance."""
     guide: dict[str, Any]
     """The guidance arguments of a step; none without guidance."""
 
 
 def _tables(wave: Wave, source: Source, backend: str | None) -> _Tables:
-    device, prompts = source.prompt_id.device, len(source.prompt_id)
+    device, prompts = source.prompt_id.device, source.prompts
 
     def each(value: Tensor) -> Tensor:
         return moved(value, device, source.precision).repeat_interleave(prompts, 0)
@@ -252,7 +168,7 @@ def _tables(wave: Wave, source: Source, backend: str | None) -> _Tables:
         source,
         backend,
         sigma=each(wave.sigma),
-        prompt=torch.arange(prompts, device=device).repeat(len(wave.sigma)),
+        prompt=(torch.arange(prompts, device=device) + source.first).repeat(len(wave.sigma)),
         to_clean=each(wave.to_clean.table),
         launches=[(launch, each(launch.table.table), ids(launch)) for launch in wave.launches],
     )
@@ -262,31 +178,37 @@ def _ask(
     tables: _Tables, part: slice, x_t: Tensor, velocity: Velocity, guidance: Guidance | None
 ) -> _Batch:
     """The velocity of rows `part`, and with guidance that without a prompt."""
-    prompt, sigma = tables.prompt[part], tables.sigma[part]
-    guide: dict[str, Any] = {}
+    prompts = tables.source.prompts
+    row = torch.arange(part.start, part.stop)
+    node, prompt, sigma = row // prompts, tables.prompt[part], tables.sigma[part]
+    levels = tables.wave.sigma[node].tolist()
+    uncond, guide = None, {}
     if guidance is None:
-        v = velocity(x_t, sigma, prompt)
+        v = velocity(x_t, sigma, prompt, levels)
     else:
         both = torch.cat([prompt, torch.full_like(prompt, guidance.uncond)])
-        v = velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
-        v, guide = guidance.combined(*v.chunk(2), sigma)
-    row, prompts = torch.arange(part.start, part.stop), len(tables.source.prompt_id)
-    return _Batch(tables, row // prompts, row % prompts, part, x_t, v, guide)
+        twice = torch.cat([x_t, x_t]), torch.cat([sigma, sigma])
+        v, uncond = velocity(*twice, both, levels + levels).chunk(2)
+        v, guide = guidance.combined(v, uncond, sigma)
+    return _Batch(tables, node, row % prompts, part, x_t, v, uncond, guide)
 
 
-def _keep(batch: _Batch, velocity: Tensor | None, memory: Tensor) -> None:
+def _keep(batch: _Batch, rollout: Rollout, memory: Tensor) -> None:
     """Put aside the velocities that training needs and the predictions that steps need."""
     wave = batch.tables.wave
-    if velocity is not None:
-        _put(batch, velocity, wave.origin, lambda: guided(batch.velocity, **batch.guide))
+    if rollout.velocity is not None:
+        _put(batch, rollout.velocity, wave.origin, lambda: guided(batch.velocity, **batch.guide))
+    if rollout.uncond is not None:
+        _put(batch, rollout.uncond, wave.origin, lambda: batch.uncond)
     if len(memory):
         to_clean = Coefficients(batch.tables.to_clean[batch.part])
         _put(batch, memory, wave.memory, lambda: _step(batch, slice(None), to_clean))
 
 
 def _put(batch: _Batch, target: Tensor, places: Tensor, value: Callable[[], Tensor]) -> None:
+    """Of the rows that have a place, and of those the first prompts, as many as target has."""
     place = places[batch.node]
-    here = (place >= 0).nonzero().flatten()
+    here = ((place >= 0) & (batch.prompt < target.shape[1])).nonzero().flatten()
     if len(here):
         entry = place[here] * target.shape[1] + batch.prompt[here]
         device = target.device
@@ -337,11 +259,6 @@ def _index(index: Tensor, device: torch.device) -> slice | Tensor:
     if torch.equal(index, torch.arange(first, first + len(index))):
         return slice(first, first + len(index))
     return moved(index, device)
-
-
-def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """From the host; converted there, so that the copy waits for nothing on the device."""
-    return value.to(dtype or value.dtype).to(device, non_blocking=True)
 
 
 def guided(velocity: Tensor, velocity_uncond: Tensor | None = None, guidance_scale: float = 1.0):

@@ -120,6 +120,11 @@ class Layout:
         """S."""
         return len(self.trained.sigma)
 
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """The nodes that trained edges leave; none where points are matched."""
+        return self.trained.origins if isinstance(self.trained, Edges) else ()
+
 
 def _points(plan: Plan) -> Points:
     leaf, sigma = zip(*plan.points, strict=True)

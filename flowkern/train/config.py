@@ -135,6 +135,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     max_batch: Annotated[int, count(2**20)] = 16
     """Network calls that run as one batch, at most, in sampling and training, on each process."""
+    prompts_per_block: Annotated[int | None, count(2**16)] = None
+    """Prompts that are sampled and scored together, at most, on each process: the latents of no
+    others are on the device, and what training needs of them waits on the host. None: all."""
     learning_rate: Annotated[float, Range(0, above=True, most=1e6)] = 3e-4
     """Of AdamW, at its highest."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"

@@ -83,6 +83,14 @@ class Weights:
     trained: Mapping[str, nn.Module]
     """As gradients need them: wrapped for several processes."""
     copies: Copies
+    sampler: str | None = None
+    """The version that draws a rollout; None: themselves, and no optimizer step follows before the
+    next one."""
+
+    @property
+    def have_sampled(self) -> bool:
+        """Are they known to be those that drew the rollout?"""
+        return self.sampler is None or self.is_current(self.sampler)
 
     def is_current(self, name: str) -> bool:
         """Is that version known to be equal to the weights?"""

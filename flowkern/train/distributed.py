@@ -118,14 +118,20 @@ def finish(accelerator: Accelerator) -> None:
 
 
 class Laps:
-    """Seconds and counts between marks; CUDA events there, so that marking never waits."""
+    """Seconds and counts of laps; CUDA events there, so that marking never waits."""
 
     def __init__(self, device: torch.device, count: Callable[[], int]) -> None:
         self._on_cuda, self._count = device.type == "cuda", count
         self._marks: list[tuple[Any, int]] = []
-        self.mark()
+        self._laps: list[int] = []
+        self._note()
 
-    def mark(self) -> None:
+    def mark(self, lap: int | None = None) -> None:
+        """What has passed since the last mark belongs to this lap; None: to a new one."""
+        self._laps.append(max(self._laps, default=-1) + 1 if lap is None else lap)
+        self._note()
+
+    def _note(self) -> None:
         if self._on_cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -138,9 +144,15 @@ class Laps:
         times = [mark[0] for mark in self._marks]
         if self._on_cuda:
             times[-1].synchronize()
-            return [a.elapsed_time(b) / 1000 for a, b in pairwise(times)]
-        return [b - a for a, b in pairwise(times)]
+            return self._sums([a.elapsed_time(b) / 1000 for a, b in pairwise(times)])
+        return self._sums([b - a for a, b in pairwise(times)])
 
     def counts(self) -> list[int]:
         """By how much the count rose in each lap."""
-        return [b[1] - a[1] for a, b in pairwise(self._marks)]
+        return self._sums([b[1] - a[1] for a, b in pairwise(self._marks)])
+
+    def _sums(self, parts: list[Any]) -> list[Any]:
+        sums = [0] * (1 + max(self._laps, default=-1))
+        for lap, part in zip(self._laps, parts, strict=True):
+            sums[lap] += part
+        return sums

@@ -5,9 +5,10 @@ P prompts of a rollout, of this rank unless stated, each with L leaves and C tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +16,19 @@ from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Model, guide_of
 from flowkern.rl.objectives import Outcome
-from flowkern.rollout import Plan, Rollout, Source, network_batches, prompt_ids, run
+from flowkern.rollout import (
+    Blocks,
+    Layout,
+    Plan,
+    Rollout,
+    Source,
+    network_batches,
+    prompt_ids,
+    run,
+)
 from flowkern.rollout import batch as gathered
-from flowkern.rollout.engine import Velocity, moved, slices
+from flowkern.rollout.engine import Velocity, slices
+from flowkern.rollout.states import moved
 from flowkern.train import distributed, lora
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import Weights
@@ -31,6 +42,7 @@ from flowkern.train.stop import StopRequest
 from flowkern.train.validation import Validation
 
 NETWORK = "network"  # the one module that is trained
+SAMPLING, REWARD = 0, 1  # laps of `Experience`
 
 
 @dataclass(frozen=True)
@@ -119,14 +131,14 @@ class FlowTask:
         prompts = self.draw_prompts(iteration)
         texts = [*(prompt["prompt"] for prompt in prompts), self.model.guidance.negative_prompt]
         conditioning = self.model.encode(texts).to(self.device)
-        rollout = self.sample(iteration, conditioning)
-        laps.mark()
-        found, leaves = self.score(rollout, prompts), len(rollout.plan.leaves)
-        scores = {name: value.view(-1, leaves) for name, value in found.rewards.items()}
-        advantage = self.credit(scores, rollout.plan)
-        laps.mark()
+        blocks = self.sample(iteration, conditioning)
+        found = self.score(blocks, prompts, laps)
+        rollout, plan = blocks.rollout, blocks.rollout.plan
+        scores = {name: value.view(-1, len(plan.leaves)) for name, value in found.rewards.items()}
+        advantage = self.credit(scores, plan)
+        laps.mark(REWARD)
         weights = self.config.reward.weights
-        flat = self.recipe.credit().zero_std_ratio(scores, weights, rollout.plan)
+        flat = self.recipe.credit().zero_std_ratio(scores, weights, plan)
         sampling, training = self.released_calls(iteration)
         return FlowExperience(
             figures=found.means() | {"zero_std_ratio": flat, "nfe/naive_sample": sampling},
@@ -145,28 +157,50 @@ class FlowTask:
         drawn = draw_prompts(len(self.prompts), count, self.config.seed, iteration)
         return [self.prompts[drawn[slot]] for slot in self.slots.tolist()]
 
-    def sample(self, iteration: int, conditioning: Conditioning) -> Rollout:
-        """The tree of every prompt."""
-        recipe, model, seed = self.recipe, self.model, self.config.seed
+    def sample(self, iteration: int, conditioning: Conditioning) -> Blocks:
+        """The tree of every prompt: sampled as it is iterated over."""
+        recipe, seed = self.recipe, self.config.seed
+        layout = Layout(recipe.plan(self.model.sigmas, iteration, seed))
+        velocity = self.velocity(conditioning)
         ids = moved(prompt_ids(iteration, self.slots), self.device)
-        return run(
-            recipe.plan(model.sigmas, iteration, seed),
-            self.velocity(conditioning),
-            Source(seed, ids, model.latent_shape),
-            self.config.train.max_batch,
-            guidance=self.guidance,
-            # Where the weights move in between, or never were those that sampled.
-            keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
-        )
 
-    def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Scores:
-        """Of the images of all ranks, prompt by prompt."""
-        latents = rollout.latents.flatten(0, 1)
-        asked = [prompt for prompt in prompts for _ in rollout.plan.leaves]
-        parts = slices(len(latents), self.config.train.max_batch)
-        batches = ((self.model.decode(latents[part]), asked[part]) for part in parts)
+        def walk(source: Source) -> Rollout:
+            return run(
+                layout,
+                velocity,
+                source,
+                self.config.train.max_batch,
+                guidance=self.guidance,
+                # Where the weights move in between, or never were those that sampled.
+                keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
+                keep_uncond=max(0, self.keep_uncond - source.first),
+            )
+
+        source = Source(seed, ids, self.model.latent_shape)
+        return Blocks(walk, source, self.config.train.prompts_per_block, self.keep_uncond)
+
+    @property
+    def keep_uncond(self) -> int:
+        """Of how many prompts, the first, training takes the unconditional velocity from sampling:
+        those of the first update, which the weights that sampled learn from."""
+        takes = self.objective.keeps_uncond and self.recipe.sampler is None
+        return len(self.slots) // self.recipe.updates_per_rollout if takes else 0
+
+    def score(self, blocks: Blocks, prompts: Sequence[Prompt], laps: Laps) -> Scores:
+        """Of the images of all ranks, prompt by prompt; sampled as they are asked for."""
+
+        def batches() -> Iterator[tuple[Tensor, list[Prompt]]]:
+            for first, latents in blocks:
+                laps.mark(SAMPLING)
+                asked = [prompt for prompt in prompts[first:] for _ in range(latents.shape[1])]
+                latents = latents.flatten(0, 1)
+                for part in slices(len(latents), self.config.train.max_batch):
+                    yield self.model.decode(latents[part]), asked[part]
+                del latents  # before the next block is sampled
+                laps.mark(REWARD)
+
         found = distributed.together(
-            self.accelerator, lambda: score(self.rewards, batches, self.stop.in_reward)
+            self.accelerator, lambda: score(self.rewards, batches(), self.stop.in_reward)
         )
         return Scores.joined(found)
 
@@ -180,8 +214,8 @@ class FlowTask:
         recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
         cost = recipe.released(iteration, self.config.seed)
         halves = 1 if self.guidance is None else 2
-        forwards = self.objective.forwards
-        return round(prompts * halves * cost.sample), round(prompts * forwards * cost.train)
+        calls = self.objective.calls()
+        return round(prompts * halves * cost.sample), round(prompts * calls * cost.train)
 
     # ---- learning ----
 
@@ -200,7 +234,8 @@ class FlowTask:
     def loss(self, batch: FlowBatch, weights: Weights) -> Outcome:
         experience = batch.experience
         advantage = experience.advantage[self.rank]
-        trained = gathered(experience.rollout, batch.site, batch.prompt, advantage)
+        where = batch.site, batch.prompt, advantage
+        trained = gathered(experience.rollout, *where, weights.have_sampled)
         learn = self.velocity(experience.conditioning, weights.trained[NETWORK])
         # No copy that is known to equal the weights.
         names = [name for name in self.objective.anchors if not weights.is_current(name)]
@@ -210,9 +245,12 @@ class FlowTask:
     def velocity(self, conditioning: Conditioning, network: nn.Module | None = None) -> Velocity:
         """Of prompts by their places, through the network that is asked; None: the model's own."""
 
-        def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        def velocity(
+            x_t: Tensor, sigma: Tensor, prompt: Tensor, sigma_host: Sequence[float]
+        ) -> Tensor:
             self.stop.poll()
-            return self.model.velocity(x_t, sigma, conditioning[prompt], network=network)
+            rows = conditioning[prompt]
+            return self.model.velocity(x_t, sigma, rows, network=network, sigma_host=sigma_host)
 
         return velocity
 
@@ -220,9 +258,9 @@ class FlowTask:
         """Without gradient: of another version of the weights."""
         velocity = self.velocity(conditioning)
 
-        def anchored(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        def anchored(*where: Any) -> Tensor:
             with torch.no_grad(), weights.using(name):
-                return velocity(x_t, sigma, prompt)
+                return velocity(*where)
 
         return anchored
 

@@ -112,7 +112,8 @@ class Loop:
         self.lr_scheduler = make_schedule(optimizer, config.train)
         self.copies = Copies(self.parameters, self._names_of_copies())
         *trained, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
-        self.weights = Weights(modules, dict(zip(modules, trained, strict=True)), self.copies)
+        wrapped = dict(zip(modules, trained, strict=True))
+        self.weights = Weights(modules, wrapped, self.copies, self.sampler)
 
     def _names_of_copies(self) -> list[str]:
         names = list(self.recipe.copies)

@@ -14,7 +14,8 @@ from torch import Tensor
 from flowkern.models import guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
-from flowkern.rollout.engine import ITERATION_BITS, moved, slices
+from flowkern.rollout.engine import slices
+from flowkern.rollout.states import ITERATION_BITS, moved
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.distributed import seed_generators, together
@@ -145,9 +146,9 @@ def sample_latents(
             node = plan.draw(node, sigma, kind, level, 0)
     plan.leaf(node)
 
-    def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+    def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor, sigma_host: Sequence[float]) -> Tensor:
         poll()
-        return model.velocity(x_t, sigma, conditioning[prompt])
+        return model.velocity(x_t, sigma, conditioning[prompt], sigma_host=sigma_host)
 
     rollout = run(
         plan,

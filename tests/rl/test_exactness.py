@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from flowkern.rl.algorithms import names, recipe
+from flowkern.rl.cost import network_calls
 from flowkern.rollout import Source, batch, network_batches, prompt_ids, run
 from flowkern.schedules import sd3_sigmas, shifted_sigmas
 
@@ -36,6 +37,7 @@ class Network(torch.nn.Module):
         self.first = torch.nn.Linear(33, 24)
         self.prompt = torch.nn.Embedding(1 + UNCOND, 24)
         self.second = torch.nn.Linear(24, 32)
+        self.calls = 0
         self.double()
 
     def forward(self, x_t, sigma, prompt):  # (B, *D), (B,), (B,)
@@ -49,7 +51,12 @@ class Network(torch.nn.Module):
     def of(self, slots):
         """The same for prompts counted from 0, as the engine calls it; the last is no prompt."""
         table = torch.cat([slots, torch.tensor([UNCOND])])
-        return lambda x_t, sigma, prompt: self(x_t, sigma, table[prompt])
+
+        def velocity(x_t, sigma, prompt, _):
+            self.calls += len(x_t)
+            return self(x_t, sigma, table[prompt])
+
+        return velocity
 
     def take_gradient(self):
         """(weights,); and clear it."""
@@ -122,6 +129,8 @@ class Result:
     """The engine's: of every optimizer step and rank, the network calls of each batch."""
     clipped: list[int] = field(default_factory=list)
     """The engine's: clipped choices of every optimizer step."""
+    calls: list[int] = field(default_factory=list)
+    """The engine's: of all networks, in sampling and in every optimizer step."""
 
 
 def by_name(scores, names):
@@ -150,6 +159,7 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
             max_batch,
             algorithm.guidance(uncond),
             keep_velocity=updates > 1,
+            keep_uncond=each,
             backend="reference",
         )
         for mine in slots
@@ -165,8 +175,14 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
     objective = algorithm.objective(algorithm.guidance(uncond))
     objective = dataclasses.replace(objective, backend="reference")
     choices = each * advantage.shape[2]
-    gradients, batches, clipped = [], [], []
-    for share in torch.arange(uncond).view(updates, each):
+    gradients, batches, clipped, calls = [], [], [], [0]
+
+    def count():
+        calls.append(sum(net.calls for net in nets.values()) - sum(calls))
+
+    count()
+    for update, share in enumerate(torch.arange(uncond).view(updates, each)):
+        is_on_policy = update == 0 and algorithm.sampler is None
         batches.append([])
         clipped.append(0)
         for rank, rollout in enumerate(rollouts):
@@ -176,17 +192,19 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
                 rollout.layout, advantage[:, share], rank, max_batch, objective.needs_all
             )
             for site, prompt in parts:
-                part = batch(rollout, site, share[prompt], advantage[rank])
+                part = batch(rollout, site, share[prompt], advantage[rank], is_on_policy)
                 out = objective(part, velocity[None], anchors)
                 (out.loss / choices / ranks).backward()
                 said = out.statistics
+                assert not is_on_policy or (said["ratio_mean"] == 1).all()
                 is_clipped = said["pg_clipfrac_lower"] | said["pg_clipfrac_higher"]
                 clipped[-1] += int(is_clipped.sum())
             batches[-1].append([len(site) for site, _ in parts])
         gradients.append(nets[None].take_gradient())
         nets[None].descend(gradients[-1])
+        count()
     found = latents, rewards["likeness"], advantage.flatten(0, 1)
-    return Result(*(x[order] for x in found), torch.stack(gradients), batches, clipped)
+    return Result(*(x[order] for x in found), torch.stack(gradients), batches, clipped, calls[1:])
 
 
 def loop(case):
@@ -355,6 +373,11 @@ def test_the_engine_is_the_loop(name):
     assert (found.gradients.norm(dim=1) > 1e-3).all()
     for clipped in found.clipped[1:]:
         assert 0 < clipped < found.advantage.numel() // len(found.gradients)
+    case = CASES[name]
+    if (found.advantage != 0).all() and not case.recipe.copies:  # nothing is left out
+        sized = dataclasses.replace(case.recipe, prompts_per_rollout=len(SLOTS))
+        sampled, trained = network_calls(sized, case.plan.cost(), case.iteration)
+        assert found.calls == [sampled, *trained]
 
 
 @pytest.mark.parametrize("name", CASES)

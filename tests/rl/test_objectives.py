@@ -20,7 +20,7 @@ def network(seed: int) -> torch.nn.Module:
 
 
 def velocity_of(module):
-    def call(x_t, sigma, prompt):
+    def call(x_t, sigma, prompt, sigma_host=()):
         return module(x_t) * (1 + sigma[:, None]) + 0.2 * prompt[:, None]
 
     return call
@@ -116,7 +116,7 @@ def test_matching_noises_every_leaf_anew_and_pulls_to_its_anchors():
     points = everything(rollout_of(module, None, False, plan))
     assert len(points.x0) == 12 and len(torch.unique(points.sigma)) == 2
     objective = Matching("awm", weighting="t", ref_coef=0.3, ema="mean", ema_coef=0.2)
-    assert objective.anchors == ("reference", "mean") and objective.forwards == 3
+    assert objective.anchors == ("reference", "mean") and objective.calls() == 3
     anchors = {"reference": velocity_of(base), "mean": velocity_of(ema)}
     out = objective(points, velocity_of(module), anchors)
     key = points.key

@@ -1,0 +1,50 @@
+"""A rollout by blocks of prompts: what one block takes bounds what is on the device at a time.
+
+P prompts, *D one latent; L leaves of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowkern.rollout.engine import slices
+from flowkern.rollout.states import Rollout, Source
+
+
+@dataclass
+class Blocks:
+    """A rollout under way. Iterated over, it samples block after block and gives the first prompt
+    and the leaves (prompts, L, *D) of each, for rewards; whoever drops them frees them. What
+    training needs is left in `rollout`.
+    """
+
+    walk: Callable[[Source], Rollout]
+    """Samples the prompts of a source, as `run` does."""
+    source: Source
+    """Of all P prompts."""
+    size: int | None
+    """Prompts of a block, at most; what training needs of them then waits on the host. None: all,
+    and it stays on the device."""
+    keep_uncond: int = 0
+    """As in `run`, of all P prompts."""
+    rollout: Rollout | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for block in slices(self.source.prompts, self.size or self.source.prompts):
+            found = self.walk(self.source.block(block))
+            leaves, found = found.latents, found.taught()
+            self._keep(found)
+            del found
+            yield block.start, leaves
+            del leaves
+
+    def _keep(self, found: Rollout) -> None:
+        if self.size is None:
+            self.rollout = found
+            return
+        if self.rollout is None:
+            self.rollout = found.room(self.source, self.keep_uncond)
+        self.rollout.put(found)
