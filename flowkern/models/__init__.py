@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -40,16 +40,23 @@ class Conditioning:
     parts: Mapping[str, Tensor]
     """By name, (B, ...) each; text of several lengths is padded to one, the same in all of a run,
     with its mask as a part."""
+    stays: tuple[str, ...] = ()
+    """Parts that a network is not given but called by: they stay on the host."""
 
     def __len__(self) -> int:
         return len(next(iter(self.parts.values())))
 
     def __getitem__(self, index: Tensor | slice | list[int]) -> Conditioning:
         """The rows of an index tensor (int64 or bool), a slice or a list."""
-        return Conditioning({name: part[index] for name, part in self.parts.items()})
+        return self.rows(index, index.cpu() if isinstance(index, Tensor) else index)
+
+    def rows(self, index: Any, on_host: Any) -> Conditioning:
+        """The same; on_host: the same index there, so that nothing waits for a device."""
+        parts = {n: part[on_host if n in self.stays else index] for n, part in self.parts.items()}
+        return replace(self, parts=parts)
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """On a device; the host does not wait for the copy to one."""
+        """On a device, but for what stays; the host does not wait for the copy to one."""
         is_cuda = torch.device(device).type == "cuda"
 
         def moved(part: Tensor) -> Tensor:
@@ -57,14 +64,14 @@ class Conditioning:
                 return part.pin_memory().to(device, non_blocking=True)
             return part.to(device)
 
-        return Conditioning({name: moved(part) for name, part in self.parts.items()})
+        parts = {n: part if n in self.stays else moved(part) for n, part in self.parts.items()}
+        return replace(self, parts=parts)
 
     @staticmethod
     def cat(many: Sequence[Conditioning]) -> Conditioning:
         """The rows of all, in order; beyond the first dimension their parts agree."""
-        return Conditioning(
-            {name: torch.cat([one.parts[name] for one in many]) for name in many[0].parts}
-        )
+        parts = {name: torch.cat([one.parts[name] for one in many]) for name in many[0].parts}
+        return replace(many[0], parts=parts)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class Pipeline(ABC):
     guidance = Guidance("cfg")
     lengths: ClassVar[range] = range(1, 513)
     """Tokens of a prompt that the text encoder takes."""
+    stays: ClassVar[tuple[str, ...]] = ()
+    """Parts of a `Conditioning` that stay on the host."""
     lora_targets: str | list[str]
     """The layers that are adapted by default: ends of names, or a pattern of whole names."""
 
@@ -297,7 +299,7 @@ class Pipeline(ABC):
             )
         for start in range(0, len(missing), ENCODE_ROWS):
             some = missing[start : start + ENCODE_ROWS]
-            found = Conditioning(self.encode_rows(some)).to("cpu")
+            found = Conditioning(self.encode_rows(some), self.stays).to("cpu")
             # Indexed by a list, which copies: a slice would keep the whole batch in the cache.
             rows |= {prompt: found[[row]] for row, prompt in enumerate(some)}
         self._encoded.update(rows)

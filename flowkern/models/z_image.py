@@ -23,9 +23,10 @@ __all__ = ["ZImage"]
 
 class ZImage(Pipeline):
     """A ZImagePipeline; the parts of its conditioning are tokens (B, L, E) and their number in each
-    row, length (B,)."""
+    row, length (B,), which stays on the host."""
 
     kind = ZImagePipeline
+    stays = ("length",)
     lora_targets = "to_q to_k to_v to_out.0".split()
 
     def own_length(self) -> int:

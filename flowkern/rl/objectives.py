@@ -147,20 +147,20 @@ class RatioClip:
 
         uncond: (R, *D), the unconditional half where it is known.
         """
-        where, levels = (batch.x_t, batch.sigma), batch.sigma_host
+        where, on_host = (batch.x_t, batch.sigma), batch.on_host
         if self.guidance is None:
-            return velocity(*where, batch.prompt, levels), {}
+            return velocity(*where, batch.prompt, on_host), {}
         no_prompt = torch.full_like(batch.prompt, self.guidance.uncond)
         if self.uncond_gradient and torch.is_grad_enabled():  # in one call, as wrappers need it
             both = torch.cat([batch.prompt, no_prompt])
             twice = (torch.cat([x, x]) for x in where)
-            v, uncond = velocity(*twice, both, levels + levels).chunk(2)
+            v, uncond = velocity(*twice, both, on_host.twice(self.guidance.uncond)).chunk(2)
             v, guide = self.guidance.combined(v, uncond, batch.sigma)
             return v, guide | ({"uncond_gradient": True} if guide else {})
         if uncond is None:
             with torch.no_grad():
-                uncond = velocity(*where, no_prompt, levels)
-        v = velocity(*where, batch.prompt, levels)
+                uncond = velocity(*where, no_prompt, on_host.without_prompt(self.guidance.uncond))
+        v = velocity(*where, batch.prompt, on_host)
         return self.guidance.combined(v, uncond, batch.sigma)
 
 
@@ -213,12 +213,12 @@ class Matching:
         x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
         with torch.no_grad():
             v = {
-                name: anchor(x_t, batch.sigma, batch.prompt, batch.sigma_host)
+                name: anchor(x_t, batch.sigma, batch.prompt, batch.on_host)
                 for name, anchor in anchors.items()
                 if name in self.anchors
             }
         out = matching_loss(
-            velocity(x_t, batch.sigma, batch.prompt, batch.sigma_host),
+            velocity(x_t, batch.sigma, batch.prompt, batch.on_host),
             batch.x0,
             batch.sigma,
             batch.advantage,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowkern.ops.sde_step import sde_step
 from flowkern.rollout.layout import Layout, Points
-from flowkern.rollout.states import Rollout, moved, picked
+from flowkern.rollout.states import OnHost, Rollout, moved, picked
 from flowkern.schedules import Coefficients
 
 
@@ -27,8 +27,8 @@ class StepBatch:
     """(R, *D)"""
     sigma: Tensor
     """(R,)"""
-    sigma_host: list[float]
-    """R"""
+    on_host: OnHost
+    """sigma and prompt, once more."""
     prompt: Tensor
     """(R,)"""
     row: Tensor | None
@@ -57,8 +57,8 @@ class PointBatch:
     """(B, *D)"""
     sigma: Tensor
     """(B,)"""
-    sigma_host: list[float]
-    """B"""
+    on_host: OnHost
+    """sigma and prompt, once more."""
     prompt: Tensor
     """(B,)"""
     advantage: Tensor
@@ -111,7 +111,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
     return PointBatch(
         x0=picked(rollout.latents, prompt, leaf, device),
         sigma=moved(sigma, device, source.precision),
-        sigma_host=sigma.tolist(),
+        on_host=OnHost(sigma.tolist(), prompt),
         prompt=where,
         advantage=moved(advantage[prompt, site], device, source.precision),
         key={
@@ -155,7 +155,7 @@ def _steps(
     return StepBatch(
         x_t=x_t,
         sigma=moved(edges.sigma[site], device, source.precision),
-        sigma_host=edges.sigma[site].tolist(),
+        on_host=OnHost(edges.sigma[site].tolist(), prompt),
         prompt=where,
         row=None if len(row) == len(site) else of_row,
         coefficients=table,

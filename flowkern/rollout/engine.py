@@ -8,7 +8,7 @@ one batch. Nodes of one depth run together, whatever their noise levels. Noise f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,12 +20,11 @@ from flowkern.ops._common.philox import philox_normal
 from flowkern.ops.sde_step import ode_step, reference, sde_step
 from flowkern.rollout.layout import Launch, Layout, Wave
 from flowkern.rollout.plan import Plan
-from flowkern.rollout.states import Rollout, Source, moved
+from flowkern.rollout.states import OnHost, Rollout, Source, moved
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
-Velocity = Callable[[Tensor, Tensor, Tensor, Sequence[float]], Tensor]
-"""(x_t (B, *D), sigma (B,), prompt (B,) int64, sigma_host) -> velocity (B, *D); sigma_host: the B
-noise levels on the host, for what chooses by them and is not to wait for the device."""
+Velocity = Callable[[Tensor, Tensor, Tensor, OnHost], Tensor]
+"""(x_t (B, *D), sigma (B,), prompt (B,) int64, the latter two on the host) -> velocity (B, *D)"""
 
 Guide = Callable[[Tensor, Tensor, float, Tensor], Tensor]
 """(velocity (B, *D), uncond (B, *D), scale, sigma (B,)) -> guided velocity (B, *D)"""
@@ -181,14 +180,14 @@ def _ask(
     prompts = tables.source.prompts
     row = torch.arange(part.start, part.stop)
     node, prompt, sigma = row // prompts, tables.prompt[part], tables.sigma[part]
-    levels = tables.wave.sigma[node].tolist()
+    on_host = OnHost(tables.wave.sigma[node].tolist(), row % prompts + tables.source.first)
     uncond, guide = None, {}
     if guidance is None:
-        v = velocity(x_t, sigma, prompt, levels)
+        v = velocity(x_t, sigma, prompt, on_host)
     else:
         both = torch.cat([prompt, torch.full_like(prompt, guidance.uncond)])
         twice = torch.cat([x_t, x_t]), torch.cat([sigma, sigma])
-        v, uncond = velocity(*twice, both, levels + levels).chunk(2)
+        v, uncond = velocity(*twice, both, on_host.twice(guidance.uncond)).chunk(2)
         v, guide = guidance.combined(v, uncond, sigma)
     return _Batch(tables, node, row % prompts, part, x_t, v, uncond, guide)
 

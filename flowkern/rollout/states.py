@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,26 @@ class Source:
         """States to be written, (*counts, *D); dtype: if another than theirs."""
         device = self.prompt_id.device
         return torch.empty(*counts, *self.shape, dtype=dtype or self.dtype, device=device)
+
+
+class OnHost(NamedTuple):
+    """Where rows are asked, known on the host: for what chooses by it and is not to wait for the
+    device.
+    """
+
+    sigma: list[float]
+    """Of B rows."""
+    prompt: Tensor
+    """(B,) int64"""
+
+    def without_prompt(self, uncond: int) -> OnHost:
+        """The same rows without a prompt, for which `uncond` stands."""
+        return self._replace(prompt=torch.full_like(self.prompt, uncond))
+
+    def twice(self, uncond: int) -> OnHost:
+        """The rows, and once more without a prompt."""
+        prompts = self.prompt, self.without_prompt(uncond).prompt
+        return OnHost(self.sigma + self.sigma, torch.cat(prompts))
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ from flowkern.rollout import (
 )
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
-from flowkern.rollout.states import moved
+from flowkern.rollout.states import OnHost, moved
 from flowkern.train import distributed, lora
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import Weights
@@ -245,12 +245,11 @@ class FlowTask:
     def velocity(self, conditioning: Conditioning, network: nn.Module | None = None) -> Velocity:
         """Of prompts by their places, through the network that is asked; None: the model's own."""
 
-        def velocity(
-            x_t: Tensor, sigma: Tensor, prompt: Tensor, sigma_host: Sequence[float]
-        ) -> Tensor:
+        def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor, on_host: OnHost) -> Tensor:
             self.stop.poll()
-            rows = conditioning[prompt]
-            return self.model.velocity(x_t, sigma, rows, network=network, sigma_host=sigma_host)
+            rows = conditioning.rows(prompt, on_host.prompt)
+            levels = on_host.sigma
+            return self.model.velocity(x_t, sigma, rows, network=network, sigma_host=levels)
 
         return velocity
 

@@ -15,7 +15,7 @@ from flowkern.models import guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
 from flowkern.rollout.engine import slices
-from flowkern.rollout.states import ITERATION_BITS, moved
+from flowkern.rollout.states import ITERATION_BITS, OnHost, moved
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.distributed import seed_generators, together
@@ -146,9 +146,11 @@ def sample_latents(
             node = plan.draw(node, sigma, kind, level, 0)
     plan.leaf(node)
 
-    def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor, sigma_host: Sequence[float]) -> Tensor:
+    def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor, on_host: OnHost) -> Tensor:
         poll()
-        return model.velocity(x_t, sigma, conditioning[prompt], sigma_host=sigma_host)
+        return model.velocity(
+            x_t, sigma, conditioning.rows(prompt, on_host.prompt), sigma_host=on_host.sigma
+        )
 
     rollout = run(
         plan,

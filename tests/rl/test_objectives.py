@@ -20,7 +20,7 @@ def network(seed: int) -> torch.nn.Module:
 
 
 def velocity_of(module):
-    def call(x_t, sigma, prompt, sigma_host=()):
+    def call(x_t, sigma, prompt, on_host=None):
         return module(x_t) * (1 + sigma[:, None]) + 0.2 * prompt[:, None]
 
     return call

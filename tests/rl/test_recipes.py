@@ -343,7 +343,7 @@ def test_the_weights_of_all_others():
 
 
 def velocity_of(slope):
-    def call(x_t, sigma, prompt, sigma_host=()):
+    def call(x_t, sigma, prompt, on_host=None):
         return torch.sin(slope * x_t) * (1 + sigma[:, None]) + 0.1 * prompt[:, None]
 
     return call

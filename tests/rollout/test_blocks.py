@@ -18,7 +18,7 @@ SMALL = {
 }
 
 
-def field(x_t, sigma, prompt, sigma_host):
+def field(x_t, sigma, prompt, on_host):
     """A velocity without any arithmetic across samples, as a network of bfloat16 gives it."""
     level, shift = (v.view(-1, 1, 1, 1) for v in (sigma, prompt.to(x_t.dtype)))
     return (torch.tanh(x_t * (1 + level)) + 0.1 * shift).bfloat16()
@@ -69,11 +69,11 @@ def test_what_is_kept_is_what_the_network_says(name):
         assert now.old_velocity is None and now.x_next is not None and later.uncond is None
         nobody = torch.full_like(now.prompt, PROMPTS)
         asked = (now.x_t, now.sigma)
-        uncond = field(*asked, nobody, now.sigma_host)
-        assert now.sigma_host == pytest.approx(now.sigma.tolist(), rel=1e-7)
+        uncond = field(*asked, nobody, now.on_host)
+        assert now.on_host.sigma == pytest.approx(now.sigma.tolist(), rel=1e-7)
         assert (now.uncond is None) == (prompt >= ON_POLICY)
         assert now.uncond is None or torch.equal(now.uncond, uncond)
-        v = field(*asked, now.prompt, now.sigma_host).float()
+        v = field(*asked, now.prompt, now.on_host).float()
         guided = uncond.float() + 2.5 * (v - uncond.float())
         assert torch.equal(later.old_velocity, guided)
         row = torch.arange(len(now.x_t)) if now.row is None else now.row

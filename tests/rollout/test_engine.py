@@ -48,7 +48,7 @@ def make_source(iteration: int = 0, slots=(0, 1, 2), dtype=torch.float32) -> Sou
     return Source(SEED, prompt_ids(iteration, torch.tensor(slots)), SHAPE, dtype)
 
 
-def field(x_t, sigma, prompt, sigma_host=()):
+def field(x_t, sigma, prompt, on_host=None):
     """A velocity without any arithmetic across samples."""
     level, shift = (v.view(-1, 1, 1, 1) for v in (sigma, prompt.to(x_t.dtype)))
     return torch.tanh(x_t * (1 + level)) + 0.1 * shift
@@ -145,8 +145,9 @@ def test_samples_depend_on_neither_max_batch_nor_the_rank(guidance):
     def walk(slots, max_batch):
         calls, slot = [], torch.tensor([*slots, *[-1] * UNCOND])  # -1: without a prompt
 
-        def counted(x_t, sigma, prompt, sigma_host):
-            assert torch.equal(sigma, torch.tensor(sigma_host, dtype=sigma.dtype))
+        def counted(x_t, sigma, prompt, on_host):
+            assert torch.equal(sigma, torch.tensor(on_host.sigma, dtype=sigma.dtype))
+            assert torch.equal(prompt, on_host.prompt)
             calls.append(len(x_t))
             return field(x_t, sigma, slot[prompt])
 

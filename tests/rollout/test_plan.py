@@ -30,7 +30,7 @@ def small(name, options, iteration=0):
     return kind(**sizes | options).plan(sd3_sigmas, iteration, seed=4)
 
 
-def field(x_t, sigma, prompt, sigma_host=()):
+def field(x_t, sigma, prompt, on_host=None):
     """A velocity without any arithmetic across samples."""
     level, shift = (v.view(-1, 1, 1, 1) for v in (sigma, prompt.to(x_t.dtype)))
     return torch.tanh(x_t * (1 + level)) + 0.1 * shift
@@ -41,7 +41,7 @@ def walk(plan, max_batch=1000, slots=range(PROMPTS), guidance=None):
     calls, slots = [], torch.tensor(slots)
     asked = torch.cat([slots, torch.tensor([-1])])
 
-    def counted(x_t, sigma, prompt, sigma_host):
+    def counted(x_t, sigma, prompt, on_host):
         calls.append(len(x_t))
         return field(x_t, sigma, asked[prompt])
 

@@ -1,0 +1,151 @@
+"""Every algorithm on every family, on tiny pipelines through the loop: what is trained is finite,
+begins on policy, costs what its plan says, and in bfloat16 is near what it is in float32.
+
+The suite has cells in which each algorithm and each family comes twice, once of these in bfloat16
+too; FLOWKERN_EVERY_CELL=1 has all of them in both.
+"""
+
+import copy
+import math
+import os
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+import tiny
+
+from flowkern.models import load_model
+from flowkern.rl.algorithms import names
+from flowkern.rl.cost import network_calls
+from flowkern.train import flow
+from flowkern.train.config import from_dict
+from flowkern.train.loop import Loop
+
+PIXELS, VIDEO = {"height": 32, "width": 32}, {"height": 32, "width": 32, "num_frames": 5}
+SIZES = {
+    **dict.fromkeys(tiny.PIPELINES, PIXELS),
+    **dict.fromkeys(("wan", "wan_a14b", "wan_ti2v", "hunyuan_video"), VIDEO),
+    "ltx": VIDEO | {"num_frames": 9},
+}
+PROMPTS = ["a red cat", "an old photo of the small blue dog on a seven"]  # of two lengths
+COMMON = {"group_size": 2, "prompts_per_rollout": 2, "updates_per_rollout": 2}
+SMALL = {
+    "awm": {"num_inference_steps": 4, "num_train_timesteps": 2},
+    "dance_grpo": {"num_inference_steps": 4},
+    "diffusion_nft": {"num_inference_steps": 3},
+    "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
+    "flow_grpo_fast": {"num_inference_steps": 4, "window": 2, "guidance_scale": 2.0},
+    "g2rpo": {"num_inference_steps": 5, "branch_steps": 2},
+    "grpo_guard": {"num_inference_steps": 3, "guidance_scale": 2.0},
+    "mixgrpo": {"num_inference_steps": 4, "window": 2, "uncond_gradient": True},
+    "mixgrpo_flash": {"num_inference_steps": 6, "window": 2},
+    "mixgrpo_flash_star": {"num_inference_steps": 8, "window": 2},
+    "tempflow_grpo": {"num_inference_steps": 3, "num_seeds": 1, "guidance_scale": 2.0},
+}
+SMALL["mixgrpo"]["guidance_scale"] = 2.0
+FAMILIES, EVERY = list(SIZES), os.environ.get("FLOWKERN_EVERY_CELL") == "1"
+ON_THE_HOST = ("wan_a14b", "z_image")
+"""Families that choose by what the host knows of a row."""
+PAIRS = [
+    (family, names()[(i + 5 * is_both) % len(names())], is_both)
+    for is_both in (False, True)
+    for i, family in enumerate(FAMILIES)
+]
+CELLS = [(*cell, True) for cell in product(FAMILIES, names())] if EVERY else PAIRS
+
+
+def brightness(images, prompts, metadata):
+    assert 0 <= images.min() and images.max() <= 1
+    return images.flatten(1).mean(1)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """adapter(family, dtype): one that nobody has trained."""
+    made, folders = {}, {}
+
+    def of(family, dtype):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            tiny.pipeline(family).save_pretrained(folders[family])
+        if (family, dtype) not in made:
+            made[family, dtype] = load_model(folders[family], dtype, **SIZES[family])
+        model = made[family, dtype]
+        trained = {"transformer", "transformer_2"}  # what nobody trains is shared
+        parts = [part for name, part in model.pipeline.components.items() if name not in trained]
+        return copy.deepcopy(model, {id(part): part for part in parts})
+
+    return of
+
+
+@pytest.fixture
+def loop_of(adapter, tmp_path, monkeypatch):
+    """loop_of(family, algorithm, dtype)"""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def of(family, algorithm, dtype=torch.float32):
+        config = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path)},
+            "data": {"train_prompts": str(tmp_path / "prompts.txt")},
+            "reward": {f"{__name__}:brightness": {}},
+            "lora": {"rank": 2, "alpha": 4},
+            "train": {"steps": 4, "max_batch": 64, "learning_rate": 1e-3},
+            "algorithm": {"name": algorithm, **COMMON, **SMALL[algorithm]},
+        }
+        torch.manual_seed(0)
+        return Loop(from_dict(config), adapter(family, dtype))
+
+    return of
+
+
+def test_the_cells_cover_every_algorithm_and_every_family():
+    assert sorted(SMALL) == names() and FAMILIES == list(tiny.PIPELINES)
+    for cells in (PAIRS, CELLS):
+        for one in (*FAMILIES, *names()):
+            assert sum(one in cell for cell in cells) >= 2, one
+
+
+@pytest.mark.parametrize("family, algorithm, is_both", CELLS)
+def test_it_trains(family, algorithm, is_both, loop_of):
+    rewards = {}
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + is_both]:
+        loop = loop_of(family, algorithm, dtype)
+        cost = loop.recipe.plan(loop.task.model.sigmas, 0, 0).cost()
+        sampled, trained = network_calls(loop.recipe, cost)
+        records = loop.step()
+        assert all(math.isfinite(value) for record in records for value in record.values())
+        assert records[0]["nfe/sample"] == sampled
+        assert [record["nfe/train"] for record in records] == trained
+        assert records[0]["ratio_mean"] == 1 and all(r["grad_norm"] > 0 for r in records)
+        rewards[dtype] = records[0]["reward/mean"]
+    print(f"{family}, {algorithm}: {rewards}")
+    if is_both:
+        assert rewards[torch.bfloat16] == pytest.approx(rewards[torch.float32], abs=5e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES if EVERY else ON_THE_HOST)
+def test_the_host_waits_for_no_family(family, loop_of, monkeypatch):
+    """Neither in a rollout nor in its losses, on a device that keeps no values."""
+    loop, device = loop_of(family, "flow_grpo"), torch.device("meta")
+    loop.task.model.network.to(device)
+    monkeypatch.setattr(loop.task, "device", device)
+    conditioning = loop.task.model.encode([*PROMPTS, loop.task.model.guidance.negative_prompt])
+    conditioning = conditioning.to(device)
+    blocks = loop.task.sample(0, conditioning)
+    ((_, leaves),) = blocks
+    assert leaves.device == device
+    advantage = torch.ones(1, len(PROMPTS), len(blocks.rollout.plan.trained))
+    figures = {"figures": {}, "every": {}, "laps": None, "samples": 4, "unit": "images"}
+    parts = {"rollout": blocks.rollout, "conditioning": conditioning, "advantage": advantage}
+    for batch in loop.task.batches(flow.FlowExperience(**figures, **parts), 0):
+        out = loop.task.loss(batch, loop.weights)
+        loop.accelerator.backward(out.loss / batch.total)
+    trained = [p for p in loop.task.model.network.parameters() if p.requires_grad]
+    assert len(trained) == len(loop.parameters) and all(p.grad is not None for p in trained)
