@@ -30,7 +30,8 @@ def test_close_to_float64(call, dtype, poisoned_empty):
     square = lambda x, y=0.0: float((x.detach().double() - y).square().mean())  # noqa: E731
     for size in SIZES:
         # Of one element each, a few samples would compare the luck of the largest.
-        p = Problem(call, 101 if size == (1,) else 9, size, dtype)
+        batch = 101 if size == (1,) else 9 if len(size) == 2 else 4
+        p = Problem(call, batch, size, dtype)
         errors = []  # of each seed and result: of the kernel, of the reference, its size
         for seed in SEEDS:
             p.renew(seed)
