@@ -111,7 +111,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
     return PointBatch(
         x0=picked(rollout.latents, prompt, leaf, device),
         sigma=moved(sigma, device, source.precision),
-        on_host=OnHost(sigma.tolist(), prompt),
+        on_host=OnHost(sigma.tolist(), prompt.tolist()),
         prompt=where,
         advantage=moved(advantage[prompt, site], device, source.precision),
         key={
@@ -155,7 +155,7 @@ def _steps(
     return StepBatch(
         x_t=x_t,
         sigma=moved(edges.sigma[site], device, source.precision),
-        on_host=OnHost(edges.sigma[site].tolist(), prompt),
+        on_host=OnHost(edges.sigma[site].tolist(), prompt.tolist()),
         prompt=where,
         row=None if len(row) == len(site) else of_row,
         coefficients=table,

@@ -130,6 +130,8 @@ class _Tables:
     sigma: Tensor
     prompt: Tensor
     to_clean: Tensor
+    on_host: OnHost
+    """sigma and prompt, once more."""
     launches: list[tuple[Launch, Tensor, Tensor | None]]
     """Each with its coefficients and, where it is noisy, its sample ids."""
 
@@ -169,6 +171,10 @@ def _tables(wave: Wave, source: Source, backend: str | None) -> _Tables:
         sigma=each(wave.sigma),
         prompt=(torch.arange(prompts, device=device) + source.first).repeat(len(wave.sigma)),
         to_clean=each(wave.to_clean.table),
+        on_host=OnHost(
+            wave.sigma.repeat_interleave(prompts).tolist(),
+            [*range(source.first, source.first + prompts)] * len(wave.sigma),
+        ),
         launches=[(launch, each(launch.table.table), ids(launch)) for launch in wave.launches],
     )
 
@@ -180,7 +186,7 @@ def _ask(
     prompts = tables.source.prompts
     row = torch.arange(part.start, part.stop)
     node, prompt, sigma = row // prompts, tables.prompt[part], tables.sigma[part]
-    on_host = OnHost(tables.wave.sigma[node].tolist(), row % prompts + tables.source.first)
+    on_host = OnHost(*(known[part] for known in tables.on_host))
     uncond, guide = None, {}
     if guidance is None:
         v = velocity(x_t, sigma, prompt, on_host)

@@ -76,17 +76,15 @@ class OnHost(NamedTuple):
 
     sigma: list[float]
     """Of B rows."""
-    prompt: Tensor
-    """(B,) int64"""
+    prompt: list[int]
 
     def without_prompt(self, uncond: int) -> OnHost:
         """The same rows without a prompt, for which `uncond` stands."""
-        return self._replace(prompt=torch.full_like(self.prompt, uncond))
+        return OnHost(self.sigma, [uncond] * len(self.prompt))
 
     def twice(self, uncond: int) -> OnHost:
         """The rows, and once more without a prompt."""
-        prompts = self.prompt, self.without_prompt(uncond).prompt
-        return OnHost(self.sigma + self.sigma, torch.cat(prompts))
+        return OnHost(self.sigma + self.sigma, self.prompt + [uncond] * len(self.prompt))
 
 
 @dataclass(eq=False)

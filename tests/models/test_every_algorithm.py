@@ -60,8 +60,9 @@ CELLS = [(*cell, True) for cell in product(FAMILIES, names())] if EVERY else PAI
 
 
 def brightness(images, prompts, metadata):
+    """In millionths: a VAE of random weights makes siblings alike, and equals teach nothing."""
     assert 0 <= images.min() and images.max() <= 1
-    return images.flatten(1).mean(1)
+    return 1e6 * images.double().flatten(1).mean(1)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +124,12 @@ def test_it_trains(family, algorithm, is_both, loop_of):
         assert all(math.isfinite(value) for record in records for value in record.values())
         assert records[0]["nfe/sample"] == sampled
         assert [record["nfe/train"] for record in records] == trained
-        assert records[0]["ratio_mean"] == 1 and all(r["grad_norm"] > 0 for r in records)
+        # Of an update off policy all that is left may be clipped.
+        assert records[0]["ratio_mean"] == 1 and records[0]["grad_norm"] > 0
         rewards[dtype] = records[0]["reward/mean"]
     print(f"{family}, {algorithm}: {rewards}")
     if is_both:
-        assert rewards[torch.bfloat16] == pytest.approx(rewards[torch.float32], abs=5e-4)
+        assert rewards[torch.bfloat16] == pytest.approx(rewards[torch.float32], abs=500)
 
 
 @pytest.mark.parametrize("family", FAMILIES if EVERY else ON_THE_HOST)
