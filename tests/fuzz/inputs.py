@@ -106,7 +106,7 @@ class Draw:
         if layout == "expanded" and len(x):
             return x[:1].expand(x.shape)
         if layout == "repeated" and x.numel():  # one element again and again, or one channel
-            return (x[:, :1] if self.maybe() else x.view(-1)[:1]).expand(x.shape)
+            return (x[:, :1] if self.maybe() else x.reshape(-1)[:1]).expand(x.shape)
         if layout == "negated":  # memory holds the values with the other sign
             return torch._neg_view(-x)
         if layout == "offset":  # off the alignment of a vector
