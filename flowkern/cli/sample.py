@@ -55,15 +55,16 @@ def run(options: argparse.Namespace) -> int:
 
     from flowkern.rollout import prompt_ids
     from flowkern.train.loading import load_pipeline
-    from flowkern.train.lora import attach_lora
     from flowkern.train.tracking import save_grid, save_image
+    from flowkern.train.trained import attach_trained
     from flowkern.train.validation import SAMPLE_ITERATION, Sampler, sample_images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set
     with taking(directory, "checkpoint"):
-        attach_lora(model, config.lora, averaged if averaged.is_dir() else directory)
+        attach_trained(model, config.lora, averaged if averaged.is_dir() else directory)
+    model.prepare([options.prompt, model.guidance.negative_prompt])
     is_video = model.frame_rate is not None and options.num_images == 1  # several are a grid
     try:
         picture_format(options.output, "--output", is_video)

@@ -113,6 +113,7 @@ class Model(Protocol):
     revision: str | None
     guidance: Guidance
     lora_targets: str | list[str]
+    unread: Sequence[str]
     frame_rate: float | None
     calls: int
 
@@ -124,6 +125,8 @@ class Model(Protocol):
     def fit(self, prompts: Sequence[str]) -> None: ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def prepare(self, prompts: Sequence[str], folder: str | Path | None = None) -> None: ...
 
     def velocity(
         self,
@@ -141,6 +144,10 @@ class Model(Protocol):
     def save_lora(self, directory: str | Path) -> None: ...
 
     def load_lora(self, directory: str | Path) -> None: ...
+
+    def save_network(self, directory: str | Path) -> None: ...
+
+    def load_network(self, directory: str | Path) -> None: ...
 
     def release_encoders(self) -> None: ...
 
@@ -182,7 +189,7 @@ def pipeline_class(path: str | Path) -> str:
 
 def load_model(
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
     device: torch.device | str = "cpu",
     height: int | None = None,
     width: int | None = None,
@@ -194,7 +201,8 @@ def load_model(
 
     path: a directory, or an id of the hub, OWNER/NAME, whose files are taken from the hub's cache
     and downloaded where they are not there. revision: of an id, its branch, tag or commit; None:
-    its main branch. dtype: of the network and the text encoders. height, width, num_frames: the
+    its main branch. dtype: of the network and the text encoders, as `Pipeline.from_pretrained`
+    says. height, width, num_frames: the
     size of all its latents and images, in pixels and frames; None: the pipeline's own. options:
     what the family has beside; None counts as not given.
     Raises FileNotFoundError for no pipeline there, ValueError for a class without an adapter, an

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowkern.models import Conditioning, Guidance, pipeline_class
+from flowkern.models import Conditioning, Guidance, pipeline_class, weights
 from flowkern.models.directory import (
     check_directory,
     check_vocabularies,
@@ -27,6 +26,7 @@ from flowkern.models.directory import (
     loaded_apart,
 )
 from flowkern.models.grids import scheduler_sigmas
+from flowkern.models.text import Text
 
 __all__ = [
     "ATTENTION",
@@ -47,9 +47,7 @@ def attention(*dead: str) -> str:
 
 
 FILE = "pytorch_lora_weights.safetensors"  # of an adapter, as diffusers names it
-ENCODE_ROWS = 32  # prompts per text encoder call
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
-CACHED_PROMPTS = 1024  # megabytes each, on the host
 
 
 class Geometry(NamedTuple):
@@ -65,18 +63,19 @@ class Geometry(NamedTuple):
     width: int
 
 
-class Pipeline(ABC):
+class Pipeline(Text):
     """A pipeline of images: encode, latent_shape, sigmas, velocity, decode, adapter files."""
 
     kind: ClassVar[type]
     """The diffusers class of the pipeline."""
     guidance = Guidance("cfg")
-    lengths: ClassVar[range] = range(1, 513)
-    """Tokens of a prompt that the text encoder takes."""
-    stays: ClassVar[tuple[str, ...]] = ()
-    """Parts of a `Conditioning` that stay on the host."""
     lora_targets: str | list[str]
     """The layers that are adapted by default: ends of names, or a pattern of whole names."""
+    unread: Sequence[str] = ()
+    """Modules of the network whose results nothing reads, by their names. They get no gradient, and
+    are never trained: processes that average gradients would wait for theirs."""
+    parts: Sequence[str] = ("transformer",)
+    """What of the pipeline the network is, as its index names it."""
 
     frame_rate: float | None = None
     """Frames per second of its videos; None: it makes images."""
@@ -99,10 +98,11 @@ class Pipeline(ABC):
         width: int | None = None,
         max_sequence_length: int | None = None,
         negative_prompt: str | None = None,
+        vae_slicing: bool = False,
     ):
         """pipeline: in memory and on its device. height, width: of images, in pixels.
         max_sequence_length: tokens of a prompt. negative_prompt: what stands for no prompt. None:
-        the pipeline's or the family's own.
+        the pipeline's or the family's own. vae_slicing: decode one at a time, in the least memory.
 
         Raises ValueError for a size that is no positive multiple of a patch, or a length that the
         text encoder does not have.
@@ -112,8 +112,8 @@ class Pipeline(ABC):
         for module in pipeline.components.values():
             if isinstance(module, nn.Module) and module not in trained:
                 module.eval().requires_grad_(False)
-        self.calls, self._is_released = 0, False
-        self.base = str(pipeline.name_or_path)
+        self.calls = 0
+        self.base, self.directory = str(pipeline.name_or_path), None
         own = self.geometry()
         self.height = own.height if height is None else height
         self.width = own.width if width is None else width
@@ -122,34 +122,30 @@ class Pipeline(ABC):
                 raise ValueError(
                     f"{name}: got {pixels}, expected a positive multiple of {own.unit}"
                 )
-        length = self.own_length() if max_sequence_length is None else max_sequence_length
-        if length not in self.lengths:
-            least, most = self.lengths[0], self.lengths[-1]
-            raise ValueError(f"max_sequence_length: got {length}, expected {least} to {most}")
-        self.max_sequence_length = length
-        self._is_asked, self._is_fitted = max_sequence_length is not None, False
+        super().__init__(max_sequence_length)
         if negative_prompt is not None:
             if self.guidance.kind == "none":
                 raise ValueError(
                     f"negative_prompt: got {negative_prompt!r}, but this model takes no guidance"
                 )
             self.guidance = replace(self.guidance, negative_prompt=negative_prompt)
+        self._is_sliced = vae_slicing
         self._dtype = pipeline.transformer.dtype  # as loaded: adapters added later may differ
-        self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
         device: torch.device | str = "cpu",
         **options: Any,
     ):
         """Load a local directory written by diffusers; nothing is downloaded.
 
-        dtype: of the network and the text encoders; the VAE is always float32, because a reward
-        should not see its rounding. options: of the constructor.
+        dtype: of the network and the text encoders, "default" if several are named; that of the
+        "network" is the same then, and the "vae" float32, because a reward should not see its
+        rounding. options: of the constructor.
         Raises FileNotFoundError without a model_index.json or a part that it names, ValueError for
         another pipeline class, a tokenizer made for another encoder, or weights that are not whole.
         """
@@ -157,16 +153,23 @@ class Pipeline(ABC):
         if name != expected:
             raise ValueError(f"path: {str(path)!r} is a {name}, expected {expected}")
         check_directory(path)
+        dtypes = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
+        default = dtypes.pop("default", torch.float32)
+        network, vae = dtypes.pop("network", default), dtypes.pop("vae", torch.float32)
+        for part in dtypes:
+            raise ValueError(f"dtype: got {part!r}, expected default, network or vae")
         pipeline = cls.kind.from_pretrained(
             path,
-            dtype={"default": dtype, "vae": torch.float32},
+            dtype={"default": network, "vae": vae},  # the encoders are loaded apart
             local_files_only=True,
             use_safetensors=True,
-            **loaded_apart(path, dtype),
+            **loaded_apart(path, default),
         )
         check_whole(pipeline)
         check_vocabularies(pipeline)
-        return cls(pipeline.to(device), **options)
+        found = cls(pipeline.to(device), **options)
+        found.directory = Path(path)
+        return found
 
     @classmethod
     def default(cls, name: str) -> Any:
@@ -182,18 +185,6 @@ class Pipeline(ABC):
     @abstractmethod
     def geometry(self) -> Geometry:
         """Of this pipeline."""
-
-    def own_length(self) -> int:
-        """Tokens of a prompt where nothing else is asked for."""
-        return self.lengths[-1]
-
-    def tokens_of(self, prompts: Sequence[str]) -> list[int] | None:
-        """The tokens of each, where a network looks at no others; None: it looks at padding."""
-        return None
-
-    @abstractmethod
-    def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The parts of a `Conditioning`, (B, ...) each, of at most ENCODE_ROWS prompts."""
 
     @abstractmethod
     def call(
@@ -212,7 +203,7 @@ class Pipeline(ABC):
         return None
 
     def to_vae(self, latents: Tensor) -> Tensor:
-        """Latents (B, *D) in the VAE's dtype as its decoder takes them."""
+        """Latents (B, *D) in float32 as the VAE's decoder takes them."""
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
@@ -256,63 +247,6 @@ class Pipeline(ABC):
         is_same = exact is not None and bool((exact - grid).abs().max() <= 2**-22)
         return exact if is_same else grid
 
-    def fit(self, prompts: Sequence[str]) -> None:
-        """Make `max_sequence_length`, where it was not asked for, the least multiple of 16 that
-        holds these prompts: all of a run, with the negative one. Where a network looks at padding,
-        its length is a part of the model, and stays.
-
-        Raises ValueError for a prompt that no length of the family holds.
-        """
-        tokens = None if self._is_asked else self.tokens_of(prompts)
-        if tokens is None:
-            return
-        longest, most = max(tokens), self.lengths[-1]
-        if longest > most:
-            prompt = prompts[tokens.index(longest)]
-            raise ValueError(
-                f"prompts: {prompt!r:.80} has {longest} tokens, expected at most {most}"
-            )
-        self.max_sequence_length = min(most, -(-longest // 16) * 16)
-        self._is_fitted = True
-        self._encoded.clear()
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts as rows on the host.
-
-        Each distinct prompt is encoded once and remembered (the latest 1,024 of them).
-        Raises TypeError for a bare string, ValueError for no prompts, or one that is longer than
-        those of `fit`.
-        """
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts: got the string {prompts!r}, expected a list of strings")
-        if not prompts:
-            raise ValueError("prompts: got none, expected at least one")
-        rows = {prompt: self._encoded[prompt] for prompt in prompts if prompt in self._encoded}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
-        if missing and self._is_released:
-            raise ValueError(f"prompts: {missing[0]!r:.80} is new, and the encoders are released")
-        if missing and self._is_fitted and max(self.tokens_of(missing)) > self.max_sequence_length:
-            raise ValueError(
-                f"prompts: {max(missing, key=len)!r:.80} is longer than those that the model was "
-                f"fitted to, of {self.max_sequence_length} tokens"
-            )
-        for start in range(0, len(missing), ENCODE_ROWS):
-            some = missing[start : start + ENCODE_ROWS]
-            found = Conditioning(self.encode_rows(some), self.stays).to("cpu")
-            # Indexed by a list, which copies: a slice would keep the whole batch in the cache.
-            rows |= {prompt: found[[row]] for row, prompt in enumerate(some)}
-        self._encoded.update(rows)
-        while len(self._encoded) > CACHED_PROMPTS:
-            self._encoded.popitem(last=False)
-        return Conditioning.cat([rows[prompt] for prompt in prompts])
-
-    def release_encoders(self) -> None:
-        """Free the text encoders; what was encoded stays."""
-        self._is_released = True
-        names = [name for name in self.pipeline.components if name.startswith("text_encoder")]
-        self.pipeline.register_modules(**dict.fromkeys(names))
-
     def velocity(
         self,
         x_t: Tensor,
@@ -335,8 +269,12 @@ class Pipeline(ABC):
             raise ValueError(f"conditioning: got {len(conditioning)} rows, expected {batch} as x_t")
         self.calls += batch
         network = self.network if network is None else network
-        parts = conditioning.to(x_t.device).parts
-        return self.call(network, x_t.to(self._dtype), sigma.float(), dict(parts))
+        dtype = self._dtype  # encoders may have another, as floating masks do
+        parts = {
+            name: part.to(dtype) if part.is_floating_point() else part
+            for name, part in conditioning.to(x_t.device).parts.items()
+        }
+        return self.call(network, x_t.to(dtype), sigma.float(), parts)
 
     def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
         """uncond + w (cond - uncond), in float32 at least; w: of all rows, or (B,)."""
@@ -347,15 +285,17 @@ class Pipeline(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, *D) -> images (B, 3, H, W) in [0, 1], float32; videos are (B, F, 3, H, W)."""
-        return torch.cat(
-            [self._decode(part) for part in latents.split(max(1, DECODE_PIXELS // self.pixels))]
-        )
+        """Latents (B, *D) -> images (B, 3, H, W) in [0, 1], float32 whatever the VAE computes in;
+        videos are (B, F, 3, H, W)."""
+        # Not by the VAE's own slicing: LTX-Video's does not slice what else its decoder takes.
+        rows = 1 if self._is_sliced else max(1, DECODE_PIXELS // self.pixels)
+        return torch.cat([self._decode(part) for part in latents.split(rows)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        ready = self.to_vae(latents.to(vae.dtype))
-        return self.to_pixels(vae.decode(ready, return_dict=False, **self.vae_arguments(ready))[0])
+        ready = self.to_vae(latents.float()).to(vae.dtype)
+        decoded = vae.decode(ready, return_dict=False, **self.vae_arguments(ready))[0]
+        return self.to_pixels(decoded.float())
 
     def save_lora(self, directory: str | Path) -> None:
         """Write the adapter of `network` for peft and for the pipeline's `load_lora_weights`."""
@@ -372,6 +312,17 @@ class Pipeline(ABC):
         from flowkern.models import lora
 
         lora.read(self.network, Path(directory))
+
+    def save_network(self, directory: str | Path) -> None:
+        """Write all weights of `network`, a folder for each of `parts`, as diffusers reads them."""
+        weights.write({name: getattr(self.pipeline, name) for name in self.parts}, Path(directory))
+
+    def load_network(self, directory: str | Path) -> None:
+        """Give `network` the weights that `save_network` wrote, in its own dtype.
+
+        Raises ValueError where they are not those of this network.
+        """
+        weights.read({name: getattr(self.pipeline, name) for name in self.parts}, Path(directory))
 
     def describe(self) -> dict[str, Any]:
         """What the model is, in plain values."""

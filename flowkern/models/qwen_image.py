@@ -30,11 +30,23 @@ class QwenImage(PackedPipeline):
     @property
     def lora_targets(self) -> str:
         """The last block's text queries are asked, and their answers dropped."""
-        last = f"transformer_blocks.{self.pipeline.transformer.config.num_layers - 1}.attn"
-        return attention(f"{last}.add_q_proj", f"{last}.to_add_out")
+        return attention(f"{self._last}.attn.add_q_proj", f"{self._last}.attn.to_add_out")
+
+    @property
+    def unread(self) -> list[str]:
+        """What the last block makes of text."""
+        return [f"{self._last}.attn.to_add_out", f"{self._last}.txt_mlp"]
+
+    @property
+    def _last(self) -> str:
+        return f"transformer_blocks.{self.pipeline.transformer.config.num_layers - 1}"
 
     def own_length(self) -> int:
         return self.default("max_sequence_length")
+
+    @property
+    def template(self) -> str:
+        return self.pipeline.prompt_template_encode
 
     def tokens_of(self, prompts: Sequence[str]) -> list[int]:
         """Without the system's words, which the pipeline cuts off."""

@@ -106,6 +106,10 @@ class Wan(VideoPipeline):
         return latents * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1)
 
     @property
+    def parts(self) -> Sequence[str]:
+        return ("transformer", "transformer_2") if self.guidance.boundary else super().parts
+
+    @property
     def lora_files(self) -> dict[str, str]:
         """The second for the pipeline's load_lora_weights(..., load_into_transformer_2=True)."""
         if not self.guidance.boundary:

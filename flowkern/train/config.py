@@ -53,6 +53,14 @@ class ModelConfig(Section):
     max_sequence_length: Annotated[int | None, AT_LEAST_0] = None
     """Tokens of a prompt; None: as the pipeline has it, or as few as hold all of a run's where a
     network does not look at padding."""
+    prompt_cache: Place | None = None
+    """A folder of encoded prompts, which runs share and find again; None: in the host's memory, .5
+    to 16 MB each (docs/models.md)."""
+    vae_slicing: bool = False
+    """Decode one image or video at a time, in the least memory; else as many as four images of
+    1024 x 1024 have pixels."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the VAE. bf16 halves its memory, and moves the images that rewards see: docs/models.md."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -158,7 +166,7 @@ class TrainConfig(Section):
     """Validate, and store in checkpoint-N/ema, a running mean of the weights with at most this
     decay, taken once per optimizer step; None: the weights themselves."""
     mixed_precision: Precision = "no"
-    """The network's dtype; LoRA weights, latents and the loss stay in float32."""
+    """The network's dtype; weights that are trained, latents and the loss stay in float32."""
     checkpointing_steps: Steps = 100
     """Optimizer steps between checkpoints; one is always written at the end."""
     checkpoints_total_limit: Annotated[int | None, ABOVE_0] = None
@@ -204,8 +212,10 @@ class Config(Section):
     """The prompts."""
     reward: Rewards
     """What the images are scored with."""
-    lora: LoraConfig = Field(default_factory=LoraConfig)
-    """Which weights move."""
+    lora: LoraConfig | None = Field(default_factory=LoraConfig)
+    """Which weights move; None: all of the network, kept and saved in float32 and computed with in
+    train.mixed_precision. The reference of a KL is then a copy of them, and a learning rate is a
+    tenth or less of an adapter's."""
     train: TrainConfig
     """The optimizer and the files."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -234,8 +244,8 @@ class Sampling(Section):
 
     model: ModelConfig
     """What was trained."""
-    lora: LoraConfig = Field(default_factory=LoraConfig)
-    """The adapter's shape."""
+    lora: LoraConfig | None = Field(default_factory=LoraConfig)
+    """The adapter's shape; None: all weights were trained."""
     train: TrainConfig
     """The precision, and how many network calls are a batch."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)

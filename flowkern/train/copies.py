@@ -14,7 +14,8 @@ from flowkern import torch_private
 from flowkern.checks import ConfigError
 
 REFERENCE = "reference"
-"""The weights from which training started: those without their adapters."""
+"""The weights from which training started: those without their adapters, or a copy that is never
+updated."""
 
 
 class Copies:
@@ -23,7 +24,7 @@ class Copies:
     def __init__(self, parameters: Sequence[Tensor], names: Iterable[str]) -> None:
         self._parameters = list(parameters)
         self._copies = {name: [p.detach().clone() for p in parameters] for name in names}
-        self._current = set(self._copies)
+        self._current = set(self._copies) - {REFERENCE}  # which is asked for what it is
 
     def __contains__(self, name: str) -> bool:
         return name in self._copies
@@ -60,16 +61,22 @@ class Copies:
             weight.data, other.data = other.data, weight.data
 
     def state_dict(self) -> dict[str, Any]:
-        return {"copies": self._copies, "current": sorted(self._current)}
+        """Without the reference, which the model is loaded with."""
+        return {"copies": self._moving(), "current": sorted(self._current)}
+
+    def _moving(self) -> dict[str, list[Tensor]]:
+        return {name: copy for name, copy in self._copies.items() if name != REFERENCE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """To be called while the reference is what the model was loaded with."""
         stored_copies, self._current = state["copies"], set(state["current"])
-        if stored_copies.keys() != self._copies.keys():
+        here = self._moving()
+        if stored_copies.keys() != here.keys():
             raise ConfigError(
                 f"train.resume_from_checkpoint: has the weight copies {sorted(stored_copies)}, "
-                f"expected {sorted(self._copies)}, those of this configuration"
+                f"expected {sorted(here)}, those of this configuration"
             )
-        for name, copy in self._copies.items():
+        for name, copy in here.items():
             for tensor, stored in zip(copy, stored_copies[name], strict=True):
                 tensor.copy_(stored)
 
@@ -100,7 +107,7 @@ class Weights:
     def using(self, name: str | None) -> Iterator[None]:
         """Run the modules with a copy's weights, with REFERENCE's, or (None) with their own."""
         with ExitStack() as stack:
-            if name == REFERENCE:
+            if name == REFERENCE and REFERENCE not in self.copies:
                 for module in self.modules.values():
                     stack.enter_context(module.disable_adapter())
             else:

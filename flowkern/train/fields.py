@@ -247,7 +247,10 @@ def _keys(kind: type[BaseModel], path: str = "") -> Iterator[str]:
     """All full keys; of algorithms those that most have."""
     for name, field in kind.model_fields.items():
         inner = _options_of(PolicyRecipe) if field.annotation is Recipe else field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            yield from _keys(inner, f"{path}{name}.")
-        else:
+        # A section that may be null is one of a union.
+        parts = [each for each in (inner, *typing.get_args(inner)) if isinstance(each, type)]
+        sections = [each for each in parts if issubclass(each, Section)]
+        for section in sections:
+            yield from _keys(section, f"{path}{name}.")
+        if not sections:
             yield path + name

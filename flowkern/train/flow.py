@@ -29,9 +29,9 @@ from flowkern.rollout import (
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
 from flowkern.rollout.states import OnHost, moved
-from flowkern.train import distributed, lora
+from flowkern.train import distributed
 from flowkern.train.config import Config, ConfigError
-from flowkern.train.copies import Weights
+from flowkern.train.copies import REFERENCE, Weights
 from flowkern.train.distributed import Laps
 from flowkern.train.loading import load_pipeline
 from flowkern.train.loop import Batch
@@ -39,6 +39,7 @@ from flowkern.train.metrics import Experience
 from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
 from flowkern.train.scoring import Scores, load_rewards, score
 from flowkern.train.stop import StopRequest
+from flowkern.train.trained import load_trained, save_trained, set_trained
 from flowkern.train.validation import Validation
 
 NETWORK = "network"  # the one module that is trained
@@ -88,19 +89,43 @@ class FlowTask:
         self._check_plan()
         if config.model.gradient_checkpointing:
             self.model.network.enable_gradient_checkpointing()
-        lora.add_lora(self.model, config.lora)
+        self.facts = [set_trained(self.model, config.lora)]
         self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
         self.objective = self.recipe.objective(self.guidance)
+        # Where there is no adapter to be left out.
+        needs_copy = config.lora is None and REFERENCE in self.objective.anchors
+        self.copies = [REFERENCE] if needs_copy else []
         self.validation = Validation(config, accelerator, self.model, self.rewards, stop)
-        self._fit()
+        self._prepare(is_mine=model is None)
 
-    def _fit(self) -> None:
-        """The length of text: one for all of the run."""
-        prompts = [prompt["prompt"] for prompt in (*self.prompts, *self.validation.prompts)]
+    def _prepare(self, is_mine: bool) -> None:
+        """The text: one length for all of the run; every prompt of this rank encoded once, and no
+        encoder kept, unless the model is another's, who may go on with it."""
+        others = [prompt["prompt"] for prompt in self.validation.prompts]
+        others.append(self.model.guidance.negative_prompt)
         try:
-            self.model.fit([*prompts, self.model.guidance.negative_prompt])
+            self.model.fit([*(prompt["prompt"] for prompt in self.prompts), *others])
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
+        if not is_mine:
+            return
+        drawn = [self.prompts[place]["prompt"] for place in self._places()]
+        try:
+            self.model.prepare([*drawn, *others], self.config.model.prompt_cache)
+        except OSError as error:
+            reason = f"{error.strerror}: {str(error.filename)!r:.300}"
+            raise ConfigError(f"model.prompt_cache: {reason}") from error
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from error
+
+    def _places(self) -> list[int]:
+        """The prompts that this rank will draw, in the order of the file."""
+        found: set[int] = set()
+        for iteration in range(self.config.train.steps // self.recipe.updates_per_rollout):
+            found.update(self._drawn(iteration))
+            if len(found) == len(self.prompts):
+                break
+        return sorted(found)
 
     def _check_guidance(self) -> None:
         """Of a model that has one way through the network only."""
@@ -153,9 +178,12 @@ class FlowTask:
 
     def draw_prompts(self, iteration: int) -> list[Prompt]:
         """This rank's prompts of the iteration, P."""
+        return [self.prompts[place] for place in self._drawn(iteration)]
+
+    def _drawn(self, iteration: int) -> list[int]:
         count = self.recipe.prompts_per_rollout
         drawn = draw_prompts(len(self.prompts), count, self.config.seed, iteration)
-        return [self.prompts[drawn[slot]] for slot in self.slots.tolist()]
+        return [drawn[slot] for slot in self.slots.tolist()]
 
     def sample(self, iteration: int, conditioning: Conditioning) -> Blocks:
         """The tree of every prompt: sampled as it is iterated over."""
@@ -269,8 +297,8 @@ class FlowTask:
         return self.validation.run(step)
 
     def save(self, directory: Path) -> None:
-        """The adapter's files."""
-        self.model.save_lora(directory)
+        """The adapter's files, or the network's."""
+        save_trained(self.model, self.config.lora, directory)
 
     def load(self, directory: Path) -> None:
-        lora.restore_lora(self.model, directory)
+        load_trained(self.model, self.config.lora, directory)

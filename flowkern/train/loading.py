@@ -9,22 +9,27 @@ from flowkern.models import Model, load_model
 from flowkern.train.config import Config, ModelConfig, Sampling
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Model:
     """The adapter of model.path, in the precision, the size and with the text tokens that are
-    configured.
+    configured. A network whose own weights are trained is in float32, whatever it computes in; for
+    drawing it is as others are.
 
     Raises ConfigError, naming the key, for a directory that cannot be used, whatever its loader
     raises, and for a size that the model does not have.
     """
-    options = config.model
+    options, dtype = config.model, DTYPES[config.train.mixed_precision]
+    trains_all = config.lora is None and isinstance(config, Config)
+    network = torch.float32 if trains_all else dtype
+    ours = {"path", "gradient_checkpointing", "vae_dtype", "prompt_cache"}
     try:
         return load_model(
             options.path,
-            dtype=DTYPES[config.train.mixed_precision],
+            dtype={"default": dtype, "network": network, "vae": VAE_DTYPES[options.vae_dtype]},
             device=device,
-            **options.model_dump(exclude={"path", "gradient_checkpointing"}),
+            **options.model_dump(exclude=ours),
         )
     except (ImportError, torch.OutOfMemoryError):
         raise

@@ -56,6 +56,11 @@ class Task(Protocol):
     use; model: one in memory, on the device, in place of model.path's.
     """
 
+    facts: Sequence[str]
+    """What a run says of it when it begins, in lines."""
+    copies: Sequence[str]
+    """Of the weights, by name, that its anchors are, beside the recipe's."""
+
     def modules(self) -> Mapping[str, nn.Module]:
         """By name; those of their parameters that take a gradient are trained."""
         ...
@@ -116,7 +121,7 @@ class Loop:
         self.weights = Weights(modules, wrapped, self.copies, self.sampler)
 
     def _names_of_copies(self) -> list[str]:
-        names = list(self.recipe.copies)
+        names = [*self.recipe.copies, *self.task.copies]
         if self.evaluated is not None:
             names.append(EVALUATED)
         if self.recipe.updates_per_rollout > 1 and self.recipe.sampler is None:
@@ -281,6 +286,8 @@ class Loop:
             with taking(found):
                 self.load(found)
         self.directory.prepare(found, self.global_step)
+        for fact in self.task.facts:
+            self.directory.say(fact)
 
     def advance(self) -> None:
         options = self.config.train

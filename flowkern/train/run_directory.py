@@ -236,6 +236,12 @@ def refuse_other_run(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[An
     """
     taken = {}
     for key, (old, new) in changes(found, tree).items():
+        if key == "lora":  # null on one side, a mapping on the other
+            trains = "all weights" if new is None else "an adapter"
+            raise ConfigError(
+                f"lora: the run that is resumed trains {trains}; expected the same, or a new "
+                "output_dir"
+            )
         if key == FIXED[0] or key.startswith(FIXED[1:]):
             if old is None or new is None:
                 continue

@@ -20,12 +20,14 @@ import tiny_text
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import flowkern as fk
+from flowkern.checks import ConfigError
 from flowkern.models import MODELS, Conditioning, load_model
 from flowkern.models.directory import check_vocabulary
 from flowkern.models.flux2 import Flux2Klein
 from flowkern.schedules import step_coefficients
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora
+from flowkern.train.trained import set_trained
 
 PROMPTS = ["a red cat", "an old photo of the small blue dog on a seven"]  # of two lengths
 PIXELS = {"height": 64, "width": 48}
@@ -310,6 +312,78 @@ def test_every_lora_parameter_learns_and_the_pipeline_loads_them(name, load, tmp
         plain.pipeline.load_lora_weights(tmp_path, weight_name=file, **into)
     found = plain.velocity(x_t, sigma, rows)
     assert (found - velocity).abs().max() <= 2e-6 < (bare - velocity).abs().max()
+
+
+@every_family
+def test_all_weights_learn_and_diffusers_reads_them(name, load, tmp_path):
+    """But for modules that nothing reads, and those that say so are all of these."""
+    model = load(name)
+    assert set_trained(model, None).endswith("all of the network, in float32")
+    rows, x_t, sigma = model.encode(PROMPTS), latents(model), torch.tensor([0.9, 0.3])
+    model.velocity(x_t, sigma, rows).square().mean().backward()
+    network = model.network
+    unread = {n for n, p in network.named_parameters() if not p.requires_grad}
+    assert unread == {n for n, p in network.named_parameters() if p.grad is None}
+    assert bool(unread) == bool(model.unread)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+        velocity = model.velocity(x_t, sigma, rows)
+    model.save_network(tmp_path)
+    again, kinds = load(name), {part: type(getattr(model.pipeline, part)) for part in model.parts}
+    read = {part: kind.from_pretrained(tmp_path / part) for part, kind in kinds.items()}
+    for part, found in read.items():
+        own = getattr(model.pipeline, part).state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in found.state_dict().items())
+    again.load_network(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.velocity(x_t, sigma, rows), velocity)
+
+
+@every_family
+def test_slices_of_a_vae_are_the_whole_and_bfloat16_comes_close(name, load):
+    model, sliced = load(name), load(name, vae_slicing=True)
+    halved = load(name, dtype={"vae": torch.bfloat16})
+    assert {p.dtype for p in halved.pipeline.vae.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in halved.network.parameters()} == {torch.float32}
+    rows = {}
+    for each in (model, sliced):
+        seen = rows.setdefault(each, [])
+        each.pipeline.vae.decoder.register_forward_hook(
+            lambda _, inputs, __, seen=seen: seen.append(len(inputs[0]))
+        )
+    x = latents(model)
+    images = model.decode(x)
+    torch.testing.assert_close(sliced.decode(x), images, rtol=0, atol=1e-5)
+    assert set(rows[model]) == {len(x)} and set(rows[sliced]) == {1}
+    found = halved.decode(x)
+    assert found.dtype == torch.float32 and found.min() >= 0 and found.max() <= 1
+    # Random weights enlarge rounding: .5 to 7 % of the images' spread, where wrong is 140 %.
+    assert 0 < (found - images).square().mean().sqrt() < 0.15 * images.std()
+
+
+def test_layers_that_nothing_reads_are_left_out_of_any_targets(load):
+    model = load("qwen_image")
+    config = LoraConfig(rank=1, target_modules=["to_add_out", "txt_mlp.net.2", "to_q"])
+    said = set_trained(model, config)
+    assert said.endswith("of rank 1 in 4 layers: to_add_out 1, txt_mlp.net.2 1, to_q 2")
+    rows, x_t, sigma = model.encode(PROMPTS), latents(model), torch.tensor([0.9, 0.3])
+    model.velocity(x_t, sigma, rows).square().mean().backward()
+    assert all(p.grad is not None for p in model.network.parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match="lora.target_modules: '1.attn.to_add_out' is no layer"):
+        set_trained(load("qwen_image"), LoraConfig(target_modules=["to_q", "1.attn.to_add_out"]))
+
+
+@every_family
+def test_a_family_says_how_many_layers_are_adapted(name, load):
+    model = load(name)
+    said = set_trained(model, LoraConfig(rank=2))
+    adapted = [
+        n for n, _ in model.network.named_parameters() if n.endswith("lora_A.default.weight")
+    ]
+    counts = dict(pair.rsplit(" ", 1) for pair in said.rpartition(": ")[2].split(", "))
+    assert f"in {len(adapted)} layers: " in said
+    assert sum(map(int, counts.values())) == len(adapted) and "0" not in counts.values()
 
 
 def test_videos_have_the_pipelines_own_size_and_rate(directories):

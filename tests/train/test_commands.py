@@ -98,7 +98,7 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     arguments = ["sample", "run", "--prompt", "the digit 3", "--num-inference-steps", "2"]
     assert main(arguments) == 0
     assert capsys.readouterr().out == "sample.png\n" and (tmp_path / "sample.png").is_file()
-    assert seen[0] == seen[1] and seen[1]["dtype"] == torch.bfloat16
+    assert seen[0] == seen[1] and seen[1]["dtype"]["default"] == torch.bfloat16
     assert seen[1]["max_sequence_length"] == 5
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     (saved / "adapter_model.safetensors").write_bytes(b"of another version")

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from flowkern.models import Guidance
+from flowkern.models.sd3 import SD3
 from flowkern.train import checkpoint, flow, metrics, tracking
 from flowkern.train.config import ConfigError
 from flowkern.train.errors import RunError
@@ -167,7 +168,7 @@ def test_the_checkpoint_loads_in_diffusers_and_in_peft(tiny):
     loop = Loop(config)
     loop.run()
     directory, model = Path(config.output_dir) / "checkpoint-2", loop.task.model
-    conditioning = model.encode(["the digit 3", "a handwritten seven"])
+    conditioning = load_model(config.model.path).encode(["the digit 3", "a handwritten seven"])
     x_t = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     arguments = (x_t, torch.tensor([0.9, 0.4]), conditioning)
     model.network = loop.task.model.network
@@ -268,6 +269,26 @@ def test_the_host_waits_for_no_result_between_the_rewards_and_the_update(tiny, m
     assert sums.over(batch.total).device == device
 
 
+def test_a_run_encodes_each_of_its_prompts_once_and_keeps_no_encoder(tiny, tmp_path, monkeypatch):
+    """Those that it will draw, and no others; a second run finds them in the folder."""
+    asked, encode = [], SD3.encode_rows
+    monkeypatch.setattr(
+        SD3, "encode_rows", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
+    )
+    cache = f"model.prompt_cache={tmp_path / 'rows'}"
+    loop = Loop(tiny(cache))
+    drawn = {one["prompt"] for i in range(4) for one in loop.task.draw_prompts(i)}
+    held_out = {one["prompt"] for one in loop.task.validation.prompts}
+    assert sorted(asked) == sorted(drawn | held_out | {""}) and len(held_out) == 6
+    assert loop.task.model.pipeline.text_encoder is loop.task.model.pipeline.text_encoder_3 is None
+    count = len(asked)
+    assert loop.run() == 0
+    found = Loop(tiny(cache, "seed=0", "train.learning_rate=1e-5", name="other")).step()[0]
+    assert found["ratio_mean"] == 1 and len(asked) == count
+    with pytest.raises(ConfigError, match="^model.prompt_cache: Not a directory: '/dev/null/"):
+        Loop(tiny("model.prompt_cache=/dev/null/rows", name="third"))
+
+
 def test_a_model_in_memory_takes_the_place_of_a_directory(tiny, monkeypatch):
     config = tiny()
     model = load_pipeline(config, "cpu")
@@ -299,6 +320,8 @@ class Rows(Batch):
     x: torch.Tensor
 
 class Line:
+    facts, copies = ("draws a line",), ()
+
     def __init__(self, config, accelerator, stop, model):
         torch.manual_seed(config.seed)
         self.line, self.calls = torch.nn.Linear(3, 1), 0

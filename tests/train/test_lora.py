@@ -17,7 +17,8 @@ from flowkern.checks import ConfigError
 from flowkern.models import load_model
 from flowkern.models.lora import WEIGHTS
 from flowkern.train.config import LoraConfig
-from flowkern.train.lora import add_lora, attach_lora, restore_lora
+from flowkern.train.lora import add_lora, restore_lora
+from flowkern.train.trained import attach_trained
 
 MODEL = Path(__file__).resolve().parents[2] / "assets/digits-sd3"
 CONFIG = LoraConfig(rank=4, alpha=8, target_modules=["to_q", "to_out.0"])
@@ -103,7 +104,7 @@ def test_it_goes_back_where_it_came_from_and_nothing_named_in_it_is_imported(sav
     try:
         for where in (directory, tmp_path):
             model = load_model(MODEL)
-            attach_lora(model, CONFIG, where)
+            attach_trained(model, CONFIG, where)
             assert torch.equal(velocity(model), velocity(trained))
         assert "evil_core" not in sys.modules
     finally:
