@@ -116,7 +116,8 @@ class FlowTask:
             reason = f"{error.strerror}: {str(error.filename)!r:.300}"
             raise ConfigError(f"model.prompt_cache: {reason}") from error
         except ValueError as error:
-            raise ConfigError(f"model.{error}") from error
+            key = "model." if str(error).startswith("prompt_cache: ") else "data: "
+            raise ConfigError(f"{key}{error}") from error
 
     def _places(self) -> list[int]:
         """The prompts that this rank will draw, in the order of the file."""
