@@ -115,15 +115,24 @@ def _case(
     name = f"forward{'' if is_forward else ' + backward'}, {name}"
     case = Case("policy_loss", name, shape, str(dtype).removeprefix("torch."), contenders, check)
     case.allowed = 1e-5 if is_forward else 1e-3 if dtype == torch.float32 else 1e-2
-    # Each pass reads what it uses, the backward writes one gradient; what is kept instead of
-    # reading inputs again is written, read and written.
-    once = rows * (2 if is_on_policy else 3) + batch + (rows if siblings > 1 else 0)
-    forward = 0 if is_on_policy else once
-    backward = 0 if is_forward else rows * (2 + (siblings > 1)) + batch + rows
-    if dtype == torch.float32 and siblings == 1 and not (is_on_policy or is_forward):
-        backward = 3 * rows
-    case.bytes_moved = (forward + backward) * math.prod(shape[1:]) * x.element_size()
+    latents = _latents_moved(rows, siblings, is_on_policy, is_forward, dtype == torch.float32)
+    case.bytes_moved = latents * math.prod(shape[1:]) * x.element_size()
     return case
+
+
+def _latents_moved(
+    rows: int, siblings: int, is_on_policy: bool, is_forward: bool, is_float32: bool
+) -> int:
+    """Each pass reads what it uses, the backward writes one gradient; what is kept instead of
+    reading inputs again is written, read and written.
+    """
+    batch, has_kl = rows * siblings, siblings > 1
+    forward = 0 if is_on_policy else rows * (3 + has_kl) + batch
+    if is_forward:
+        return forward
+    if is_float32 and not (is_on_policy or has_kl):
+        return forward + 3 * rows
+    return forward + rows * (3 + has_kl) + batch
 
 
 WIDE = ("old_velocity", "velocity_ref")

@@ -126,6 +126,8 @@ KNOW_FAMILIES = {
     "flowkern/models": "their room",
     "flowkern/compat": "it has other projects' names",
     "scripts/pretrain_digits.py": "makes the demo's model, which is of a family",
+    "scripts/gpu/network_models.py": "builds the published networks that are timed",
+    "scripts/gpu/network_cases.py": "says which of them are timed, and how",
 }
 
 
