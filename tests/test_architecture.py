@@ -128,6 +128,7 @@ KNOW_FAMILIES = {
     "scripts/pretrain_digits.py": "makes the demo's model, which is of a family",
     "scripts/gpu/network_models.py": "builds the published networks that are timed",
     "scripts/gpu/network_cases.py": "says which of them are timed, and how",
+    "scripts/gpu/part_d.py": "rehearses one of them",
 }
 
 

@@ -135,6 +135,8 @@ class Network:
     has_few: two blocks of each sort, to compile for all of them.
     """
 
+    unread = ()  # modules whose results nothing reads: none
+
     def __init__(
         self, family: str, device: torch.device, has_few: bool = False, has_lora: bool = True
     ):
