@@ -1,0 +1,132 @@
+"""The token losses for autograd: the policy loss makes its gradients in the forward pass, where the
+logits are; linear_log_prob makes the logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flowkern import torch_private as private
+from flowkern.ops._common.autograd import check_derivatives
+from flowkern.ops._common.dispatch import (
+    Impl,
+    is_transformed,
+    no_objection,
+    triton_why_not,
+)
+
+from . import chunks, reference
+from .chunks import Wanted
+from .inputs import Head, Objective, Statistics, Tokens
+
+
+def _triton_rows():
+    from . import triton_impl  # on first use: `import flowkern` leaves triton out
+
+    return triton_impl
+
+
+IMPLS = (
+    Impl("triton", _triton_rows, triton_why_not),
+    Impl("reference", reference, no_objection),
+)
+
+
+def _wanted(*inputs: Tensor | None) -> Wanted:
+    on = torch.is_grad_enabled()
+    return Wanted(*(on and x is not None and x.requires_grad for x in inputs))
+
+
+def _detached(*inputs: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.detach() for x in inputs]
+
+
+def differentiable_loss(
+    impl: Impl, tokens: Tokens, head: Head, objective: Objective
+) -> tuple[Tensor, Statistics]:
+    """The loss, and its statistics."""
+    inputs = tokens.hidden, head.weight, head.bias
+    wanted = _wanted(*inputs)
+    hidden, weight, bias = _detached(*inputs)
+    tokens, head = tokens._replace(hidden=hidden), head._replace(weight=weight, bias=bias)
+
+    def run() -> tuple[Statistics, tuple[Tensor | None, ...]]:
+        return chunks.policy_pass(impl.call(), tokens, head, objective, wanted)
+
+    made, gradients = run()
+    loss = made.loss.sum(dtype=torch.float64).float()
+    if any(wanted):
+        loss = _Kept.apply(*inputs, (loss, gradients, lambda: run()[1], impl.name))
+    return loss, made
+
+
+class _Kept(torch.autograd.Function):
+    """Gives the loss gradients that were made with it. The first backward pass takes them, in their
+    memory; another (retain_graph) makes them again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rest: tuple[Tensor, tuple, Callable, str]) -> Tensor:
+        loss, ctx.gradients, ctx.again, ctx.backend = rest
+        ctx.save_for_backward(hidden, weight, bias)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        _check(ctx.backend, grad)
+        inputs = ctx.saved_tensors  # raises where one has changed
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = ctx.again()
+        return *map(_scaled, gradients, [grad] * 3, inputs), None
+
+
+def _scaled(gradient: Tensor | None, grad: Tensor, of: Tensor | None) -> Tensor | None:
+    """grad times a gradient that nobody else has, in the dtype of its input."""
+    if gradient is None:
+        return None
+    if gradient.dtype == of.dtype:
+        # The host knows its own scalars: most losses are the last step of their graph.
+        return gradient if grad.is_cpu and grad == 1 else gradient.mul_(grad)
+    return torch.mul(gradient, grad, out=torch.empty(of.shape, dtype=of.dtype, device=of.device))
+
+
+def differentiable_log_prob(impl: Impl, hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+    if any(_wanted(hidden, head.weight, head.bias)):
+        return _LogProb.apply(hidden, head.weight, head.bias, (head, ids, impl))
+    inputs = _detached(hidden, head.weight, head.bias)
+    head = head._replace(weight=inputs[1], bias=inputs[2])
+    return chunks.log_prob_pass(impl.call(), inputs[0], head, ids)[0]
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rest: tuple[Head, Tensor, Impl]) -> Tensor:
+        head, ids, ctx.impl = rest
+        ctx.head = head._replace(weight=None, bias=None)
+        head = ctx.head._replace(weight=weight, bias=bias)
+        log_prob, normalizer = chunks.log_prob_pass(ctx.impl.call(), hidden, head, ids)
+        ctx.save_for_backward(hidden, weight, bias, ids, normalizer)
+        return log_prob
+
+    @staticmethod
+    def backward(ctx, grad):
+        _check(ctx.impl.name, grad)
+        hidden, weight, bias, ids, normalizer = ctx.saved_tensors
+        head = ctx.head._replace(weight=weight, bias=bias)
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        gradients = chunks.log_prob_gradients(
+            ctx.impl.call(), hidden, head, ids, normalizer, grad.contiguous(), wanted
+        )
+        inputs = hidden, weight, bias
+        return *(
+            g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)
+        ), None
+
+
+def _check(backend: str, grad: Tensor) -> None:
+    if is_transformed() or private.is_batched(grad) or torch.is_grad_enabled():
+        check_derivatives(backend)
