@@ -55,15 +55,17 @@ def policy_pass(
     statistics = Statistics.empty(len(hidden), hidden.device)
     chunks = list(_chunks(hidden, head))
     gradients = Gradients(hidden, head, wanted, len(chunks))
+    learning = _learning(tokens.advantage, objective) if any(wanted) else []
     with _workspace(hidden, head, chunks) as memory:
         for rows in chunks:
             logits = _logits(hidden[rows], head, memory)
             of_chunk = tokens.at(rows)
             kernel.policy_rows(logits, head, of_chunk, objective, statistics.at(rows), any(wanted))
-            if any(wanted):
-                for run in _learning(of_chunk.advantage, objective):
-                    there = slice(rows.start + run.start, rows.start + run.stop)
-                    gradients.add(logits[run], there)
+            for run in learning:
+                first, last = max(run.start, rows.start), min(run.stop, rows.stop)
+                if first < last:
+                    there = slice(first - rows.start, last - rows.start)
+                    gradients.add(logits[there], slice(first, last))
     return statistics, gradients.finished()
 
 

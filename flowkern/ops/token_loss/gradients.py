@@ -14,13 +14,20 @@ from flowkern.ops._common.autograd import check_derivatives
 from flowkern.ops._common.dispatch import (
     Impl,
     is_transformed,
+    native_why_not,
     no_objection,
     triton_why_not,
 )
 
-from . import chunks, reference
+from . import chunks, native_impl, reference
 from .chunks import Wanted
 from .inputs import Head, Objective, Statistics, Tokens
+
+
+def _native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        return "the token loss has no native kernel for CUDA devices, where Triton's serves"
+    return native_why_not(device, dtype)
 
 
 def _triton_rows():
@@ -29,7 +36,9 @@ def _triton_rows():
     return triton_impl
 
 
+# What is called gives a row kernel; the reference is a loss by itself.
 IMPLS = (
+    Impl("native", lambda: native_impl, _native_why_not),
     Impl("triton", _triton_rows, triton_why_not),
     Impl("reference", reference, no_objection),
 )
