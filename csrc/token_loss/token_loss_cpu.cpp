@@ -11,11 +11,11 @@ namespace FK_ISA {
 
 namespace {
 
-constexpr float kFarthest = -87.0f;  // of which exp is a normal number, and as good as 0
+constexpr float kFarthest = -87.0f;  // below it exp counts as 0
 
-// exp of x <= 0, from kFarthest on to 1 ulp or two; a NaN stays one.
-FK_INLINE float exp_below(float x) {
-  x = x < kFarthest ? kFarthest : x;
+// exp of x <= 0, to 1 ulp or two; a NaN stays one.
+FK_INLINE float exp_below(float given) {
+  const float x = given < kFarthest ? kFarthest : given;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // the nearest integer, in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
@@ -26,7 +26,8 @@ FK_INLINE float exp_below(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r * r + r) + 1.0f;
-  return p * bits_to_float((float_to_bits(shifted) << 23) + 0x3F800000u);
+  p *= bits_to_float((float_to_bits(shifted) << 23) + 0x3F800000u);
+  return given < kFarthest ? 0.0f : p;
 }
 
 FK_INLINE float tanh_of(float x) {
@@ -99,10 +100,8 @@ FK_INLINE void fold(RowSums& sums, const float* x, int64_t count, float scale, f
   sums.largest = largest;
   float totals[kSumLanes] = {}, moments[kSumLanes] = {};
   const auto add = [&](int64_t i, int lane) __attribute__((always_inline)) {
-    float u = x[i] * scale - largest;
-    u = u < kFarthest ? kFarthest : u;
-    const float e = exp_below(u);
-    totals[lane] += e, moments[lane] += e * u;
+    const float u = x[i] * scale - largest, e = exp_below(u);
+    totals[lane] += e, moments[lane] += e * (u < kFarthest ? kFarthest : u);  // 0 times -inf is NaN
     if (left) left[i] = e;
   };
   int64_t i = 0;
@@ -138,7 +137,7 @@ float log_prob_of(const Row& r, float* tops, Normalizer& normalizer, float& targ
 // The gradient in the place of the logits, of slope lp - entropy_slope entropy.
 FK_INLINE float slope_at(const Row& r, float z, const Normalizer& n, float slope, float entropy_slope, bool is_target) {
   const float u = float(double(z) - n.largest - n.log_total), p = exp_below(u);
-  float dz = p * (entropy_slope * (u + n.entropy) - slope) + (is_target ? slope : 0.0f);
+  const float dz = p * (entropy_slope * ((u < kFarthest ? kFarthest : u) + n.entropy) - slope) + (is_target ? slope : 0.0f);
   const float t = r.t.cap > 0 ? z / (r.scale * r.t.cap) : 0.0f;
   return dz * r.scale * (1.0f - t * t);
 }
@@ -154,10 +153,8 @@ void overwrite(const Row& r, const Normalizer& n, float target, float slope, flo
     const auto gradient = [&](auto has_entropy, auto is_capped) __attribute__((always_inline)) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        float u = (x[i] * scale - largest) - log_total;
-        u = u < kFarthest ? kFarthest : u;
-        const float p = exp_below(u);
-        float dz = has_entropy ? p * (entropy_slope * (u + entropy) - slope) : p * -slope;
+        const float u = (x[i] * scale - largest) - log_total, p = exp_below(u);
+        float dz = has_entropy ? p * (entropy_slope * ((u < kFarthest ? kFarthest : u) + entropy) - slope) : p * -slope;
         if (is_capped) dz *= 1.0f - (x[i] / cap) * (x[i] / cap);
         out[i] = dz * scale;
       }
