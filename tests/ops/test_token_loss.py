@@ -1,11 +1,11 @@
 """The token loss: its laws, and every row kernel against float64."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from tokens import STATISTICS, Tokens, eager, errors, relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
 from flowkern.ops.token_loss import chunks
@@ -134,9 +134,7 @@ def test_the_ratio_of_a_policy_to_itself_is_exactly_1(dtype, budget):
 def test_another_packing_changes_a_log_prob_by_ulps():
     """Within 4 of the largest logit, and so does another size of chunks, or weights of 0."""
     p = Tokens(700, 32, 1003, kl_coef=0.1)
-    logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias).abs().max()
-    ulp = float(torch.nextafter(logits, logits.new_tensor(math.inf)) - logits)
-    lp = p.log_prob("native")
+    ulp, lp = p.ulp(), p.log_prob("native")
     order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
     for index in (order, order[:1], order[:300]):
         part = fk.linear_log_prob(p.hidden[index], p.weight, p.ids[index], p.bias)
@@ -574,35 +572,98 @@ def test_the_reference_serves_without_kernels(name):
 # ---- drawn calls ----
 
 
+def check_drawn(seed, backend):
+    """A call that follows from its seed, against float64."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *choices: choices[int(torch.randint(len(choices), (), generator=g))]  # noqa: E731
+    options = {
+        "temperature": draw(1.0, 0.6, 2.0), "kl_coef": draw(0.0, 0.2),
+        "entropy_coef": draw(0.0, 0.05), "clip_low": draw(0.2, 0.0, 1.0),
+        "clip_high": draw(0.2, 0.0, 5.0), "budget_bytes": draw(1, 2**20, 2**28),
+        "bias": draw(True, False), "scale": draw(0.0, 2.0, 8.0),
+    }  # fmt: skip
+    if draw(True, False):
+        options["softcap"] = draw(2.0, 30.0)
+    if draw(True, False):
+        options["dual_clip"] = draw(1.05, 3.0)
+    if draw(True, False):
+        options["is_cap"] = draw(0.9, 2.0, math.inf)
+    size = draw(0, 1, 2, 7, 33, 300, 520), draw(1, 3, 16, 40), draw(1, 2, 17, 256, 1030)
+    p = Tokens(*size, seed=seed, **options)
+    change = {}
+    if draw(True, False):
+        change["advantage"] = p.options["advantage"] * draw(0.0, 1.0)
+        change["token_weight"] = p.options["token_weight"].clone()
+        change["token_weight"][:: draw(1, 2, 5)] = 0
+    if draw(True, False, False):
+        change["old_log_prob"] = None
+    solved, truth = p.solve(backend, **change), p.truth(**change)
+    # A tie of the clip may fall either way, where float32 rounds the ratio.
+    if torch.equal(solved.out.clipped, truth.out.clipped):
+        found = errors(solved, truth, p.terms(truth.out))
+        assert max(found.values()) < max(1e-5, 4 * p.ulp()), (seed, size, options, found)
+
+
+@native
+@pytest.mark.parametrize("seeds", [range(n, n + 250) for n in range(0, 2000, 250)], ids=str)
+def test_drawn_calls_against_float64(seeds):
+    for seed in seeds:
+        check_drawn(seed, "native")
+
+
+# ---- compilers ----
+
+
+@native
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_ops_are_what_they_say(name, dtype):
+    p = Tokens(12, 8, 50, dtype, **CASES[name])
+    inputs = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "flowkern":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        fk.linear_policy_loss(inputs[0], inputs[1], p.ids, bias=inputs[2], **p.options)
+        fk.linear_log_prob(*inputs[:2], p.ids, inputs[2])
+    assert [func._schema.name for func, _ in seen] == [
+        "flowkern::linear_policy_loss", "flowkern::linear_log_prob",
+    ]  # fmt: skip
+    for func, (hidden, weight, bias, *rest) in seen:
+        inputs = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+        torch.library.opcheck(
+            func, (*inputs, *rest), test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
 @native
 @pytest.mark.long(20)
-def test_drawn_calls_against_float64():
-    g = torch.Generator().manual_seed(7)
-    draw = lambda *choices: choices[int(torch.randint(len(choices), (), generator=g))]  # noqa: E731
-    for seed, _ in zip(itertools.count(), range(200)):
-        options = {
-            "temperature": draw(1.0, 0.6, 2.0), "kl_coef": draw(0.0, 0.2),
-            "entropy_coef": draw(0.0, 0.05), "clip_low": draw(0.2, 0.0, 1.0),
-            "clip_high": draw(0.2, 0.0, 5.0), "budget_bytes": draw(1, 2**20, 2**28),
-            "bias": draw(True, False), "scale": draw(0.0, 2.0, 8.0),
-        }  # fmt: skip
-        if draw(True, False):
-            options["softcap"] = draw(2.0, 30.0)
-        if draw(True, False):
-            options["dual_clip"] = draw(1.05, 3.0)
-        if draw(True, False):
-            options["is_cap"] = draw(0.9, 2.0, math.inf)
-        size = draw(1, 2, 7, 33, 300, 520), draw(1, 3, 16, 40), draw(1, 2, 17, 256, 1030)
-        p = Tokens(*size, seed=seed, **options)
-        change = {}
-        if draw(True, False):
-            change["advantage"] = p.options["advantage"] * draw(0.0, 1.0)
-            change["token_weight"] = p.options["token_weight"].clone()
-            change["token_weight"][:: draw(1, 2, 5)] = 0
-        if draw(True, False, False):
-            change["old_log_prob"] = None
-        solved, truth = p.solve("native", **change), p.truth(**change)
-        # A tie of the clip may fall either way, where float32 rounds the ratio.
-        if torch.equal(solved.out.clipped, truth.out.clipped):
-            found = errors(solved, truth, p.terms(truth.out))
-            assert max(found.values()) < 1e-5, (seed, size, options, found)
+@pytest.mark.parametrize("budget", [1, 2**28])
+def test_compiled_whole(budget):
+    p = Tokens(300, 16, 100, kl_coef=0.1, budget_bytes=budget)
+    p.options["token_weight"][::4] = 0
+    p.ids[::4] = -100
+    eager = p.solve("native")
+
+    def loss(hidden, weight, bias):
+        out = fk.linear_policy_loss(hidden, weight, p.ids, bias=bias, **p.options)
+        lp = fk.linear_log_prob(hidden, weight, p.ids.clamp(min=0), bias)
+        return 3 * out.loss, out.ratio, lp
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    made, ratio, lp = compiled(*inputs)
+    assert torch.equal(ratio, eager.out.ratio)
+    for x, of in zip(
+        torch.autograd.grad(made, inputs, retain_graph=True), eager.gradients, strict=True
+    ):
+        assert relative(x, 3 * of) < 1e-6
+    plain = fk.linear_log_prob(*inputs[:2], p.ids.clamp(min=0), inputs[2])
+    both = [torch.autograd.grad(y.sum(), inputs) for y in (lp, plain)]
+    for x, of in zip(*both, strict=True):
+        assert relative(x, of) < 1e-6

@@ -61,11 +61,20 @@ class Tokens:
         out.loss.backward()
         return Solved(out, tuple(None if x is None else x.grad for x in inputs))
 
+    def ulp(self):
+        """Of the largest logit, in float32."""
+        bias = 0 if self.bias is None else self.bias.double()
+        z = (self.hidden.double() @ self.weight.double().t() + bias).abs()
+        z = z.max().float() / self.options.get("temperature", 1.0) if z.numel() else torch.zeros(())
+        return float(torch.nextafter(z, z + 1) - z)
+
     def terms(self, out):
         """Part of what cancels in the gradients: a slope is g (1 - p), where p may be near 1."""
+        if not len(self.ids):
+            return 1.0, 1.0, 1.0
         slope = self.options["token_weight"] * (1 + out.ratio * self.options["advantage"].abs())
-        of = self.weight.abs().max(), (slope[:, None] * self.hidden).abs().max(), 1
-        return [float(x / 30) for x in (slope.max() * of[0], of[1], slope.max())]
+        of = slope.max() * self.weight.abs().max(), (slope[:, None] * self.hidden).abs().max()
+        return [float(x / 30) for x in (*of, slope.max())]
 
     def truth(self, **change):
         return self.solve("reference", torch.float64, **change)

@@ -18,12 +18,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from flowkern.ops._common.dispatch import choose, is_transformed
+from flowkern.ops._common.arguments import check_per_sample
+from flowkern.ops._common.dispatch import is_transformed
 
 from . import reference
-from .checks import check_head, check_objective, check_tokens, weighted
-from .gradients import IMPLS, differentiable_log_prob, differentiable_loss
+from .checks import check_head, check_objective, check_tokens
+from .gradients import differentiable_log_prob, differentiable_loss
 from .inputs import Head, Tokens
+from .kernels import best
 
 
 class TokenLoss(NamedTuple):
@@ -68,10 +70,10 @@ def linear_log_prob(
     head, dtype = check_head(hidden, head)
     tokens = Tokens(hidden, ids, None, None, None, None, None)
     hidden, ids, *_ = check_tokens(tokens, head, dtype)
-    impl = choose(IMPLS, hidden.device, dtype, backend, is_transformed())
-    if impl.name == "reference":
+    kernel = best(hidden.device, dtype, backend, is_transformed())
+    if kernel == "reference":
         return reference.log_prob(hidden, head, ids, dtype)
-    return differentiable_log_prob(impl, hidden, head, ids)
+    return differentiable_log_prob(kernel, hidden, head, ids)
 
 
 def linear_policy_loss(
@@ -116,15 +118,14 @@ def linear_policy_loss(
         "clip_high": clip_high, "dual_clip": dual_clip, "is_cap": is_cap,
     }  # fmt: skip
     given = (old_log_prob, advantage, token_weight, ref_log_prob, sample_log_prob)
+    for name, x in (("advantage", advantage), ("token_weight", token_weight)):
+        check_per_sample(name, x, len(hidden), hidden.device)
     tokens = Tokens(hidden, ids, *given)
     objective = check_objective(settings, tokens)
-    tokens, index = weighted(tokens, head)
     tokens = check_tokens(tokens, head, dtype)
-    impl = choose(IMPLS, hidden.device, dtype, backend, is_transformed())
-    if impl.name == "reference":
+    kernel = best(hidden.device, dtype, backend, is_transformed())
+    if kernel == "reference":
         loss, made = reference.policy_loss(tokens, head, objective, dtype)
     else:
-        loss, made = differentiable_loss(impl, tokens, head, objective)
-    if index is not None:
-        made = made.spread(index, len(hidden))
+        loss, made = differentiable_loss(kernel, tokens, head, objective)
     return TokenLoss(loss, made.log_prob, made.ratio, made.kl, made.entropy, made.clipped)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowkern.ops._common.arguments import (
     FLOATS,
+    INTEGERS,
     check_index,
     check_per_sample,
     is_number,
@@ -49,27 +50,18 @@ def check_head(hidden: Tensor, head: Head) -> tuple[Head, torch.dtype]:
 
 
 def check_tokens(tokens: Tokens, head: Head, dtype: torch.dtype) -> Tokens:
-    """The tokens as implementations take them."""
+    """The tokens as implementations take them: ids of no weight are 0."""
     hidden, ids, *others = tokens
     count, device = len(hidden), hidden.device
     if not isinstance(ids, Tensor) or ids.shape != (count,):
         raise ValueError(f"ids: expected a tensor of shape ({count},), got {_shape(ids)}")
+    for name, x in zip(Tokens._fields[2:], others, strict=True):
+        if x is not None:
+            check_per_sample(name, x, count, device)
+    if tokens.token_weight is not None and ids.dtype in INTEGERS and ids.device == device:
+        ids = ids.masked_fill(tokens.token_weight == 0, 0)
     ids = check_index("ids", ids, len(head.weight), device)
     return Tokens(_rows(hidden), ids, *(None if x is None else packed(x, dtype) for x in others))
-
-
-def weighted(tokens: Tokens, head: Head) -> tuple[Tokens, Tensor | None]:
-    """The tokens that weigh something, and where they are; None where all do."""
-    count, device = len(tokens.hidden), tokens.hidden.device
-    for name, x in zip(Tokens._fields[2:], tokens[2:], strict=True):
-        if x is not None or name in ("advantage", "token_weight"):
-            check_per_sample(name, x, count, device)
-    if not isinstance(tokens.ids, Tensor) or tokens.ids.shape != (count,):
-        raise ValueError(f"ids: expected a tensor of shape ({count},), got {_shape(tokens.ids)}")
-    (index,) = tokens.token_weight.detach().ne(0).nonzero(as_tuple=True)
-    if len(index) == count:
-        return tokens, None
-    return tokens.at(index), index
 
 
 def check_objective(settings: dict, tokens: Tokens) -> Objective:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import Head, Objective, Statistics, Tokens
+from .inputs import Head, Objective, Statistics, Tokens, spread
 
 LEAST_ROWS = 256  # fewer, and each GEMM into the head's gradient reads and writes it for too little
 ALIGNED = 16  # logits from row to row: GEMMs and kernels take them in whole vectors
@@ -51,6 +51,7 @@ def policy_pass(
     kernel: ModuleType, tokens: Tokens, head: Head, objective: Objective, wanted: Wanted
 ) -> tuple[Statistics, tuple[Tensor | None, ...]]:
     """The statistics of all tokens, and the gradients of hidden, weight and bias."""
+    count, (tokens, index) = len(tokens.ids), tokens.weighted()
     hidden = tokens.hidden
     statistics = Statistics.empty(len(hidden), hidden.device)
     chunks = list(_chunks(hidden, head))
@@ -66,7 +67,10 @@ def policy_pass(
                 if first < last:
                     there = slice(first - rows.start, last - rows.start)
                     gradients.add(logits[there], slice(first, last))
-    return statistics, gradients.finished()
+    of_hidden, *of_head = gradients.finished()
+    if of_hidden is not None and index is not None:
+        of_hidden = spread(of_hidden, index, count)
+    return statistics.spread(index, count), (of_hidden, *of_head)
 
 
 def log_prob_pass(

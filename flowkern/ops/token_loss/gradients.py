@@ -11,37 +11,13 @@ from torch import Tensor
 
 from flowkern import torch_private as private
 from flowkern.ops._common.autograd import check_derivatives
-from flowkern.ops._common.dispatch import (
-    Impl,
-    is_transformed,
-    native_why_not,
-    no_objection,
-    triton_why_not,
-)
+from flowkern.ops._common.dispatch import is_tracing, is_transformed
 
-from . import chunks, native_impl, reference
+from . import chunks
 from .chunks import Wanted
 from .inputs import Head, Objective, Statistics, Tokens
-
-
-def _native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cuda":
-        return "the token loss has no native kernel for CUDA devices, where Triton's serves"
-    return native_why_not(device, dtype)
-
-
-def _triton_rows():
-    from . import triton_impl  # on first use: `import flowkern` leaves triton out
-
-    return triton_impl
-
-
-# What is called gives a row kernel; the reference is a loss by itself.
-IMPLS = (
-    Impl("native", lambda: native_impl, _native_why_not),
-    Impl("triton", _triton_rows, triton_why_not),
-    Impl("reference", reference, no_objection),
-)
+from .kernels import row_kernel
+from .traced import traced_log_prob, traced_loss
 
 
 def _wanted(*inputs: Tensor | None) -> Wanted:
@@ -54,21 +30,23 @@ def _detached(*inputs: Tensor | None) -> list[Tensor | None]:
 
 
 def differentiable_loss(
-    impl: Impl, tokens: Tokens, head: Head, objective: Objective
+    kernel: str, tokens: Tokens, head: Head, objective: Objective
 ) -> tuple[Tensor, Statistics]:
     """The loss, and its statistics."""
     inputs = tokens.hidden, head.weight, head.bias
     wanted = _wanted(*inputs)
+    if is_tracing(*inputs):
+        return traced_loss(kernel, tokens, head, objective, wanted)
     hidden, weight, bias = _detached(*inputs)
     tokens, head = tokens._replace(hidden=hidden), head._replace(weight=weight, bias=bias)
 
     def run() -> tuple[Statistics, tuple[Tensor | None, ...]]:
-        return chunks.policy_pass(impl.call(), tokens, head, objective, wanted)
+        return chunks.policy_pass(row_kernel(kernel), tokens, head, objective, wanted)
 
     made, gradients = run()
     loss = made.loss.sum(dtype=torch.float64).float()
     if any(wanted):
-        loss = _Kept.apply(*inputs, (loss, gradients, lambda: run()[1], impl.name))
+        loss = _Kept.apply(*inputs, (loss, gradients, lambda: run()[1], kernel))
     return loss, made
 
 
@@ -103,32 +81,35 @@ def _scaled(gradient: Tensor | None, grad: Tensor, of: Tensor | None) -> Tensor 
     return torch.mul(gradient, grad, out=torch.empty(of.shape, dtype=of.dtype, device=of.device))
 
 
-def differentiable_log_prob(impl: Impl, hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
-    if any(_wanted(hidden, head.weight, head.bias)):
-        return _LogProb.apply(hidden, head.weight, head.bias, (head, ids, impl))
+def differentiable_log_prob(kernel: str, hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+    wanted = _wanted(hidden, head.weight, head.bias)
+    if is_tracing(hidden, head.weight, head.bias):
+        return traced_log_prob(kernel, hidden, head, ids, wanted)
+    if any(wanted):
+        return _LogProb.apply(hidden, head.weight, head.bias, (head, ids, kernel))
     inputs = _detached(hidden, head.weight, head.bias)
     head = head._replace(weight=inputs[1], bias=inputs[2])
-    return chunks.log_prob_pass(impl.call(), inputs[0], head, ids)[0]
+    return chunks.log_prob_pass(row_kernel(kernel), inputs[0], head, ids)[0]
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rest: tuple[Head, Tensor, Impl]) -> Tensor:
-        head, ids, ctx.impl = rest
+    def forward(ctx, hidden, weight, bias, rest: tuple[Head, Tensor, str]) -> Tensor:
+        head, ids, ctx.kernel = rest
         ctx.head = head._replace(weight=None, bias=None)
         head = ctx.head._replace(weight=weight, bias=bias)
-        log_prob, normalizer = chunks.log_prob_pass(ctx.impl.call(), hidden, head, ids)
+        log_prob, normalizer = chunks.log_prob_pass(row_kernel(ctx.kernel), hidden, head, ids)
         ctx.save_for_backward(hidden, weight, bias, ids, normalizer)
         return log_prob
 
     @staticmethod
     def backward(ctx, grad):
-        _check(ctx.impl.name, grad)
+        _check(ctx.kernel, grad)
         hidden, weight, bias, ids, normalizer = ctx.saved_tensors
         head = ctx.head._replace(weight=weight, bias=bias)
         wanted = Wanted(*ctx.needs_input_grad[:3])
         gradients = chunks.log_prob_gradients(
-            ctx.impl.call(), hidden, head, ids, normalizer, grad.contiguous(), wanted
+            row_kernel(ctx.kernel), hidden, head, ids, normalizer, grad.contiguous(), wanted
         )
         inputs = hidden, weight, bias
         return *(

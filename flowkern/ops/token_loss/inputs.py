@@ -33,6 +33,11 @@ class Tokens(NamedTuple):
     def at(self, index: slice | Tensor) -> Tokens:
         return Tokens(*(None if x is None else x[index] for x in self))
 
+    def weighted(self) -> tuple[Tokens, Tensor | None]:
+        """The tokens that weigh something, and where they are; None where all do."""
+        (index,) = self.token_weight.ne(0).nonzero(as_tuple=True)
+        return (self, None) if len(index) == len(self.ids) else (self.at(index), index)
+
 
 class Objective(NamedTuple):
     """The numbers of the loss. Bounds are of the log-ratio, infinite where there is none."""
@@ -68,9 +73,14 @@ class Statistics(NamedTuple):
     def at(self, index: slice) -> Statistics:
         return Statistics(*(x[index] for x in self))
 
-    def spread(self, index: Tensor, count: int) -> Statistics:
+    def spread(self, index: Tensor | None, count: int) -> Statistics:
         """Those of tokens at `index` among `count`, of which the others have 0."""
-        return Statistics(*(x.new_zeros(count).index_copy_(0, index, x) for x in self))
+        return self if index is None else Statistics(*(spread(x, index, count) for x in self))
+
+
+def spread(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Rows at `index` among `count`, of which the others are 0."""
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, index, rows)
 
 
 LARGEST_LOG_RATIO = 20.0  # of either sign; beyond it the ratio is constant

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def policy_loss(
     tokens: Tokens, head: Head, objective: Objective, dtype: torch.dtype
 ) -> tuple[Tensor, Statistics]:
     """The loss, differentiable in hidden, weight and bias, and what it is made of."""
+    count, (tokens, index) = len(tokens.ids), tokens.weighted()
     all_log_probs = distribution(tokens.hidden, head, dtype)
     log_prob = all_log_probs.gather(1, tokens.ids[:, None])[:, 0]
     # A logit of -inf has no probability, and adds nothing.
@@ -46,7 +49,7 @@ def policy_loss(
         loss = loss + objective.kl_coef * kl
     loss = tokens.token_weight * (loss - objective.entropy_coef * entropy)
     made = (log_prob, log_ratio.exp(), kl, entropy, loss, clipped)
-    return loss.sum(), Statistics(*(x.detach() for x in made))
+    return loss.sum(), Statistics(*(x.detach() for x in made)).spread(index, count)
 
 
 def _policy(advantage: Tensor, log_ratio: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -55,5 +58,5 @@ def _policy(advantage: Tensor, log_ratio: Tensor, objective: Objective) -> tuple
     loss, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
     capped = (advantage < 0) & (log_ratio > objective.log_dual)
     if objective.log_dual < torch.inf:
-        loss = torch.where(capped, -advantage * torch.tensor(objective.log_dual).exp(), loss)
+        loss = torch.where(capped, -advantage * math.exp(objective.log_dual), loss)
     return loss, clipped_low | clipped_high | capped
