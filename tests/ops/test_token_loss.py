@@ -601,7 +601,12 @@ def check_drawn(seed, backend):
     # A tie of the clip may fall either way, where float32 rounds the ratio.
     if torch.equal(solved.out.clipped, truth.out.clipped):
         found = errors(solved, truth, p.terms(truth.out))
-        assert max(found.values()) < max(1e-5, 4 * p.ulp()), (seed, size, options, found)
+        if max(found.values()) > 1e-5:  # where float32 itself gives no more
+            plain = errors(p.solve("reference", **change), truth, p.terms(truth.out))
+            for name, error in found.items():
+                # The largest of a few errors, both: that of one call in 2,000 is 2.2 times.
+                allowed = max(1e-5, 3 * plain[name], 4 * p.ulp())
+                assert error <= allowed, (seed, size, options, name, error, plain[name])
 
 
 @native
