@@ -114,7 +114,7 @@ def gemms(problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
     tokens = Tokens(p.hidden.detach(), p.ids, p.old, p.advantage, p.token_weight, p.ref, None)
     idle = SimpleNamespace(policy_rows=lambda *_: None)
     wanted = Wanted(True, True, False)
-    return lambda: chunks.policy_pass(idle, tokens, head, numbers, wanted)[1][:2]
+    return lambda: chunks.policy_pass(idle, tokens, head, numbers, wanted).gradients[:2]
 
 
 def gate(bench: Bench) -> None:

@@ -71,6 +71,22 @@ def test_the_reference_against_finite_differences():
 
 
 @native
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+@pytest.mark.parametrize("budget", [1, 2**28])
+def test_float16_holds_the_gradients_of_any_weights(size, budget):
+    """A gradient of 1e-6 / V is 0 in float16; the scale of a loss comes too late for it."""
+    p = Tokens(300, 48, 1003, torch.float16, budget_bytes=budget)
+    p.options["token_weight"] *= 300 * size
+    inputs = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    out = fk.linear_policy_loss(*inputs[:2], p.ids, bias=inputs[2], **p.options)
+    made = torch.autograd.grad(out.loss / size, inputs)
+    truth = p.truth()
+    assert float((out.loss - truth.out.loss).detach().abs() / size) < 1e-1
+    for x, of in zip(made, truth.gradients, strict=True):
+        assert relative(x, of / size) < 5e-3
+
+
+@native
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e30])
 def test_large_logits(scale):
     """Of 1e4 and more: nothing overflows, and an id of probability 0 has a finite log-prob."""
@@ -437,7 +453,7 @@ def test_a_gradient_is_given_away_and_not_copied():
     p = Tokens(30, 16, 100)
     weight = p.weight.clone().requires_grad_()
     out = fk.linear_policy_loss(p.hidden, weight, p.ids, bias=p.bias, **p.options)
-    address = out.loss.grad_fn.gradients[1].data_ptr()
+    address = out.loss.grad_fn.made.gradients[1].data_ptr()
     out.loss.backward()
     assert weight.grad.data_ptr() == address
 

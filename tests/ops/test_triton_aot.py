@@ -284,7 +284,7 @@ def token_rows(arch, dtype, **options):
     """(verb, kernel, elements of a thread) of the token loss's launches, for rows of whole vectors:
     the policy loss with its gradient, log-probabilities, and their gradient.
     """
-    hidden, weight = torch.empty(2, 64, dtype=dtype), torch.empty(152_064, 64, dtype=dtype)
+    hidden, weight = torch.empty(2, 64, dtype=dtype), torch.empty(8208, 64, dtype=dtype)
     ids, x = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     with compiling(arch) as launches:
         hidden.requires_grad_()

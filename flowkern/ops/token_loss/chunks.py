@@ -22,6 +22,16 @@ ALIGNED = 16  # logits from row to row: GEMMs and kernels take them in whole vec
 TILE = 1024  # rows of the head's gradient that a CPU's cache holds in 16 bits
 
 
+class Made(NamedTuple):
+    """What a pass over all tokens makes: each gradient, of hidden, weight and bias, is in a unit of
+    its own (None: 1), in which 16 bits hold it.
+    """
+
+    statistics: Statistics
+    gradients: tuple[Tensor | None, ...]
+    unit: Tensor | None
+
+
 class Wanted(NamedTuple):
     """Which gradients are."""
 
@@ -49,10 +59,12 @@ def _width(vocabulary: int) -> int:
 
 def policy_pass(
     kernel: ModuleType, tokens: Tokens, head: Head, objective: Objective, wanted: Wanted
-) -> tuple[Statistics, tuple[Tensor | None, ...]]:
-    """The statistics of all tokens, and the gradients of hidden, weight and bias."""
+) -> Made:
     count, (tokens, index) = len(tokens.ids), tokens.weighted()
-    hidden = tokens.hidden
+    hidden, unit = tokens.hidden, None
+    if hidden.dtype == torch.float16:
+        unit = _unit(tokens.token_weight)
+        tokens = tokens._replace(token_weight=tokens.token_weight / unit)
     statistics = Statistics.empty(len(hidden), hidden.device)
     chunks = list(_chunks(hidden, head))
     gradients = Gradients(hidden, head, wanted, len(chunks))
@@ -70,7 +82,17 @@ def policy_pass(
     of_hidden, *of_head = gradients.finished()
     if of_hidden is not None and index is not None:
         of_hidden = spread(of_hidden, index, count)
-    return statistics.spread(index, count), (of_hidden, *of_head)
+    if unit is not None:
+        statistics = statistics._replace(loss=statistics.loss * unit)
+    return Made(statistics.spread(index, count), (of_hidden, *of_head), unit)
+
+
+def _unit(token_weight: Tensor) -> Tensor:
+    """A power of two that brings weights to between 32 and 64: float16 has no gradient of a logit
+    below 6e-8, and a weight may be 1e-6. Slopes go up to 1,000 times that.
+    """
+    largest = token_weight.abs().amax() if len(token_weight) else token_weight.new_ones(())
+    return torch.exp2(torch.ceil(torch.log2(largest)) - 6)
 
 
 def log_prob_pass(

@@ -14,7 +14,7 @@ from flowkern.ops._common.autograd import check_derivatives
 from flowkern.ops._common.dispatch import is_tracing, is_transformed
 
 from . import chunks
-from .chunks import Wanted
+from .chunks import Made, Wanted
 from .inputs import Head, Objective, Statistics, Tokens
 from .kernels import row_kernel
 from .traced import traced_log_prob, traced_loss
@@ -40,14 +40,14 @@ def differentiable_loss(
     hidden, weight, bias = _detached(*inputs)
     tokens, head = tokens._replace(hidden=hidden), head._replace(weight=weight, bias=bias)
 
-    def run() -> tuple[Statistics, tuple[Tensor | None, ...]]:
+    def run() -> Made:
         return chunks.policy_pass(row_kernel(kernel), tokens, head, objective, wanted)
 
-    made, gradients = run()
-    loss = made.loss.sum(dtype=torch.float64).float()
+    made = run()
+    loss = made.statistics.loss.sum(dtype=torch.float64).float()
     if any(wanted):
-        loss = _Kept.apply(*inputs, (loss, gradients, lambda: run()[1], kernel))
-    return loss, made
+        loss = _Kept.apply(*inputs, (loss, made, run, kernel))
+    return loss, made.statistics
 
 
 class _Kept(torch.autograd.Function):
@@ -56,8 +56,8 @@ class _Kept(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rest: tuple[Tensor, tuple, Callable, str]) -> Tensor:
-        loss, ctx.gradients, ctx.again, ctx.backend = rest
+    def forward(ctx, hidden, weight, bias, rest: tuple[Tensor, Made, Callable, str]) -> Tensor:
+        loss, ctx.made, ctx.again, ctx.backend = rest
         ctx.save_for_backward(hidden, weight, bias)
         return loss
 
@@ -65,20 +65,22 @@ class _Kept(torch.autograd.Function):
     def backward(ctx, grad):
         _check(ctx.backend, grad)
         inputs = ctx.saved_tensors  # raises where one has changed
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            gradients = ctx.again()
-        return *map(_scaled, gradients, [grad] * 3, inputs), None
+        made, ctx.made = ctx.made, None
+        made = made or ctx.again()
+        if made.unit is not None:
+            grad = grad * made.unit
+        return *map(_scaled, made.gradients, [grad] * 3, inputs), None
 
 
 def _scaled(gradient: Tensor | None, grad: Tensor, of: Tensor | None) -> Tensor | None:
     """grad times a gradient that nobody else has, in the dtype of its input."""
     if gradient is None:
         return None
-    if gradient.dtype == of.dtype:
-        # The host knows its own scalars: most losses are the last step of their graph.
-        return gradient if grad.is_cpu and grad == 1 else gradient.mul_(grad)
-    return torch.mul(gradient, grad, out=torch.empty(of.shape, dtype=of.dtype, device=of.device))
+    is_same = gradient.dtype == of.dtype
+    if is_same and grad.is_cpu and grad == 1:  # most losses are the last step of their graph
+        return gradient
+    out = gradient if is_same else torch.empty(of.shape, dtype=of.dtype, device=of.device)
+    return torch.mul(gradient, grad.reshape(1), out=out)  # a scalar would be rounded to 16 bits
 
 
 def differentiable_log_prob(kernel: str, hidden: Tensor, head: Head, ids: Tensor) -> Tensor:

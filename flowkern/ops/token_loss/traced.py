@@ -41,17 +41,20 @@ def _settings(kernel: str, head: Head, wanted: Wanted) -> tuple:
     return head.temperature, head.softcap, head.budget_bytes, [*wanted], kernel
 
 
-def _whole(gradients: tuple, like: Tensor) -> tuple[Tensor, ...]:
-    """An op gives tensors, of known dtypes: the head's gradients in float32."""
+def _whole(gradients: tuple, like: Tensor, unit: Tensor | None = None) -> tuple[Tensor, ...]:
+    """An op gives tensors, of known dtypes: of the head in float32, of float16 all."""
     hidden, *of_head = (like.new_empty(0) if g is None else g for g in gradients)
-    return hidden, *(g.float() for g in of_head)
+    all_of = [hidden.float() if hidden.dtype == torch.float16 else hidden]
+    all_of += [g.float() for g in of_head]
+    return tuple(all_of) if unit is None else tuple(g * unit for g in all_of)
 
 
 def _fakes(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
     def fake(x: Tensor, is_wanted: bool, dtype: torch.dtype) -> Tensor:
         return x.new_empty(x.shape if is_wanted else (0,), dtype=dtype)
 
-    of_hidden = fake(hidden, wanted[0], hidden.dtype if wanted[0] else torch.float32)
+    is_narrow = wanted[0] and hidden.dtype == torch.bfloat16
+    of_hidden = fake(hidden, wanted[0], hidden.dtype if is_narrow else torch.float32)
     of_head = zip((weight, weight[:, 0]), wanted[1:], strict=True)
     return of_hidden, *(fake(x, is_wanted, torch.float32) for x, is_wanted in of_head)
 
@@ -70,10 +73,11 @@ def _policy_pass(hidden, weight, bias, ids, *rest):
     *of_tokens, numbers, temperature, softcap, budget, wanted, kernel = rest
     head, objective = Head(weight, bias, temperature, softcap, budget), Objective(*numbers)
     tokens = Tokens(hidden, ids, *of_tokens)
-    made, gradients = policy_pass(row_kernel(kernel), tokens, head, objective, Wanted(*wanted))
+    pass_of = policy_pass(row_kernel(kernel), tokens, head, objective, Wanted(*wanted))
+    made, gradients, unit = pass_of
     loss = made.loss.sum(dtype=torch.float64).float()
     statistics = [x.clone() for x in (*made[:4], made.clipped)]  # outputs share no memory
-    return loss, *statistics, *_whole(gradients, loss)
+    return loss, *statistics, *_whole(gradients, loss, unit)
 
 
 _policy = torch.library.custom_op(
@@ -102,7 +106,7 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, grad, *_) -> tuple:
-    scaled = [g * grad for g in ctx.saved_tensors]
+    scaled = [g * grad.reshape(1) for g in ctx.saved_tensors]
     return *_given(scaled, ctx.dtypes, ctx.wanted), *[None] * (ctx.inputs - 3)
 
 
