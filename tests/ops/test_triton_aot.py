@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import flowkern as fk  # noqa: E402
 from flowkern.ops._common import dispatch  # noqa: E402
 from flowkern.ops._common.rows_triton import LONG  # noqa: E402
+from flowkern.ops.token_loss import triton_impl  # noqa: E402, F401  before `compiling` interprets
 
 SIZE, VIDEO = 65_536, 2_096_640  # multiples of 16: sizes of one side of LONG make the same kernels
 assert SIZE <= LONG < VIDEO
