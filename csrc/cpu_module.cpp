@@ -9,14 +9,14 @@
 #define FK_ADDRESS(name, Arguments) name,
 #define FK_INSTANCE(isa)                                       \
   namespace isa {                                              \
-  FK_KERNELS(FK_DECLARE)                                       \
-  constexpr Kernels kKernels = {#isa, FK_KERNELS(FK_ADDRESS)}; \
+  FK_CPU_KERNELS(FK_DECLARE)                                       \
+  constexpr Kernels kKernels = {#isa, FK_CPU_KERNELS(FK_ADDRESS)}; \
   }
 
 namespace {
 struct Kernels {
   const char* isa;
-  FK_KERNELS(FK_FIELD)
+  FK_CPU_KERNELS(FK_FIELD)
 };
 }  // namespace
 
@@ -67,6 +67,8 @@ void run(void (*kernel)(const T&), T& arguments, const Reader&) {
 
 }  // namespace
 
+#include "token_loss/token_loss_python.h"
+#define FK_SERVED FK_CPU_KERNELS
 #include "verbs.h"
 
 PYBIND11_MODULE(_cpu, m) {

@@ -98,6 +98,7 @@ std::string why_not(int device) {
 
 }  // namespace
 
+#define FK_SERVED FK_KERNELS
 #include "verbs.h"
 
 PYBIND11_MODULE(_cuda, m) {

@@ -8,6 +8,7 @@
 // A module includes this once, after it has named its kernels:
 //   kernels                        the functions that launch, as fields
 //   run(kernel, arguments, read)   a launch, with what it needs besides its arguments
+//   FK_SERVED(X)                   X(kernel, what it takes) for all of them
 #pragma once
 
 #include "common/function.h"
@@ -52,6 +53,6 @@ void connect(const py::dict& names) {
 #define FK_FUNCTION(name, Arguments) \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&function<&functions::name>)), METH_FASTCALL, nullptr},
 
-PyMethodDef kFunctions[] = {FK_KERNELS(FK_FUNCTION){nullptr, nullptr, 0, nullptr}};
+PyMethodDef kFunctions[] = {FK_SERVED(FK_FUNCTION){nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -220,6 +220,7 @@ WIDE = {
     "ode_step": "a public verb",
     "policy_loss": "a public verb",
     "matching_loss": "a public verb",
+    "linear_policy_loss": "a public verb",
     "_draw_op": "torch.library makes an operator's schema of a flat list",
 }
 

@@ -13,7 +13,7 @@ namespace py = pybind11;
 // The layouts of DLPack, major version 1 (https://dmlc.github.io/dlpack), as far as they are used here.
 namespace dlpack {
 constexpr int32_t kCpu = 1, kCuda = 2;
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
 struct Device {
   int32_t type, index;
 };
@@ -60,6 +60,7 @@ struct View : dlpack::Tensor {
     if (dtype.lanes != 1) return Element::other;
     if (dtype.code == dlpack::kBfloat && dtype.bits == 16) return Element::bfloat16;
     if (dtype.code == dlpack::kInt && dtype.bits == 64) return Element::int64;
+    if (dtype.code == dlpack::kBool && dtype.bits == 8) return Element::boolean;
     if (dtype.code != dlpack::kFloat) return Element::other;
     return dtype.bits == 32 ? Element::float32 : dtype.bits == 16 ? Element::float16 : dtype.bits == 64 ? Element::float64 : Element::other;
   }
@@ -89,9 +90,9 @@ inline void view_by_attributes(PyObject* object, View& out) {
   const py::tuple shape = x.attr("shape"), strides = x.attr("stride")();
   const auto dtype = x.attr("dtype");
   static constexpr dlpack::DataType kTypes[] = {
-      {dlpack::kFloat, 32, 1}, {dlpack::kBfloat, 16, 1}, {dlpack::kFloat, 16, 1}, {dlpack::kFloat, 64, 1}, {dlpack::kInt, 64, 1}};
+      {dlpack::kFloat, 32, 1}, {dlpack::kBfloat, 16, 1}, {dlpack::kFloat, 16, 1}, {dlpack::kFloat, 64, 1}, {dlpack::kInt, 64, 1}, {dlpack::kBool, 8, 1}};
   out.dtype = {};
-  for (int j = 0; j < 5; ++j)
+  for (int j = 0; j < 6; ++j)
     if (dtype.ptr() == torch.dtypes[j]) out.dtype = kTypes[j];
   out.data = reinterpret_cast<void*>(x.attr("data_ptr")().cast<uintptr_t>());
   const int32_t type = x.attr("is_cpu").cast<bool>() ? dlpack::kCpu : x.attr("is_cuda").cast<bool>() ? dlpack::kCuda : 0;

@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+import flowkern as fk  # noqa: E402
 from flowkern.ops._common import dispatch  # noqa: E402
 from flowkern.ops._common.rows_triton import LONG  # noqa: E402
+from flowkern.ops.token_loss import triton_impl  # noqa: E402, F401  before `compiling` interprets
 
 SIZE, VIDEO = 65_536, 2_096_640  # multiples of 16: sizes of one side of LONG make the same kernels
 assert SIZE <= LONG < VIDEO
@@ -293,6 +295,42 @@ def test_a_sample_of_one_element():
         assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
 
 
+def token_rows(arch, dtype, **options):
+    """(verb, kernel, elements of a thread) of the token loss's launches, for rows of whole vectors:
+    the policy loss with its gradient, log-probabilities, and their gradient.
+    """
+    hidden, weight = torch.empty(2, 64, dtype=dtype), torch.empty(8208, 64, dtype=dtype)
+    ids, x = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    with compiling(arch) as launches:
+        hidden.requires_grad_()
+        fk.linear_policy_loss(hidden, weight, ids, x, x, x, **options, backend="triton")
+        fk.linear_log_prob(hidden, weight, ids, backend="triton").sum().backward()
+    for verb, (kernel, block, warps) in zip(
+        ("policy", "log_prob", "gradient"), launches, strict=True
+    ):
+        yield verb, kernel, block // (32 * warps)
+
+
+TOKEN_OPTIONS = {
+    "ref_log_prob": torch.ones(2), "kl_coef": 0.1, "entropy_coef": 0.1,
+    "sample_log_prob": torch.ones(2), "is_cap": 2.0, "dual_clip": 3.0,
+}  # fmt: skip
+
+
+@pytest.mark.long(20)
+@pytest.mark.parametrize("arch, dtype", [(90, H), (90, F), *((arch, H) for arch in (80, 100, 120))])
+def test_token_rows_are_read_in_vectors_and_kept_in_registers(arch, dtype):
+    """Once for what they say and once to be overwritten, whole tiles and the last one."""
+    passes = {"policy": (2, 1), "log_prob": (1, 0), "gradient": (1, 1)}
+    for verb, kernel, per_thread in token_rows(arch, dtype, **TOKEN_OPTIONS):
+        found, vectors = report(kernel), 2 * per_thread * dtype.itemsize // 16
+        reads, writes = passes[verb]
+        assert not found["stack"] and not found["spills"], (verb, found)
+        assert found["loads128"] >= reads * vectors, (verb, found)
+        assert found["stores128"] == writes * vectors, (verb, found)
+        assert found["registers"] <= MOST_REGISTERS, (verb, found)
+
+
 def table():
     cells = "{:46}{:12}{:>6}{:>7}{:>7}" + "{:>11}" * len(FIGURES)
     yield cells.format("kernel", "x_t, v", "block", "warps", "arch", *FIGURES)
@@ -309,6 +347,11 @@ def table():
                     f"sm_{arch}",
                 )
                 yield cells.format(*kernel, *check(made).values())
+    for dtype, arch in itertools.product((F, H), ARCHS):
+        for verb, kernel, _ in token_rows(arch, dtype, **TOKEN_OPTIONS):
+            short = str(dtype).removeprefix("torch.").replace("float", "f")
+            figures = report(kernel).values()
+            yield cells.format(f"token_loss, {verb}", short, "", "", f"sm_{arch}", *figures)
 
 
 if __name__ == "__main__":

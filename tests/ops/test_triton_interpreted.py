@@ -10,7 +10,7 @@ import pytest
 
 # What may skip: what needs a GPU, and bits that rest on an fma that rounds once. No more may hide.
 GRAPHS = "CUDA graphs need a GPU"
-FILES = [Path(__file__).with_name(f"test_triton{name}.py") for name in ("", "_losses")]
+FILES = [Path(__file__).with_name(f"test_triton{name}.py") for name in ("", "_losses", "_tokens")]
 
 
 @pytest.mark.long(60)

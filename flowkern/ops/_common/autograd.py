@@ -65,7 +65,7 @@ class EagerGradient(torch.autograd.Function):
     def backward(ctx, grad):
         backward_pass, settings, backend = ctx.how
         if is_transformed() or private.is_batched(grad) or torch.is_grad_enabled():
-            _check_derivatives(backend)
+            check_derivatives(backend)
         if grad.is_neg():
             grad = grad.resolve_neg()
         saved = ctx.saved_tensors  # raises where an input has changed, also where none is read
@@ -73,7 +73,7 @@ class EagerGradient(torch.autograd.Function):
         return backward_pass(grad, saved, settings, backend, kept), None
 
 
-def _check_derivatives(backend: str) -> None:
+def check_derivatives(backend: str) -> None:
     """What a kernel makes of a gradient would pass for a constant."""
     if backend == "reference":
         return
