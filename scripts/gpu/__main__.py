@@ -23,7 +23,7 @@ from pathlib import Path
 from steps import ROOT, Steps
 from wheels import unpack
 
-PARTS = {"A": ("part_a", 400), "B": ("part_b", 350), "C": ("part_c", 200), "D": ("part_d", 180)}
+PARTS = {"A": ("part_a", 400), "B": ("part_b", 350), "C": ("part_c", 200), "D": ("part_d", 240)}
 
 
 def main(arguments: list[str]) -> int:
