@@ -27,6 +27,7 @@ import device_time  # noqa: E402
 import float8  # noqa: E402
 import launch  # noqa: E402
 import part_a  # noqa: E402
+import part_d  # noqa: E402
 import smoke  # noqa: E402
 import tiles  # noqa: E402
 import train  # noqa: E402
@@ -271,6 +272,19 @@ def test_a_float8_base_is_close_to_the_network_and_learns(networks, monkeypatch)
     found, learned = model.learn(1), model.gradient()
     assert 0 < (found - right).float().norm() < 0.1 * right.float().norm()
     assert 0 < (learned - gradient).norm() < 0.3 * gradient.norm()
+
+
+@pytest.mark.parametrize("said", [part_d.FAULT, "out of memory"])
+def test_a_network_that_faults_is_run_again_apart(said, tmp_path):
+    found = {"one": {"eager": 1.0}, "two, larger": {"error": f"CUDA error: an {said} was met"}}
+    (tmp_path / "network.json").write_text(json.dumps(found))
+    ran = []
+    part_d.run(SimpleNamespace(results=tmp_path, run=lambda *step: ran.append(step)))
+    again = ran[1:]
+    assert len(again) == (said == part_d.FAULT)
+    for name, _, command, env in again:
+        assert name == "fault-two" and command[command.index("--only") + 1] == "two,larger"
+        assert env["FLOWKERN_RESULTS"] != str(tmp_path)
 
 
 def test_cases_take_turns_as_they_come_to_be_ready(tmp_path, capsys):

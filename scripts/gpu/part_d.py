@@ -18,7 +18,8 @@ def run(steps: Steps) -> None:
     for case in faulty(steps):  # which kernel it was: launches waited for one by one
         words = re.findall(r"\w+", case)
         again = [*command, "--only", ",".join(words), "--seconds", "50"]
-        steps.run(f"fault-{words[0]}", 60, again, {"CUDA_LAUNCH_BLOCKING": "1"})
+        apart = {"FLOWKERN_RESULTS": str(steps.results / "fault")}
+        steps.run(f"fault-{words[0]}", 60, again, apart | {"CUDA_LAUNCH_BLOCKING": "1"})
 
 
 def faulty(steps: Steps) -> list[str]:
