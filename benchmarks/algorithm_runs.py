@@ -145,7 +145,10 @@ def timed(call: Callable):
 
 def _trainer(job: Job):
     """The trainer of a job; it writes no files unless it is `run`."""
+    from accelerate import PartialState
+
     from flowkern.train.config import load_config
+    from flowkern.train.loading import load_pipeline
     from flowkern.train.loop import Loop
 
     torch.set_num_threads(1)
@@ -154,7 +157,8 @@ def _trainer(job: Job):
     config = load_config(
         CONFIGS / f"{entry.config}.yaml", [*entry.overrides, *job.overrides, f"seed={job.seed}"]
     )
-    return Loop(config)
+    # A model that is handed over keeps its encoders: evaluations have prompts that no run has.
+    return Loop(config, load_pipeline(config, PartialState().device))
 
 
 def evaluate(trainer) -> dict[str, float]:

@@ -129,7 +129,10 @@ def _case(name: str, quick: bool) -> Case:
 
 def _trainer(name: str, folder: str, *more: str):
     """A trainer in the middle of the demo's run."""
+    from accelerate import PartialState
+
     from flowkern.train.config import load_config
+    from flowkern.train.loading import load_pipeline
     from flowkern.train.loop import Loop
 
     overrides = [f"model.path={ROOT / 'assets/digits-sd3'}", f"output_dir={folder}"]
@@ -138,7 +141,9 @@ def _trainer(name: str, folder: str, *more: str):
     for split in ("train", "test"):
         overrides.append(f"data.{split}_prompts={ROOT / f'assets/digits-prompts/{split}.jsonl'}")
     path = ROOT / "configs" / "digits" / f"{name}.yaml"
-    trainer = Loop(load_config(path, [*overrides, *more]))
+    config = load_config(path, [*overrides, *more])
+    # A model that is handed over keeps its encoders: iterations go on past the run's last.
+    trainer = Loop(config, load_pipeline(config, PartialState().device))
     updates = trainer.recipe.updates_per_rollout
     trainer.iteration = trainer.config.train.steps // 2 // updates
     trainer.global_step = trainer.iteration * updates

@@ -28,4 +28,5 @@ def test_kernels_in_the_interpreter(file):
     said = run.stdout + run.stderr
     assert run.returncode == 0 and " passed" in said, said
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)
-    assert skipped and set(skipped) <= {GRAPHS, REASON}, said
+    assert bool(skipped) == (file.stem != "test_triton_tokens"), said  # which needs neither
+    assert set(skipped) <= {GRAPHS, REASON}, said
