@@ -113,8 +113,9 @@ def _scale_gradients(ctx, grad, *_) -> tuple:
 _policy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def _log_prob_pass(hidden, weight, bias, ids, temperature, softcap, budget, wanted, kernel):
-    head = Head(weight, bias, temperature, softcap, budget)
+def _log_prob_pass(hidden, weight, bias, ids, *settings):
+    *of_head, _, kernel = settings
+    head = Head(weight, bias, *of_head)
     return log_prob_pass(row_kernel(kernel), hidden, head, ids)
 
 
