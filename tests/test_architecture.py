@@ -222,7 +222,6 @@ WIDE = {
     "matching_loss": "a public verb",
     "linear_policy_loss": "a public verb",
     "_draw_op": "torch.library makes an operator's schema of a flat list",
-    "_log_prob_pass": "torch.library makes an operator's schema of a flat list",
 }
 
 
