@@ -40,7 +40,7 @@ def _forward_level() -> int:
 def _is_batched(grad: Tensor) -> bool:
     try:
         grad.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a batch of tensors has no storage of its own
+    except RuntimeError:  # a batch of tensors has no storage
         return True
     return False
 

@@ -202,9 +202,8 @@ def load_model(
     path: a directory, or an id of the hub, OWNER/NAME, whose files are taken from the hub's cache
     and downloaded where they are not there. revision: of an id, its branch, tag or commit; None:
     its main branch. dtype: of the network and the text encoders, as `Pipeline.from_pretrained`
-    says. height, width, num_frames: the
-    size of all its latents and images, in pixels and frames; None: the pipeline's own. options:
-    what the family has beside; None counts as not given.
+    says. height, width, num_frames: the size of all its latents and images, in pixels and frames;
+    None: the pipeline's own. options: what the family has beside; None counts as not given.
     Raises FileNotFoundError for no pipeline there, ValueError for a class without an adapter, an
     option that its adapter does not take, or a size that it does not have.
     """

@@ -1,9 +1,30 @@
-"""Triton's interpreter, its language patched once a launch: by itself it patches it again at each
-call of a device function, which takes most of its time.
+"""Where Triton's kernels are tested: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1
+before the first import of triton), where test_triton_interpreted.py runs their tests.
+
+The interpreter's language is patched once a launch: by itself it patches it again at each call of a
+device function, which takes most of its time.
 """
 
 import functools
 import inspect
+import os
+
+import pytest
+import torch
+
+import flowkern as fk
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
+
+
+def require() -> None:
+    """For a module of tests, which is skipped as a whole where Triton does not serve."""
+    why_not = fk.backends(DEVICE)["triton"]
+    if why_not is not None:
+        pytest.skip(why_not, allow_module_level=True)
+    if INTERPRETED:
+        patch_once()
 
 
 def patch_once() -> None:

@@ -348,12 +348,13 @@ def test_losses(kernels, call, dtype):
         check(kernels, Problem(call, 3, size, dtype))
 
 
-@pytest.mark.parametrize("call", [*KEEPING, *REPLAYS], ids=str)
-def test_the_residual_kept_forward_is_the_gradient_once(kernels, call, request):
-    if "device" in request.node.name:
-        pytest.skip("test_gpu.py has it")
-    if call in REPLAYS and "straight" not in request.node.name:
-        pytest.skip("a replay keeps it on the straight way alone")
+# A replay keeps it on the straight way alone; on a device test_gpu.py looks.
+KEPT = [("emulated", call) for call in KEEPING]
+KEPT += [("straight", call) for call in (*KEEPING, *REPLAYS)]
+
+
+@pytest.mark.parametrize("kernels, call", KEPT, indirect=["kernels"], ids=str)
+def test_the_residual_kept_forward_is_the_gradient_once(kernels, call):
     for size in (5, 2053):
         p = Problem(call, 3, size)
         with kernels():

@@ -125,11 +125,12 @@ def test_more_elements_than_32_bits_count(backend):
     assert torch.equal(fk.sde_log_prob(x, x, x_next, rows, backend=backend), drawn)
 
 
-@every_backend
-@pytest.mark.parametrize("call", [*KEEPING, *REPLAYS], ids=str)
-def test_the_residual_kept_forward_is_the_gradient_once(call, backend):
-    if call in REPLAYS and backend != "native":
-        pytest.skip("native kernels alone keep a replay's")
+# Native kernels alone keep a replay's.
+KEPT = [(name, c) for name in BACKENDS for c in (*KEEPING, *(REPLAYS * (name == "native")))]
+
+
+@pytest.mark.parametrize("backend, call", KEPT, ids=str)
+def test_the_residual_kept_forward_is_the_gradient_once(backend, call):
     for size in (1001, 65_536):
         twice(make(call, size), backend)
 

@@ -5,26 +5,20 @@ test_triton_interpreted.py runs this file.
 """
 
 import itertools
-import os
 
+import interpreter
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED
 
 import flowkern as fk
 from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
-WHY_NOT = fk.backends(DEVICE)["triton"]
 pytestmark = pytest.mark.gpu
-if WHY_NOT is not None:
-    pytest.skip(WHY_NOT, allow_module_level=True)
+interpreter.require()
 
 import fused  # noqa: E402
-import interpreter  # noqa: E402
 
-if INTERPRETED:
-    interpreter.patch_once()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
 

@@ -4,25 +4,20 @@ On a GPU, or in Triton's interpreter, where test_triton_interpreted.py runs this
 """
 
 import collections
-import os
 
+import interpreter
 import pytest
 import torch
 from calls import BY_NAME, GIVEN, KEEPING, Problem, take, twice
+from interpreter import DEVICE, INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
 from flowkern.ops.matching_loss import add_noise, matching_loss
 from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
-WHY_NOT = fk.backends(DEVICE)["triton"]
 pytestmark = pytest.mark.gpu
-if WHY_NOT is not None:
-    pytest.skip(WHY_NOT, allow_module_level=True)
-
-import interpreter  # noqa: E402
+interpreter.require()
 
 from flowkern.ops._common import loss_triton, rows_triton  # noqa: E402
 from flowkern.ops.matching_loss import triton_impl as matching  # noqa: E402
@@ -30,8 +25,6 @@ from flowkern.ops.matching_loss.inputs import MatchingInputs  # noqa: E402
 from flowkern.ops.policy_loss import triton_impl as policy  # noqa: E402
 from flowkern.ops.policy_loss.inputs import PolicyInputs  # noqa: E402
 
-if INTERPRETED:
-    interpreter.patch_once()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
 ROW = torch.tensor([1, 0, 1, 1], device=DEVICE)  # row 2 of three has no sample

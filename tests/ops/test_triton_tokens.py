@@ -1,26 +1,17 @@
 """The Triton row kernel of the token loss, on a GPU or in Triton's interpreter."""
 
-import os
-
+import interpreter
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED
 from tokens import Tokens, eager, errors, relative
 
 import flowkern as fk
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else 0)
-WHY_NOT = fk.backends(DEVICE)["triton"]
 pytestmark = pytest.mark.gpu
-if WHY_NOT is not None:
-    pytest.skip(WHY_NOT, allow_module_level=True)
-
-import interpreter  # noqa: E402
+interpreter.require()
 
 from flowkern.ops.token_loss import triton_impl  # noqa: E402
-
-if INTERPRETED:
-    interpreter.patch_once()
 
 CASES = {
     "plain": {},

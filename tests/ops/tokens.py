@@ -2,10 +2,25 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 
 import flowkern as fk
 
+native = pytest.mark.skipif(
+    fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
+)
+CASES = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 5.0, "temperature": 1.3, "entropy_coef": 0.02},
+    "kl": {"kl_coef": 0.1},
+    "entropy": {"entropy_coef": 0.05, "bias": False},
+    "dual clip": {"dual_clip": 1.1, "clip_high": 0.3},
+    "correction": {"is_cap": 1.2, "clip_low": 1.0},
+    "chunks": {"budget_bytes": 1, "kl_coef": 0.1},
+    "all": {"kl_coef": 0.1, "entropy_coef": 0.05, "is_cap": 2.0, "dual_clip": 1.3, "softcap": 9.0},
+}
 FLOATING = ("old_log_prob", "advantage", "token_weight", "ref_log_prob", "sample_log_prob")
 STATISTICS = ("log_prob", "ratio", "kl", "entropy")
 

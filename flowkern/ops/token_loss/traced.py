@@ -73,8 +73,9 @@ def _policy_pass(hidden, weight, bias, ids, *rest):
     *of_tokens, numbers, temperature, softcap, budget, wanted, kernel = rest
     head, objective = Head(weight, bias, temperature, softcap, budget), Objective(*numbers)
     tokens = Tokens(hidden, ids, *of_tokens)
-    pass_of = policy_pass(row_kernel(kernel), tokens, head, objective, Wanted(*wanted))
-    made, gradients, unit = pass_of
+    made, gradients, unit = policy_pass(
+        row_kernel(kernel), tokens, head, objective, Wanted(*wanted)
+    )
     loss = made.loss.sum(dtype=torch.float64).float()
     statistics = [x.clone() for x in (*made[:4], made.clipped)]  # outputs share no memory
     return loss, *statistics, *_whole(gradients, loss, unit)
