@@ -7,8 +7,8 @@
 #define FK_FIELD(name, Arguments) void (*name)(const Arguments&);
 #define FK_DECLARE(name, Arguments) void name(const Arguments&);
 #define FK_ADDRESS(name, Arguments) name,
-#define FK_INSTANCE(isa)                                       \
-  namespace isa {                                              \
+#define FK_INSTANCE(isa)                                           \
+  namespace isa {                                                  \
   FK_CPU_KERNELS(FK_DECLARE)                                       \
   constexpr Kernels kKernels = {#isa, FK_CPU_KERNELS(FK_ADDRESS)}; \
   }

@@ -90,7 +90,9 @@ class Reader {
   T* vector(PyObject* x, int64_t count, const char* name, int64_t columns = 0) {
     View v;
     using Value = std::remove_const_t<T>;
-    const Element wanted = std::is_same_v<Value, float> ? Element::float32 : std::is_same_v<Value, bool> ? Element::boolean : Element::int64;
+    const Element wanted = std::is_same_v<Value, float>  ? Element::float32
+                           : std::is_same_v<Value, bool> ? Element::boolean
+                                                         : Element::int64;
     const bool fits = serves && view(x, v, name) && v.element() == wanted && v.ndim == (columns ? 2 : 1) && v.shape[0] == count &&
                       (!columns || v.shape[1] == columns) && v.is_packed(0);
     require(fits, name);

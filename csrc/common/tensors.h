@@ -89,8 +89,8 @@ inline void view_by_attributes(PyObject* object, View& out) {
   const py::handle x(object);
   const py::tuple shape = x.attr("shape"), strides = x.attr("stride")();
   const auto dtype = x.attr("dtype");
-  static constexpr dlpack::DataType kTypes[] = {
-      {dlpack::kFloat, 32, 1}, {dlpack::kBfloat, 16, 1}, {dlpack::kFloat, 16, 1}, {dlpack::kFloat, 64, 1}, {dlpack::kInt, 64, 1}, {dlpack::kBool, 8, 1}};
+  static constexpr dlpack::DataType kTypes[] = {{dlpack::kFloat, 32, 1}, {dlpack::kBfloat, 16, 1}, {dlpack::kFloat, 16, 1},
+                                                {dlpack::kFloat, 64, 1}, {dlpack::kInt, 64, 1},    {dlpack::kBool, 8, 1}};
   out.dtype = {};
   for (int j = 0; j < 6; ++j)
     if (dtype.ptr() == torch.dtypes[j]) out.dtype = kTypes[j];

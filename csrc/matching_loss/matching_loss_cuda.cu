@@ -345,7 +345,8 @@ void matching_forward(const MatchingArguments& m, const Queue& queue) {
   MatchingLaunch launched = prepared(m);
   launched.scratch = loss_scratch(queue.scratch, m.batch, launched.walk.tiles.by, kMatchingSums, m.is_reduced ? nullptr : m.loss);
   const bool is_drawn = !m.noise.data;
-  const auto& kernels = m.residual.data ? (is_drawn ? kForwardKept<true> : kForwardKept<false>) : (is_drawn ? kForward<true> : kForward<false>);
+  const auto& kernels =
+      m.residual.data ? (is_drawn ? kForwardKept<true> : kForwardKept<false>) : (is_drawn ? kForward<true> : kForward<false>);
   const auto kernel = pick(kernels, m);
   launch("matching_forward", kernel, launched, m.rows * launched.walk.slices * launched.walk.tiles.by, threads_of(m.rule.size), queue);
 }
@@ -370,7 +371,7 @@ void add_noise(const NoisingArguments& n, const Queue& queue) {
 }
 
 std::string matching_loss_why_not(int device) {
-  const std::string why_not = load_kernels(device, {kForward<false>, kForward<true>, kForwardKept<false>, kForwardKept<true>,
-                                                    kBackward<false>, kBackward<true>, kBackwardKept});
+  const std::string why_not = load_kernels(
+      device, {kForward<false>, kForward<true>, kForwardKept<false>, kForwardKept<true>, kBackward<false>, kBackward<true>, kBackwardKept});
   return why_not.empty() ? load_kernels(device, {kAddNoise<false>, kAddNoise<true>}) : why_not;
 }

@@ -278,9 +278,8 @@ template <bool kDrawn>
 constexpr Kernels<PolicyLaunch> kForwardKept = {{policy_forward_kernel<Calls::any, kDrawn, true>,
                                                  policy_forward_kernel<Calls::plain_float32, kDrawn, true>,
                                                  policy_forward_kernel<Calls::any, kDrawn, true>}};
-constexpr Kernels<PolicyLaunch> kBackwardKept = {{policy_backward_kept_kernel<Calls::any>,
-                                                  policy_backward_kept_kernel<Calls::plain_float32>,
-                                                  policy_backward_kept_kernel<Calls::any>}};
+constexpr Kernels<PolicyLaunch> kBackwardKept = {
+    {policy_backward_kept_kernel<Calls::any>, policy_backward_kept_kernel<Calls::plain_float32>, policy_backward_kept_kernel<Calls::any>}};
 template <bool kDrawn>
 constexpr Kernels<PolicyLaunch> kBackward = {{policy_backward_kernel<Calls::any, kDrawn>,
                                               policy_backward_kernel<Calls::plain_float32, kDrawn>,
@@ -303,7 +302,8 @@ void policy_forward(const PolicyArguments& arguments, const Queue& queue) {
       loss_scratch(queue.scratch, p.batch, launched.walk.tiles.by, kPolicySums, p.reduction == Reduction::none ? p.loss : nullptr);
   if (p.reduction == Reduction::mean) launched.share = 1.0 / double(p.batch);
   const bool is_drawn = !(p.settings.ratio == Ratio::on_policy || p.x_next.data);
-  const auto& kernels = p.residual.data ? (is_drawn ? kForwardKept<true> : kForwardKept<false>) : (is_drawn ? kForward<true> : kForward<false>);
+  const auto& kernels =
+      p.residual.data ? (is_drawn ? kForwardKept<true> : kForwardKept<false>) : (is_drawn ? kForward<true> : kForward<false>);
   const auto kernel = pick(kernels, launched);
   launch("policy_forward", kernel, launched, p.rows * launched.walk.slices * launched.walk.tiles.by, threads_of(p.size), queue);
 }
@@ -324,6 +324,6 @@ void policy_backward(const PolicyArguments& arguments, const Queue& queue) {
 }
 
 std::string policy_loss_why_not(int device) {
-  return load_kernels(device, {kForward<false>, kForward<true>, kForwardKept<false>, kForwardKept<true>, kBackward<false>, kBackward<true>,
-                               kBackwardKept});
+  return load_kernels(
+      device, {kForward<false>, kForward<true>, kForwardKept<false>, kForwardKept<true>, kBackward<false>, kBackward<true>, kBackwardKept});
 }

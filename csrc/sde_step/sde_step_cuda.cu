@@ -247,8 +247,8 @@ constexpr Kernels<StepLaunch> kReplayBackward = {{sde_replay_backward_kernel<Cal
 
 void launch_step(const char* name, const Kernels<StepLaunch>& kernels, const StepArguments& s, const Queue& queue) {
   StepLaunch launched = {s, queue.scratch, divisor(tiles_of(s.size)), true};
-  const std::initializer_list<const Latent*> latents = {&s.x_t, &s.velocity,   &s.velocity_uncond, &s.noise,      &s.x_next,
-                                                        &s.x0,  &s.history[0], &s.history[1],      &s.history[2], &s.residual,   &s.grad};
+  const std::initializer_list<const Latent*> latents = {&s.x_t,        &s.velocity,   &s.velocity_uncond, &s.noise,    &s.x_next, &s.x0,
+                                                        &s.history[0], &s.history[1], &s.history[2],      &s.residual, &s.grad};
   for (const Latent* latent : latents) launched.vectors = launched.vectors && takes_vectors(*latent, s.batch);
   launch(name, kernels.for_calls[int(calls_of(latents))], launched, s.batch * launched.tiles.by, threads_of(s.size), queue);
 }
@@ -260,7 +260,9 @@ ScratchSize scratch_of(const NormalArguments&) { return {}; }
 
 void sde_draw(const StepArguments& s, const Queue& queue) { launch_step("sde_draw", s.num_history ? kDraw<3> : kDraw<0>, s, queue); }
 
-void sde_replay(const StepArguments& s, const Queue& queue) { launch_step("sde_replay", s.residual.data ? kReplayKept : kReplay, s, queue); }
+void sde_replay(const StepArguments& s, const Queue& queue) {
+  launch_step("sde_replay", s.residual.data ? kReplayKept : kReplay, s, queue);
+}
 
 void sde_replay_backward(const StepArguments& s, const Queue& queue) {
   launch_step("sde_replay_backward", s.residual.data ? kReplayBackwardKept : kReplayBackward, s, queue);

@@ -37,7 +37,7 @@ py::object token_policy(Given<kTokenInputs + 18> given, Reader& read) {
   t.weight = read.vector<const float>(weight, t.rows, "token_weight");
   t.ref = read.optional_vector<const float>(ref, t.rows, "ref_log_prob");
   t.sample = read.optional_vector<const float>(sample, t.rows, "sample_log_prob");
-  t.objective = {read.number(kl_coef, "kl_coef"),   read.number(entropy_coef, "entropy_coef"), read.number(log_low, "clip_low"),
+  t.objective = {read.number(kl_coef, "kl_coef"),    read.number(entropy_coef, "entropy_coef"), read.number(log_low, "clip_low"),
                  read.number(log_high, "clip_high"), read.number(log_dual, "dual_clip"),        read.number(is_cap, "is_cap")};
   t.log_prob = read.vector<float>(log_prob, t.rows, "log_prob");
   t.ratio = read.vector<float>(ratio, t.rows, "ratio");
