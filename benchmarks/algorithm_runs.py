@@ -35,6 +35,12 @@ ENTRIES = {
     "flow_grpo_guided": Entry(
         "Flow-GRPO, guidance and KL", "flow_grpo", (*TUNED, *PAPERS_SETTING), is_variant=True
     ),
+    "flow_grpo_both_halves": Entry(
+        "Flow-GRPO, guidance and KL, both halves learn",
+        "flow_grpo",
+        (*TUNED, *PAPERS_SETTING, "algorithm.uncond_gradient=true"),
+        is_variant=True,
+    ),
     "flow_grpo_fast": Entry("Flow-GRPO-Fast", "flow_grpo_fast"),
     "grpo_guard": Entry("GRPO-Guard", "grpo_guard"),
     "dance_grpo": Entry("DanceGRPO", "dance_grpo"),
@@ -49,7 +55,7 @@ ENTRIES = {
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 TUNING_SEED = 1000  # never one of those that are reported
 BUDGET, QUICK_BUDGET = 100_000, 100_000
-IMAGES, EVALUATION_STEPS, EVALUATION_SEED = 240, 10, 2**40
+IMAGES, QUICK_IMAGES, EVALUATION_STEPS, EVALUATION_SEED = 240, 120, 10, 2**40
 POINTS = 8  # of a curve, beside its start
 MARGIN, JUDGED = 0.15, 0.8
 Run = dict
@@ -73,8 +79,8 @@ class Job:
         from flowkern.rewards import RewardError
 
         trainer = _trainer(self)
-        counter = Counter(trainer)
-        curve = [counter.now | evaluate(trainer)]
+        counter, images = Counter(trainer), QUICK_IMAGES if self.is_quick else IMAGES
+        curve = [counter.now | evaluate(trainer, images)]
         traces: list[dict[str, float]] = []
         failed = None
         while counter.total < self.budget:
@@ -86,7 +92,7 @@ class Job:
             counter.add(records, seconds)
             traces.append(_trace(records))
             if counter.total >= min(len(curve) * self.budget / self.points, self.budget):
-                curve.append(counter.now | evaluate(trainer))
+                curve.append(counter.now | evaluate(trainer, images))
                 if self.is_quick and has_learned(curve):
                     break
         recipe, steps = trainer.recipe, trainer.global_step
@@ -161,30 +167,30 @@ def _trainer(job: Job):
     return Loop(config, load_pipeline(config, PartialState().device))
 
 
-def evaluate(trainer) -> dict[str, float]:
+def evaluate(trainer, images: int) -> dict[str, float]:
     """Held-out prompts from the same noise every time, without randomness and guidance."""
-    found = _scores(trainer, 1.0)
+    found = _scores(trainer, images, 1.0)
     guidance = trainer.recipe.guidance_scale
     if guidance != 1:  # what the algorithm samples with
-        found |= {f"guided_{name}": v for name, v in _scores(trainer, guidance).items()}
+        found |= {f"guided_{name}": v for name, v in _scores(trainer, images, guidance).items()}
     return found
 
 
-def _scores(trainer, guidance_scale: float) -> dict[str, float]:
+def _scores(trainer, count: int, guidance_scale: float) -> dict[str, float]:
     from flowkern.rollout import prompt_ids
     from flowkern.train.prompts import read_prompts
     from flowkern.train.scoring import score
     from flowkern.train.validation import RESERVED_ITERATION, Sampler, sample_images
 
     prompts = read_prompts(trainer.config.data.test_prompts)
-    prompts = [prompts[i % len(prompts)] for i in range(IMAGES)]
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
     images = sample_images(
         trainer.task.model,
         [prompt["prompt"] for prompt in prompts],
-        prompt_ids(RESERVED_ITERATION, torch.arange(IMAGES)),
+        prompt_ids(RESERVED_ITERATION, torch.arange(count)),
         Sampler(EVALUATION_STEPS, guidance_scale),
         seed=EVALUATION_SEED,
-        max_batch=IMAGES,
+        max_batch=count,
     )
     found = score(trainer.task.rewards, [(images, prompts)]).rewards
     names = {"reward": "digits_classifier", "judge": "digits_judge", "distance": "distance_to_real"}

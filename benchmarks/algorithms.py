@@ -32,6 +32,7 @@ from algorithm_runs import (
     IMAGES,
     LEARNING_RATES,
     QUICK_BUDGET,
+    QUICK_IMAGES,
     TUNING_SEED,
     Job,
     Run,
@@ -56,8 +57,9 @@ def main() -> int:
         "labels": {name: ENTRIES[name].label for name in options.only},
         "settings": {
             "budget": options.budget, "seeds": options.seeds, "processes": options.processes,
-            "threads_per_process": 1, "evaluation_images": IMAGES,
-            "evaluation_steps": EVALUATION_STEPS, "learning_rates": list(LEARNING_RATES),
+            "threads_per_process": 1, "evaluation_steps": EVALUATION_STEPS,
+            "evaluation_images": QUICK_IMAGES if options.quick else IMAGES,
+            "learning_rates": list(LEARNING_RATES),
             "tuning_seed": TUNING_SEED,
         },
     }  # fmt: skip

@@ -32,6 +32,7 @@ TINY = (
 def few_images(monkeypatch):
     """In an evaluation: the benchmark's 240 take seconds."""
     monkeypatch.setattr(algorithm_runs, "IMAGES", 12)
+    monkeypatch.setattr(algorithm_runs, "QUICK_IMAGES", 12)
 
 
 def run(name, seed, rewards, judges=None, **more):
@@ -81,7 +82,7 @@ def test_calls_are_counted_as_the_plan_predicts(name, monkeypatch):
     trainer = algorithm_runs._trainer(algorithm_runs.Job(name, 3, 1, TINY))
     counter = algorithm_runs.Counter(trainer)
     for _ in range(2):
-        algorithm_runs.evaluate(trainer)  # not counted
+        algorithm_runs.evaluate(trainer, 12)  # not counted
         counter.add(*algorithm_runs.timed(trainer.step))
     recipe, now = trainer.recipe, counter.now
     plans = [recipe.plan(trainer.task.model.sigmas, i, 3).cost() for i in range(2)]

@@ -27,7 +27,7 @@ UTILIZATION = (
     f"and {PEAK:.0f} TFLOP/s, which is dense bfloat16, for float8 too"
 )
 CALLS = 1 if IS_REHEARSAL else 4
-BACKEND = "aot_eager" if IS_REHEARSAL else "inductor"  # the code that a CPU needs takes a minute
+BACKEND = "eager" if IS_REHEARSAL else "inductor"  # the code that a CPU needs takes a minute
 MODES = ("forward", "learning rows forward", "both")
 """What is compiled for: a graph each, of each sort of block."""
 Note = Callable[[str, dict[str, Any]], None]

@@ -31,7 +31,7 @@ def run(steps: Steps) -> None:
     steps.run("tiles", 80, [PYTHON, "scripts/gpu/tiles.py", "--device", device])
     command = [PYTHON, "benchmarks/speed.py", "--device", device, "--kernels", "--only", "image"]
     if IS_REHEARSAL:
-        command += ["--seconds", "0.001", "--no-compile", "--only", "forward, off"]
+        command += ["--seconds", "0.001", "--only", "forward, off"]
     steps.run("rivals", 60, [*command, "--json", steps.results / "rivals.json"])
 
 

@@ -37,7 +37,7 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     names = sorted(path.stem for path in (ROOT / "configs/digits").glob("*.yaml"))
     names = names[:1] if IS_REHEARSAL else names
-    workers = 1 if IS_REHEARSAL else max(2, min(10, (os.cpu_count() or 4) // 2 + 2))
+    workers = max(2, min(10, (os.cpu_count() or 4) // 2 + 2))
     good, path = True, results / "train.jsonl"
     path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
