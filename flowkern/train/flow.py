@@ -40,7 +40,7 @@ from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
 from flowkern.train.scoring import Scores, load_rewards, score
 from flowkern.train.stop import StopRequest
 from flowkern.train.trained import load_trained, save_trained, set_trained
-from flowkern.train.validation import Validation
+from flowkern.train.validation import Validation, held_out
 
 NETWORK = "network"  # the one module that is trained
 SAMPLING, REWARD = 0, 1  # laps of `Experience`
@@ -77,10 +77,13 @@ class FlowTask:
         self.config, self.recipe = config, config.algorithm
         self.accelerator, self.stop, self.device = accelerator, stop, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.prompts = read_prompts(config.data.train_prompts, "data.train_prompts")
+        self.prompts = read_prompts(
+            config.data.train_prompts, "data.train_prompts", config.data.source
+        )
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
         self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
         draw_prompts(len(self.prompts), count, config.seed, 0)  # refuses too many, before loading
+        validated = held_out(config)
         torch.manual_seed(config.seed)
         self.rewards = load_rewards(config.reward)  # in seconds; the model may take minutes
         torch.manual_seed(config.seed)  # as if they had drawn nothing
@@ -95,7 +98,7 @@ class FlowTask:
         # Where there is no adapter to be left out.
         needs_copy = config.lora is None and REFERENCE in self.objective.anchors
         self.copies = [REFERENCE] if needs_copy else []
-        self.validation = Validation(config, accelerator, self.model, self.rewards, stop)
+        self.validation = Validation(config, accelerator, self.model, self.rewards, validated, stop)
         self._prepare(is_mine=model is None)
 
     def _prepare(self, is_mine: bool) -> None:

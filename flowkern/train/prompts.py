@@ -17,18 +17,19 @@ Prompt = dict[str, Any]
 """What a prompt file says of one: "prompt", its text, and metadata."""
 
 
-def read_prompts(path: str | Path, key: str = "prompts") -> list[Prompt]:
+def read_prompts(path: str | Path, key: str = "prompts", source: str | None = None) -> list[Prompt]:
     """Prompts {"prompt": ..., metadata} of a file, read as what its name ends in, in any case:
 
     .txt     one prompt per line
     .jsonl   one object per line (.ndjson too)
-    .json    a list of objects
+    .json    a list of objects, or of prompts
     .csv     a header with a column "prompt"; the others are metadata, as text
 
     Text is UTF-8, with a byte order mark or without; only a newline ends a line, so that what else
-    Unicode counts as one stays in a prompt. Blank lines are passed over.
-    key: where a configuration has the path. Raises ConfigError naming it, the file and the line for
-    what is no such file or prompt.
+    Unicode counts as one stays in a prompt. Blank lines are passed over. An object that has no
+    "prompt" has its text as "caption", as the lists of embeddings of DanceGRPO, MixGRPO and G2RPO.
+    key: where a configuration has the path. source: where the file is published.
+    Raises ConfigError naming it, the file and the line for what is no such file or prompt.
     """
     path, prompts = Path(path), []
     reader = READERS.get(path.suffix.lower())
@@ -37,6 +38,8 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Prompt]:
         raise ConfigError(f"{key}: got {str(path)!r}, expected {', '.join(most)} or {last}")
     try:
         for place, entry in reader(_text(path)):
+            if isinstance(entry, dict) and "prompt" not in entry and "caption" in entry:
+                entry = {"prompt": entry["caption"], **entry}
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f'{place}: got {entry!r:.80}, expected a string "prompt"')
             require_text(entry["prompt"], place)
@@ -47,6 +50,7 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Prompt]:
         why = error.strerror
         if isinstance(error, FileNotFoundError):
             why += "; a path is relative to the working directory"
+            why += f", and the file is published at {source}" if source else ""
         raise ConfigError(f"{key}: cannot read {str(path)!r}: {why}") from None
     except ValueError as error:
         raise ConfigError(f"{key}: {str(path)!r}, {error}") from None
@@ -92,9 +96,9 @@ def _from_json_lines(text: str) -> Iterator[tuple[str, Any]]:
 def _from_json(text: str) -> Iterator[tuple[str, Any]]:
     entries = _parsed(text, 1) if text.strip() else []
     if not isinstance(entries, list):
-        raise ValueError(f"line 1: got {entries!r:.80}, expected a list of objects")
+        raise ValueError(f"line 1: got {entries!r:.80}, expected a list of objects or prompts")
     for number, entry in enumerate(entries, start=1):
-        yield f"entry {number}", entry
+        yield f"entry {number}", {"prompt": entry} if isinstance(entry, str) else entry
 
 
 def _from_csv(text: str) -> Iterator[tuple[str, Prompt]]:

@@ -19,12 +19,20 @@ from flowkern.rollout.states import ITERATION_BITS, OnHost, moved
 from flowkern.train import tracking
 from flowkern.train.config import Config
 from flowkern.train.distributed import seed_generators, together
-from flowkern.train.prompts import read_prompts
+from flowkern.train.prompts import Prompt, read_prompts
 from flowkern.train.scoring import KeyedReward, Scores, score
 from flowkern.train.stop import StopRequest
 
 # Never a training rollout's: of validation, and of the sample command.
 RESERVED_ITERATION, SAMPLE_ITERATION = 2**ITERATION_BITS - 1, 2**ITERATION_BITS - 2
+
+
+def held_out(config: Config) -> list[Prompt]:
+    """The prompts of a configuration's validation: none where it has no file of them."""
+    data, count = config.data, config.validation.num_prompts
+    if data.test_prompts is None:
+        return []
+    return read_prompts(data.test_prompts, "data.test_prompts", data.source)[:count]
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,11 @@ class Validation:
         accelerator: Accelerator,
         model: Any,
         rewards: Mapping[str, KeyedReward],
+        prompts: Sequence[Prompt],
         stop: StopRequest,
     ) -> None:
         self.config, self.accelerator, self.stop = config, accelerator, stop
-        self.model, self.rewards = model, rewards
-        path, count = config.data.test_prompts, config.validation.num_prompts
-        self.prompts = read_prompts(path, "data.test_prompts")[:count] if path else []
+        self.model, self.rewards, self.prompts = model, rewards, prompts
 
     def run(self, step: int) -> dict[str, float]:
         """Draw and score them: writes samples/step-N.png; returns the means, on the main process,

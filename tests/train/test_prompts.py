@@ -1,5 +1,7 @@
 """Prompt files: what is a line, what is a row, and what is refused."""
 
+import json
+
 import pytest
 
 from flowkern.train.config import ConfigError
@@ -30,6 +32,19 @@ def test_only_a_newline_ends_a_line(tmp_path, mark, end):
     assert read(tmp_path, "a.json", whole) == [{"prompt": "one"}, {"prompt": "two", "n": 2}]
 
 
+def test_lists_are_read_as_they_were_released(tmp_path):
+    """HPDv2's train.json and test.json, HPSv2's benchmark, and the index of prepared embeddings."""
+    pair = {"human_preference": [1, 0], "prompt": "a cat", "file_path": ["1.jpg", "2.jpg"]}
+    notes = [{"rank": [1, 2], "user_hash": "a"}]
+    ranked = {"prompt": "a dog", "image_path": ["3.jpg"], "rank": [1], "raw_annotations": notes}
+    assert read(tmp_path, "train.json", json.dumps([pair, ranked])) == [pair, ranked]
+    benchmark = read(tmp_path, "anime.json", json.dumps(["a cat", 'a "dog"']))
+    assert benchmark == [{"prompt": "a cat"}, {"prompt": 'a "dog"'}]
+    index = [{"prompt_embed_path": "0.pt", "text_ids": "0.pt", "caption": "a cat"}]
+    found = read(tmp_path, "videos2caption.json", json.dumps(index))
+    assert found == [{"prompt": "a cat", **index[0]}]
+
+
 @pytest.mark.parametrize("name, data, message", [
     ("a.txt", b"", "no prompts in it"),
     ("a.txt", b"\n \r\n", "no prompts in it"),
@@ -42,6 +57,9 @@ def test_only_a_newline_ends_a_line(tmp_path, mark, end):
     ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "line 2: got {'text': 'b'}, expected a string"),
     ("a.jsonl", b'{"prompt": null}', "line 1: got {'prompt': None}, expected a string"),
     ("a.jsonl", b'"a"', "line 1: got 'a', expected a string"),
+    ("a.json", b'["a", 3]', "entry 2: got 3, expected a string"),
+    ("a.jsonl", b'{"caption": 3}', r"line 1: got {'prompt': 3, 'caption': 3}, expected a string"),
+    ("a.jsonl", b'{"caption": "b", "prompt": null}', "line 1: got .*, expected a string"),
     ("a.jsonl", b"\n\na prompt", "line 3: not JSON: Expecting value at column 1"),
     ("a.jsonl", b"[" * 100_000, "line 1: nested too deeply"),
     ("a.jsonl", b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "line 1: Exceeds the limit"),
@@ -70,3 +88,7 @@ def test_paths_that_are_no_such_file_are_refused(tmp_path):
     for name, reason in (("folder.txt", "Is a directory"), ("none.txt", "No such file")):
         with pytest.raises(ConfigError, match=f"^data.x: cannot read .*{name}': {reason}"):
             read_prompts(tmp_path / name, "data.x")
+    with pytest.raises(ConfigError, match="directory, and the file is published at the shop$"):
+        read_prompts(tmp_path / "none.txt", "data.x", "the shop")
+    with pytest.raises(ConfigError, match="Is a directory$"):  # there, and no such file
+        read_prompts(tmp_path / "folder.txt", "data.x", "the shop")
