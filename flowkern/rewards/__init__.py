@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from flowkern.checks import ConfigError, shown
-from flowkern.lookup import load, nearest
+from flowkern.lookup import load, locate, nearest
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-__all__ = ["REWARDS", "Reward", "RewardError", "Values", "load_reward"]
+__all__ = ["REWARDS", "Reward", "RewardError", "Values", "load_reward", "require_reward"]
 
 Values: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 """One real number per image: (B,) of any dtype, or a list."""
@@ -49,6 +49,24 @@ REWARDS = {
 """Short names; the modules behind them are imported only when asked for."""
 
 
+def require_reward(kind: str, name: str | None = None) -> None:
+    """Raise ConfigError, as `load_reward`, for a `kind` that is neither a key of `REWARDS` nor
+    "module:attribute", and say how it can be had; nothing is imported.
+    """
+    key, place = _places(kind, name)
+    try:
+        locate(kind, REWARDS, place)
+    except ConfigError as error:
+        how = f'; {kind!r} is not built in: write it, and name it in {key}.kind="module:attribute"'
+        raise ConfigError(f"{error}{'' if 'did you mean' in str(error) else how}") from None
+
+
+def _places(kind: str, name: str | None) -> tuple[str, str]:
+    """The keys of a reward, and of what says which it is."""
+    key = f"reward.{name or kind}"
+    return key, f"{key}.kind" if name not in (None, kind) else key
+
+
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -61,8 +79,9 @@ def load_reward(kind: str, name: str | None = None, /, **options: Any) -> Reward
     Raises ConfigError, naming reward.NAME or the option, for what there is not, cannot be called or
     is asynchronous, and for options that a class does not have or lacks.
     """
-    key = f"reward.{name or kind}"
-    found = load(kind, REWARDS, f"{key}.kind" if name not in (None, kind) else key)
+    require_reward(kind, name)
+    key, place = _places(kind, name)
+    found = load(kind, REWARDS, place)
     if inspect.isclass(found):
         found = found(**_fitting(found, options, name or kind))
     elif options:

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_validator
 
 from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, count
-from flowkern.lookup import locate
-from flowkern.rewards import REWARDS
+from flowkern.rewards import require_reward
 from flowkern.rl.algorithms import name_of
 from flowkern.rl.recipe import Levels
 from flowkern.train import tree as trees
@@ -71,6 +70,8 @@ class DataConfig(Section):
     .csv."""
     test_prompts: Place | None = None
     """Held-out prompts, in the same formats; None: no validation."""
+    source: Text | None = None
+    """Where these files are published; said where one is not there."""
 
 
 class RewardConfig(Section, extra="allow"):
@@ -105,7 +106,7 @@ class Rewards(RootModel[dict[Text, RewardConfig]]):
     @model_validator(mode="after")
     def _counts(self) -> Self:
         for name, one in self.root.items():
-            locate(one.kind or name, REWARDS, f"reward.{name}{'.kind' if one.kind else ''}")
+            require_reward(one.kind or name, name)
             if name == "mean" or "/" in name:  # reward/mean is the sum, info/NAME/ENTRY an entry
                 raise ConfigError(
                     f"reward.{name}: cannot be told apart in a record; expected "

@@ -209,7 +209,8 @@ def test_one_ranks_failure_is_every_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("beauty", "got 'beauty', expected one of digits_classifier"),
+    ("beauty", "got 'beauty', expected one of digits_classifier.*; 'beauty' is not built in: "),
+    ("digits_judg", "got 'digits_judg', expected .*; did you mean 'digits_judge'\\?$"),
     ("no_such_module:f", "got .* there is no module no_such_module"),
     ("math:no_such", "got 'math:no_such', but math has no 'no_such'"),
     ("math:pi", "'math:pi' is float, and cannot be called"),
