@@ -280,6 +280,9 @@ def test_awm_draws_and_matches_where_the_released_code_does():
     assert recipe("awm")(ref_coef=0.0, ema_coef=0.0).objective(None).anchors == ()
     still = plan_of("awm", noise_level=0.0)
     assert drawn_steps(still)[0] == set()
+    index = [grid.index(sigma) for _, sigma in plan_of("awm", from_noise=True).points]
+    for i in range(6):
+        assert set(index[i::6]) == {2 * i, 2 * i + 1}, "as released for PickScore"
 
 
 def test_nft_matches_nine_of_ten_levels_of_every_image():

@@ -31,6 +31,8 @@ class AWM(MatchingRecipe):
     """Noise levels per image to match at, one of each stratum of the grid."""
     timestep_fraction: Annotated[float, SHARE] = 0.9
     """The strata reach from the grid's second noise level over this share of its steps."""
+    from_noise: bool = False
+    """Do the strata begin at noise level 1 instead, as released for PickScore?"""
     weighting: Literal["uniform", "t", "ghuber"] = "ghuber"
     """Of the squared errors, as in `matching_loss`."""
     ref_coef: Annotated[float, AT_LEAST_0] = 0.001
@@ -46,8 +48,8 @@ class AWM(MatchingRecipe):
         plan, chance = rollout.Plan(), shared_random(seed, iteration)
         steps = self.num_inference_steps
         sigmas, count = grid(steps).tolist(), self.num_train_timesteps
-        last = max(1, int(steps * self.timestep_fraction))
-        bounds = [1 + (last - 1) * i // count for i in range(count + 1)]
+        first, last = 0 if self.from_noise else 1, max(1, int(steps * self.timestep_fraction))
+        bounds = [first + (last - first) * i // count for i in range(count + 1)]
         for member in range(self.group_size):
             node = plan.root(member)
             for sigma, following in pairwise(sigmas):
