@@ -82,6 +82,8 @@ def test_the_demo_runs_from_a_wheel_in_an_empty_folder(sdist, tmp_path):
         archive.extractall(tmp_path / "site")
     site, empty = tmp_path / "site", tmp_path / "empty"
     assert (site / "flowkern" / "py.typed").is_file()
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert (site / "flowkern/demo_data" / path.relative_to(ROOT)).is_file(), path
     empty.mkdir()
     small = ["train.steps=1", "algorithm.updates_per_rollout=1", "algorithm.prompts_per_rollout=2"]
     small += ["algorithm.group_size=2", "validation.num_prompts=2", "output_dir=runs/demo"]
