@@ -149,6 +149,8 @@ class Model(Protocol):
 
     def load_network(self, directory: str | Path) -> None: ...
 
+    def load_encoders(self) -> None: ...
+
     def release_encoders(self) -> None: ...
 
     def describe(self) -> dict[str, Any]: ...
@@ -195,6 +197,7 @@ def load_model(
     width: int | None = None,
     num_frames: int | None = None,
     revision: str | None = None,
+    text_encoders: bool = True,
     **options: Any,
 ) -> Model:
     """The adapter for a pipeline, by the class that its model_index.json names.
@@ -203,14 +206,16 @@ def load_model(
     and downloaded where they are not there. revision: of an id, its branch, tag or commit; None:
     its main branch. dtype: of the network and the text encoders, as `Pipeline.from_pretrained`
     says. height, width, num_frames: the size of all its latents and images, in pixels and frames;
-    None: the pipeline's own. options: what the family has beside; None counts as not given.
+    None: the pipeline's own. text_encoders: False loads them, and downloads a hub's, when a prompt
+    is to be encoded that no cache has (`prepare`); until then they may lack. options: what the
+    family has beside; None counts as not given.
     Raises FileNotFoundError for no pipeline there, ValueError for a class without an adapter, an
     option that its adapter does not take, or a size that it does not have.
     """
     commit, directory = None, Path(path)
     if is_hub_id(path):
         commit = hub.commit_of(str(path), revision)
-        directory = hub.directory_of(str(path), commit)
+        directory = hub.directory_of(str(path), commit, has_encoders=text_encoders)
     elif revision is not None:
         raise ValueError(
             f"revision: got {revision!r}, but {str(path)!r} is a directory; expected an id of the "
@@ -227,7 +232,9 @@ def load_model(
     for option, value in options.items():
         if option not in takes:
             raise ValueError(f"{option}: got {value!r}, but {name} takes {', '.join(takes)} only")
-    found = family.from_pretrained(directory, dtype=dtype, device=device, **options)
+    found = family.from_pretrained(
+        directory, dtype=dtype, device=device, has_encoders=text_encoders, **options
+    )
     found.base, found.revision = str(path), commit
     return found
 

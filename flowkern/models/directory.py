@@ -5,13 +5,17 @@ missing and import what is named.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 INDEX = "model_index.json"
 LIBRARIES = {"diffusers", "transformers"}
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Any of these sets of files makes a tokenizer; without, transformers makes one of a few words."""
+ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # text_encoder_2's is tokenizer_2
 SPARE_ROWS = 0.9  # an encoder's table is rounded up, T5's from 32,100 to 32,128
 
 
@@ -47,8 +51,16 @@ def components(index: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def check_directory(path: str | Path) -> None:
-    """Raise ValueError or FileNotFoundError naming the component that lacks its files."""
+def text_encoders(path: str | Path) -> list[str]:
+    """Those that an index names."""
+    return [name for name in components(read_index(path)) if name.startswith(ENCODER)]
+
+
+def check_directory(path: str | Path, *, without: Sequence[str] = ()) -> None:
+    """Raise ValueError or FileNotFoundError naming the component that lacks its files.
+
+    without: components that may lack them.
+    """
     for name, entry in components(read_index(path)).items():
         if entry[0] not in LIBRARIES or len(entry) != 2:
             raise ValueError(
@@ -56,9 +68,11 @@ def check_directory(path: str | Path) -> None:
                 f"{', '.join(sorted(LIBRARIES))}"
             )
         folder = Path(path) / name
+        if name in without:
+            continue
         if not folder.is_dir():
             raise FileNotFoundError(f"path: {str(path)!r} lacks {name}/, which its index names")
-        if name.startswith("tokenizer"):
+        if name.startswith(TOKENIZER):
             if not any(all((folder / f).is_file() for f in files) for files in TOKENIZERS):
                 wanted = ", or ".join(" and ".join(files) for files in TOKENIZERS)
                 raise FileNotFoundError(
@@ -90,35 +104,46 @@ def check_whole(pipeline: Any) -> None:
                 raise ValueError(f"path: the weights of {name} lack {weight}")
 
 
-def check_vocabularies(pipeline: Any) -> None:
-    """`check_vocabulary` of every tokenizer: that of text_encoder_2 is tokenizer_2."""
-    for name, part in pipeline.components.items():
-        if name.startswith("tokenizer"):
-            encoder = name.replace("tokenizer", "text_encoder", 1)
-            check_vocabulary(name, part, pipeline.components.get(encoder))
+def left_out(path: str | Path) -> dict[str, None]:
+    """What the pipeline's own loader is given as None: its text encoders, which are loaded apart;
+    what is null in the index, without which that loader fails; and a tokenizer whose encoder is.
+    """
+    index = read_index(path)
+    found = [name for name, entry in index.items() if entry == [None, None]]
+    found += [name.replace(ENCODER, TOKENIZER, 1) for name in found if name.startswith(ENCODER)]
+    return dict.fromkeys(name for name in (*found, *text_encoders(path)) if name in index)
 
 
-def loaded_apart(path: str | Path, dtype: Any) -> dict[str, Any]:
-    """The parts of a directory that are given to the pipeline's own loader: its text encoders, and
-    None for each that is null in the index, without which that loader fails.
+def load_encoders(path: str | Path, dtype: Any) -> dict[str, nn.Module]:
+    """The text encoders of a directory, by their names.
 
-    Raises ValueError where a file of an encoder lacks a tensor: the pipeline's own loader draws it
-    by lot, with a warning at most.
+    Raises FileNotFoundError or ValueError, of one line that begins with path, where one is not
+    there or not whole: the pipeline's own loader draws what a file lacks by lot, with a warning at
+    most.
     """
     import transformers
 
-    found: dict[str, Any] = {}
-    for name, entry in read_index(path).items():
-        if entry == [None, None]:
-            found[name] = None
-        elif name.startswith("text_encoder") and isinstance(entry, list) and entry:
-            options = {"local_files_only": True, "use_safetensors": True}
-            found[name], told = getattr(transformers, entry[1]).from_pretrained(
-                Path(path) / name, dtype=dtype, output_loading_info=True, **options
+    check_directory(path)
+    found: dict[str, nn.Module] = {}
+    for name in text_encoders(path):
+        kind = read_index(path)[name][1]
+        options = {"local_files_only": True, "use_safetensors": True}
+        found[name], told = getattr(transformers, kind).from_pretrained(
+            Path(path) / name, dtype=dtype, output_loading_info=True, **options
+        )
+        missing = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+        if missing:
+            raise ValueError(
+                f"path: the weights of {name} lack {missing[0]}, or have another shape"
             )
-            missing = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-            if missing:
-                raise ValueError(
-                    f"path: the weights of {name} lack {missing[0]}, or have another shape"
-                )
     return found
+
+
+def cannot_be_loaded(path: str | Path, error: Exception, keys: Sequence[str] = ("path",)) -> str:
+    """What is wrong with a directory, in a line that begins with one of `keys`: loaders raise of
+    every kind, some without a word of the file.
+    """
+    message = " ".join(str(error).split())
+    if message.startswith(tuple(f"{key}: " for key in keys)):
+        return message
+    return f"path: {str(path)!r} cannot be loaded: {type(error).__name__}: {message}"

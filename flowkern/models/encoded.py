@@ -12,12 +12,14 @@ import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors.torch import load, save
 from torch import Tensor
+
+from flowkern.models.directory import ENCODER, INDEX, TOKENIZER, text_encoders
 
 Parts = Mapping[str, Tensor]
 """One row of every part of a `Conditioning`, (1, ...) each, on the host."""
@@ -95,14 +97,48 @@ def _at_once(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def content_of(directory: Path) -> str:
-    """A digest of what a pipeline directory encodes text with."""
-    found = hashlib.sha256()
-    beginnings = ("model_index", "text_encoder", "tokenizer")
+def content_of(directory: Path, folder: Path) -> str:
+    """A digest of what a pipeline directory encodes text with.
+
+    folder: of rows, where a mark says what the encoders of an index and of tokenizers are, and by
+    which files, with their sizes and times, that was found: gigabytes are not read again, and need
+    not be there.
+    Raises FileNotFoundError where they are not there and the marks are not of one directory's.
+    """
+    light, heavy = _files(directory, INDEX, TOKENIZER), _files(directory, ENCODER)
+    marks = folder / "models" / _content(light)
+    missing = [name for name in text_encoders(directory) if not _files(directory, f"{name}/")]
+    if missing:
+        known = {mark.name.partition(".")[0] for mark in marks.glob("*.*")}
+        if len(known) == 1:
+            return known.pop()
+        raise FileNotFoundError(
+            f"path: {str(directory)!r} lacks {missing[0]}/, and {str(folder)!r} has prompts of "
+            f"{len(known)} directories with this index and these tokenizers, expected of one"
+        )
+    files = [(str(file.resolve()), file.stat()) for file in heavy.values()]
+    stamps = [[at, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for at, s in files]
+    stamp = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    for mark in marks.glob(f"*.{stamp}"):
+        return mark.name.partition(".")[0]
+    found = _content(light | heavy)
+    with suppress(OSError):  # of a folder that is only read, or cannot be: `put` says so
+        marks.mkdir(parents=True, exist_ok=True)
+        (marks / f"{found}.{stamp}").touch()
+    return found
+
+
+def _files(directory: Path, *beginnings: str) -> dict[str, Path]:
+    """Those of a directory whose names begin with one of these, by their names, in order."""
     files = (file for file in directory.rglob("*") if file.is_file())
-    for name, file in sorted((file.relative_to(directory).as_posix(), file) for file in files):
-        if name.startswith(beginnings):
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            found.update(json.dumps([name, digest]).encode())
+    named = {file.relative_to(directory).as_posix(): file for file in files}
+    return {name: named[name] for name in sorted(named) if name.startswith(beginnings)}
+
+
+def _content(files: Mapping[str, Path]) -> str:
+    found = hashlib.sha256()
+    for name, file in files.items():
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        found.update(json.dumps([name, digest]).encode())
     return found.hexdigest()

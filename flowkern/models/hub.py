@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from flowkern.models.directory import INDEX, components, read_index
+from flowkern.models.directory import ENCODER, INDEX, components, read_index
 
 Found = TypeVar("Found")
 
@@ -28,14 +28,16 @@ def commit_of(name: str, revision: str | None = None) -> str:
     return Path(index).parent.name
 
 
-def directory_of(name: str, commit: str) -> Path:
-    """The directory of a commit in the hub's cache, with the parts that its index names; what is
-    not there yet is downloaded. Raises as `commit_of`.
+def directory_of(name: str, commit: str, *, has_encoders: bool = True) -> Path:
+    """The directory of a commit in the hub's cache, with the parts that its index names, or without
+    its text encoders; what is not there yet is downloaded. Raises as `commit_of`.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
     index = _asked(name, commit, lambda: hf_hub_download(name, INDEX, revision=commit))
-    wanted = [INDEX, *(f"{part}/*" for part in components(read_index(Path(index).parent)))]
+    parts = components(read_index(Path(index).parent))
+    parts = [part for part in parts if has_encoders or not part.startswith(ENCODER)]
+    wanted = [INDEX, *(f"{part}/*" for part in parts)]
     options = {"revision": commit, "allow_patterns": wanted, "ignore_patterns": UNREAD}
     return Path(_asked(name, commit, lambda: snapshot_download(name, **options)))
 

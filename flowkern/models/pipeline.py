@@ -19,12 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Guidance, pipeline_class, weights
-from flowkern.models.directory import (
-    check_directory,
-    check_vocabularies,
-    check_whole,
-    loaded_apart,
-)
+from flowkern.models.directory import check_directory, check_whole, left_out, text_encoders
 from flowkern.models.grids import scheduler_sigmas
 from flowkern.models.text import Text
 
@@ -139,20 +134,22 @@ class Pipeline(Text):
         *,
         dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
         device: torch.device | str = "cpu",
+        has_encoders: bool = True,
         **options: Any,
     ):
         """Load a local directory written by diffusers; nothing is downloaded.
 
         dtype: of the network and the text encoders, "default" if several are named; that of the
         "network" is the same then, and the "vae" float32, because a reward should not see its
-        rounding. options: of the constructor.
+        rounding. has_encoders: False leaves the text encoders to `load_encoders`, until when they
+        may lack. options: of the constructor.
         Raises FileNotFoundError without a model_index.json or a part that it names, ValueError for
         another pipeline class, a tokenizer made for another encoder, or weights that are not whole.
         """
         name, expected = pipeline_class(path), cls.kind.__name__
         if name != expected:
             raise ValueError(f"path: {str(path)!r} is a {name}, expected {expected}")
-        check_directory(path)
+        check_directory(path, without=text_encoders(path))
         dtypes = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
         default = dtypes.pop("default", torch.float32)
         network, vae = dtypes.pop("network", default), dtypes.pop("vae", torch.float32)
@@ -160,15 +157,16 @@ class Pipeline(Text):
             raise ValueError(f"dtype: got {part!r}, expected default, network or vae")
         pipeline = cls.kind.from_pretrained(
             path,
-            dtype={"default": network, "vae": vae},  # the encoders are loaded apart
+            dtype={"default": network, "vae": vae},
             local_files_only=True,
             use_safetensors=True,
-            **loaded_apart(path, default),
+            **left_out(path),
         )
         check_whole(pipeline)
-        check_vocabularies(pipeline)
         found = cls(pipeline.to(device), **options)
-        found.directory = Path(path)
+        found.directory, found.text_dtype, found._left_out = Path(path), default, device
+        if has_encoders:
+            found.load_encoders()
         return found
 
     @classmethod

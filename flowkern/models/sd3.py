@@ -35,11 +35,11 @@ class SD3(Pipeline):
     @property
     def lengths(self) -> range:
         """None where there is no T5, whose tokenizer takes no 0: zeros stand for its tokens."""
-        return range(0 if self.pipeline.text_encoder_3 is None else 1, 513)
+        return range(0 if self.pipeline.tokenizer_3 is None else 1, 513)
 
     def own_length(self) -> int:
         """T5's tokenizer's own maximum, at most 256: 256 for SD3.5, as diffusers has it."""
-        has_t5 = self.pipeline.text_encoder_3 is not None
+        has_t5 = self.pipeline.tokenizer_3 is not None
         return min(256, self.pipeline.tokenizer_3.model_max_length) if has_t5 else 256
 
     def geometry(self) -> Geometry:

@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowkern.models import Conditioning
+from flowkern.models import Conditioning, hub
+from flowkern.models.directory import (
+    ENCODER,
+    TOKENIZER,
+    cannot_be_loaded,
+    check_vocabulary,
+    load_encoders,
+)
 from flowkern.models.encoded import Encoded, InFolder, InMemory, Parts, content_of
 
 REMEMBERED = 1024  # prompts, megabytes each, where nobody said which there will be
@@ -27,7 +34,12 @@ class Text(ABC):
     pipeline: Any
     directory: Path | None
     """Where the pipeline was loaded from; None: it was made in memory."""
+    base: str
     revision: str | None
+    text_dtype: torch.dtype
+    """What the text encoders of a directory compute in."""
+    _left_out: torch.device | str | None = None
+    """Where text encoders belong that are not loaded yet."""
 
     def __init__(self, max_sequence_length: int | None) -> None:
         """max_sequence_length: tokens of a prompt; None: the family's own, or those of `fit`.
@@ -89,7 +101,7 @@ class Text(ABC):
         Each distinct prompt is encoded once, by itself, so that its row does not depend on others,
         and remembered: the latest 1,024, or those of `prepare`.
         Raises TypeError for a bare string, ValueError for no prompts, or one that is longer than
-        those of `fit`, or new after `prepare`.
+        those of `fit`, or new after `prepare`; and as `load_encoders`.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts: got the string {prompts!r}, expected a list of strings")
@@ -112,6 +124,7 @@ class Text(ABC):
                 f"prompts: {prompt!r:.80} is longer than those that the model was fitted to, of "
                 f"{length} tokens"
             )
+        self.load_encoders()
         parts = Conditioning(self.encode_rows([prompt])).to("cpu").parts
         self._encoded.put(prompt, length, parts)
         return parts
@@ -121,11 +134,12 @@ class Text(ABC):
 
         folder: where rows are kept, and found again by other runs; None: in the host's memory.
         Raises ValueError where that does not hold them, or for a folder and a pipeline that was
-        made in memory, whose rows nothing tells from another's; OSError where it cannot be written.
+        made in memory, whose rows nothing tells from another's; OSError where it cannot be written;
+        and as `load_encoders`, for the first prompt that it has no row of.
         """
         distinct = list(dict.fromkeys(prompts))
         if folder is not None:
-            self._encoded = InFolder(folder, self._origin())
+            self._encoded = InFolder(folder, self._origin(Path(folder)))
         elif isinstance(self._encoded, InMemory):
             self._encoded.limit = None
         for number, prompt in enumerate(distinct):
@@ -134,21 +148,46 @@ class Text(ABC):
                 _require_memory(len(distinct), sum(part.nbytes for part in parts.values()))
         self.release_encoders()
 
-    def _origin(self) -> dict[str, Any]:
+    def _origin(self, folder: Path) -> dict[str, Any]:
         """All that a row follows from, its prompt and length left out."""
         import diffusers
         import transformers
 
         if self.directory is None:
             raise ValueError("prompt_cache: the model was made in memory; expected a directory's")
-        content = self.revision or content_of(self.directory)
+        content = self.revision or content_of(self.directory, folder)
         return {
             "family": type(self).__name__,
             "content": content,
             "template": self.template,
-            "dtype": str(self.pipeline.text_encoder.dtype),
+            "dtype": str(self.text_dtype),
             "made by": [diffusers.__version__, transformers.__version__],
         }
+
+    def load_encoders(self) -> None:
+        """Have the text encoders, where they were left out when the model was loaded.
+
+        Raises FileNotFoundError where they are not there, ValueError where they are not whole or
+        the tokenizers are made for others.
+        """
+        if self._left_out is None:
+            return
+        try:
+            if self.revision is not None:
+                hub.directory_of(self.base, self.revision)
+            found = load_encoders(self.directory, self.text_dtype)
+            for name, encoder in found.items():
+                tokenizer = name.replace(ENCODER, TOKENIZER, 1)
+                check_vocabulary(tokenizer, self.pipeline.components.get(tokenizer), encoder)
+                encoder.to(self._left_out).eval().requires_grad_(False)
+        except (ImportError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            message = cannot_be_loaded(self.base, error, ("path", "revision"))
+            raise kind(message) from error
+        self.pipeline.register_modules(**found)
+        self._left_out = None
 
     def release_encoders(self) -> None:
         """Free the text encoders; what was encoded stays."""

@@ -99,33 +99,41 @@ class FlowTask:
         needs_copy = config.lora is None and REFERENCE in self.objective.anchors
         self.copies = [REFERENCE] if needs_copy else []
         self.validation = Validation(config, accelerator, self.model, self.rewards, validated, stop)
-        self._prepare(is_mine=model is None)
+        self.is_mine = model is None
+        self._fit()
 
-    def _prepare(self, is_mine: bool) -> None:
-        """The text: one length for all of the run; every prompt of this rank encoded once, and no
-        encoder kept, unless the model is another's, who may go on with it."""
-        others = [prompt["prompt"] for prompt in self.validation.prompts]
-        others.append(self.model.guidance.negative_prompt)
+    def _fit(self) -> None:
+        """One length of text for all of the run."""
+        prompts = [prompt["prompt"] for prompt in (*self.prompts, *self.validation.prompts)]
         try:
-            self.model.fit([*(prompt["prompt"] for prompt in self.prompts), *others])
+            self.model.fit([*prompts, self.model.guidance.negative_prompt])
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
-        if not is_mine:
+
+    def begin(self, iteration: int) -> None:
+        """Every prompt that this rank has still to draw is encoded once, and no encoder kept,
+        unless the model is another's, who may go on with it."""
+        if not self.is_mine:
             return
-        drawn = [self.prompts[place]["prompt"] for place in self._places()]
+        prompts = [self.prompts[place] for place in self._places(iteration)]
+        texts = [prompt["prompt"] for prompt in (*prompts, *self.validation.mine)]
         try:
-            self.model.prepare([*drawn, *others], self.config.model.prompt_cache)
-        except OSError as error:
+            self.model.prepare(
+                [*texts, self.model.guidance.negative_prompt], self.config.model.prompt_cache
+            )
+        except (OSError, ValueError) as error:
+            if str(error).startswith(("path: ", "revision: ", "prompt_cache: ")):
+                raise ConfigError(f"model.{error}") from error
+            if not isinstance(error, OSError):
+                raise ConfigError(f"data: {error}") from error
             reason = f"{error.strerror}: {str(error.filename)!r:.300}"
             raise ConfigError(f"model.prompt_cache: {reason}") from error
-        except ValueError as error:
-            key = "model." if str(error).startswith("prompt_cache: ") else "data: "
-            raise ConfigError(f"{key}{error}") from error
 
-    def _places(self) -> list[int]:
-        """The prompts that this rank will draw, in the order of the file."""
+    def _places(self, first: int) -> list[int]:
+        """The prompts that this rank will draw from this iteration on, in the order of the file."""
         found: set[int] = set()
-        for iteration in range(self.config.train.steps // self.recipe.updates_per_rollout):
+        last = self.config.train.steps // self.recipe.updates_per_rollout
+        for iteration in range(first, last):
             found.update(self._drawn(iteration))
             if len(found) == len(self.prompts):
                 break

@@ -6,6 +6,7 @@ import torch
 
 from flowkern.checks import ConfigError
 from flowkern.models import Model, load_model
+from flowkern.models.directory import cannot_be_loaded
 from flowkern.train.config import Config, ModelConfig, Sampling
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -15,7 +16,8 @@ VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Model:
     """The adapter of model.path, in the precision, the size and with the text tokens that are
     configured. A network whose own weights are trained is in float32, whatever it computes in; for
-    drawing it is as others are.
+    drawing it is as others are. Where a training has a cache of prompts, text encoders are loaded
+    when it lacks one.
 
     Raises ConfigError, naming the key, for a directory that cannot be used, whatever its loader
     raises, and for a size that the model does not have.
@@ -24,18 +26,17 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Mode
     trains_all = config.lora is None and isinstance(config, Config)
     network = torch.float32 if trains_all else dtype
     ours = {"path", "gradient_checkpointing", "vae_dtype", "prompt_cache"}
+    has_cache = options.prompt_cache is not None and isinstance(config, Config)
     try:
         return load_model(
             options.path,
             dtype={"default": dtype, "network": network, "vae": VAE_DTYPES[options.vae_dtype]},
             device=device,
+            text_encoders=not has_cache,
             **options.model_dump(exclude=ours),
         )
     except (ImportError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the loaders raise of every kind, some without a word of the file
-        message = " ".join(str(error).split())
-        keys = list(ModelConfig.model_fields)
-        if not message.startswith(tuple(f"{key}: " for key in keys)):
-            message = f"path: {options.path!r} cannot be loaded: {type(error).__name__}: {message}"
+    except Exception as error:
+        message = cannot_be_loaded(options.path, error, list(ModelConfig.model_fields))
         raise ConfigError(f"model.{message}") from error

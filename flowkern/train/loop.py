@@ -65,6 +65,11 @@ class Task(Protocol):
         """By name; those of their parameters that take a gradient are trained."""
         ...
 
+    def begin(self, iteration: int) -> None:
+        """What a run does once, before anything is written: with what was learned until then, and
+        this iteration next."""
+        ...
+
     def collect(self, iteration: int) -> Experience:
         """A rollout under the weights as they are, with its rewards and advantages of all ranks; a
         function of (config, iteration, weights)."""
@@ -285,6 +290,7 @@ class Loop:
         if found is not None:
             with taking(found):
                 self.load(found)
+        self.task.begin(self.iteration)
         self.directory.prepare(found, self.global_step)
         for fact in self.task.facts:
             self.directory.say(fact)

@@ -60,6 +60,13 @@ class Validation:
     ) -> None:
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.model, self.rewards, self.prompts = model, rewards, prompts
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.places = range(rank, len(prompts), world)
+
+    @property
+    def mine(self) -> list[Prompt]:
+        """This rank's."""
+        return [self.prompts[place] for place in self.places]
 
     def run(self, step: int) -> dict[str, float]:
         """Draw and score them: writes samples/step-N.png; returns the means, on the main process,
@@ -69,11 +76,10 @@ class Validation:
         """
         if not self.prompts:
             return {}
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        seed_generators(self.config.seed, RESERVED_ITERATION, rank)
-        mine = [i for i in range(len(self.prompts)) if i % world == rank]
+        world = self.accelerator.num_processes
+        seed_generators(self.config.seed, RESERVED_ITERATION, self.accelerator.process_index)
         try:
-            found = together(self.accelerator, lambda: self._sample(mine) if mine else None)
+            found = together(self.accelerator, lambda: self._sample() if self.places else None)
         except RewardError as error:
             raise RewardError(f"validation after step {step}: {error}") from error
         if not self.accelerator.is_main_process:
@@ -83,14 +89,14 @@ class Validation:
         order = torch.cat([order[first::world] for first in range(world)]).argsort()
         return self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
-    def _sample(self, mine: list[int]) -> tuple[Tensor, Scores]:
-        """What is shown of the images, and the scores, of the prompts at `mine`, on the host."""
-        options, prompts = self.config.validation, [self.prompts[i] for i in mine]
+    def _sample(self) -> tuple[Tensor, Scores]:
+        """What is shown of this rank's images, and their scores, on the host."""
+        options, prompts = self.config.validation, self.mine
         device, max_batch = self.accelerator.device, self.config.train.max_batch
         latents = sample_latents(
             self.model,
             [prompt["prompt"] for prompt in prompts],
-            moved(prompt_ids(RESERVED_ITERATION, torch.tensor(mine)), device),
+            moved(prompt_ids(RESERVED_ITERATION, torch.tensor(self.places)), device),
             Sampler(options.num_inference_steps, options.guidance_scale),
             seed=self.config.seed,
             max_batch=max_batch,

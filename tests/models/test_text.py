@@ -33,6 +33,16 @@ def counted(model, monkeypatch):
     return asked
 
 
+@pytest.fixture
+def loads(monkeypatch):
+    """Of text encoders, by their directories' names."""
+    found, load = [], text.load_encoders
+    monkeypatch.setattr(
+        text, "load_encoders", lambda at, dtype: found.append(at.name) or load(at, dtype)
+    )
+    return found
+
+
 @pytest.mark.parametrize("where", ["host", "folder"])
 def test_each_prompt_is_encoded_once_and_no_encoder_is_kept(where, monkeypatch, tmp_path):
     model = load_model(DIGITS)
@@ -75,7 +85,7 @@ def test_a_file_is_of_all_that_its_row_was_made_by(tmp_path, monkeypatch):
     def files(path=DIGITS, prompt="the digit 3", dtype=torch.float32, **options):
         model = load_model(path, dtype=dtype, **options)
         model.prepare([prompt], folder)
-        return sum(file.is_file() for file in folder.rglob("*"))
+        return sum(file.is_file() for file in folder.glob("??/*"))
 
     for number, options in enumerate((
         {}, {"prompt": "the digit 4"}, {"path": other}, {"dtype": torch.bfloat16},
@@ -91,6 +101,76 @@ def test_a_file_is_of_all_that_its_row_was_made_by(tmp_path, monkeypatch):
     copied = tmp_path / "copied"
     shutil.copytree(DIGITS, copied)
     assert files(path=copied) == len(made) + 2, "the same content is the same model"
+
+
+def _without_encoders(directory):
+    for folder in directory.glob("text_encoder*"):
+        shutil.rmtree(folder)
+
+
+def test_encoders_are_loaded_for_a_prompt_that_the_cache_lacks_and_for_nothing_else(
+    loads, tmp_path
+):
+    """Then they may lack, too."""
+    first, folder = tmp_path / "first", tmp_path / "rows"
+    shutil.copytree(DIGITS, first)
+    expected = load_model(DIGITS).encode(PROMPTS).parts
+    loads.clear()
+
+    def prepared(path=first, prompts=PROMPTS):
+        model = load_model(path, text_encoders=False)
+        assert model.pipeline.text_encoder is model.pipeline.text_encoder_3 is None
+        model.prepare(prompts, folder)
+        assert model.pipeline.text_encoder is None
+        return model.encode(prompts).parts
+
+    assert same(prepared(), expected) and loads == ["first"]
+    assert same(prepared(), expected) and loads == ["first"]
+    prepared(prompts=["the digit 8"])
+    assert loads == ["first", "first"]
+    shutil.copytree(first, tmp_path / "bare")
+    _without_encoders(tmp_path / "bare")
+    assert same(prepared(tmp_path / "bare"), expected) and loads == ["first", "first"]
+    for refused in (
+        lambda: prepared(tmp_path / "bare", ["the digit 9"]), lambda: load_model(tmp_path / "bare"),
+    ):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match="^path: .*/bare' lacks text_encoder/, which"):
+            refused()
+    with pytest.raises(FileNotFoundError, match="^path: .*/bare' lacks .* of 0 directories"):
+        load_model(tmp_path / "bare", text_encoders=False).prepare(PROMPTS, tmp_path / "new")
+    (first / "text_encoder/model.safetensors").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="^path: .*/first' cannot be loaded: SafetensorError"):
+        prepared()  # by its size and time another content, of which nothing is known
+    with pytest.raises(FileNotFoundError, match="of 2 directories with this index .*, expected of"):
+        prepared(tmp_path / "bare")
+
+
+def test_files_are_told_apart_by_what_they_are_and_read_once(tmp_path, monkeypatch):
+    model, folder, read = tmp_path / "model", tmp_path / "rows", []
+    shutil.copytree(DIGITS, model)
+    digest = encoded.hashlib.file_digest
+    monkeypatch.setattr(
+        encoded.hashlib, "file_digest", lambda f, kind: read.append(f.name) or digest(f, kind)
+    )
+
+    def content():
+        read.clear()
+        found = encoded.content_of(model, folder)
+        return found, any("text_encoder" in name for name in read)
+
+    first, is_read = content()
+    assert is_read and content() == (first, False)
+    weights = model / "text_encoder_2/model.safetensors"
+    _flip(weights, -1)  # of the same size
+    second, is_read = content()
+    assert is_read and second != first and content() == (second, False)
+    _flip(weights, -1)
+    assert content() == (first, True)
+    (model / "tokenizer/more.txt").write_text("")
+    assert content()[0] not in (first, second)
+    folder = tmp_path / "file"
+    folder.write_text("")
+    assert content() == content() and content()[1], "nothing is remembered where nothing can be"
 
 
 def _flip(file, place):

@@ -86,6 +86,31 @@ def test_an_id_is_a_commit_of_its_own_and_the_adapter_names_it(cache, tmp_path):
     assert (said["base_model_name_or_path"], said["revision"]) == (NAME, FIRST)
 
 
+def test_text_encoders_are_asked_for_when_a_prompt_has_no_row(cache, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked, download = [], huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *a, **kw: asked.append(kw["allow_patterns"]) or download(*a, **kw),
+    )
+
+    def prepared(prompt):
+        asked.clear()
+        model = load_model(NAME, text_encoders=False)
+        model.prepare([prompt], tmp_path / "rows")
+        return ["text_encoder/*" in parts for parts in asked]
+
+    assert prepared("the digit 3") == [False, True] and "tokenizer/*" in asked[0]
+    assert prepared("the digit 3") == [False]
+    for folder in (cache.repository / "snapshots" / FIRST).glob("text_encoder*"):
+        shutil.rmtree(folder)
+    assert prepared("the digit 3") == [False]
+    with pytest.raises(FileNotFoundError, match="^path: .* lacks text_encoder/, which"):
+        prepared("the digit 4")
+
+
 @pytest.mark.parametrize(
     "path, revision, message",
     [
