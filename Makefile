@@ -10,6 +10,8 @@ READY = native
 else
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(FLOWKERN_BUILD)
+# Its modules are compiled by the first process that imports them, not by each of dozens: torch's alone take six seconds.
+unexport PYTHONDONTWRITEBYTECODE
 endif
 
 .PHONY: speed algorithms test train lint fuzz sanitize gpu wheel native clean
