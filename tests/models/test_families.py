@@ -409,7 +409,7 @@ def test_slices_of_a_vae_are_the_whole_and_bfloat16_comes_close(name, load):
     assert set(rows[model]) == {len(x)} and set(rows[sliced]) == {1}
     found = halved.decode(x)
     assert found.dtype == torch.float32 and found.min() >= 0 and found.max() <= 1
-    # Random weights enlarge rounding: .5 to 7 % of the images' spread, where wrong is 140 %.
+    # Random weights enlarge rounding: .5 to 10 % of the images' spread, where wrong is 140 %.
     assert 0 < (found - images).square().mean().sqrt() < 0.15 * images.std()
 
 
