@@ -53,8 +53,8 @@ class ModelConfig(Section):
     """Tokens of a prompt; None: as the pipeline has it, or as few as hold all of a run's where a
     network does not look at padding."""
     prompt_cache: Place | None = None
-    """A folder of encoded prompts, which runs share and find again; None: in the host's memory, .5
-    to 16 MB each (docs/models.md)."""
+    """A folder of encoded prompts, which runs share and find again: text encoders are loaded where
+    it lacks one. None: in the host's memory, .5 to 16 MB each (docs/models.md)."""
     vae_slicing: bool = False
     """Decode one image or video at a time, in the least memory; else as many as four images of
     1024 x 1024 have pixels."""

@@ -26,6 +26,42 @@ TINY = [
 ]
 
 
+RUNS = """
+import json, sys
+from flowkern.train.config import from_dict
+from flowkern.train.loop import Loop
+for tree in json.loads(sys.argv[1]):
+    loop = Loop(from_dict(tree))
+    loop.begin()
+    loop.advance()
+import torch.distributed as group
+group.barrier()
+group.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def on_processes():
+    """on_processes(count, file, *arguments)"""
+    import forked
+
+    with forked.server() as run:
+        yield run
+
+
+@pytest.fixture
+def train_on(on_processes, tmp_path):
+    """train_on(count, configuration, ...): the runs, one after another, on so many processes."""
+    from flowkern.train.config import to_dict
+
+    def train(count: int, *configs: Config) -> None:
+        program = tmp_path / "runs.py"
+        program.write_text(RUNS)
+        on_processes(count, program, json.dumps([to_dict(config) for config in configs]))
+
+    return train
+
+
 @pytest.fixture
 def drawn():
     """A test that asks for it has the pictures of its runs drawn."""

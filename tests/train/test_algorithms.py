@@ -15,7 +15,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-import forked
 from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
@@ -62,13 +61,6 @@ def test_every_algorithm_is_tried():
     assert sorted(SMALL) == names()
 
 
-@pytest.fixture(scope="session")
-def on_processes():
-    """on_processes(count, file, *arguments); a file may import this one."""
-    with forked.server() as run:
-        yield run
-
-
 def written(path: Path, content: str) -> Path:
     path.write_text(content)
     return path
@@ -113,22 +105,12 @@ def test_it_costs_what_its_plan_says_begins_on_policy_and_is_the_same_on_two_pro
 
 
 @pytest.mark.long(70)
-def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, lines, on_processes):
+def test_a_run_goes_on_with_any_number_of_processes(
+    tiny, tiny_file, tmp_path, lines, on_processes, train_on
+):
     """Two processes train as one does. From one to, by the file that launchers start, two; from two
     to two, to one and to four; two to two bit for bit.
     """
-    program = (
-        "import json, sys\n"
-        "from flowkern.train.config import from_dict\n"
-        "from flowkern.train.loop import Loop\n"
-        "for tree in json.loads(sys.argv[1]):\n"
-        "    loop = Loop(from_dict(tree))\n"
-        "    loop.begin()\n"
-        "    loop.advance()\n"
-        "import torch.distributed as group\n"
-        "group.barrier()\n"
-        "group.destroy_process_group()\n"
-    )
 
     def config(name: str, origin: str | None = None, make=tiny):
         options = (
@@ -137,12 +119,8 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny, tiny_file, tmp_path, l
         return make("validation.num_prompts=4", "train.ema_decay=0.9", *options, name=name)
 
     Loop(config("one")).run()
-    program = written(tmp_path / "program.py", program)
-    for count, *configs in (
-        (2, config("two"), config("two_two", "two")),
-        (4, config("two_four", "two")),
-    ):
-        on_processes(count, program, json.dumps([to_dict(each) for each in configs]))
+    train_on(2, config("two"), config("two_two", "two"))
+    train_on(4, config("two_four", "two"))
     Loop(config("two_one", "two")).run()
     on_processes(2, ROOT / "scripts/train.py", config("one_two", "one", tiny_file))
     straight = lines(tmp_path / "two/metrics.jsonl")

@@ -67,6 +67,44 @@ def test_all_weights_learn_and_a_resume_is_the_uninterrupted_run_bit_for_bit(
         Loop(tiny(*FULL[1:], LATEST, name="resumed")).run()
 
 
+@pytest.mark.long(30)
+def test_all_weights_learn_on_two_processes_as_on_one(tiny, tmp_path, lines, train_on):
+    """In two updates of a rollout, with the copies that drew it; and go on there bit for bit, or on
+    one process as near as sums in another order are."""
+
+    def config(name, origin=None):
+        options = [*FULL, "algorithm.updates_per_rollout=2"]
+        if origin:
+            options.append(f"train.resume_from_checkpoint={tmp_path / origin / 'checkpoint-2'}")
+        return tiny(*options, name=name)
+
+    one = Loop(config("one"))
+    before = {n: p.detach().clone() for n, p in one.task.model.network.named_parameters()}
+    one.run()
+    train_on(2, config("two"), config("two_two", "two"))
+    Loop(config("two_one", "two")).run()
+
+    def saved(name, folder=""):
+        return weights_of(tmp_path / name / "checkpoint-4" / folder)
+
+    for folder in ("", "ema"):
+        expected, found = saved("two", folder), saved("two_two", folder)
+        assert expected.keys() == found.keys() >= before.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        straight = lines(tmp_path / "two" / file)
+        late = [record for record in straight if record["step"] > 2]
+        assert late and late == lines(tmp_path / "two_two" / file)[-len(late) :]
+        for name, expected in (("one", straight), ("two_one", late)):
+            found = lines(tmp_path / name / file)[-len(expected) :]
+            for record, other in zip(expected, found, strict=True):
+                assert other == pytest.approx(record, rel=1e-4, abs=1e-6), name
+    for name in ("one", "two_one"):  # in four steps of 1e-3 at most
+        found = saved(name)
+        assert all((found[n] - value).abs().max() < 5e-5 for n, value in saved("two").items())
+    assert max((saved("two")[n] - p).abs().max() for n, p in before.items()) > 1e-3
+
+
 def test_weights_are_float32_where_the_network_computes_in_bfloat16(
     tiny, tmp_path, monkeypatch, capsys
 ):
