@@ -140,7 +140,8 @@ class FlowTask:
         return sorted(found)
 
     def _check_guidance(self) -> None:
-        """Of a model that has one way through the network only."""
+        """Of a model that has one way through the network only, and of a batch that holds less than
+        two."""
         scales = {"algorithm": self.recipe, "validation": self.config.validation}
         for section, options in scales.items():
             if self.model.guidance.kind == "none" and options.guidance_scale > 1:
@@ -148,6 +149,12 @@ class FlowTask:
                     f"{section}.guidance_scale: got {options.guidance_scale}, expected at most 1: "
                     "this model takes no guidance"
                 )
+        least = self.recipe.objective(self.recipe.guidance(0)).together
+        if (most := self.config.train.max_batch) < least:
+            raise ConfigError(
+                f"train.max_batch: got {most}, expected at least {least}: both halves of guidance "
+                "learn together"
+            )
 
     def _check_plan(self) -> None:
         """On the grid of the model, which the configuration does not know."""

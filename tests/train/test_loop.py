@@ -343,6 +343,9 @@ def test_a_model_in_memory_takes_the_place_of_a_directory(tiny, monkeypatch):
         message = f"^{section}.guidance_scale: got 3.0, .* takes no guidance$"
         with pytest.raises(ConfigError, match=message):
             Loop(tiny(f"{section}.guidance_scale=3"), model)
+    both = tiny("algorithm.guidance_scale=3", "algorithm.uncond_gradient=true", "train.max_batch=1")
+    with pytest.raises(ConfigError, match="^train.max_batch: got 1, expected at least 2: both hal"):
+        Loop(both, SimpleNamespace(guidance=Guidance("cfg")))
 
 
 TOY = """
