@@ -4,6 +4,7 @@ refused in one sentence for what is not there; each paper's run makes two steps 
 FLOWKERN_EVERY_CELL=1 runs all of them; the suite has one.
 """
 
+import copy
 import json
 import math
 import os
@@ -106,6 +107,7 @@ def toys(path):
     return f"reward={json.dumps({name: one | kind for name, one in rewards(path).items()})}"
 
 
+@lru_cache
 def rewards(path):
     return tree.read([path])["reward"]
 
@@ -119,6 +121,15 @@ def released(folder, config):
         if place.suffix == ".jsonl":
             lines = [json.dumps(COUNTING), json.dumps(POSITION)]
         place.write_text("\n".join(lines) + "\n")
+
+
+parsed = lru_cache(tree.read_file)
+
+
+@pytest.fixture(autouse=True)
+def each_file_is_parsed_once(monkeypatch):
+    """Most of a refusal is YAML."""
+    monkeypatch.setattr(tree, "read_file", lambda path: copy.deepcopy(parsed(path)))
 
 
 @pytest.fixture
