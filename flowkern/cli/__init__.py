@@ -10,16 +10,16 @@ from typing import NoReturn
 
 from flowkern import __version__
 from flowkern.checks import ConfigError
-from flowkern.cli import cost, demo, sample, train
+from flowkern.cli import cost, demo, doctor, sample, train
 from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
-COMMANDS = (train, demo, sample, cost)
+COMMANDS = (train, demo, doctor, sample, cost)
 """In the order of `flowkern --help`: each adds its parser, whose `command` runs it."""
-OPTIONS = ("help", "traceback", "config", "algorithm")  # which are no keys
+OPTIONS = ("help", "traceback", "config", "algorithm", "json")  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
-EXTRAS |= {"pydantic", "tqdm", "transformers"}
+EXTRAS |= {"pydantic", "rich", "tqdm", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _as_overrides(arguments: Sequence[str]) -> list[str]:
     """`--key.path=value` and `--key.path value` of a configuration as `key.path=value`."""
-    if arguments[0] not in ("train", "demo", "cost"):
+    if arguments[0] not in ("train", "demo", "cost", "doctor"):
         return list(arguments)
     out, rest = [], iter(arguments)
     for argument in rest:
@@ -69,7 +69,7 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
                 _fail(f"--{name}: expected a value: --{name} VALUE, or {name}=VALUE")
             name = f"{name}={value}"
         out.append(name if is_key else argument)
-        if argument in ("--config", "--algorithm"):
+        if argument in ("--config", "--algorithm", "--json"):
             out += [value for value in [next(rest, None)] if value is not None]
     return out
 

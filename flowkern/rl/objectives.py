@@ -116,9 +116,9 @@ class RatioClip:
         v_ref = None
         if self.anchors:
             with torch.no_grad():
-                v_ref, guide = self._ask(anchors["reference"], batch, None)
+                v_ref, guide = self.ask(anchors["reference"], batch, None)
                 v_ref = guided(v_ref, **guide)
-        v, guide = self._ask(velocity, batch, batch.uncond)
+        v, guide = self.ask(velocity, batch, batch.uncond)
         out = policy_loss(
             v,
             batch.x_t,
@@ -140,7 +140,7 @@ class RatioClip:
         )
         return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl))
 
-    def _ask(
+    def ask(
         self, velocity: Velocity, batch: StepBatch, uncond: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """A velocity with the guidance arguments of a step, which are none without guidance.

@@ -1,0 +1,175 @@
+"""flowkern doctor: what a configuration is, and whether its ratio is 1 before the first update."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowkern.checks import ConfigError
+from flowkern.cli.train import OVERRIDE
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flowkern.train.doctor import Report
+
+SAID = {
+    "equal": "batches as in sampling",
+    "training": "batches as in training",
+    "alone": "each row alone",
+    "mixed": "beside prompts of other lengths",
+}
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="look a configuration over: sizes, and the ratio before the first update",
+        description="Load a configuration and its model, say what they are, and replay the first "
+        "rollout as training would: is its ratio 1 before the first update, in which batches, and "
+        "how far off beside the clip range? Where it is off, what for. Nothing of the run is "
+        "written. Exit status: 0 sound, 1 off, 2 a configuration that cannot be used.",
+    )
+    parser.add_argument(
+        "arguments",
+        metavar="CONFIG.yaml [MORE.yaml ...] [key.path=value ...]",
+        nargs="*",
+        help="as of train",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, too")
+    parser.set_defaults(command=run, fail=parser.error)
+
+
+def run(options: argparse.Namespace) -> int:
+    from flowkern.train.config import load_config
+
+    files = [text for text in options.arguments if not OVERRIDE.match(text)]
+    overrides = [text for text in options.arguments if OVERRIDE.match(text)]
+    if not files:
+        options.fail("doctor: expected a CONFIG.yaml, as in configs/")
+    config = load_config(files, overrides)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {str(options.json.parent)!r}")
+    import torch
+
+    from flowkern.train.doctor import doctor
+    from flowkern.train.errors import RunError
+
+    try:
+        report = doctor(config)
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"out of memory with train.max_batch={config.train.max_batch}; a smaller one, "
+            "model.gradient_checkpointing=true or train.mixed_precision=bf16 may help"
+        ) from None
+    show(report)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return 0 if report.is_sound else 1
+
+
+def show(report: Report) -> None:
+    """For people."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(_facts(report))
+    console.print(_ratios(report))
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
+    for finding in report.findings:
+        share = "" if finding.share is None else f", {finding.share:.2g} times the clip range"
+        console.print(
+            f"off: {finding.cause}, in {SAID[finding.shape]}: |log_ratio| up to "
+            f"{finding.log_ratio:.1e}{share}: {finding.said}",
+            markup=False,
+            style="bold red",
+        )
+    if report.is_sound:
+        console.print("OK: the ratio is 1 before the first update", style="bold green")
+
+
+def _facts(report: Report) -> Table:
+    from rich.table import Table
+
+    facts = report.facts
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    height, width = facts["size"]
+    frames = f" x {facts['num_frames']} frames" if facts["num_frames"] else ""
+    shape = " x ".join(map(str, facts["latent_shape"]))
+    rows = {
+        "model": f"{facts['family']}, {facts['parameters']:,} weights, {facts['dtype']} on "
+        f"{facts['device']}",
+        "size": f"{height} x {width} px{frames}; latents {shape}",
+        "D": f"{facts['elements']:,} elements of a latent",
+        "guidance": f"{facts['guidance']}, guidance_scale {facts['guidance_scale']:g}",
+        "text": f"{facts['text_length']} tokens",
+        "training": facts["trained"],
+        "clip range": _clip_range(report),
+        "batches": f"{facts['batch']['sampling']} rows in sampling, "
+        f"{facts['batch']['training']} in training",
+        "backends": "; ".join(
+            name if reason is None else f"no {name}: {reason}"
+            for name, reason in facts["backends"].items()
+        ),
+        "memory": _memory(facts["memory"]),
+    }
+    for name, said in rows.items():
+        if said:
+            table.add_row(name, said)
+    return table
+
+
+def _clip_range(report: Report) -> str:
+    clip = report.facts.get("clip_range")
+    if clip is None:
+        return "" if report.clip is None else f"|log_ratio| {report.clip:.2g}"
+    said = f"{clip['configured']:.2g}"
+    if clip["fits"]:
+        said += (
+            f"; the paper's {clip['paper']:.2g} for 65,536 elements goes with 1 / sqrt(D): "
+            f"{clip['fits']:.2g} here"
+        )
+    return said
+
+
+def _memory(memory: dict[str, float | None]) -> str:
+    said = f"{memory['peak_gb']:.2f} GB at most"
+    if memory.get("loaded_gb"):
+        said += f", {memory['loaded_gb']:.2f} once loaded"
+    if memory["device_gb"]:
+        said += f"; the device has {memory['device_gb']:.0f}"
+    return said
+
+
+def _ratios(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table(title="before the first update: the largest |log_ratio|", title_justify="left")
+    table.add_column("sigma", justify="right")
+    table.add_column("choices", justify="right")
+    table.add_column("ratio", justify="right")
+    for shape in report.shapes:
+        table.add_column(f"{shape}", justify="right")
+    by_level = {
+        shape: {level.sigma: level for level in levels} for shape, levels in report.shapes.items()
+    }
+    for level in report.shapes["equal"]:
+        ratio = max(level.ratio_min, level.ratio_max, key=lambda ratio: abs(ratio - 1))
+        found = [levels[level.sigma].log_ratio for levels in by_level.values()]
+        row = [f"{level.sigma:.4f}", str(level.choices), f"{ratio:.7g}", *map(_short, found)]
+        table.add_row(*row)
+    if report.clip:
+        table.add_section()
+        shares = [f"{report.share(shape):.2%}" for shape in report.shapes]
+        table.add_row("of the clip", "", "", *shares)
+    return table
+
+
+def _short(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"

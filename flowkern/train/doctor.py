@@ -1,0 +1,301 @@
+"""What a configuration is, and whether training sees the velocities that sampling saw, before the
+first update.
+
+A clip range compares probabilities of one step under two versions of the weights. What differs for
+another reason eats it up: so the first rollout is replayed, through the run's own objects, and the
+log-ratios that come out are held against the clip range. A finding names what they come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flowkern.checks import ConfigError
+from flowkern.ops._common.dispatch import backends
+from flowkern.rl.objectives import RatioClip
+from flowkern.rl.recipe import Recipe
+from flowkern.train import tracking
+from flowkern.train.causes import Cause, causes_at_equal_batches, causes_at_other_batches
+from flowkern.train.config import Config
+from flowkern.train.distributed import make_accelerator
+from flowkern.train.flow import FlowTask
+from flowkern.train.loading import DTYPES, load_pipeline
+from flowkern.train.loop import Loop
+from flowkern.train.lora import layers
+from flowkern.train.prompts import draw_prompts, read_prompts
+from flowkern.train.replay import Compared, Replay
+from flowkern.train.revision import pinned
+
+ELEMENTS = 65_536
+"""Of the latents that the papers' clip ranges are for: 512 x 512 pixels."""
+TOLERATED = 0.25
+"""Of the clip range: in other batches than sampling's, rounding may take this much of it."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Of one noise level, in batches of one shape."""
+
+    sigma: float
+    choices: int
+    ratio_min: float
+    ratio_max: float
+    log_ratio: float
+    """The largest, by magnitude."""
+    velocity_error: float
+    """Of a velocity, the root mean square over that of the velocity; the largest."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is off."""
+
+    cause: str
+    said: str
+    shape: str
+    """Of the batches in which it shows."""
+    log_ratio: float
+    share: float | None
+    """Of the clip range; None: there is none."""
+
+
+@dataclass(frozen=True)
+class Report:
+    facts: Mapping[str, Any]
+    """In plain values."""
+    clip: float | None
+    """The least |log_ratio| that is clipped; None: the objective has no ratio."""
+    shapes: Mapping[str, Sequence[Level]]
+    """From the highest noise level down, by the shape of batches; see `Replay.shapes`."""
+    findings: Sequence[Finding]
+    notes: Sequence[str]
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.findings
+
+    def share(self, shape: str) -> float | None:
+        """The largest |log_ratio| of a shape over the clip range."""
+        worst = max(level.log_ratio for level in self.shapes[shape])
+        return worst / self.clip if self.clip else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain values, as JSON has them: what is not finite is None."""
+        return {"is_sound": self.is_sound, **_plain(dataclasses.asdict(self))}
+
+
+def doctor(config: Config) -> Report:
+    """Load what a configuration names, and examine it on the device of its run. Writes nothing of
+    the run.
+
+    Raises ConfigError, naming the key, for what a training would refuse.
+    """
+    if config.algorithm.task != "flow":
+        raise ConfigError(
+            f"algorithm.name: its task is {config.algorithm.task!r}; doctor knows flow-matching "
+            "models only"
+        )
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"doctor: got {accelerator.num_processes} processes, expected one")
+    count, prompts = config.algorithm.prompts_per_rollout, config.data.train_prompts
+    draw_prompts(len(read_prompts(prompts, "data.train_prompts")), count, 0, 0)  # as training does
+    config = pinned(config, accelerator)
+    model = load_pipeline(config, accelerator.device)
+    loaded = tracking.peak_memory_gb(accelerator.device)
+    loop = Loop(smaller(config), model)
+    return examine(loop, {"memory": {"loaded_gb": loaded}})
+
+
+def smaller(config: Config) -> Config:
+    """With as many prompts as fill one network call of sampling, or all of the run's: the calls
+    that are looked at have the rows that they have there."""
+    recipe, train = config.algorithm, config.train
+    per_call = max(1, train.max_batch // (1 if recipe.guidance(0) is None else 2))
+    most = min(recipe.prompts_per_rollout, train.prompts_per_block or per_call, per_call)
+    count = max(1, most // recipe.updates_per_rollout) * recipe.updates_per_rollout
+    block = train.prompts_per_block and count
+    return config.model_copy(
+        update={
+            "algorithm": dataclasses.replace(recipe, prompts_per_rollout=count),
+            "train": train.model_copy(update={"prompts_per_block": block}),
+        }
+    )
+
+
+def examine(loop: Loop, known: Mapping[str, Any] | None = None) -> Report:
+    """Of a run that has not begun, whose model may still encode.
+
+    known: facts beside those found here.
+    """
+    task, config = loop.task, loop.config
+    halves = 1 if task.guidance is None else 2
+    if config.train.max_batch < halves:
+        raise ConfigError(
+            f"train.max_batch: got {config.train.max_batch}, expected at least {halves}: guidance "
+            "takes two network calls"
+        )
+    clip = _clip(task.objective)
+    replay = Replay(loop)
+    compared = replay.shapes()
+    findings = _findings(replay, compared, clip)
+    facts = _facts(task, replay) | dict(known or {})
+    peak = tracking.peak_memory_gb(task.device)
+    memory = {"peak_gb": peak, "device_gb": _memory(task.device)}
+    facts["memory"] = facts.get("memory", {}) | memory
+    shapes = {shape: _levels(one) for shape, one in compared.items()}
+    return Report(facts, clip, shapes, findings, _notes(task, facts))
+
+
+def _clip(objective: Any) -> float | None:
+    """Of a log-ratio, on either side, the nearer."""
+    if getattr(objective, "objective", None) == "nft":
+        return None
+    low, high = objective.clip_low, objective.clip_high
+    return min(-math.log1p(-low) if low < 1 else math.inf, math.log1p(high))
+
+
+def _levels(compared: Compared) -> list[Level]:
+    out = []
+    for sigma in compared.sigma.unique().flip(0).tolist():
+        at = compared.sigma == sigma
+        log_ratio = compared.log_ratio[at]
+        ratio = log_ratio.exp()
+        out.append(
+            Level(
+                sigma,
+                int(at.sum()),
+                float(ratio.min()),
+                float(ratio.max()),
+                float(_size(log_ratio).max()),
+                float(compared.error[at].max()),
+            )
+        )
+    return out
+
+
+def _size(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.abs().nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _findings(
+    replay: Replay, compared: Mapping[str, Compared], clip: float | None
+) -> list[Finding]:
+    """At equal batches everything that is not exactly 1; elsewhere what takes much of the clip
+    range. What is off at equal batches is off in all, and is looked for there."""
+
+    def finding(cause: Cause, shape: str, log_ratio: float) -> Finding:
+        share = log_ratio / clip if clip else None
+        return Finding(cause.name, cause.said, shape, log_ratio, share)
+
+    equal = compared["equal"]
+    error = _size(equal.error)
+    if error.max() > 0:
+        row, worst = int(equal.row[error.argmax()]), float(_size(equal.log_ratio).max())
+        call = next(call for call in replay.calls if (call.row == row).any())
+        causes = causes_at_equal_batches(replay, call)
+        return [finding(cause, "equal", worst) for cause in causes]
+    worst = {shape: float(_size(one.log_ratio).max()) for shape, one in compared.items()}
+    shape = max(worst, key=worst.__getitem__)
+    if clip is None or worst[shape] <= TOLERATED * clip:
+        return []
+    row = int(compared[shape].row[_size(compared[shape].log_ratio).argmax()])
+    causes = causes_at_other_batches(replay, row, _dtype(replay.task))
+    if not causes:
+        said = "a row is another in other batches, for none of the reasons that were tried"
+        return [finding(Cause("unknown", said), shape, worst[shape])]
+    # Rounding is everywhere; what explains the most is named, and what alone would be too much.
+    named = [c for i, c in enumerate(causes) if i == 0 or c.log_ratio > TOLERATED * clip]
+    return [finding(cause, shape, worst[shape]) for cause in named]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- what there is ----
+
+
+def _facts(task: FlowTask, replay: Replay) -> dict[str, Any]:
+    model, config = task.model, task.config
+    about = model.describe()
+    elements = about["elements"]
+    clip_range = getattr(task.recipe, "clip_range", None)
+    paper = _default(task.recipe, "clip_range")
+    facts = {
+        "family": about["pipeline"],
+        "path": str(config.model.path),
+        "device": str(task.device),
+        "dtype": _dtype(task),
+        "parameters": about["parameters"],
+        "size": about["size"],
+        "num_frames": about.get("num_frames"),
+        "latent_shape": about["latent_shape"],
+        "elements": elements,
+        "guidance": about["guidance"],
+        "guidance_scale": task.recipe.guidance_scale,
+        "text_length": model.max_sequence_length,
+        "lora": None,
+        "trained": task.facts[0],
+        "batch": {"sampling": replay.size * replay.halves, "training": replay.learn_size},
+        "backends": backends(task.device),
+    }
+    if config.lora is not None:
+        total, hits = layers(model, config.lora)
+        facts["lora"] = {"rank": config.lora.rank, "layers": total, "hits": hits}
+    if isinstance(task.objective, RatioClip):
+        fits = paper and paper * math.sqrt(ELEMENTS / elements)
+        facts["clip_range"] = {"configured": clip_range, "paper": paper, "fits": fits}
+    return facts
+
+
+def _default(recipe: Recipe, name: str) -> Any:
+    """The paper's, of an option."""
+    return next((f.default for f in dataclasses.fields(recipe) if f.name == name), None)
+
+
+def _dtype(task: FlowTask) -> str:
+    """What the network computes in."""
+    asked = task.config.train.mixed_precision
+    own = task.model.describe()["dtype"]
+    return own if asked == "no" else str(DTYPES[asked]).removeprefix("torch.")
+
+
+def _memory(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory / 1e9
+
+
+def _notes(task: FlowTask, facts: Mapping[str, Any]) -> list[str]:
+    notes, recipe = [], task.recipe
+    if not isinstance(task.objective, RatioClip):
+        notes.append(
+            "this objective matches points of its images: its ratio, if it has one, is of two "
+            "passes in training, and sampling is not replayed"
+        )
+    elif recipe.updates_per_rollout == 1 and recipe.sampler is None:
+        notes.append("one update per rollout: its ratio is taken as 1, and nothing is clipped")
+    else:
+        notes.append(
+            f"the first of {recipe.updates_per_rollout} updates takes the ratio as 1; the others "
+            'begin with what "training" shows'
+        )
+    clip = facts.get("clip_range")
+    times = clip["configured"] / clip["fits"] if clip and clip["fits"] else 1.0
+    if not 1 / 3 < times < 3:
+        notes.append(
+            f"algorithm.clip_range: {clip['configured']:.2g} is {times:.2g} times what the paper's "
+            f"is for {facts['elements']:,} elements, {clip['fits']:.2g}"
+        )
+    return notes

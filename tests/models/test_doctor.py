@@ -1,0 +1,296 @@
+"""What doctor finds in tiny runs: nothing where they are sound, and in each that has a fault, that
+fault and no other.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+import tiny
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flowkern.cli import main
+from flowkern.models import chroma, load_model
+from flowkern.rollout import Rollout
+from flowkern.train import doctor
+from flowkern.train.config import from_dict
+from flowkern.train.flow import NETWORK
+from flowkern.train.loop import Loop
+
+ROOT = Path(__file__).parents[2]
+PIXELS, VIDEO = {"height": 32, "width": 32}, {"height": 32, "width": 32, "num_frames": 5}
+PROMPTS = ["a red cat", "an old photo of the small blue dog on a seven"]  # of two lengths
+
+
+def nothing(images, prompts, metadata):
+    return torch.zeros(len(images))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    made = {}
+
+    def at(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            tiny.pipeline(family).save_pretrained(made[family])
+        return made[family]
+
+    return at
+
+
+@pytest.fixture
+def tree(directories, tmp_path, monkeypatch):
+    """tree(family, algorithm=..., train=...): a configuration."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def of(family, model=None, train=None, **algorithm):
+        size = VIDEO if family.startswith("wan") else PIXELS
+        own = {"name": "flow_grpo", "num_inference_steps": 4, "guidance_scale": 2.0}
+        own |= {"group_size": 2, "prompts_per_rollout": 2, "updates_per_rollout": 2}
+        return {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"path": str(directories(family)), **size, **(model or {})},
+            "data": {"train_prompts": str(tmp_path / "prompts.txt")},
+            "reward": {f"{__name__}:nothing": {}},
+            "lora": {"rank": 2, "alpha": 4},
+            "train": {"steps": 4, "max_batch": 4, **(train or {})},
+            "algorithm": own | algorithm,
+        }
+
+    return of
+
+
+@pytest.fixture
+def loop_of(tree, directories):
+    """loop_of(family, dtype=...): a run that has not begun, and that a test may spoil."""
+
+    def of(family, dtype=torch.float32, **options):
+        config = from_dict(tree(family, **options))
+        size = VIDEO if family.startswith("wan") else PIXELS
+        torch.manual_seed(0)
+        return Loop(config, load_model(directories(family), dtype, **size))
+
+    return of
+
+
+def found(report):
+    return [finding.cause for finding in report.findings]
+
+
+SOUND = {
+    "sd3": {},
+    "flux": {"guidance_scale": 1.0, "name": "mixgrpo", "window": 2},
+    "qwen_image": {"uncond_gradient": True},
+    "wan": {"name": "tempflow_grpo", "num_seeds": 1},
+    "z_image": {"name": "awm", "num_train_timesteps": 2, "guidance_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("family", SOUND)
+def test_a_sound_run_has_no_finding(family, loop_of):
+    report = doctor.examine(loop_of(family, **SOUND[family]))
+    assert report.is_sound and found(report) == []
+    shapes = {"equal", "training", "alone", "mixed"}
+    shapes -= {"training"} if SOUND[family].get("name") == "awm" else set()
+    assert report.shapes.keys() == shapes
+    for level in report.shapes["equal"]:
+        assert level.ratio_min == level.ratio_max == 1
+        assert level.log_ratio == level.velocity_error == 0
+    # Other shapes were really asked, and are rounded otherwise.
+    apart = [level for shape in shapes - {"equal"} for level in report.shapes[shape]]
+    assert 0 < max(level.velocity_error for level in apart) < 1e-4
+    trained = {len(levels) for levels in report.shapes.values()}
+    assert trained == {2 if family in ("flux", "z_image") else 3}
+
+
+# ---- faults at equal batches ----
+
+
+def dropout(loop, monkeypatch):
+    for module in loop.task.model.network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+            module.train()
+
+
+class UnderAutocast(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(*inputs, **options)
+
+
+def autocast(loop, monkeypatch):
+    loop.weights.trained[NETWORK] = UnderAutocast(loop.weights.trained[NETWORK])
+
+
+def checkpointing(loop, monkeypatch):
+    """As diffusers 0.42 has it: without the mask in single blocks."""
+    monkeypatch.setattr(
+        chroma, "recomputed", lambda block, *x, mask: checkpoint(block, *x, use_reentrant=False)
+    )
+
+
+def kernel(loop, monkeypatch):
+    """A layer that sums in any order, as atomic additions do, unless it is asked not to."""
+    layer = next(m for m in loop.task.model.network.modules() if type(m) is nn.Linear)
+
+    def forward(x):
+        if torch.are_deterministic_algorithms_enabled():
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        order = sorted(range(x.shape[-1]), key=lambda _: os.urandom(4))
+        return nn.functional.linear(x[..., order], layer.weight[:, order], layer.bias)
+
+    layer.forward = forward
+
+
+def latents(loop, monkeypatch):
+    record = Rollout.record
+
+    def rounded(self, wave, x):
+        record(self, wave, x.to(torch.bfloat16).to(x.dtype))
+
+    monkeypatch.setattr(Rollout, "record", rounded)
+
+
+def random(loop, monkeypatch):
+    """Noise on what goes in, in eval mode too."""
+    network = loop.task.model.network
+
+    def noisy(module, inputs, options):
+        x = options["hidden_states"]
+        return inputs, options | {"hidden_states": x + 1e-3 * torch.randn_like(x)}
+
+    network.register_forward_pre_hook(noisy, with_kwargs=True)
+
+
+def gradient(loop, monkeypatch):
+    network = loop.task.model.network
+
+    def longer(module, inputs, output):
+        return (output[0] * 1.01,) if torch.is_grad_enabled() else output
+
+    network.register_forward_hook(longer)
+
+
+FAULTS = {
+    dropout: ("wan", "dropout is on (.*to_out.1 and 3 more"),
+    autocast: ("sd3", "autocast differs: it is off in sampling"),
+    checkpointing: ("chroma", "with gradient checkpointing the network computes something else"),
+    kernel: ("flux", "a kernel is not deterministic"),
+    latents: ("sd3", "are rounded to bfloat16"),
+    random: ("sd3", "draws random numbers"),
+    gradient: ("sd3", "where gradients are on"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_at_equal_batches_is_named_and_no_other(fault, loop_of, monkeypatch):
+    family, said = FAULTS[fault]
+    loop = loop_of(family, model={"gradient_checkpointing": fault is checkpointing})
+    fault(loop, monkeypatch)
+    report = doctor.examine(loop)
+    assert found(report) == [fault.__name__]
+    (finding,) = report.findings
+    assert finding.shape == "equal" and finding.log_ratio > 0
+    assert finding.share == pytest.approx(finding.log_ratio / 1e-4, rel=1e-3)
+    import re
+
+    assert re.search(said.replace("(", r"\(", 1), finding.said)
+
+
+def test_two_faults_are_both_named(loop_of, monkeypatch):
+    loop = loop_of("sd3")
+    latents(loop, monkeypatch)
+    autocast(loop, monkeypatch)
+    assert found(doctor.examine(loop)) == ["autocast", "latents"]
+
+
+# ---- at other batches only ----
+
+
+def test_rounding_by_the_shape_of_batches_is_held_against_the_clip_range(loop_of):
+    """The same run is sound with the clip range that its latents ask for."""
+    loop = loop_of("sd3", torch.bfloat16, clip_range=1e-6)
+    report = doctor.examine(loop)
+    assert found(report) == ["batch shape"] and report.findings[0].share > doctor.TOLERATED
+    assert "bfloat16" in report.findings[0].said
+    assert all(level.log_ratio == 0 for level in report.shapes["equal"])
+    worst = report.findings[0].log_ratio
+    fine = doctor.examine(loop_of("sd3", torch.bfloat16, clip_range=5 * worst))
+    assert fine.is_sound
+
+
+def test_padding_that_changes_from_batch_to_batch_is_named(loop_of, monkeypatch):
+    """Text as long as the longest of a call: a row beside a longer one has more tokens."""
+    loop = loop_of("wan")
+    call = loop.task.model.call
+
+    def as_long_as_the_longest(network, x_t, sigma, parts):
+        used = parts["tokens"].abs().amax((0, 2)).nonzero().max() + 1
+        return call(network, x_t, sigma, {"tokens": parts["tokens"][:, :used]})
+
+    monkeypatch.setattr(loop.task.model, "call", as_long_as_the_longest)
+    report = doctor.examine(loop)
+    assert found(report) == ["padding"]
+    assert all(level.log_ratio == 0 for level in report.shapes["equal"])
+
+
+# ---- the command ----
+
+
+def test_the_command_says_it_in_a_table_and_in_json(tree, tmp_path, capsys):
+    import yaml
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree("flux", guidance_scale=1.0)))
+    out = tmp_path / "report.json"
+    assert main(["doctor", str(config), "--json", str(out), "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    for text in ("FluxPipeline", "D    ", "256 elements", "to_q 2", "512 tokens", "OK"):
+        assert text in said, said
+    report = json.loads(out.read_text())
+    assert report["is_sound"] and report["findings"] == []
+    facts = report["facts"]
+    assert facts["elements"] == 256 and facts["lora"]["hits"]["to_q"] == 2
+    assert facts["clip_range"] == {
+        "configured": 1e-4, "paper": 1e-4, "fits": pytest.approx(1e-4 * (65_536 / 256) ** 0.5)
+    }  # fmt: skip
+    assert set(facts["backends"]) == {"native", "triton", "reference"}
+    assert "clip_range: 0.0001 is 0.062 times" in said.replace("\n", " ")
+    assert not (tmp_path / "run").exists(), "nothing of the run is written"
+
+
+def test_a_run_that_is_off_has_status_1_and_one_that_cannot_be_2(
+    tree, tmp_path, capsys, monkeypatch
+):
+    import yaml
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree("sd3")))
+    latents(None, monkeypatch)
+    assert main(["doctor", str(config)]) == 1
+    assert "off: latents, in batches as in sampling" in capsys.readouterr().out
+    for wrong, message in (
+        ("train.max_batch=1", "train.max_batch: got 1, expected at least 2"),
+        ("model.height=33", "model.height: got 33"),
+        ("lora.target_modules=[nope]", "'nope' is no layer"),
+        ("algorithm.prompts_per_rollout=64", "algorithm.prompts_per_rollout"),
+    ):
+        assert main(["doctor", str(config), wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("flowkern: ") and error.count("\n") == 1 and message in error
