@@ -59,7 +59,7 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
     """`--key.path=value` and `--key.path value` of a configuration as `key.path=value`."""
     if arguments[0] not in ("train", "demo", "cost", "doctor"):
         return list(arguments)
-    out, rest = [], iter(arguments)
+    options, out, rest = [], [], iter(arguments)
     for argument in rest:
         name = argument.removeprefix("--")
         is_key = argument.startswith("--") and name and name.partition("=")[0] not in OPTIONS
@@ -68,10 +68,13 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
             if value is None or value.startswith("--"):
                 _fail(f"--{name}: expected a value: --{name} VALUE, or {name}=VALUE")
             name = f"{name}={value}"
-        out.append(name if is_key else argument)
+        if is_key or not argument.startswith("--"):
+            out.append(name if is_key else argument)
+            continue
+        options.append(argument)
         if argument in ("--config", "--algorithm", "--json"):
-            out += [value for value in [next(rest, None)] if value is not None]
-    return out
+            options += [value for value in [next(rest, None)] if value is not None]
+    return [*out[:1], *options, *out[1:]]  # argparse takes no options between arguments
 
 
 def _fail(message: str, command: str = "flowkern") -> NoReturn:

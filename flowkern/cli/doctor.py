@@ -89,7 +89,7 @@ def show(report: Report) -> None:
             style="bold red",
         )
     if report.is_sound:
-        console.print("OK: the ratio is 1 before the first update", style="bold green")
+        console.print("OK: training sees what sampling saw; the ratio is 1", style="bold green")
 
 
 def _facts(report: Report) -> Table:
@@ -139,9 +139,7 @@ def _clip_range(report: Report) -> str:
 
 
 def _memory(memory: dict[str, float | None]) -> str:
-    said = f"{memory['peak_gb']:.2f} GB at most"
-    if memory.get("loaded_gb"):
-        said += f", {memory['loaded_gb']:.2f} once loaded"
+    said = f"{memory['peak_gb']:.2f} GB at most, {memory['loaded_gb']:.2f} until loaded"
     if memory["device_gb"]:
         said += f"; the device has {memory['device_gb']:.0f}"
     return said
@@ -150,7 +148,8 @@ def _memory(memory: dict[str, float | None]) -> str:
 def _ratios(report: Report) -> Table:
     from rich.table import Table
 
-    table = Table(title="before the first update: the largest |log_ratio|", title_justify="left")
+    shown = "|log_ratio|" if report.clip is not None else "difference of a velocity, of 1"
+    table = Table(title=f"before the first update: the largest {shown}", title_justify="left")
     table.add_column("sigma", justify="right")
     table.add_column("choices", justify="right")
     table.add_column("ratio", justify="right")
@@ -161,7 +160,8 @@ def _ratios(report: Report) -> Table:
     }
     for level in report.shapes["equal"]:
         ratio = max(level.ratio_min, level.ratio_max, key=lambda ratio: abs(ratio - 1))
-        found = [levels[level.sigma].log_ratio for levels in by_level.values()]
+        at = [levels[level.sigma] for levels in by_level.values()]
+        found = [one.velocity_error if report.clip is None else one.log_ratio for one in at]
         row = [f"{level.sigma:.4f}", str(level.choices), f"{ratio:.7g}", *map(_short, found)]
         table.add_row(*row)
     if report.clip:

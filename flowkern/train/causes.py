@@ -273,41 +273,47 @@ def _under(bench: Bench, names: object) -> float:
 
 
 def causes_at_other_batches(replay: Replay, row: int, dtype: str) -> list[Cause]:
-    """Of a row, in batches that differ in one thing each, without gradients."""
-    size, velocity = max(2, replay.size), replay.task.velocity(replay.conditioning)
-    mine = int(replay.prompt[row])
+    """Of a row, in batches that differ in one thing each, without gradients. With guidance it is
+    two, each asked in a batch of its own kind."""
+    task, size = replay.task, max(2, replay.size)
+    velocity, level = task.velocity(replay.conditioning), replay.sigma[row]
+    roles = [int(replay.prompt[row])] + ([] if task.guidance is None else [task.guidance.uncond])
     same = torch.full((size,), row)
 
     @torch.no_grad()
-    def asked(rows: Tensor, told: Sequence[int]) -> Answer:
-        return replay.ask(velocity, rows, told).at(slice(1))
+    def asked(rows: Tensor, others: Sequence[int] | None = None) -> Answer:
+        """Of rows[0]; others: what the network is told of the rest, if not the same."""
+        rest = len(rows) - 1
+        told = [[role, *([role] * rest if others is None else others)] for role in roles]
+        v, *uncond = (replay.told(velocity, rows, prompts)[:1] for prompts in told)
+        if not uncond:
+            return Answer(v, {})
+        return Answer(*task.guidance.combined(v, *uncond, level.to(v.device).view(1)))
 
-    base = asked(same, [mine] * size).guided
+    base = asked(same).guided
 
-    def moved_by(rows: Tensor, told: Sequence[int]) -> float:
-        found = replay.compare(same[:1], asked(rows, told), base)
-        worst = float(found.log_ratio.abs().max())
-        return worst if float(found.error.max()) > 0 else 0.0
+    def moved_by(answer: Answer) -> float:
+        found = replay.compare(same[:1], answer, base)
+        return float(found.log_ratio.abs().max()) if float(found.error.max()) > 0 else 0.0
 
-    others = torch.arange(1, size) % len(replay.site)
-    told = [mine, *replay.told_others(size - 1)]
+    beside = torch.cat([same[:1], torch.arange(1, size) % len(replay.site)])
     found = [
         Cause(
             "padding",
             f"a row depends on the length of the prompts beside it, at {size} rows each time: how "
             "text is padded changes from batch to batch",
-            moved_by(same, told),
+            moved_by(asked(same, replay.told_others(size - 1))),
         ),
         Cause(
             "noise levels",
             f"a row depends on the states and noise levels beside it, at {size} rows each time",
-            moved_by(torch.cat([same[:1], others]), [mine] * size),
+            moved_by(asked(beside)),
         ),
         Cause(
             "batch shape",
             f"the kernels of {dtype} round a row otherwise in batches of another number of rows "
-            f"(1 and {size} of the same one)",
-            max(moved_by(same.repeat(2)[:count], [mine] * count) for count in {1, 2 * size}),
+            f"(1, {size} and {2 * size} of the same one)",
+            max(moved_by(asked(same.repeat(2)[:count])) for count in (1, 2 * size)),
         ),
     ]
     return sorted((c for c in found if c.log_ratio > 0), key=lambda c: -c.log_ratio)

@@ -23,14 +23,12 @@ from flowkern.rl.recipe import Recipe
 from flowkern.train import tracking
 from flowkern.train.causes import Cause, causes_at_equal_batches, causes_at_other_batches
 from flowkern.train.config import Config
-from flowkern.train.distributed import make_accelerator
 from flowkern.train.flow import FlowTask
-from flowkern.train.loading import DTYPES, load_pipeline
+from flowkern.train.loading import DTYPES
 from flowkern.train.loop import Loop
 from flowkern.train.lora import layers
 from flowkern.train.prompts import draw_prompts, read_prompts
 from flowkern.train.replay import Compared, Replay
-from flowkern.train.revision import pinned
 
 ELEMENTS = 65_536
 """Of the latents that the papers' clip ranges are for: 512 x 512 pixels."""
@@ -101,21 +99,18 @@ def doctor(config: Config) -> Report:
             f"algorithm.name: its task is {config.algorithm.task!r}; doctor knows flow-matching "
             "models only"
         )
-    accelerator = make_accelerator(config)
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"doctor: got {accelerator.num_processes} processes, expected one")
-    count, prompts = config.algorithm.prompts_per_rollout, config.data.train_prompts
-    draw_prompts(len(read_prompts(prompts, "data.train_prompts")), count, 0, 0)  # as training does
-    config = pinned(config, accelerator)
-    model = load_pipeline(config, accelerator.device)
-    loaded = tracking.peak_memory_gb(accelerator.device)
-    loop = Loop(smaller(config), model)
-    return examine(loop, {"memory": {"loaded_gb": loaded}})
+    data, count = config.data, config.algorithm.prompts_per_rollout
+    prompts = read_prompts(data.train_prompts, "data.train_prompts", data.source)
+    draw_prompts(len(prompts), count, config.seed, 0)  # refuses too many, as training does
+    loop = Loop(smaller(config))
+    if loop.world > 1:
+        raise ConfigError(f"doctor: got {loop.world} processes, expected one")
+    return examine(loop)
 
 
 def smaller(config: Config) -> Config:
-    """With as many prompts as fill one network call of sampling, or all of the run's: the calls
-    that are looked at have the rows that they have there."""
+    """One rollout, of as many prompts as fill a network call of sampling, or all of the run's: the
+    calls that are looked at have the rows that they have there."""
     recipe, train = config.algorithm, config.train
     per_call = max(1, train.max_batch // (1 if recipe.guidance(0) is None else 2))
     most = min(recipe.prompts_per_rollout, train.prompts_per_block or per_call, per_call)
@@ -124,16 +119,15 @@ def smaller(config: Config) -> Config:
     return config.model_copy(
         update={
             "algorithm": dataclasses.replace(recipe, prompts_per_rollout=count),
-            "train": train.model_copy(update={"prompts_per_block": block}),
+            "train": train.model_copy(
+                update={"steps": recipe.updates_per_rollout, "prompts_per_block": block}
+            ),
         }
     )
 
 
-def examine(loop: Loop, known: Mapping[str, Any] | None = None) -> Report:
-    """Of a run that has not begun, whose model may still encode.
-
-    known: facts beside those found here.
-    """
+def examine(loop: Loop) -> Report:
+    """Of a run that has not begun. Nothing of it is changed."""
     task, config = loop.task, loop.config
     halves = 1 if task.guidance is None else 2
     if config.train.max_batch < halves:
@@ -142,13 +136,13 @@ def examine(loop: Loop, known: Mapping[str, Any] | None = None) -> Report:
             "takes two network calls"
         )
     clip = _clip(task.objective)
+    loaded = tracking.peak_memory_gb(task.device)
     replay = Replay(loop)
     compared = replay.shapes()
     findings = _findings(replay, compared, clip)
-    facts = _facts(task, replay) | dict(known or {})
+    facts = _facts(task, replay)
     peak = tracking.peak_memory_gb(task.device)
-    memory = {"peak_gb": peak, "device_gb": _memory(task.device)}
-    facts["memory"] = facts.get("memory", {}) | memory
+    facts["memory"] = {"loaded_gb": loaded, "peak_gb": peak, "device_gb": _memory(task.device)}
     shapes = {shape: _levels(one) for shape, one in compared.items()}
     return Report(facts, clip, shapes, findings, _notes(task, facts))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowkern.models import Conditioning, Model
 from flowkern.ops.matching_loss import add_noise, matching_loss
 from flowkern.ops.policy_loss import policy_loss
-from flowkern.rollout import Layout, Rollout
+from flowkern.rollout import Layout, Rollout, StepBatch
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, guided, slices
 from flowkern.rollout.layout import Points
@@ -96,11 +96,9 @@ class Replay:
         """Rows of a call in sampling, at most."""
         self.learn_size = max(1, config.train.max_batch // task.objective.together)
         drawn = [prompt["prompt"] for prompt in task.draw_prompts(0)]
-        every = sorted((prompt["prompt"] for prompt in task.prompts), key=len)
-        texts = [*drawn, task.model.guidance.negative_prompt, every[-1], every[0]]
-        task.model.prepare(texts, config.model.prompt_cache)
-        self.others = [len(drawn) + 1, len(drawn) + 2]
-        """Places of the longest prompt and of the shortest."""
+        self.others = [max(range(len(drawn)), key=lambda i: len(drawn[i])), len(drawn)]
+        """Places of the longest prompt and of none, which is the shortest."""
+        texts = [*drawn, task.model.guidance.negative_prompt]
         self.conditioning = task.model.encode(texts).to(task.device)
         with loop.weights.using(loop.sampler):
             self.rollout, self.calls = self._sampled()
@@ -109,6 +107,11 @@ class Replay:
         known = [(call, (call.row >= 0).nonzero().flatten()) for call in self.calls]
         self.old = torch.cat([self.answer(call).guided[place] for call, place in known])
         """(R, *D), guided: what a ratio is formed with."""
+
+    @property
+    def sigma(self) -> Tensor:
+        """(R,) float32, on the host."""
+        return self.rollout.layout.trained.sigma[self.site].float()
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -208,6 +211,17 @@ class Replay:
         guide = {k: x.detach() if isinstance(x, Tensor) else x for k, x in guide.items()}
         return Answer(v.detach(), guide)
 
+    def told(self, velocity: Velocity, row: Tensor, prompts: Sequence[int]) -> Tensor:
+        """(len(row), *D): rows as one batch of whatever prompts, without guidance."""
+        batch = self._batch(row)
+        x_t = (
+            batch.x_t
+            if isinstance(batch, StepBatch)
+            else add_noise(batch.x0, batch.sigma, **batch.key)
+        )
+        prompt = moved(torch.tensor(prompts), batch.prompt.device)
+        return velocity(x_t, batch.sigma, prompt, OnHost(batch.on_host.sigma, list(prompts)))
+
     def _batch(self, row: Tensor) -> Any:
         count = len(self.rollout.layout.trained.site)
         nothing = torch.zeros(len(self.task.slots), count)
@@ -268,7 +282,7 @@ class Replay:
         return Compared.cat([self.compare(row, self.ask(self.learn, row)) for row in batches])
 
     def _mixed(self, row: Tensor) -> Compared:
-        """Beside as many of the longest prompt and of the shortest."""
+        """Beside as many of the longest prompt and of none."""
         told = [*self.prompt[row].tolist(), *self.told_others(len(row))]
         answer = self.ask(self.learn, torch.cat([row, row]), told)
         return self.compare(row, answer.at(slice(len(row))))
