@@ -89,7 +89,9 @@ def show(report: Report) -> None:
             style="bold red",
         )
     if report.is_sound:
-        console.print("OK: training sees what sampling saw; the ratio is 1", style="bold green")
+        sound = "training sees what sampling saw"
+        sound = sound if report.clip is None else "the ratio is 1 before the first update"
+        console.print(f"OK: {sound}", style="bold green")
 
 
 def _facts(report: Report) -> Table:

@@ -136,6 +136,7 @@ def examine(loop: Loop) -> Report:
             "takes two network calls"
         )
     clip = _clip(task.objective)
+    task.begin(0)  # text of the one rollout
     loaded = tracking.peak_memory_gb(task.device)
     replay = Replay(loop)
     compared = replay.shapes()

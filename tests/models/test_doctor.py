@@ -265,7 +265,7 @@ def test_the_command_says_it_in_a_table_and_in_json(tree, adapter, tmp_path, cap
     out = tmp_path / "report.json"
     assert main(["doctor", str(config), "--json", str(out), "--seed", "3"]) == 0
     said = capsys.readouterr().out
-    for text in ("FluxPipeline", "256 elements of", "to_q 2", "512 tokens", "OK: training sees"):
+    for text in ("FluxPipeline", "256 elements of", "to_q 2", "512 tokens", "OK: the ratio is 1"):
         assert text in said, said
     report = json.loads(out.read_text())
     assert report["is_sound"] and report["findings"] == []
