@@ -18,6 +18,17 @@ ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "tests"
 INCLUDES = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
 FOR_PYTHON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", *INCLUDES]
+HERE = Path(__file__).parent
+ON_CPU = ["-include", HERE / "cuda_on_cpu.h", "-x", "c++", "-O1", "-mf16c", "-mfma"]
+ON_CPU += ["-ffp-contract=off", "-U_FORTIFY_SOURCE"]  # whose longjmp goes up one stack alone
+
+
+def cuda_on_cpu(*runtime):
+    """Objects of the module of the CUDA kernels with these as C++ for a CPU (cuda_on_cpu.h), and of
+    what stands for the CUDA runtime instead of what runs them, if given.
+    """
+    sources = [*sorted(ROOT.glob("csrc/*/*_cuda.cu")), HERE / "cuda_on_cpu.cpp", *runtime]
+    return compiled(sources, *FOR_PYTHON, *ON_CPU)
 
 
 def compiled(sources, *command):
@@ -27,7 +38,7 @@ def compiled(sources, *command):
     module = ROOT / "csrc" / "cuda_module.cpp"
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(_object, ROOT / source, command) for source in sources]
-        jobs.append(pool.submit(_object, module, (*FOR_PYTHON, "-O2")))
+        jobs.append(pool.submit(_object, module, (*FOR_PYTHON, "-O1")))
         return [job.result() for job in jobs]
 
 
@@ -54,6 +65,7 @@ def _inputs(compiler):
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     found = hashlib.sha256(version + sys.version.encode() + pybind11.__version__.encode())
     files = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
-    for path in sorted([*files, *Path(__file__).parent.rglob("*.h")]):
+    ours = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp")]
+    for path in sorted([*files, *ours]):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]

@@ -2,9 +2,10 @@
 before the first import of triton), where test_triton_interpreted.py runs their tests.
 
 The interpreter's language is patched once a launch: by itself it patches it again at each call of a
-device function, which takes most of its time.
+device function, which takes most of its time. Nor does it compute what nobody looks at.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -25,6 +26,25 @@ def require() -> None:
         pytest.skip(why_not, allow_module_level=True)
     if INTERPRETED:
         patch_once()
+        compute_what_is_seen()
+
+
+def compute_what_is_seen() -> None:
+    """Sums of integers are computed a second time, in 64 bits, for an assertion that is made where
+    there is a debugger; and a table of dtypes is made to look one up.
+    """
+    from triton.runtime import interpreter
+
+    builder, dtypes, of = interpreter.interpreter_builder, {}, interpreter._get_np_dtype
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    def known(dtype):
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = of(dtype)
+        return dtypes[dtype.name]
+
+    interpreter._get_np_dtype = known
 
 
 def patch_once() -> None:

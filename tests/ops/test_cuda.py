@@ -44,12 +44,8 @@ def module(tmp_path_factory):
     if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs g++ on x86-64")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    emulate = ["-include", Path(__file__).parent / "cuda_on_cpu.h", "-x", "c++"]
-    emulate += ["-O2", "-mf16c", "-mfma", "-ffp-contract=off"]
-    sources = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
-    objects = builds.compiled(sources, *builds.FOR_PYTHON, *emulate)
     library = folder / "_cuda.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+    subprocess.run([compiler, "-shared", *builds.cuda_on_cpu(), "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -11,7 +11,10 @@ from calls import Problem, take
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiler():
-    """Skips where inductor finds no C++ compiler; asked here, as asking imports inductor."""
+    """Skips where inductor finds no C++ compiler; asked here, as asking imports inductor. Processes
+    that compile for it would each import torch.
+    """
+    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -19,6 +22,8 @@ def _compiler():
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         pytest.skip(f"inductor finds no C++ compiler: {error}")
+    with config.patch(compile_threads=1):
+        yield
 
 
 SIZE = (4, 33)
@@ -57,13 +62,24 @@ def assert_compiled_is_eager(run, *tensors):
         )
 
 
+def sde_steps(p, weight, x, v, out):
+    """Into new memory, into given memory, and over its own input, which is read again after."""
+    velocity = network(v, weight)
+    x_next, log_prob = p.run(x_t=x, velocity=velocity)
+    again, _ = p.run(x_t=x, velocity=velocity, out=out)
+    over, _ = p.run(x_t=x + 1, velocity=velocity, step=3, out=x)
+    return dict(zip("abcdef", (x_next, log_prob, again + 1, over, x * 2, velocity), strict=True))
+
+
 def test_every_op_in_one_graph():
-    """Their latents come out of fused loops, and their results go into some."""
-    problems = [Problem(call, 3, SIZE) for call in CALLS]
+    """Their latents come out of fused loops, and their results go into some. One graph, as each
+    loop is compiled by itself, and takes seconds.
+    """
+    problems, step = [Problem(call, 3, SIZE) for call in CALLS], Problem("sde_step", 3, SIZE)
     latents = [p[name].detach() for p in problems for name in p.latents]
 
-    def run(weight, *latents):
-        latents, outputs = iter(latents), {}
+    def run(weight, x, v, into, *latents):
+        latents, outputs = iter(latents), sde_steps(step, weight, x, v, into)
         for p in problems:
             given = {name: next(latents) * 2 for name in p.latents}
             first = p.call.learned or p.latents[0]
@@ -74,19 +90,4 @@ def test_every_op_in_one_graph():
             outputs[f"{p.call}: {first}"] = given[first]
         return outputs
 
-    assert_compiled_is_eager(run, *latents)
-
-
-def test_sde_step():
-    """Into new memory, into given memory, and over its own input, which is read again after."""
-    p = Problem("sde_step", 3, SIZE)
-
-    def run(weight, x, v, out):
-        velocity = network(v, weight)
-        x_next, log_prob = p.run(x_t=x, velocity=velocity)
-        again, _ = p.run(x_t=x, velocity=velocity, out=out)
-        over, _ = p.run(x_t=x + 1, velocity=velocity, step=3, out=x)
-        found = (x_next, log_prob, again + 1, over, x * 2, velocity)
-        return dict(zip("abcdef", found, strict=True))
-
-    assert_compiled_is_eager(run, p["x_t"], p["velocity"], torch.zeros(3, *SIZE))
+    assert_compiled_is_eager(run, step["x_t"], step["velocity"], torch.zeros(3, *SIZE), *latents)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -117,19 +118,18 @@ def test_standard_normal():
     n = 10_000_000
     x = fk.philox_normal((10, n // 10), 2026, torch.arange(10), 1).flatten()
     z = x.double()
-    for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10_170)]:
-        assert abs(float((z**power).mean()) - moment) < 5 * math.sqrt(variance / n), power
+    power = torch.ones_like(z)
+    for moment, variance in ((0, 1), (1, 2), (0, 15), (3, 96), (0, 945), (15, 10_170)):
+        assert abs(float(power.mul_(z).mean()) - moment) < 5 * math.sqrt(variance / n)
     for threshold in (3.0, 4.0, 5.0):
         tail = math.erfc(threshold / math.sqrt(2))
-        assert abs(float((z.abs() > threshold).double().mean()) - tail) < 5 * math.sqrt(tail / n), (
-            threshold
-        )
-    ordered = torch.special.ndtr(z.sort().values)
+        found = int((x.abs() > threshold).count_nonzero()) / n
+        assert abs(found - tail) < 5 * math.sqrt(tail / n), threshold
+    ordered = torch.special.ndtr(torch.from_numpy(numpy.sort(x.numpy())).double())
     grid = torch.arange(n, dtype=torch.float64) / n
     distance = torch.maximum((ordered - grid).max(), (grid + 1 / n - ordered).max())
-    assert float(distance) < 1.95 / math.sqrt(
-        n
-    )  # exceeded once in a thousand seeds; this seed is fixed
+    # Exceeded once in a thousand seeds; this seed is fixed.
+    assert float(distance) < 1.95 / math.sqrt(n)
 
 
 def test_errors():

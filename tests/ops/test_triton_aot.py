@@ -50,6 +50,7 @@ BETWEEN = {
     "matching_loss, siblings, anchors", "matching_loss, uniform, anchor of no weight",
     "matching_loss, t", "matching_loss, on policy", "matching_loss, nft",
 }  # fmt: skip
+EVERY = os.environ.get("FLOWKERN_EVERY_CELL") == "1"
 CALLS = take(
     ("takes seconds, and is between others that are compiled", lambda c: str(c) in BETWEEN),
     ("has no latent to read", lambda c: c.verb == "philox_normal"),
@@ -199,16 +200,38 @@ def report(kernel):
     )
 
 
+def options(call):
+    """Arguments that are given, and settings, each of its verb."""
+    shown = lambda v: v if isinstance(v, str | float | None) else "given"  # noqa: E731
+    return {(call.verb, name, shown(value)) for name, value in call.given.items()}
+
+
+def covering(calls):
+    """Few calls that have every option of all: always that one which has most that others lack."""
+    wanted, found = set().union(*map(options, calls)), []
+    while wanted:
+        found.append(max(calls, key=lambda call: len(options(call) & wanted)))
+        wanted -= options(found[-1])
+    return [call for call in calls if call in found]
+
+
 def taken(arch):
-    """What the suite compiles, as a kernel takes more than a second: for 90 each call, of which the
-    others share a half; each in one of the dtypes. And those that take a larger tile, once. This
-    file, run by itself, looks at everything for every architecture.
+    """What the suite compiles, as a kernel takes a second: for 90 calls that have every option, of
+    the others each for another architecture; each in one of the dtypes. And those that take a
+    larger tile, once. With FLOWKERN_EVERY_CELL=1, or by itself, this file looks at everything.
     """
+    if EVERY:
+        for dtypes, call, size in itertools.product(DTYPES, CALLS, (SIZE, VIDEO)):
+            if size == SIZE or is_grown(call, dtypes):
+                yield from compiled(call, dtypes, size, arch)
+        return
     others = [other for other in ARCHS if other != 90]
-    share = slice(None) if arch == 90 else slice(2 * others.index(arch), None, 2 * len(others))
-    for turn, case in list(enumerate(CALLS))[share]:
+    share = slice(None) if arch == 90 else slice(others.index(arch), None, len(others))
+    few = covering(CALLS)
+    rest = [call for call in CALLS if call not in few]
+    for turn, case in list(enumerate(few if arch == 90 else rest))[share]:
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
-    for turn, case in enumerate(GROWN[1::2] if arch == 90 else GROWN[::2][share]):
+    for turn, case in enumerate(GROWN[1::3] if arch == 90 else (GROWN[::3] + GROWN[2::3])[share]):
         wished = DTYPES[turn % 3]
         dtypes = wished if is_grown(case, wished) else (H, H)
         yield from compiled(case, dtypes, VIDEO, arch)
@@ -237,11 +260,53 @@ def check(made):
     return found
 
 
-@pytest.mark.long(40)
+def check_arithmetic(made):
+    """IEEE, without contraction: what the bits of the noise, of the mean and of a replay rest on.
+    Fused multiply-adds are those that the noise asks for, and those of exp and of division in
+    float64.
+    """
+    call, is_backward, kernel, *_ = made
+    ptx = kernel.asm["ptx"]
+    name = r"\b((?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f\d\d)(?:x2)?\b"  # some have pairs
+    arithmetic = set(re.findall(name, ptx))
+    # An operand of 16 bits is widened, which is exact.
+    allowed = re.compile(r"(mul|add|sub|div|sqrt|fma)\.rn\.f\d\d(\.b?f16)?")
+    assert not [a for a in arithmetic if not allowed.fullmatch(a)], str(call)
+    is_kept = kernel.metadata.name == "_backward_kept_kernel"  # what forward has left is scaled
+    draws = call.has("seed") and not is_kept
+    assert ("sqrt.rn.f32" in arithmetic) == draws, str(call)
+    assert draws or "fma.rn.f32" not in arithmetic, str(call)
+    if is_backward or str(call) != "policy_loss, on policy":  # which has no latents
+        adds = set() if is_kept else {"add.rn.f32"}
+        assert arithmetic >= {"mul.rn.f32"} | adds, str(call)
+
+
+def check_atomics(made):
+    """Integers, and few: one per program where a draw or replay has a log-probability; in a loss
+    one for the chunks of a row, one for the samples of a group and, where losses are summed, one
+    for the groups; sums of floats are ordered.
+    """
+    call, is_backward, kernel, *_ = made
+    expected = {"sde_step": 1, "sde_log_prob": 1, "policy_loss": 3, "matching_loss": 3}
+    count = expected.get(call.verb, 0) - (call.given.get("reduction") == "none")
+    count *= not is_backward
+    found = re.findall(r"\b(?:atom|red)\.\S+", kernel.asm["ptx"])
+    assert found == ["atom.global.gpu.acq_rel.add.u32"] * count, str(call)
+
+
+@pytest.mark.long(20)
 @pytest.mark.parametrize("arch", [90, *(arch for arch in ARCHS if arch != 90)])
-def test_no_spills_and_every_latent_in_128_bit_accesses(arch):
+def test_what_is_made_of_kernels(arch):
     for made in taken(arch):
         check(made)
+        check_arithmetic(made)
+        check_atomics(made)
+
+
+def test_what_is_compiled_has_every_option():
+    few = covering(CALLS)
+    assert set().union(*map(options, few)) == set().union(*map(options, CALLS))
+    assert {call.verb for call in few} == {call.verb for call in CALLS}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
@@ -255,38 +320,6 @@ def test_long_samples_take_larger_tiles(call):
         assert set(others) <= {1024}
 
 
-def test_arithmetic_is_ieee_without_contraction():
-    """What the bits of the noise, of the mean and of a replay rest on. Fused multiply-adds are
-    those that the noise asks for, and those of exp and of division in float64.
-    """
-    for call, is_backward, kernel, *_ in taken(90):
-        ptx = kernel.asm["ptx"]
-        arithmetic = set(
-            re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|ex2|lg2)\S*f\d\d\b", ptx)
-        )
-        assert all(re.fullmatch(r"(mul|add|sub|div|sqrt|fma)\.rn\.f\d\d", a) for a in arithmetic)
-        is_kept = kernel.metadata.name == "_backward_kept_kernel"  # what forward has left is scaled
-        draws = call.has("seed") and not is_kept
-        assert ("sqrt.rn.f32" in arithmetic) == draws, str(call)
-        assert draws or "fma.rn.f32" not in arithmetic, str(call)
-        if is_backward or str(call) != "policy_loss, on policy":  # which has no latents
-            adds = set() if is_kept else {"add.rn.f32"}
-            assert arithmetic >= {"mul.rn.f32"} | adds, str(call)
-
-
-def test_atomics_are_integers_and_few():
-    """One per program where a draw or replay has a log-probability; in a loss one for the chunks of
-    a row, one for the samples of a group and, where losses are summed, one for the groups; sums of
-    floats are ordered.
-    """
-    expected = {"sde_step": 1, "sde_log_prob": 1, "policy_loss": 3, "matching_loss": 3}
-    for call, is_backward, kernel, *_ in taken(90):
-        count = expected.get(call.verb, 0) - (call.given.get("reduction") == "none")
-        count *= not is_backward
-        found = re.findall(r"\b(?:atom|red)\.\S+", kernel.asm["ptx"])
-        assert found == ["atom.global.gpu.acq_rel.add.u32"] * count, str(call)
-
-
 def test_a_sample_of_one_element():
     """A launch makes constants of sizes and strides that are 1."""
     for name in ("sde_step, noise given", "ode_step, guided, order 3", "sde_log_prob"):
@@ -295,20 +328,24 @@ def test_a_sample_of_one_element():
         assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
 
 
-def token_rows(arch, dtype, **options):
+VERBS = ("policy", "log_prob", "gradient")
+
+
+def token_rows(arch, dtype, verbs=VERBS, **options):
     """(verb, kernel, elements of a thread) of the token loss's launches, for rows of whole vectors:
     the policy loss with its gradient, log-probabilities, and their gradient.
     """
+    turns = iter(VERBS)
+    take = lambda compile: compile() if next(turns) in verbs else None  # noqa: E731
     hidden, weight = torch.empty(2, 64, dtype=dtype), torch.empty(8208, 64, dtype=dtype)
     ids, x = torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    with compiling(arch) as launches:
+    with compiling(arch, take) as launches:
         hidden.requires_grad_()
         fk.linear_policy_loss(hidden, weight, ids, x, x, x, **options, backend="triton")
         fk.linear_log_prob(hidden, weight, ids, backend="triton").sum().backward()
-    for verb, (kernel, block, warps) in zip(
-        ("policy", "log_prob", "gradient"), launches, strict=True
-    ):
-        yield verb, kernel, block // (32 * warps)
+    for verb, (kernel, block, warps) in zip(VERBS, launches, strict=True):
+        if kernel is not None:
+            yield verb, kernel, block // (32 * warps)
 
 
 TOKEN_OPTIONS = {
@@ -317,12 +354,19 @@ TOKEN_OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.long(20)
-@pytest.mark.parametrize("arch, dtype", [(90, H), (90, F), *((arch, H) for arch in (80, 100, 120))])
-def test_token_rows_are_read_in_vectors_and_kept_in_registers(arch, dtype):
+# All for 90 in 16 bits; the most in float32, and one for each of the others.
+ROWS = [(90, H, VERBS), (90, F, VERBS[:1])]
+ROWS += [(arch, H, (verb,)) for arch, verb in zip((80, 100, 120), VERBS[::-1], strict=True)]
+if EVERY:
+    ROWS = [(*kind, VERBS) for kind in itertools.product(ARCHS, (F, H))]
+
+
+@pytest.mark.long(5)
+@pytest.mark.parametrize("arch, dtype, verbs", ROWS)
+def test_token_rows_are_read_in_vectors_and_kept_in_registers(arch, dtype, verbs):
     """Once for what they say and once to be overwritten, whole tiles and the last one."""
     passes = {"policy": (2, 1), "log_prob": (1, 0), "gradient": (1, 1)}
-    for verb, kernel, per_thread in token_rows(arch, dtype, **TOKEN_OPTIONS):
+    for verb, kernel, per_thread in token_rows(arch, dtype, verbs, **TOKEN_OPTIONS):
         found, vectors = report(kernel), 2 * per_thread * dtype.itemsize // 16
         reads, writes = passes[verb]
         assert not found["stack"] and not found["spills"], (verb, found)

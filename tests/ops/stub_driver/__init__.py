@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[2] / "csrc"
 MOST = 2**16  # launches that are kept; others are counted
 
 
@@ -85,13 +84,12 @@ def load(folder: Path) -> Driver:
 
 def native_kernels(folder: Path):
     """flowkern._cuda from its sources, with g++, on the driver that `load` has put into `folder`;
-    to be connected. Kernels are not run, so they are not optimized either.
+    to be connected.
     """
     import builds
 
     folder = Path(folder)
-    on_stub = ["-include", HERE / "runtime_on_stub.h", "-x", "c++", "-O0", "-mf16c", "-mfma"]
-    objects = builds.compiled(sorted(CSRC.glob("*/*_cuda.cu")), *builds.FOR_PYTHON, *on_stub)
+    objects = builds.cuda_on_cpu(HERE / "runtime_on_stub.cpp")
     command = ["g++", "-shared", *objects, folder / "libcuda.so.1", "-o", folder / "_cuda.so"]
     subprocess.run(list(map(str, command)), check=True)
     spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")

@@ -2,7 +2,7 @@
 //
 // Built and loaded by tests/ops/stub_driver/__init__.py. It reports two devices of compute capability 9.0, takes any module for
 // good, and keeps name, grid, block, stream and device of every launch. It has what Triton's driver and launcher ask for, and
-// runtime_on_stub.h, which stands for the CUDA runtime: the real one talks to the real driver by tables without a declaration.
+// runtime_on_stub.cpp, which stands for the CUDA runtime: the real one talks to the real driver by tables without a declaration.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
