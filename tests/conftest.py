@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core to each; before torch asks
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +45,23 @@ def leave_after_a_fault(request):
             pytest.exit(message, returncode=1)
         print(message, file=sys.__stderr__, flush=True)
         os._exit(1)
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """loaded(path, **options): a copy, of the test's own, of what `load_model` makes of it."""
+    from loaded_once import LoadedOnce
+
+    return LoadedOnce()
+
+
+@pytest.fixture
+def preloaded(monkeypatch, loaded):
+    """Runs of the demo model read its files once a session, in each precision."""
+    if all(find_spec(name) for name in ("diffusers", "transformers")):
+        from loaded_once import read_once
+
+        read_once(monkeypatch.setattr, Path(__file__).parents[1] / "assets/digits-sd3", loaded)
 
 
 @pytest.fixture(params=["native", "reference"])

@@ -4,8 +4,7 @@ complete.
 
 import ast
 import re
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +48,7 @@ HEAVY = {
     "pydantic",
     "yaml",
     "triton",
+    "rich",
 }
 HEAVY_ROOMS = {"models", "rewards", "agent", "train"}
 
@@ -104,17 +104,6 @@ def test_imports_run_downhill(path):
             assert allowed or (first == "triton" and not at_top), f"{path.name} imports {name}"
 
 
-def test_import_flowkern_costs_torch_and_nothing_else():
-    code = (
-        "import sys, flowkern; [getattr(flowkern, name) for name in flowkern.__all__]; "
-        f"print([m for m in {sorted(HEAVY)!r} if m in sys.modules])"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert loaded.stdout.strip() == "[]"
-
-
 # Beside configs, docs and benchmarks, by name; tests may.
 KNOW_ALGORITHMS = {
     "flowkern/rl/algorithms": "their room",
@@ -132,13 +121,18 @@ KNOW_FAMILIES = {
 }
 
 
+@cache
+def code_of(path):
+    return ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+
+
 def places_of(names, known):
     """(name, file) where the code of the package, of scripts or of setup.py says one of `names`."""
     assert all((ROOT / place).exists() for place in known)
     for path in (*SOURCES, *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "setup.py"):
         place = str(path.relative_to(ROOT))
         if not place.startswith(tuple(known)):
-            code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+            code = code_of(path)
             for name in names:
                 # A folder of the demo may be called after a family, digits-sd3, and a module of the
                 # drop-ins after a project.
@@ -225,14 +219,17 @@ WIDE = {
 }
 
 
+@cache
 def functions():
-    """(file, function) of the package, benchmarks, scripts and setup.py."""
+    """[(file, function)] of the package, benchmarks, scripts and setup.py."""
+    found = []
     for folder in ("flowkern", "benchmarks", "scripts", "setup.py"):
         path = ROOT / folder
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    yield str(file.relative_to(ROOT)), node
+                    found.append((str(file.relative_to(ROOT)), node))
+    return found
 
 
 def test_functions_fit_a_screen():

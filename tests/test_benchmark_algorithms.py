@@ -29,7 +29,7 @@ TINY = (
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch):
+def few_images(monkeypatch, preloaded):
     """In an evaluation: the benchmark's 240 take seconds."""
     monkeypatch.setattr(algorithm_runs, "IMAGES", 12)
     monkeypatch.setattr(algorithm_runs, "QUICK_IMAGES", 12)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("yaml")
+from test_architecture import HEAVY
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs/digits/flow_grpo.yaml")
 
@@ -66,8 +68,11 @@ assert not heavy, heavy
         assert not status or (err.startswith("flowkern: ") and err.count("\n") == 1), err
 
 
-def test_the_installed_command_finds_modules_of_the_working_directory(tmp_path):
-    """It does not begin with the working directory on Python's path, as `python -m` does."""
+def test_torch_alone_is_enough_to_count_also_an_algorithm_of_the_working_directory(tmp_path):
+    """The package loads nothing else, and the papers' numbers need neither rich nor what the
+    trainer does. The installed command does not begin with the working directory on Python's path,
+    as `python -m` does.
+    """
     (tmp_path / "mine.py").write_text(
         "import sibling\nfrom flowkern.rl.algorithms.awm import AWM as Mine\n"
     )
@@ -77,13 +82,21 @@ def test_the_installed_command_finds_modules_of_the_working_directory(tmp_path):
     code = f"""
 import sys
 sys.path[:] = [p for p in sys.path if p] + [{str(ROOT)!r}]
+import flowkern
+[getattr(flowkern, name) for name in flowkern.__all__]
+heavy = [name for name in {sorted(HEAVY)!r} if name in sys.modules]
+assert not heavy, heavy
+sys.modules.update(dict.fromkeys({sorted(HEAVY)!r}))
+sys.stdout.isatty = lambda: True
 from flowkern.cli import main
-assert main(["cost", "mine:Mine"]) == 0
+assert main(["cost", "mine:Mine", "tempflow_grpo"]) == 0
 for name in ("mine:Min", "broken:Recipe", "failing:Recipe"):
     assert main(["cost", name]) == 2
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    *_, row = run.stdout.splitlines()
+    assert row.split() == "tempflow_grpo 1116 1116 0% 36 216 2232 126 216".split()
     said = run.stderr.splitlines()
     assert said[0].endswith("mine has no 'Min'; did you mean 'Mine'?")
     assert said[1].endswith("broken imports no_such_thing, which is not there")

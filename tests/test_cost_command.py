@@ -1,9 +1,7 @@
 """`flowkern cost` prints the counts that the papers' defaults lead to."""
 
 import importlib
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -57,15 +55,19 @@ def printed(capsys, *arguments):
     return out
 
 
-@pytest.mark.long(15)
-def test_every_algorithm_at_its_papers_defaults(capsys):
+def test_every_algorithm_at_its_papers_defaults(capsys, monkeypatch):
+    """The means of 300 rollouts where a run's differ; of the others, all is said by a few."""
+    found = printed(capsys, *dict.fromkeys(name.split(",")[0] for name in MEANS))
+    means = {name: row for (name, label), row in found.items() if label == "mean of 300"}
+    assert means == MEANS
+    monkeypatch.setattr("flowkern.cli.cost.ROLLOUTS", 3)
     found = printed(capsys)
-    assert found == {(name, ""): row for name, row in DEFAULTS.items()} | {
-        (name, "mean of 300"): row for name, row in MEANS.items()
-    }
+    assert {name: row for (name, label), row in found.items() if not label} == DEFAULTS
+    assert {name for name, label in found if label} <= MEANS.keys()
 
 
-def test_only_the_algorithms_named(capsys):
+def test_only_the_algorithms_named(capsys, monkeypatch):
+    monkeypatch.setattr("flowkern.cli.cost.ROLLOUTS", 30)
     found = printed(capsys, "mixgrpo", "awm")
     assert [name for name, _ in found] == ["mixgrpo", "mixgrpo", "awm", "awm"]
     assert main(["cost", "mix_gppo"]) == 2
@@ -94,23 +96,6 @@ def test_the_mean_of_a_short_run_is_of_its_own_rollouts(capsys):
     assert found["mixgrpo", "mean of 2"].startswith("283.5 300 6% 37 48")
     assert main(["cost", "--config", path, "--train.stepz", "1"]) == 2
     assert "train.stepz: unknown key" in capsys.readouterr().err
-
-
-def test_it_needs_torch_alone():
-    """Neither rich nor the trainer's libraries are required for the papers' numbers."""
-    absent = ["rich", "yaml", "diffusers", "transformers", "accelerate", "peft", "matplotlib"]
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys({absent!r}))
-sys.stdout.isatty = lambda: True
-from flowkern.cli import main
-sys.exit(main(["cost", "tempflow_grpo"]))
-"""
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    row = run.stdout.splitlines()[-1].split()
-    assert row == ["tempflow_grpo", *DEFAULTS["tempflow_grpo"].split()]
 
 
 def pairs(name, place, between=" / "):

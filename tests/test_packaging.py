@@ -1,16 +1,20 @@
 """What is handed on: the source distribution is whole, and a wheel brings the demo with it."""
 
 import fcntl
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("setuptools")
 ROOT = Path(__file__).parents[1]
@@ -65,36 +69,73 @@ def test_the_sdist_holds_what_every_kernel_is_built_from(sdist):
     assert all(path.is_relative_to(sdist.resolve()) for path in seen)
 
 
-@pytest.mark.long(20)
-def test_the_demo_runs_from_a_wheel_in_an_empty_folder(sdist, tmp_path):
-    pytest.importorskip("diffusers")
+@pytest.fixture(scope="module")
+def site(sdist, tmp_path_factory):
+    """What a wheel of the sdist puts on Python's path."""
+    folder = tmp_path_factory.mktemp("wheel")
     setup(
         "build",
         "--build-base",
-        tmp_path / "build",
+        folder / "build",
         "bdist_wheel",
         "--dist-dir",
-        tmp_path,
+        folder,
         cwd=sdist,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    site, empty = tmp_path / "site", tmp_path / "empty"
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_a_wheel_is_typed_and_has_the_configurations(site):
     assert (site / "flowkern" / "py.typed").is_file()
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert (site / "flowkern/demo_data" / path.relative_to(ROOT)).is_file(), path
-    empty.mkdir()
-    small = ["train.steps=1", "algorithm.updates_per_rollout=1", "algorithm.prompts_per_rollout=2"]
-    small += ["algorithm.group_size=2", "validation.num_prompts=2", "output_dir=runs/demo"]
-    done = subprocess.run(
-        [sys.executable, "-m", "flowkern", "demo", *small],
-        env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
-        cwd=empty, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (empty / "runs/demo/metrics.jsonl").read_text().count("\n") == 1
-    assert str(site) in (empty / "runs/demo/config.yaml").read_text()
+
+
+@pytest.mark.long(20)
+def test_the_demo_runs_from_a_wheel_in_an_empty_folder_until_ctrl_c(site, tmp_path):
+    """It saves the step that is interrupted, and `sample` draws from it."""
+    for name in ("accelerate", "diffusers", "matplotlib", "peft", "transformers"):
+        pytest.importorskip(name)
+    few, prompts = tmp_path / "few.jsonl", site / "flowkern/demo_data/assets/digits-prompts"
+    few.write_text("".join((prompts / "train.jsonl").open().readlines()[:4]))
+    small = ["train.steps=100000", "algorithm.updates_per_rollout=1", "validation.num_prompts=2"]
+    small += [f"data.train_prompts={few}"]
+    small += ["algorithm.prompts_per_rollout=2", "algorithm.group_size=2", "output_dir=runs/demo"]
+    small += ["train.checkpointing_steps=100000", "validation.steps=100000"]
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    said, run = tmp_path / "said.txt", tmp_path / "runs/demo"
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 300
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flowkern", "demo", *small],
+            env=environment | {"ACCELERATE_USE_CPU": "true"}, cwd=tmp_path, stderr=file,
+        )  # fmt: skip
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()  # its messages end with it
+            pytest.fail(said.read_text())
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=300) == 128 + signal.SIGINT
+    assert str(site) in (run / "config.yaml").read_text()
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"stopped after step {last}" in said.read_text()
+    assert "Traceback" not in said.read_text()
+    (saved,) = run.glob("checkpoint-*")
+    assert saved.name == f"checkpoint-{last}"
+    assert torch.load(saved / "state.pt", weights_only=True)["step"] == last
+
+    from flowkern.cli import main
+
+    options = ["--prompt", "the digit 3", "--num-inference-steps", "2"]
+    for count, name in ((1, "one.png"), (3, "three.png")):
+        output = tmp_path / name
+        arguments = ["sample", str(run), *options, "--num-images", str(count)]
+        assert main([*arguments, "--output", str(output)]) == 0
+        assert output.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_versions_have_tested_bounds_and_what_is_required_is_used():

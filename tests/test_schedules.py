@@ -167,7 +167,7 @@ def test_multistep_agrees_with_diffusers(order, variant):
 
 def test_multistep_order_of_convergence():
     """x0 ~ N(1, 0.3^2): velocity and flow map are known; the first history comes from the exact
-    path.
+    path. Over a short way in log-SNR, on which the leading term shows with few steps.
     """
 
     def std(s):
@@ -180,7 +180,7 @@ def test_multistep_order_of_convergence():
         return 1 + (1 - s) * 0.09 / std(s) ** 2 * (x - (1 - s))
 
     def error(order, variant, steps):
-        log_snr = torch.linspace(-2.5, 1.5, steps + 1, dtype=torch.float64)
+        log_snr = torch.linspace(-0.5, 0.5, steps + 1, dtype=torch.float64)
         sigmas = torch.sigmoid(-log_snr).tolist()
         history = [exact_x0(exact(s), s) for s in (sigmas[1], sigmas[0])]
         path = _dpm_solver_path(
@@ -198,12 +198,11 @@ def test_multistep_order_of_convergence():
     # Taylor's series asks: a far smaller error than the second order's, but of the same order in
     # the end.
     expected = {(1, "midpoint"): 1, (2, "midpoint"): 2, (2, "heun"): 2, (3, "midpoint"): 2}
-    for (order, variant), rate in expected.items():
-        steps = 1600 if order == 3 else 400  # "in the end"
-        ratio = error(order, variant, steps) / error(order, variant, 2 * steps)
-        assert math.log2(ratio) == pytest.approx(rate, abs=0.15), (order, variant)
-    first, _, heun, third = (error(*form, 400) for form in expected)
-    assert third < heun / 5 < first / 25
+    coarse, fine = ({form: error(*form, steps) for form in expected} for steps in (50, 100))
+    for form, rate in expected.items():
+        assert math.log2(coarse[form] / fine[form]) == pytest.approx(rate, abs=0.05), form
+    first, _, heun, third = fine.values()
+    assert third < heun / 4 < first / 25
 
 
 def test_multistep_falls_to_what_the_path_allows():

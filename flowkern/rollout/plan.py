@@ -98,13 +98,13 @@ class Plan:
     ) -> int:
         """A step of an SDE (`schedules.edge_coefficients`) with the noise of `member`."""
         origin = self.nodes[node]
-        edge = _sde_edge(origin.sigma, float(sigma_next), kind, noise_level)
-        if is_trained and float(edge.k) == 0:
+        edge, k, std = _sde_edge(origin.sigma, float(sigma_next), kind, noise_level)
+        if is_trained and k == 0:
             raise ValueError(
                 f"is_trained: the edge from sigma {origin.sigma} to {sigma_next} has k = 0, so its "
                 "ratio is always 1"
             )
-        if is_trained and self.has_kl and float(edge.std) == 0:
+        if is_trained and self.has_kl and std == 0:
             raise ValueError(
                 f"has_kl: the trained edge from sigma {origin.sigma} to {sigma_next} has std = 0, "
                 "so it has no KL"
@@ -191,8 +191,12 @@ class Plan:
 
 
 @lru_cache(maxsize=65536)
-def _sde_edge(sigma: float, sigma_next: float, kind: str, noise_level: float) -> Coefficients:
-    return edge_coefficients(sigma, sigma_next, kind, noise_level)
+def _sde_edge(
+    sigma: float, sigma_next: float, kind: str, noise_level: float
+) -> tuple[Coefficients, float, float]:
+    """With its k and its std."""
+    edge = edge_coefficients(sigma, sigma_next, kind, noise_level)
+    return edge, float(edge.k), float(edge.std)
 
 
 @lru_cache(maxsize=65536)

@@ -5,7 +5,6 @@ The suite has cells in which each algorithm and each family comes twice, once of
 too; FLOWKERN_EVERY_CELL=1 has all of them in both.
 """
 
-import copy
 import math
 import os
 from itertools import product
@@ -18,8 +17,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import tiny
+from loaded_once import FROZEN
 
-from flowkern.models import load_model
 from flowkern.rl.algorithms import names
 from flowkern.rl.cost import network_calls
 from flowkern.train import flow
@@ -65,27 +64,8 @@ def brightness(images, prompts, metadata):
     return 1e6 * images.double().flatten(1).mean(1)
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """adapter(family, dtype): one that nobody has trained."""
-    made, folders = {}, {}
-
-    def of(family, dtype):
-        if family not in folders:
-            folders[family] = tmp_path_factory.mktemp(family)
-            tiny.pipeline(family).save_pretrained(folders[family])
-        if (family, dtype) not in made:
-            made[family, dtype] = load_model(folders[family], dtype, **SIZES[family])
-        model = made[family, dtype]
-        trained = {"transformer", "transformer_2"}  # what nobody trains is shared
-        parts = [part for name, part in model.pipeline.components.items() if name not in trained]
-        return copy.deepcopy(model, {id(part): part for part in parts})
-
-    return of
-
-
 @pytest.fixture
-def loop_of(adapter, tmp_path, monkeypatch):
+def loop_of(directories, loaded, tmp_path, monkeypatch):
     """loop_of(family, algorithm, dtype)"""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -101,7 +81,8 @@ def loop_of(adapter, tmp_path, monkeypatch):
             "algorithm": {"name": algorithm, **COMMON, **SMALL[algorithm]},
         }
         torch.manual_seed(0)
-        return Loop(from_dict(config), adapter(family, dtype))
+        model = loaded(directories(family), FROZEN, dtype=dtype, **SIZES[family])
+        return Loop(from_dict(config), model)
 
     return of
 

@@ -83,25 +83,11 @@ FAMILIES = {
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    """directories(name): a saved pipeline."""
-    made = {}
-
-    def at(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            tiny.pipeline(name).save_pretrained(made[name])
-        return made[name]
-
-    return at
-
-
 @pytest.fixture
-def load(directories):
+def load(directories, loaded):
     def model(name, **options):
         family = FAMILIES[name]
-        found = load_model(directories(name), **family.size | family.options | options)
+        found = loaded(directories(name), **family.size | family.options | options)
         found.pipeline.set_progress_bar_config(disable=True)
         return found
 

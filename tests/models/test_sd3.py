@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from diffusers import FlowMatchEulerDiscreteScheduler
+from loaded_once import TOKENIZERS
 
 from flowkern.models import Conditioning, load_model
 from flowkern.models.sd3 import SD3
@@ -22,8 +23,8 @@ PROMPTS = ["a handwritten seven", "the digit 3", "a handwritten seven"]
 
 
 @pytest.fixture
-def model() -> SD3:
-    return load_model(DIRECTORY)
+def model(loaded) -> SD3:
+    return loaded(DIRECTORY)
 
 
 def euler(model: SD3, x_t: torch.Tensor, conditioning: Conditioning, steps: int) -> torch.Tensor:
@@ -118,8 +119,8 @@ def test_a_scheduler_whose_levels_are_no_flow_grid_is_refused(model):
 
 def test_base_model_is_right_about_every_second_time(model):
     prompts = [json.loads(line) for line in (ASSETS / "digits-prompts/train.jsonl").open()]
-    prompts = (prompts * 2)[:300]
-    latents = torch.randn(300, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    prompts = prompts[:160]
+    latents = torch.randn(160, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     conditioning = model.encode([one["prompt"] for one in prompts])
     seen = DigitsClassifier().logits(model.decode(euler(model, latents, conditioning, 10)))
     asked = torch.tensor([one["digit"] for one in prompts])
@@ -128,7 +129,7 @@ def test_base_model_is_right_about_every_second_time(model):
 
 def test_a_bare_pipeline_call_draws_digits_too(model):
     """256 text tokens where the adapter uses 8: the model was trained on both."""
-    prompts = [f"the number {digit}" for digit in range(10)] * 6
+    prompts = [f"the number {digit}" for digit in range(10)] * 3
     generator = torch.Generator().manual_seed(0)
     images = model.pipeline(
         prompts, num_inference_steps=10, guidance_scale=1.0, generator=generator
@@ -137,7 +138,7 @@ def test_a_bare_pipeline_call_draws_digits_too(model):
     pixels = model.pipeline.image_processor.pil_to_numpy(images)
     logits = DigitsClassifier().logits(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert logits.softmax(-1).amax(-1).mean() > 0.65, "samples should look like some digit"
-    seen = logits.argmax(-1) == torch.arange(10).repeat(6)
+    seen = logits.argmax(-1) == torch.arange(10).repeat(3)
     assert seen.float().mean() > 0.35, "and depend on the prompt"
 
 
@@ -173,7 +174,8 @@ def test_the_size_is_fixed_at_load_and_a_network_may_be_asked_in_place_of_the_mo
     assert found == 9 and model.guidance.kind == "cfg"
 
 
-def test_a_prompt_is_encoded_once(model, monkeypatch):
+def test_a_prompt_is_encoded_once(loaded, monkeypatch):
+    model = loaded(DIRECTORY, TOKENIZERS)
     asked, encode = [], model.pipeline.encode_prompt
     monkeypatch.setattr(
         model.pipeline, "encode_prompt", lambda **kw: asked.extend(kw["prompt"]) or encode(**kw)

@@ -5,9 +5,10 @@ No statistic of a VAE is 0 or 1, and no weight that a family begins at 0: what i
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import tiny_text
 import torch
@@ -294,7 +295,16 @@ PIPELINES: dict[str, Callable] = {
 
 
 def pipeline(name: str):
-    """The same weights each time."""
+    """The same weights each time, of the caller's own, and the same chance after them; tokenizers
+    are everybody's."""
+    made = _made(name)
+    torch.manual_seed(0)
+    parts = [part for name, part in made.components.items() if name.startswith("tokenizer")]
+    return copy.deepcopy(made, {id(part): part for part in parts})
+
+
+@cache
+def _made(name: str):
     torch.manual_seed(0)
     made = PIPELINES[name]()
     made.set_progress_bar_config(disable=True)

@@ -382,8 +382,9 @@ def test_the_engine_is_the_loop(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_any_max_batch_gives_the_same(name):
+    """As few rows as there can be where a plan is of chains, of branches, or of points."""
     rows_per_node = 1 if CASES[name].recipe.guidance_scale == 1 else 2
-    for max_batch in (rows_per_node, 3):
+    for max_batch in (rows_per_node, 3) if name in ("flow_grpo", "g2rpo, [1, 2]", "awm") else (3,):
         found = engine(CASES[name], max_batch)
         assert_equal(found, whole(name), 1e-12)
         for (few,), (one,) in zip(found.batches, whole(name).batches, strict=True):

@@ -88,16 +88,20 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.storages, self.peak = {}, 0
+        self.storages, self.peak, self.most = {}, 0, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         out = function(*arguments, **(options or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
+                before = self.storages.get(storage._cdata, (None, 0))[1]
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        live = {key: it for key, it in self.storages.items() if not it[0].expired()}
-        self.storages, self.peak = live, max(self.peak, sum(size for _, size in live.values()))
+                self.most += storage.nbytes() - before
+        if self.most > self.peak:  # with those that are gone
+            live = {key: it for key, it in self.storages.items() if not it[0].expired()}
+            self.storages, self.most = live, sum(size for _, size in live.values())
+            self.peak = max(self.peak, self.most)
         return out
 
 

@@ -10,6 +10,7 @@ import pytest
 from flowkern.train.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs/digits/flow_grpo.yaml"
 TINY = [
     f"model.path={ROOT / 'assets/digits-sd3'}",
     f"data.train_prompts={ROOT / 'assets/digits-prompts/train.jsonl'}",
@@ -89,12 +90,12 @@ def without_drawing(setattr):
 
 
 @pytest.fixture
-def tiny(tmp_path, undrawn) -> Callable[..., Config]:
+def tiny(tmp_path, undrawn, preloaded) -> Callable[..., Config]:
     """tiny("key=value", ..., name="run"): a configuration whose output_dir is tmp_path/name."""
 
     def make(*overrides: str, name: str = "run") -> Config:
         directory = f"output_dir={tmp_path / name}"
-        return load_config(ROOT / "configs/digits/flow_grpo.yaml", [*TINY, directory, *overrides])
+        return load_config(CONFIG, [*TINY, directory, *overrides])
 
     return make
 

@@ -93,13 +93,23 @@ if __name__ == "__main__":
     import accelerate  # noqa: F401
     import diffusers  # noqa: F401
     import peft  # noqa: F401
-    from conftest import without_drawing
+    from conftest import CONFIG, ROOT, TINY, without_drawing
+    from loaded_once import LoadedOnce, read_once
+    from torch import device
 
     import flowkern.models.sd3
     import flowkern.train.flow
-    import flowkern.train.loop  # noqa: F401
+    import flowkern.train.loop
+    from flowkern.train.config import load_config
+    from flowkern.train.prompts import draw_prompts, read_prompts
 
     without_drawing(setattr)
+    read_once(setattr, ROOT / "assets/digits-sd3", LoadedOnce())
+    config = load_config(CONFIG, TINY)
+    prompts = read_prompts(config.data.train_prompts)
+    drawn = [prompts[place] for i in range(4) for place in draw_prompts(len(prompts), 4, 0, i)]
+    model = flowkern.train.flow.load_pipeline(config, device("cpu"))
+    model.encode([one["prompt"] for one in (*drawn, *read_prompts(config.data.test_prompts)[:6])])
     for line in sys.stdin:
         count, *command = json.loads(line)
         print("good" if group(count, *command) else "failed", flush=True)

@@ -188,6 +188,7 @@ def test_blocks_of_prompts_change_no_bit(small, lines, tmp_path, name, scale):
     for size in (None, 1):
         tree = to_dict(small(name, f"by-{size}", max_batch=scale, prompts_per_block=size))
         tree["algorithm"] |= {"guidance_scale": float(scale), "group_size": 4}
+        tree["algorithm"] |= {"prompts_per_rollout": 2}
         loop = Loop(from_dict(tree))
         records = loop.step()
         assert all(record["grad_norm"] > 0 for record in records)

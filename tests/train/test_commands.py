@@ -1,12 +1,8 @@
 """The commands: signals, sampling, mistakes."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,45 +12,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
-def start(*command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.long(25)
-def test_ctrl_c_saves_the_step_it_interrupts_and_sample_draws_from_it(
-    tiny, tiny_file, drawn, tmp_path
-):
-    path = tiny_file("train.steps=100000", "train.checkpointing_steps=100000")
-    process = start("-m", "flowkern", "train", str(path), "data.test_prompts=null")
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()  # its messages end with it
-            pytest.fail(process.stderr.read())
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=300)[1]
-    assert process.returncode == 128 + signal.SIGINT
-    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert f"stopped after step {last}" in message and "Traceback" not in message
-    (saved,) = (tmp_path / "run").glob("checkpoint-*")
-    assert saved.name == f"checkpoint-{last}"
-    assert torch.load(saved / "state.pt", weights_only=True)["step"] == last
-
-    from flowkern.cli import main
-
-    options = ["--prompt", "the digit 3", "--num-inference-steps", "2"]
-    for count, name in ((1, "one.png"), (3, "three.png")):
-        output = tmp_path / name
-        arguments = ["sample", str(tmp_path / "run"), *options, "--num-images", str(count)]
-        assert main([*arguments, "--output", str(output)]) == 0
-        assert output.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_second_ctrl_c_exits_at_once_and_a_launchers_sigterm_is_none(monkeypatch):
@@ -77,17 +34,16 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     from accelerate.state import AcceleratorState
 
     from flowkern.cli import main
-    from flowkern.models.sd3 import SD3
-    from flowkern.train import checkpoint
+    from flowkern.train import checkpoint, loading
     from flowkern.train.loop import Loop
 
-    seen, load = [], SD3.from_pretrained
+    seen, load = [], loading.load_model
 
     def loaded(path, **options):
         seen.append({**options, "device": str(options["device"])})
         return load(path, **options)
 
-    monkeypatch.setattr(SD3, "from_pretrained", loaded)
+    monkeypatch.setattr(loading, "load_model", loaded)
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one precision per process
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -112,7 +112,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("output_dir=''", "output_dir: got '', expected a path"),
         (f"train.learning_rate=1{'0' * 400}", "train.learning_rate: got an integer of 1329 bits"),
         (f"train.steps=1{'0' * 5000}", "train.steps: got '10.*: Exceeds the limit"),
-        (f"model.path={'[' * 100_000}", "model.path: got .*nested too deeply"),
+        (f"model.path={'[' * 20_000}", "model.path: got .*nested too deeply"),
         ("lora.rank=1000000000", "lora.rank: got 1000000000, expected a number at most 4096"),
         ("algorithm.num_inference_steps=1000000", "got 1000000, expected a number at most 1000"),
         ("seed=2001-99-99", "seed: got '2001-99-99': month must be in"),
@@ -191,7 +191,7 @@ def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
         ("", "got None, expected a mapping of keys"),
         (b"\xff\xfe\x00", "is no text"),
         (b"\x00", "not YAML"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 20_000, "nested too deeply"),
         ("extends: 3", "extends: got 3, expected a file or a list of them"),
         ("extends: [run.yaml]", "extends: it extends itself, through run.yaml"),
         ("extends: no.yaml", "extends: there is no 'no.yaml' in /"),
@@ -253,7 +253,7 @@ def test_random_trees_are_read_or_refused_in_a_line():
     )
     count = {"read": 0, "refused": 0}
 
-    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True)
     @hypothesis.given(st.lists(st.tuples(st.sampled_from(places), value), min_size=1, max_size=2))
     def check(changes):
         tree = {k: dict(v) if isinstance(v, dict) else v for k, v in base.items()}
@@ -272,7 +272,7 @@ def test_random_trees_are_read_or_refused_in_a_line():
             assert ":" in said, said
 
     check()
-    assert count["refused"] > 100 and count["read"] > 0, count
+    assert count["refused"] > 50 and count["read"] > 0, count
 
 
 def test_what_a_checkpoint_names_is_not_imported_when_it_is_sampled(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
-from flowkern.models import Guidance, text
+from flowkern.models import Guidance, load_model, text
 from flowkern.models.sd3 import SD3
-from flowkern.train import checkpoint, flow, metrics, tracking
+from flowkern.train import checkpoint, flow, loading, metrics, tracking
 from flowkern.train.config import ConfigError
 from flowkern.train.errors import RunError
 from flowkern.train.loading import load_pipeline
@@ -164,8 +164,6 @@ def test_the_checkpoint_loads_in_diffusers_and_in_peft(tiny):
     from diffusers import StableDiffusion3Pipeline
     from peft import PeftModel
 
-    from flowkern.models import load_model
-
     config = tiny("train.steps=2", "train.learning_rate=2e-2")
     loop = Loop(config)
     loop.run()
@@ -278,8 +276,9 @@ def test_the_host_waits_for_no_result_between_the_rewards_and_the_update(tiny, m
 
 
 @pytest.fixture
-def encoded(monkeypatch):
+def encoded(monkeypatch, preloaded):
     """What is encoded, and how often text encoders are loaded for it."""
+    monkeypatch.setattr(loading, "load_model", load_model)
     asked, loads, encode, load = [], [], SD3.encode_rows, text.load_encoders
     monkeypatch.setattr(
         SD3, "encode_rows", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)

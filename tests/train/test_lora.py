@@ -14,7 +14,6 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 from flowkern.checks import ConfigError
-from flowkern.models import load_model
 from flowkern.models.lora import WEIGHTS
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora, restore_lora
@@ -26,10 +25,10 @@ PIPELINE_FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, loaded):
     """(directory, the model with a trained adapter, a block of whose network is compiled)"""
     directory = tmp_path_factory.mktemp("lora")
-    model = load_model(MODEL)
+    model = loaded(MODEL)
     network = add_lora(model, CONFIG)
     generator = torch.Generator().manual_seed(0)
     for name, weight in network.named_parameters():
@@ -53,25 +52,25 @@ def velocity(model):
         return model.velocity(x_t, torch.tensor([0.9, 0.4]), prompts)
 
 
-def test_tensors_alone_carry_the_whole_strength(saved):
+def test_tensors_alone_carry_the_whole_strength(saved, loaded):
     """As a loader applies them that knows of no alpha: W + B A."""
     directory, trained = saved
     tensors = load_file(directory / PIPELINE_FILE)
     assert tensors and not any("_orig_mod" in name for name in tensors)
-    model = load_model(MODEL)
+    model = loaded(MODEL)
     for name, down in tensors.items():
         if name.endswith("lora_A.weight"):
             up = tensors[name.replace("lora_A", "lora_B")]
             layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
             model.network.get_submodule(layer).weight.data += up @ down
     expected = velocity(trained)
-    assert (velocity(load_model(MODEL)) - expected).abs().max() > 0.1
+    assert (velocity(loaded(MODEL)) - expected).abs().max() > 0.1
     torch.testing.assert_close(velocity(model), expected, rtol=0, atol=1e-4)
 
 
-def test_diffusers_draws_the_same_bits_as_the_run(saved):
+def test_diffusers_draws_the_same_bits_as_the_run(saved, loaded):
     directory, trained = saved
-    model = load_model(MODEL)
+    model = loaded(MODEL)
     model.pipeline.load_lora_weights(directory)
     model.network = model.pipeline.transformer
     assert torch.equal(velocity(model), velocity(trained)), "alpha / rank is a power of two"
@@ -89,7 +88,9 @@ def test_the_group_reads_it_and_the_base_model_is_named(saved):
     )
 
 
-def test_it_goes_back_where_it_came_from_and_nothing_named_in_it_is_imported(saved, tmp_path):
+def test_it_goes_back_where_it_came_from_and_nothing_named_in_it_is_imported(
+    saved, loaded, tmp_path
+):
     directory, trained = saved
     adapter = json.loads((directory / "adapter_config.json").read_text())
     adapter |= {"megatron_config": {"x": 1}, "megatron_core": "evil_core"}
@@ -103,7 +104,7 @@ def test_it_goes_back_where_it_came_from_and_nothing_named_in_it_is_imported(sav
     sys.path.insert(0, str(tmp_path))
     try:
         for where in (directory, tmp_path):
-            model = load_model(MODEL)
+            model = loaded(MODEL)
             attach_trained(model, CONFIG, where)
             assert torch.equal(velocity(model), velocity(trained))
         assert "evil_core" not in sys.modules
@@ -114,7 +115,7 @@ def test_it_goes_back_where_it_came_from_and_nothing_named_in_it_is_imported(sav
         (LoraConfig(rank=4, target_modules=["to_q"]), "lora.target_modules: .* holds"),
         (LoraConfig(rank=4, target_modules=["to_q", "to_out.0", "to_k"]), ".* lacks"),
     ):
-        model = load_model(MODEL)
+        model = loaded(MODEL)
         add_lora(model, other)
         with pytest.raises(ConfigError, match=message):
             restore_lora(model, directory)
