@@ -118,7 +118,9 @@ def test_a_sound_run_has_no_finding(family, loop_of):
     # Other shapes may be rounded otherwise, on some processors.
     apart = [level for shape in shapes - {"equal"} for level in report.shapes[shape]]
     assert max(level.velocity_error for level in apart) < 1e-4
-    assert {len(levels) for levels in report.shapes.values()} == {2}, "all that is trained"
+    # All that is trained; AWM's points are of one depth.
+    depths = 1 if family == "chroma" else 2
+    assert {len(levels) for levels in report.shapes.values()} == {depths}
 
 
 # ---- faults at equal batches ----

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import tiny
+from accelerate.state import AcceleratorState
 
 from flowkern.cli import main
 from flowkern.models import MODELS
@@ -65,6 +66,7 @@ def test_every_family_has_a_section_with_commands():
 def test_its_commands_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one precision per process
     Path("configs").symlink_to(ROOT / "configs")
     pipeline = tiny.pipeline(PIPELINES[name])
     pipeline.save_pretrained("model")
