@@ -1,7 +1,6 @@
 """The loop on the demo model: its laws, its files, its refusals."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,8 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
-from flowkern.models import Guidance, load_model, text
-from flowkern.models.sd3 import SD3
-from flowkern.train import checkpoint, flow, loading, metrics, tracking
+from flowkern.models import Guidance, load_model
+from flowkern.train import checkpoint, flow, metrics, tracking
 from flowkern.train.config import ConfigError
 from flowkern.train.errors import RunError
 from flowkern.train.loading import load_pipeline
@@ -273,62 +271,6 @@ def test_the_host_waits_for_no_result_between_the_rewards_and_the_update(tiny, m
         loop.accelerator.backward(out.loss / batch.total)
         sums.add(out)
     assert sums.over(batch.total).device == device
-
-
-@pytest.fixture
-def encoded(monkeypatch, preloaded):
-    """What is encoded, and how often text encoders are loaded for it."""
-    monkeypatch.setattr(loading, "load_model", load_model)
-    asked, loads, encode, load = [], [], SD3.encode_rows, text.load_encoders
-    monkeypatch.setattr(
-        SD3, "encode_rows", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
-    )
-    monkeypatch.setattr(
-        text, "load_encoders", lambda at, dtype: loads.append(at) or load(at, dtype)
-    )
-    return asked, loads
-
-
-def texts(prompts):
-    return {one["prompt"] for one in prompts}
-
-
-def test_a_run_encodes_each_of_its_prompts_once_and_keeps_no_encoder(tiny, tmp_path, encoded):
-    """Those that it will draw, and no others; what finds them in the folder loads no encoder, and
-    may have none."""
-    asked, loads = encoded
-    shutil.copytree(DIGITS, tmp_path / "model")
-    here = (f"model.prompt_cache={tmp_path / 'rows'}", f"model.path={tmp_path / 'model'}")
-    loop = Loop(tiny(*here))
-    assert loop.run() == 0
-    drawn = set().union(*(texts(loop.task.draw_prompts(i)) for i in range(4)))
-    held_out = texts(loop.task.validation.prompts)
-    assert sorted(asked) == sorted(drawn | held_out | {""}) and len(held_out) == 6
-    assert loop.task.model.pipeline.text_encoder is loop.task.model.pipeline.text_encoder_3 is None
-    assert len(loads) == 1
-    count = len(asked)
-    for folder in (tmp_path / "model").glob("text_encoder*"):
-        shutil.rmtree(folder)
-    other = Loop(tiny(*here, "train.learning_rate=1e-5", "train.steps=2", name="other"))
-    assert other.run() == 0 and len(asked) == count and len(loads) == 1
-    with pytest.raises(ConfigError, match="^model.path: .*/model' lacks text_encoder/, which its"):
-        Loop(tiny(*here, "train.steps=40", name="third")).run()
-    with pytest.raises(ConfigError, match="^model.path: .*/model' lacks text_encoder/, which its"):
-        Loop(tiny(here[1], name="third"))
-    with pytest.raises(ConfigError, match="^model.prompt_cache: Not a directory: '/dev/null/"):
-        Loop(tiny("model.prompt_cache=/dev/null/rows", name="third")).run()
-
-
-def test_a_resume_encodes_what_the_rest_of_the_run_needs(tiny, encoded):
-    asked, loads = encoded
-    assert Loop(tiny("train.steps=3")).run() == 0
-    asked.clear(), loads.clear()
-    loop = Loop(tiny("train.steps=4", "train.resume_from_checkpoint=latest"))
-    assert loop.run() == 0 and len(loads) == 1
-    rest = texts(loop.task.draw_prompts(3)) | texts(loop.task.validation.prompts) | {""}
-    assert sorted(asked) == sorted(rest)
-    before = set().union(*(texts(loop.task.draw_prompts(i)) for i in range(3)))
-    assert before - rest, "some are of the past alone"
 
 
 def test_a_model_in_memory_takes_the_place_of_a_directory(tiny, monkeypatch):
