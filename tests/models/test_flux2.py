@@ -38,9 +38,7 @@ def test_klein_is_guided_unless_it_was_distilled(is_distilled, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flux2", "klein"])
-def test_the_grid_is_its_pipelines_on_both_sides_of_4300_tokens(
-    name, loaded, directories
-):
+def test_the_grid_is_its_pipelines_on_both_sides_of_4300_tokens(name, loaded, directories):
     """Beyond, its shift no longer depends on the number of steps. Nothing of that size is made."""
     model, shifts = loaded(directories(name), **PIXELS), {}
     for model.height, model.width in (
