@@ -49,11 +49,11 @@ class Patience:
     """How long to wait for another machine, how often to ask it, and how much to read."""
 
     timeout_s: Annotated[float, ABOVE_0] = 120.0
-    """Of one attempt, from its first byte to the last: an answer that comes by drops is late too."""
+    """Of one attempt, to its last byte: an answer that comes by drops is late too."""
     deadline_s: Annotated[float, ABOVE_0] = 600.0
     """Of a call: its attempts and the waits between them, not its place in the queue."""
     retries: Annotated[int, Range(0, most=100)] = 4
-    """Attempts after the first, of what may go well another time: 429, 500, a dropped connection."""
+    """Attempts after the first, of what may go well another time: 429, 500, a dropped line."""
     backoff_s: Annotated[float, AT_LEAST_0] = 0.5
     """Before the first of them; twice as long before each further one, unless the server says."""
     concurrency: Annotated[int, count(10_000)] = 64

@@ -2,8 +2,8 @@
 faults to order.
 
 `Server(routes)` serves while it is entered; a route is `(request) -> answer`, where an answer is
-JSON, or an `Answer`, or a `Fault`. What `server.faults` holds is given instead, one for each request
-in turn (None: as usual).
+JSON or an `Answer`. What `server.faults` holds is given instead, one for each request in turn
+(None: as usual).
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class Server:
         self._thread.join()
         self._loop.close()
 
-    async def _connection(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.busy += 1
         self.most_busy = max(self.most_busy, self.busy)
         try:

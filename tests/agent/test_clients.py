@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("openai", reason="openai is not installed: pip install 'flowkern[agent]'")
 
 import servers
+
 from flowkern.agent.clients import FailedCall, Patience, TextClient
 from flowkern.checks import ConfigError
 
