@@ -37,6 +37,18 @@ class System:
     """The answer."""
 
 
+def load_tools(options: Mapping[str, Mapping[str, Any]], client: Any = None) -> dict[str, Any]:
+    """The tools of `agent.tools`, by the name that a planner calls them: of the options of each,
+    `kind` says what makes it; without, its name does. Raises ConfigError naming the key."""
+    from flowkern.agent.tools import load_tool
+
+    found = {}
+    for name, its in options.items():
+        rest = {key: value for key, value in its.items() if key != "kind"}
+        found[name] = load_tool(its.get("kind", name), name, client, **rest)
+    return found
+
+
 def load_system(
     name: str,
     options: Mapping[str, Any] | None = None,

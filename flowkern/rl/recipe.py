@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "AnyRecipe",
     "EvenGridRecipe",
     "Grid",
     "Levels",
@@ -38,21 +39,15 @@ Levels = Annotated[int, count(1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(ABC):
-    """What every algorithm offers."""
+class AnyRecipe:
+    """What every algorithm has, whatever it trains: all that the loop asks."""
 
-    num_inference_steps: Annotated[int, count(1000, least=2)]
-    """Steps of a training rollout; evaluation takes more."""
-    guidance_scale: Annotated[float, AT_LEAST_0] = 1.0
-    """Classifier-free guidance; up to 1 is none."""
     group_size: Annotated[int, count(4096, least=2)]
     """Samples that are compared with each other."""
     prompts_per_rollout: Annotated[int, count(2**16)]
     """Prompts of a rollout, over all processes."""
     updates_per_rollout: Annotated[int, count(2**16)] = 1
     """Optimizer steps per rollout; each sees its own share of the prompts."""
-    adv_clip_max: Annotated[float, ABOVE_0] = 5.0
-    """Advantages are clamped to +-this."""
     min_std: Annotated[float, AT_LEAST_0] = 1e-6
     """A group whose rewards have a standard deviation below this teaches nothing: advantage 0."""
 
@@ -62,14 +57,28 @@ class Recipe(ABC):
     sampler: ClassVar[str | None] = None
     """The copy that samples; None: the current weights."""
 
-    task: ClassVar[str] = "flow"
+    task: ClassVar[str]
     """What is trained: the name of a Task of the trainer's, or "module:attribute" of one's own."""
-
-    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
-    """Other published settings, to be counted beside the defaults: name -> options."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AnyRecipe, ABC):
+    """What every algorithm of flow-matching models offers."""
+
+    num_inference_steps: Annotated[int, count(1000, least=2)]
+    """Steps of a training rollout; evaluation takes more."""
+    guidance_scale: Annotated[float, AT_LEAST_0] = 1.0
+    """Classifier-free guidance; up to 1 is none."""
+    adv_clip_max: Annotated[float, ABOVE_0] = 5.0
+    """Advantages are clamped to +-this."""
+
+    task: ClassVar[str] = "flow"
+
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """Other published settings, to be counted beside the defaults: name -> options."""
 
     @abstractmethod
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_validator
 
 from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, count
+from flowkern.lookup import load
 from flowkern.rewards import require_reward
-from flowkern.rl.algorithms import name_of
+from flowkern.rl.algorithms import name_of, recipe
 from flowkern.rl.recipe import Levels
 from flowkern.train import tree as trees
 from flowkern.train.fields import Algorithm, Origin, Phrase, Place, Section, Text, build
@@ -103,10 +104,15 @@ class Rewards(RootModel[dict[Text, RewardConfig]]):
             )
         return tree
 
+    @staticmethod
+    def require(kind: str, name: str) -> None:
+        """Raise ConfigError for a kind that there is not."""
+        require_reward(kind, name)
+
     @model_validator(mode="after")
     def _counts(self) -> Self:
         for name, one in self.root.items():
-            require_reward(one.kind or name, name)
+            self.require(one.kind or name, name)
             if name == "mean" or "/" in name:  # reward/mean is the sum, info/NAME/ENTRY an entry
                 raise ConfigError(
                     f"reward.{name}: cannot be told apart in a record; expected "
@@ -273,7 +279,21 @@ def load_sampling(path: str | Path) -> Sampling:
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """The configuration of nested mappings, checked as `load_config` says."""
-    return build(Config, tree)
+    return build(_sections_of(tree), tree)
+
+
+CONFIGS = {"flow": Config, "planner": "flowkern.train.planner_config:PlannerConfig"}
+"""By the task of a recipe, the sections of its configuration; of another task, those of images."""
+
+
+def _sections_of(tree: Mapping[str, Any]) -> type[Config]:
+    """Of the algorithm that the configuration names; what is wrong with it is said later."""
+    algorithm = tree.get("algorithm")
+    name = algorithm.get("name") if isinstance(algorithm, Mapping) else None
+    if not isinstance(name, str):
+        return Config
+    found = CONFIGS.get(recipe(name).task, Config)
+    return load(found, {found: found}) if isinstance(found, str) else found
 
 
 def to_dict(config: Config) -> dict[str, Any]:

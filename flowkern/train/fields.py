@@ -27,7 +27,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from flowkern.checks import ConfigError, Range, shown
 from flowkern.lookup import is_hub_id, nearest
 from flowkern.rl.algorithms import recipe
-from flowkern.rl.recipe import PolicyRecipe, Recipe
+from flowkern.rl.recipe import AnyRecipe, PolicyRecipe
+from flowkern.rl.turns import TurnRecipe
 
 
 def wanted(what: str) -> PydanticCustomError:
@@ -98,8 +99,8 @@ class Section(BaseModel):
         return self
 
 
-def _recipe(tree: Any) -> Recipe:
-    if isinstance(tree, Recipe):
+def _recipe(tree: Any) -> AnyRecipe:
+    if isinstance(tree, AnyRecipe):
         return tree
     if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
         raise ConfigError(f"algorithm.name: missing in {shown(tree)}, expected an algorithm's name")
@@ -113,7 +114,7 @@ def _recipe(tree: Any) -> Recipe:
         raise ConfigError(f"algorithm.{type(error).__name__}: {error}") from error
 
 
-def _options_of(kind: type[Recipe]) -> type[Section]:
+def _options_of(kind: type[AnyRecipe]) -> type[Section]:
     """The fields of a recipe as a section."""
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {}
@@ -124,7 +125,10 @@ def _options_of(kind: type[Recipe]) -> type[Section]:
     return create_model(kind.__name__, __base__=Section, **fields)
 
 
-Algorithm = Annotated[Recipe, PlainValidator(_recipe)]
+Algorithm = Annotated[AnyRecipe, PlainValidator(_recipe)]
+TurnAlgorithm = Annotated[TurnRecipe, PlainValidator(_recipe)]
+MOST = {AnyRecipe: PolicyRecipe, TurnRecipe: TurnRecipe}
+"""Which options are said to be those of an algorithm, where none is named."""
 
 WANTED = {
     "int_type": "an integer",
@@ -243,10 +247,11 @@ def _meant(key: str, path: str, known: Iterable[str], root: type[BaseModel]) -> 
     return f"; did you mean {found!r}?" if is_another else f"; known are {', '.join(known)}"
 
 
-def _keys(kind: type[BaseModel], path: str = "") -> Iterator[str]:
+def _keys(root: type[BaseModel], path: str = "") -> Iterator[str]:
     """All full keys; of algorithms those that most have."""
-    for name, field in kind.model_fields.items():
-        inner = _options_of(PolicyRecipe) if field.annotation is Recipe else field.annotation
+    for name, field in root.model_fields.items():
+        kind = MOST.get(field.annotation)
+        inner = _options_of(kind) if kind else field.annotation
         # A section that may be null is one of a union.
         parts = [each for each in (inner, *typing.get_args(inner)) if isinstance(each, type)]
         sections = [each for each in parts if issubclass(each, Section)]

@@ -33,7 +33,10 @@ from flowkern.train.stop import StopRequest
 
 EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
 SAMPLED = "sampled"  # that of those which drew the rollout, while optimizer steps follow it
-TASKS = {"flow": "flowkern.train.flow:FlowTask"}
+TASKS = {
+    "flow": "flowkern.train.flow:FlowTask",
+    "planner": "flowkern.train.planner:PlannerTask",
+}
 """By the name that a recipe has; or "module:attribute" of one's own."""
 
 

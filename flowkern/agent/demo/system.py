@@ -9,7 +9,7 @@ from typing import Any
 from flowkern.agent.demo.world import ATTRIBUTES, OPERATIONS
 from flowkern.agent.memory import Action, Memory, Step
 from flowkern.agent.prompts import Prompts
-from flowkern.agent.system import System
+from flowkern.agent.system import System, load_tools
 from flowkern.checks import ConfigError
 
 GENERATOR = "generator"
@@ -101,8 +101,6 @@ def system(
     options: Mapping[str, Any], tools: Mapping[str, Any], prompts: str | None = None
 ) -> System:
     """See `system.SYSTEMS`. tools: search and calculator, with their options."""
-    from flowkern.agent.tools import load_tools
-
     if options:
         raise ConfigError(f"agent.modules.{min(options)}: unknown key; the demo has none")
     if {*tools} != {"search", "calculator"}:

@@ -7,9 +7,9 @@ from typing import Any
 from flowkern.checks import ConfigError
 from flowkern.lookup import load
 from flowkern.rl.cost import counts
-from flowkern.rl.recipe import Recipe
+from flowkern.rl.recipe import AnyRecipe, Recipe
 
-__all__ = ["ALGORITHMS", "DEFAULT", "cost", "name_of", "names", "recipe"]
+__all__ = ["ALGORITHMS", "DEFAULT", "PLANNERS", "cost", "name_of", "names", "recipe"]
 
 ALGORITHMS = {
     "awm": "flowkern.rl.algorithms.awm:AWM",
@@ -24,33 +24,52 @@ ALGORITHMS = {
     "mixgrpo_flash_star": "flowkern.rl.algorithms.mixgrpo_flash_star:MixGRPOFlashStar",
     "tempflow_grpo": "flowkern.rl.algorithms.tempflow_grpo:TempFlowGRPO",
 }
-"""The recipe of each; imported when it is asked for."""
+"""The recipe of each, of flow-matching models; imported when it is asked for."""
+
+PLANNERS = {
+    "agentflow": "flowkern.rl.algorithms.agentflow:AgentFlow",
+    "agentflow_verl": "flowkern.rl.algorithms.agentflow_verl:AgentFlowVerl",
+}
+"""Those of an agent's planner."""
 
 DEFAULT = "flow_grpo"
 """The one that the others are compared with: what a demonstration runs."""
 
 
 def names() -> list[str]:
-    """The algorithms there are."""
+    """The algorithms of flow-matching models."""
     return sorted(ALGORITHMS)
 
 
-def recipe(name: str) -> type[Recipe]:
+def recipe(name: str) -> type[AnyRecipe]:
     """The recipe class of an algorithm; its fields are the options, their defaults the paper's.
 
-    name: one of `names()`, or "module:Class" of your own.
+    name: one of `names()`, of PLANNERS, or "module:Class" of your own.
     Raises ConfigError, a ValueError, for what is neither.
     """
-    kind = load(name, ALGORITHMS, "algorithm.name")
-    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
+    kind = load(name, ALGORITHMS | PLANNERS, "algorithm.name")
+    if not (isinstance(kind, type) and issubclass(kind, AnyRecipe)):
         raise ConfigError(f"algorithm.name: got {name!r}, expected a class derived from Recipe")
     return kind
 
 
-def name_of(recipe: Recipe) -> str:
+def flow_recipe(name: str) -> type[Recipe]:
+    """The same, of what can be counted in network calls per prompt. Raises ConfigError for an
+    algorithm whose rollouts follow from what is said in them."""
+    kind = recipe(name)
+    if not issubclass(kind, Recipe):
+        raise ConfigError(
+            f"{name}: is not counted: how many calls a question takes depends on the turns of its "
+            "planner; a run's metrics.jsonl has nfe/sample, turns/mean and tokens/response"
+        )
+    return kind
+
+
+def name_of(recipe: AnyRecipe) -> str:
     """The name that `recipe` finds it by."""
     home = f"{type(recipe).__module__}:{type(recipe).__qualname__}"
-    return next((name for name, known in ALGORITHMS.items() if known == home), home)
+    known = ALGORITHMS | PLANNERS
+    return next((name for name, place in known.items() if place == home), home)
 
 
 def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[str, float]:
@@ -61,4 +80,4 @@ def cost(name: str, window_start: int | None = None, **overrides: Any) -> dict[s
     Returns sample, train (calls of the trained network), decode (images), and naive_sample,
     naive_train, which the authors' released loop takes.
     """
-    return counts(recipe(name)(**overrides), window_start)
+    return counts(flow_recipe(name)(**overrides), window_start)
