@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("assets/agent-demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     options = parser.parse_args()
     shutil.rmtree(options.output, ignore_errors=True)

@@ -12,7 +12,7 @@ from flowkern.agent.demo.system import GENERATOR, command, references
 from flowkern.agent.demo.world import ATTRIBUTES, OPERATIONS, Catalogue, question
 from flowkern.agent.memory import Action, Memory, Step
 
-SENSIBLE, ASKED, STOPS = 0.95, 0.95, 0.9
+SENSIBLE, ASKED, STOPS = 0.9, 0.9, 0.85
 """How often a search comes before a calculation, is for the attribute that was asked for, and the
 result of a calculation is the answer."""
 
