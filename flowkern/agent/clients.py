@@ -7,6 +7,7 @@ from typing import Any
 
 from flowkern.agent import network
 from flowkern.agent.network import Caller, FailedCall, Patience
+from flowkern.agent.tools.extras import wanting
 from flowkern.checks import ConfigError
 
 __all__ = ["FailedCall", "Patience", "TextClient"]
@@ -41,9 +42,7 @@ class TextClient:
         try:
             import openai
         except ImportError as error:
-            raise ConfigError(
-                "a text client needs openai: pip install 'flowkern[agent]'"
-            ) from error
+            raise wanting("a text client", "openai") from error
         self.base_url = network.checked_url(base_url, "base_url")
         self.model = model
         self.defaults = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}

@@ -133,6 +133,12 @@ def web_client(max_bytes: int, **options: Any) -> httpx2.AsyncClient:
     )
 
 
+def transport() -> httpx2.AsyncHTTPTransport:
+    """What a client sends requests with, where something has to stand before it."""
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    return httpx2.AsyncHTTPTransport(verify=_trust(), limits=limits)
+
+
 class _Limited(httpx2.AsyncByteStream):
     """A body that raises FailedCall where it goes on after `max_bytes`."""
 

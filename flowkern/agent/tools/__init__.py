@@ -16,6 +16,9 @@ TOOLS = {
     "calculator": "flowkern.agent.tools.calculator:Calculator",
     "search": "flowkern.agent.tools.search:Search",
     "generator": "flowkern.agent.tools.generator:Generator",
+    "web_search": "flowkern.agent.tools.web:WebSearch",
+    "web_page": "flowkern.agent.tools.web:WebPage",
+    "wikipedia": "flowkern.agent.tools.wikipedia:Wikipedia",
 }
 """Short names; the modules behind them are imported only when asked for."""
 
