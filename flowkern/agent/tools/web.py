@@ -7,10 +7,12 @@ is resolved, all of its addresses are looked at, and the connection goes to one 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
 import re
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
 
@@ -27,50 +29,76 @@ __all__ = ["WebPage", "WebSearch"]
 PATIENCE = {"timeout_s": 10.0, "deadline_s": 25.0, "retries": 2, "concurrency": 8}
 AGENT = "Mozilla/5.0 (compatible; flowkern agent)"
 
-SERVICES: dict[str, dict[str, Any]] = {
-    "google": {
-        "url": "https://www.googleapis.com/customsearch/v1",
-        "query": "q",
-        "token_field": "key",
-        "results": "items",
-        "text": "snippet",
-    },
-    "serper": {
-        "url": "https://google.serper.dev/search",
-        "method": "POST",
-        "query": "q",
-        "token_header": "X-API-KEY",
-        "results": "organic",
-        "text": "snippet",
-    },
-    "brave": {
-        "url": "https://api.search.brave.com/res/v1/web/search",
-        "query": "q",
-        "token_header": "X-Subscription-Token",
-        "results": "web.results",
-        "link": "url",
-        "text": "description",
-    },
-    "searxng": {
-        "query": "q",
-        "fields": {"format": "json"},
-        "results": "results",
-        "link": "url",
-        "text": "content",
-    },
+
+@dataclass(frozen=True)
+class Api:
+    """What a search engine calls things."""
+
+    url: str | None = None
+    method: str = "GET"
+    """GET has the query in the address, POST in JSON."""
+    query: str = "q"
+    """The field of the query."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What else is sent."""
+    token_header: str | None = None
+    """The header that the key is sent in; None: as a bearer token."""
+    token_field: str | None = None
+    """Or the field."""
+    results: str = "results"
+    """Where the list is in the answer: keys, with dots between them."""
+    title: str = "title"
+    link: str = "link"
+    text: str = "text"
+    """What an entry calls these."""
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name == "method":
+                wanted, good = "GET or POST", value in ("GET", "POST")
+            elif each.name == "fields":
+                wanted, good = "a mapping", isinstance(value, Mapping)
+            else:
+                wanted = "a string"
+                good = isinstance(value, str) or (value is None and each.default is None)
+            if not good:
+                raise ConfigError(f"api.{each.name}: got {shown(value)}, expected {wanted}")
+
+
+SERVICES = {
+    "google": Api(
+        url="https://www.googleapis.com/customsearch/v1",
+        token_field="key",
+        results="items",
+        text="snippet",
+    ),
+    "serper": Api(
+        url="https://google.serper.dev/search",
+        method="POST",
+        token_header="X-API-KEY",
+        results="organic",
+        text="snippet",
+    ),
+    "brave": Api(
+        url="https://api.search.brave.com/res/v1/web/search",
+        token_header="X-Subscription-Token",
+        results="web.results",
+        link="url",
+        text="description",
+    ),
+    "searxng": Api(fields={"format": "json"}, link="url", text="content"),
 }
-"""What the services call things; searxng's address is one's own."""
+"""searxng's address is one's own."""
 
 
 class WebSearch:
     """Asks a search engine over HTTP for the best pages: their titles, links and first words.
 
-    service: a key of SERVICES, whose settings the others replace. url: of the API; method: GET with
-    the query in the address, or POST with it in JSON, under `query`; fields: what else is sent
-    (Google: {cx: ...}). token_env: the environment variable that holds the key, which is sent in
-    the header `token_header`, or as the field `token_field`, else as a bearer token. results: where
-    the list is in the answer, keys with dots between them; title, link, text: what its entries call
-    those. top: so many are given. patience: see `network.Patience`.
+    service: a key of SERVICES; api: the fields of `Api` that differ from it, or all of them; url:
+    of the API, where it is another. fields: what else is sent (Google: {cx: ...}). token_env: the
+    environment variable that holds the key. top: so many are given. patience: see
+    `network.Patience`.
     """
 
     name = "web_search"
@@ -79,23 +107,27 @@ class WebSearch:
     def __init__(
         self,
         service: str | None = None,
+        url: str | None = None,
         token_env: str | None = None,
+        fields: Mapping[str, Any] | None = None,
+        api: Mapping[str, Any] | None = None,
         top: int = 5,
         patience: Mapping[str, Any] | None = None,
-        **settings: Any,
     ) -> None:
         if service is not None and service not in SERVICES:
             known = ", ".join(SERVICES)
             raise ConfigError(f"service: got {shown(service)}, expected one of {known}")
-        given = {**_PLAIN, **SERVICES.get(service or "", {}), **settings}
-        for key, value in given.items():
-            if key not in _PLAIN:
-                raise ConfigError(f"{key}: unknown key; known are {', '.join(_PLAIN)}")
-            _fits(key, value)
         if not is_integer(top) or not 1 <= top <= 100:
             raise ConfigError(f"top: got {shown(top)}, expected a whole number from 1 to 100")
-        self._given, self._top = given, top
-        self._url = network.checked_url(given["url"], "url")
+        start = SERVICES[service] if service else Api()
+        known = [each.name for each in dataclasses.fields(Api)]
+        for key in api or {}:
+            if key not in known:
+                raise ConfigError(f"api: has {shown(key)}; known are {', '.join(known)}")
+        self._api = dataclasses.replace(start, **(api or {}))
+        self._fields = {**self._api.fields, **(fields or {})}
+        self._top = top
+        self._url = network.checked_url(url or self._api.url, "url")
         self._token = network.token(token_env, "token_env")
         self._call = Caller(as_patience({**PATIENCE, **(patience or {})}))
 
@@ -110,55 +142,29 @@ class WebSearch:
         except FailedCall as error:
             raise ToolFailure(f"the search engine: {error}") from error
         found = answer
-        for key in self._given["results"].split("."):
+        for key in self._api.results.split("."):
             found = found.get(key) if isinstance(found, dict) else None
         if not isinstance(found, list) or not found:
             raise ToolFailure(f"nothing was found for {query[:100]!r}")
         return "\n\n".join(self._entry(row) for row in found[: self._top])
 
     async def _attempt(self, query: str) -> Any:
-        given, headers = self._given, {}
-        sent = {**given["fields"], given["query"]: query}
-        if self._token is not None and given["token_field"]:
-            sent[given["token_field"]] = self._token
-        elif self._token is not None and given["token_header"]:
-            headers[given["token_header"]] = self._token
+        api, headers = self._api, {}
+        sent = {**self._fields, api.query: query}
+        if self._token is not None and api.token_field:
+            sent[api.token_field] = self._token
+        elif self._token is not None and api.token_header:
+            headers[api.token_header] = self._token
         else:
             headers = network.bearer(self._token)
-        request = {"json": sent} if given["method"] == "POST" else {"params": sent}
+        request = {"json": sent} if api.method == "POST" else {"params": sent}
         async with network.web_client(self._call.patience.max_bytes, headers=headers) as client:
-            return network.parsed(await network.ask(client, given["method"], self._url, **request))
+            return network.parsed(await network.ask(client, api.method, self._url, **request))
 
     def _entry(self, row: Any) -> str:
-        keys = (self._given[key] for key in ("title", "link", "text"))
+        keys = (self._api.title, self._api.link, self._api.text)
         values = (row.get(key) if isinstance(row, dict) else None for key in keys)
         return "\n".join(" ".join(str(value).split()) for value in values if value)
-
-
-_PLAIN: dict[str, Any] = {
-    "url": None,
-    "method": "GET",
-    "query": "q",
-    "fields": {},
-    "token_header": None,
-    "token_field": None,
-    "results": "results",
-    "title": "title",
-    "link": "link",
-    "text": "text",
-}
-
-
-def _fits(key: str, value: Any) -> None:
-    if key == "method":
-        wanted, good = "GET or POST", value in ("GET", "POST")
-    elif key == "fields":
-        wanted, good = "a mapping", isinstance(value, Mapping)
-    else:
-        wanted = "a string"
-        good = isinstance(value, str) or (value is None and _PLAIN[key] is None)
-    if not good:
-        raise ConfigError(f"{key}: got {shown(value)}, expected {wanted}")
 
 
 class WebPage:
