@@ -8,7 +8,7 @@ from typing import Any
 from flowkern.agent import network
 from flowkern.agent.network import Caller, FailedCall, Patience
 from flowkern.agent.tools.extras import wanting
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, finite_number
 
 __all__ = ["FailedCall", "Patience", "TextClient"]
 
@@ -43,6 +43,12 @@ class TextClient:
             import openai
         except ImportError as error:
             raise wanting("a text client", "openai") from error
+        try:
+            for key, value in (("temperature", temperature), ("top_p", top_p)):
+                finite_number(key, value, "a number of at least 0", lambda v: v >= 0)
+            finite_number("max_tokens", max_tokens, "a whole number above 0", lambda v: v > 0)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.base_url = network.checked_url(base_url, "base_url")
         self.model = model
         self.defaults = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}

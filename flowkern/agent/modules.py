@@ -7,6 +7,7 @@ JSON that the tool checks against its schema, and is never run.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from flowkern.agent.memory import Action, Memory, Query, Step
 from flowkern.agent.prompts import Prompts
 from flowkern.agent.system import System, load_tools
 from flowkern.agent.tools import Tool
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, shown
 from flowkern.lookup import nearest
 
 MODULES = ("executor", "verifier", "generator")
@@ -75,11 +76,14 @@ def arguments_in(said: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     names the tool too, its "arguments". Raises FailedCall where there is none.
     """
     said, found, at = said[:LONGEST], None, 0
+    decode = json.JSONDecoder().raw_decode
     while (at := said.find("{", at)) >= 0:
         try:
-            found, at = json.JSONDecoder().raw_decode(said, at)
-        except (ValueError, RecursionError):
+            found, at = decode(said, at)
+        except ValueError:
             at += 1
+        except RecursionError:
+            break
     if not isinstance(found, dict):
         raise FailedCall("its answer has no JSON object with the tool's arguments")
     known = schema.get("properties", {})
@@ -90,7 +94,7 @@ def arguments_in(said: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _MARKS = r"[\s*_`#>'\"()-]*"
-_CONCLUSION = re.compile(rf"conclusion{_MARKS}:{_MARKS}(stop|continue)\b", re.IGNORECASE)
+_CONCLUSION = re.compile(rf"conclusion{_MARKS}:{_MARKS}(stop|continue)(?![a-z])", re.IGNORECASE)
 _WORD = re.compile(r"\b(STOP|CONTINUE)\b")
 _ANSWER = re.compile(rf"^{_MARKS}(?:final\s+)?answer{_MARKS}:", re.IGNORECASE | re.MULTILINE)
 
@@ -115,7 +119,7 @@ def answer_in(said: str) -> str:
     there is nothing."""
     *_, last = [None, *_ANSWER.finditer(said)]
     answer = said if last is None else said[last.end() :]
-    answer = answer.strip().strip("*_`").strip()
+    answer = answer.strip("*_` \t\r\n")
     if not answer:
         raise FailedCall("it gave no answer")
     return answer
@@ -129,7 +133,7 @@ def system(
     options: `agent.modules`: base_url, model, token_env, temperature, top_p, max_tokens, patience,
     as `TextClient` takes them; under executor, verifier and generator those that differ for one.
     tools: `agent.tools`; prompts: a folder of templates of one's own. Raises ConfigError naming the
-    key.
+    key, and where a model does not answer.
     """
     clients = {name: _client(options, name) for name in MODULES}
     texts = Prompts(prompts)
@@ -144,6 +148,7 @@ def system(
         return [{"role": "user", "content": text}]
 
     _tried(texts, prompt, made)
+    asyncio.run(_answer(clients))
     return System(made, prompt, planner.parse, *modules)
 
 
@@ -159,8 +164,19 @@ def _tried(texts: Prompts, prompt: Any, tools: Mapping[str, Tool]) -> None:
         texts.render(name, memory=memory)
 
 
+async def _answer(clients: Mapping[str, TextClient]) -> None:
+    """Each once: a run whose modules are down would be one of failed steps."""
+    for name, client in clients.items():
+        try:
+            await client("Say yes.")
+        except FailedCall as error:
+            raise ConfigError(f"agent.modules: the {name} does not answer: {error}") from error
+
+
 def _client(options: Mapping[str, Any], name: str) -> TextClient:
     own = options.get(name) or {}
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"agent.modules.{name}: got {shown(own)}, expected a mapping")
     for place, given in (("agent.modules", options), (f"agent.modules.{name}", own)):
         known = (*CLIENT, *MODULES) if given is options else CLIENT
         for key in given:

@@ -84,7 +84,7 @@ class Features:
             serves = self._engine.options.serves
             raise ConfigError(
                 f"agent.engine.url: {self._engine.root} gives log-probabilities that are not those "
-                f"of temperature {temperature}: {PROCESSED[serves]}, or set agent.temperature=1"
+                f"of temperature {temperature}: {PROCESSED[serves]}, or set algorithm.temperature=1"
             )
 
     async def _top_p(self) -> None:
@@ -101,7 +101,7 @@ class Features:
             return
         raise ConfigError(
             f"agent.engine.url: {self._engine.root} {problem}: "
-            f"{PROCESSED[self._engine.options.serves]}, or set agent.top_p=1"
+            f"{PROCESSED[self._engine.options.serves]}, or set algorithm.top_p=1"
         )
 
 
@@ -115,6 +115,6 @@ def _gap(values: list[float]) -> float:
     if len(values) < 2:
         raise ConfigError(
             "agent.engine.url: the server does not name the likeliest tokens (top_logprobs), so "
-            "that its temperature cannot be checked; set agent.temperature=1"
+            "that its temperature cannot be checked; set algorithm.temperature=1"
         )
     return values[0] - values[-1]
