@@ -101,6 +101,9 @@ class PlannerTask:
             for name, one in config.reward.root.items()
         }
         system = load_system(agent.system, agent.modules, agent.tools, agent.prompts)
+        engine_kind = load(agent.engine.kind, ENGINES, "agent.engine.kind")
+        if hasattr(engine_kind, "require"):
+            engine_kind.require(agent.engine.options)
         torch.manual_seed(config.seed)
         network, self.tokenizer, trained = load_language(config, self.device)
         try:
@@ -113,7 +116,7 @@ class PlannerTask:
             agent.max_new_tokens,
             stop_ids(self.policy.causal, self.tokenizer),
         )
-        engine = load(agent.engine.kind, ENGINES, "agent.engine.kind")(
+        engine = engine_kind(
             agent.engine.options, model=network, tokenizer=self.tokenizer, sampling=self.sampling
         )
         limits = agent.max_turns, agent.max_prompt_tokens, agent.concurrency, agent.seconds

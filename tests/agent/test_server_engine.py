@@ -325,12 +325,27 @@ def test_raw_log_probs_do_where_nothing_changes_them(base, lora):
         ({"adress": 1}, "agent.engine.adress: unknown key; known are url"),
         ({"modle": 1}, "agent.engine.modle: unknown key; did you mean 'model'"),
         ({"url": "http://127.0.0.1:9"}, "agent.engine.url: .*: cannot connect.*tried 2 times"),
-        ({"model": "small"}, "agent.engine.url: .*: answered 404: no such model"),
     ],
 )
 def test_options_refused(base, lora, options, message):
-    with ModelServer(base) as server, pytest.raises(ConfigError, match=message):
-        engine(server, lora, **options)
+    """With a model at hand, and before one is loaded."""
+    with ModelServer(base) as server:
+        with pytest.raises(ConfigError, match=message):
+            engine(server, lora, **options)
+        if "a LoRA" not in message:
+            given = {"url": server.url, "model": "tiny", "serves": "vllm", "patience": QUICK}
+            with pytest.raises(ConfigError, match=message):
+                ServerEngine.require({**given, **options})
+
+
+def test_a_server_is_required_before_a_model_is_loaded(base):
+    with ModelServer(base) as server:
+        given = {"url": f"{server.url}/v1/", "model": "tiny", "serves": "vllm", "patience": QUICK}
+        ServerEngine.require(given)
+        with pytest.raises(ConfigError, match=r"engine\.model: got 'small', but .* serves tiny$"):
+            ServerEngine.require({**given, "model": "small"})
+    with pytest.raises(ConfigError, match=r"^agent\.engine\.url: there is no server at .*connect"):
+        ServerEngine.require(given)
 
 
 def test_whole_weights_and_an_adapter_do_not_fit(base):

@@ -51,7 +51,8 @@ class Engine(Protocol):
     One of ENGINES is built as ``kind(options, model=..., tokenizer=..., sampling=...)``: options
     the mapping `agent.engine` without its kind, model the `nn.Module` that is trained (a server
     needs it for `sync` only), sampling the one of training. It raises ConfigError, naming
-    agent.engine.KEY, for what it cannot use.
+    agent.engine.KEY, for what it cannot use; one that has a static `require(options)` does so
+    there, before the model is loaded, as far as it can.
     """
 
     facts: Sequence[str]

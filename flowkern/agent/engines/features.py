@@ -41,8 +41,8 @@ class Features:
         prompt: list[int],
         sampling: Sampling,
     ) -> None:
-        self._engine, self._client, self._prompt = engine, client, prompt
-        self._sampling = sampling
+        self._engine, self._server = engine, engine.server
+        self._client, self._prompt, self._sampling = client, prompt, sampling
 
     async def tried(self) -> list[str]:
         """What was found, in lines. Raises ConfigError in a sentence for what a run cannot use, and
@@ -56,17 +56,17 @@ class Features:
         return [f"the same seed gives {same} there"]
 
     async def _turn(self, sampling: Sampling, seed: int) -> dict[str, Any]:
-        engine = self._engine
-        answer = await engine.complete(
-            self._client, {"model": engine.options.model}, self._prompt, sampling, seed, top=TOP
+        model = {"model": self._server.options.model}
+        answer = await self._engine.complete(
+            self._client, model, self._prompt, sampling, seed, top=TOP
         )
         try:
-            turn(answer, self._prompt, sampling, engine.vocabulary)
+            turn(answer, self._prompt, sampling, self._engine.vocabulary)
             found = Completion.of(answer)
         except FailedCall as error:
-            how = HOW[engine.options.serves]
+            how = HOW[self._server.serves]
             raise ConfigError(
-                f"agent.engine.url: {engine.root} cannot be trained with: {error}; {how}"
+                f"agent.engine.url: {self._server.root} cannot be trained with: {error}; {how}"
             ) from error
         return {"ids": found.ids, "log_probs": found.log_probs, "top": _values(found.top)}
 
@@ -81,10 +81,10 @@ class Features:
         gap, scaled = _gap(one["top"]), _gap(other["top"])
         wanted = gap / temperature
         if abs(scaled - wanted) > SLACK * (1 + wanted):
-            serves = self._engine.options.serves
             raise ConfigError(
-                f"agent.engine.url: {self._engine.root} gives log-probabilities that are not those "
-                f"of temperature {temperature}: {PROCESSED[serves]}, or set algorithm.temperature=1"
+                f"agent.engine.url: {self._server.root} gives log-probabilities that are not those "
+                f"of temperature {temperature}: {PROCESSED[self._server.serves]}, or set "
+                "algorithm.temperature=1"
             )
 
     async def _top_p(self) -> None:
@@ -100,8 +100,8 @@ class Features:
         else:
             return
         raise ConfigError(
-            f"agent.engine.url: {self._engine.root} {problem}: "
-            f"{PROCESSED[self._engine.options.serves]}, or set algorithm.top_p=1"
+            f"agent.engine.url: {self._server.root} {problem}: "
+            f"{PROCESSED[self._server.serves]}, or set algorithm.top_p=1"
         )
 
 

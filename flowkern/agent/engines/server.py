@@ -10,81 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from flowkern.agent import network
-from flowkern.agent.clients import as_patience
 from flowkern.agent.engines import Generation, Sampling
 from flowkern.agent.engines.completion import turn
+from flowkern.agent.engines.connection import KEY, Connection
 from flowkern.agent.engines.features import Features
 from flowkern.agent.engines.weights import Route, route
-from flowkern.agent.network import Caller, FailedCall, Patience
-from flowkern.checks import ConfigError, shown
-from flowkern.lookup import nearest
-
-KEY = "agent.engine"
-
-
-@dataclass(frozen=True)
-class Options:
-    """`agent.engine`, without its kind."""
-
-    url: str
-    """Of the server's root: http://HOST:8000."""
-    model: str
-    """As the server calls what it was started with (vLLM: --served-model-name, or its path)."""
-    serves: str
-    """ "vllm" or "sglang"."""
-    weights: str = "lora"
-    """How they get there: "lora" (both) loads an adapter, "disk" (SGLang) all weights; each from a
-    folder that the server reads too."""
-    name: str = "flowkern"
-    """What adapters are called there, before their number: one run, one name."""
-    folder: str | None = None
-    """Where weights are written for the server; None: in the run's directory."""
-    folder_on_server: str | None = None
-    """What the server calls that folder; None: the same."""
-    token_env: str | None = None
-    """The environment variable that has the server's token."""
-    patience: Any = None
-    """See network.Patience: timeout_s, deadline_s, retries, backoff_s, concurrency, max_bytes."""
-
-    def __post_init__(self) -> None:
-        for key, known in {"serves": ("vllm", "sglang"), "weights": ("lora", "disk")}.items():
-            if getattr(self, key) not in known:
-                wanted = " or ".join(known)
-                got = shown(getattr(self, key))
-                raise ConfigError(f"{KEY}.{key}: got {got}, expected {wanted}")
-        if (self.serves, self.weights) == ("vllm", "disk"):
-            raise ConfigError(
-                f"{KEY}.weights: vLLM takes adapters from a folder, and no whole weights; train a "
-                "LoRA with weights: lora, or serve with SGLang"
-            )
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
-        """Of a configuration; raises ConfigError naming the full key."""
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                near = nearest(str(key), known)
-                hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
-                raise ConfigError(f"{KEY}.{key}: unknown key; {hint}")
-        for key in ("url", "model", "serves"):
-            if given.get(key) is None:
-                raise ConfigError(f"{KEY}.{key}: missing; {_HOW[key]}")
-        return cls(**given)
-
-
-_HOW = {
-    "url": "the planner is drawn by a server of yours: start one, and say where it listens",
-    "model": "what the server calls its model",
-    "serves": "vllm or sglang",
-}
+from flowkern.agent.network import FailedCall
+from flowkern.checks import ConfigError
 
 
 class ServerEngine:
@@ -99,42 +37,28 @@ class ServerEngine:
     calls = 0
     is_exact = False
 
+    @staticmethod
+    def require(options: Mapping[str, Any]) -> None:
+        """Raises ConfigError where there is no such server: before a model is loaded for it."""
+        Connection(options).require()
+
     def __init__(
         self, options: Mapping[str, Any], *, model: Any, tokenizer: Any, sampling: Sampling
     ) -> None:
-        self.options = Options.of(options)
-        self.root = network.checked_url(self.options.url, f"{KEY}.url").removesuffix("/v1")
-        try:
-            self.patience: Patience = as_patience(self.options.patience)
-        except ConfigError as error:
-            raise ConfigError(f"{KEY}.{error}") from None
-        self._headers = network.bearer(network.token(self.options.token_env, f"{KEY}.token_env"))
-        self._call = Caller(self.patience)
+        self.server = Connection(options)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self._tokenizer = tokenizer
-        self._route: Route = route(self, model)
+        self._route: Route = route(self.server, model)
         self.facts = asyncio.run(self._tried(sampling))
 
     async def _tried(self, sampling: Sampling) -> list[str]:
         try:
-            async with self.client() as client:
+            async with self.server.client() as client:
                 prompt = list(self._tokenizer.encode("The sum of 2 and 3 is"))
                 found = await Features(self, client, prompt, sampling).tried()
         except FailedCall as error:
-            raise ConfigError(f"{KEY}.url: {self.root}: {error}") from error
-        return [f"turns are drawn by {self.options.serves} at {self.root}", *found]
-
-    def client(self) -> httpx2.AsyncClient:
-        return network.web_client(self.patience.max_bytes, headers=self._headers)
-
-    async def ask(
-        self, client: httpx2.AsyncClient, method: str, path: str, body: Any = None
-    ) -> bytes:
-        """One call, with patience; raises FailedCall."""
-        request = {} if body is None else {"json": body}
-        return await self._call(
-            lambda: network.ask(client, method, f"{self.root}{path}", **request)
-        )
+            raise ConfigError(f"{KEY}.url: {self.server.root}: {error}") from error
+        return [f"turns are drawn by {self.server.serves} at {self.server.root}", *found]
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
@@ -145,7 +69,7 @@ class ServerEngine:
         """
         if not prompts:
             return []
-        async with self.client() as client:
+        async with self.server.client() as client:
             try:
                 model = await self._route.current(client)
             except FailedCall as error:
@@ -199,9 +123,9 @@ class ServerEngine:
             "logprobs": top,
             "return_token_ids": True,
         }
-        if self.options.serves == "sglang":
+        if self.server.serves == "sglang":
             body["no_stop_trim"] = True  # else the id that ended the turn is left out
-        return network.parsed(await self.ask(client, "POST", "/v1/completions", body))
+        return network.parsed(await self.server.ask(client, "POST", "/v1/completions", body))
 
     def sync(self, model: Any, directory: Path) -> None:
         """Brings the weights to the server, and asks it whether it has them.
@@ -211,8 +135,8 @@ class ServerEngine:
         try:
             asyncio.run(self._sync(model, directory))
         except FailedCall as error:
-            raise RuntimeError(f"{self.root} did not take the weights: {error}") from error
+            raise RuntimeError(f"{self.server.root} did not take the weights: {error}") from error
 
     async def _sync(self, model: Any, directory: Path) -> None:
-        async with self.client() as client:
+        async with self.server.client() as client:
             await self._route.bring(client, model, self._tokenizer, directory)

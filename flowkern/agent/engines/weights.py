@@ -14,7 +14,7 @@ from flowkern.checks import ConfigError, shown
 if TYPE_CHECKING:
     import httpx2
 
-    from flowkern.agent.engines.server import ServerEngine
+    from flowkern.agent.engines.connection import Connection
 
 KEY = "agent.engine.weights"
 
@@ -29,24 +29,23 @@ class Route(Protocol):
         """The fields of a request that name the newest weights."""
 
 
-def route(engine: ServerEngine, model: Any) -> Route:
+def route(server: Connection, model: Any) -> Route:
     """Raises ConfigError where the kind of weights and the route do not fit."""
     adapted = hasattr(model, "peft_config")
-    if engine.options.weights == "lora":
+    if server.options.weights == "lora":
         if not adapted:
             raise ConfigError(f"{KEY}: got 'lora', but all weights are trained (lora: null)")
-        return Adapter(engine)
+        return Adapter(server)
     if adapted:
         raise ConfigError(f"{KEY}: got 'disk', but a LoRA is trained; expected lora")
-    return Disk(engine)
+    return Disk(server)
 
 
 class _Shared:
     """The folder that trainer and server both read."""
 
-    def __init__(self, engine: ServerEngine) -> None:
-        self.engine = engine
-        self.options = engine.options
+    def __init__(self, server: Connection) -> None:
+        self.server, self.options = server, server.options
 
     def folder(self, directory: Path) -> Path:
         return Path(self.options.folder or directory / "server").absolute()
@@ -86,20 +85,18 @@ class Adapter(_Shared):
 
     async def _post(self, client: httpx2.AsyncClient, verb: str, body: dict[str, str]) -> None:
         start = "/v1" if self._is == "vllm" else ""
-        await self.engine.ask(client, "POST", f"{start}/{verb}_lora_adapter", body)
+        await self.server.ask(client, "POST", f"{start}/{verb}_lora_adapter", body)
 
     async def _there(self, client: httpx2.AsyncClient) -> dict[int, dict[str, Any]]:
         """This run's adapters, by number, as the server has them."""
-        listed = parsed(await self.engine.ask(client, "GET", "/v1/models"))
-        cards = listed.get("data") if isinstance(listed, dict) else None
-        cards = [c for c in cards or [] if isinstance(c, dict)]
+        cards = await self.server.models(client)
         return {n: card for card in cards if (n := self.number(card.get("id"))) >= 0}
 
     async def current(self, client: httpx2.AsyncClient) -> dict[str, str]:
         there = await self._there(client)
         if not there:
             raise RuntimeError(
-                f"{self.engine.root} has no adapter {self.options.name}-N: it was started anew "
+                f"{self.server.root} has no adapter {self.options.name}-N: it was started anew "
                 "since; go on with train.resume_from_checkpoint=latest"
             )
         return self._named(f"{self.options.name}-{max(there):06d}")
@@ -145,9 +142,9 @@ class Disk(_Shared):
     async def _reads(self, client: httpx2.AsyncClient) -> str:
         """The folder that the server has its weights from."""
         try:
-            said = await self.engine.ask(client, "GET", "/model_info")
+            said = await self.server.ask(client, "GET", "/model_info")
         except FailedCall:  # as it was called before
-            said = await self.engine.ask(client, "GET", "/get_model_info")
+            said = await self.server.ask(client, "GET", "/get_model_info")
         info = parsed(said)
         path = info.get("model_path") if isinstance(info, dict) else None
         if not isinstance(path, str):
@@ -158,7 +155,7 @@ class Disk(_Shared):
         reads = await self._reads(client)
         if self.number(reads) < 0:
             raise RuntimeError(
-                f"{self.engine.root} has the weights of {reads}: it was started anew since; go on "
+                f"{self.server.root} has the weights of {reads}: it was started anew since; go on "
                 "with train.resume_from_checkpoint=latest"
             )
         return {"model": self.options.model}
@@ -171,7 +168,7 @@ class Disk(_Shared):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         body = {"model_path": self.there(path), "flush_cache": True}
-        said = parsed(await self.engine.ask(client, "POST", "/update_weights_from_disk", body))
+        said = parsed(await self.server.ask(client, "POST", "/update_weights_from_disk", body))
         if not isinstance(said, dict) or said.get("success") is not True:
             raise FailedCall(line(f"it said {shown(said)}"))
         reads = await self._reads(client)
