@@ -19,6 +19,7 @@ TOOLS = {
     "web_search": "flowkern.agent.tools.web:WebSearch",
     "web_page": "flowkern.agent.tools.web:WebPage",
     "wikipedia": "flowkern.agent.tools.wikipedia:Wikipedia",
+    "python": "flowkern.agent.tools.python:Python",
 }
 """Short names; the modules behind them are imported only when asked for."""
 
