@@ -35,8 +35,11 @@ class Sums:
         return sum(self._parts) / total
 
     def named(self, values: list[float]) -> tuple[float, dict[str, float]]:
-        """Of the numbers that `over` became: the loss, and the means of what was trained."""
+        """Of the numbers that `over` became: the loss, and the means of what was trained; none
+        where nothing was."""
         loss, *found, trained = values
+        if trained == 0:
+            return loss, {}
         return loss, {n: value / trained for n, value in zip(self._names, found, strict=True)}
 
 
