@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from flowkern.agent.options import built
 from flowkern.agent.tools.tool import Limits, Result, Tool, ToolFailure, tool
 from flowkern.checks import ConfigError, shown
-from flowkern.lookup import load, nearest
+from flowkern.lookup import load
 
 __all__ = ["TOOLS", "Limits", "Result", "Tool", "ToolFailure", "load_tool", "tool"]
 
@@ -30,16 +31,18 @@ def load_tool(kind: str, name: str | None = None, /, client: Any = None, **optio
     """The tool that `kind` stands for: a key of `TOOLS`, or "module:attribute" of any module.
 
     A class is built with `options`; a function, or a `Tool`, takes none. Every tool takes `seconds`
-    and `characters`, its limits. name: what a configuration, and so the planner, calls it; None:
-    the tool's own. client: given to a class that has a parameter `client` and no option of it.
+    and `characters`, its limits; a class may have options of these names itself. name: what a
+    configuration, and so the planner, calls it; None: the tool's own. client: given to a class that
+    has a parameter `client` and no option of it.
     Raises ConfigError, naming agent.tools.NAME or the option, for what there is not, cannot be a
     tool, and for options that it does not have, lacks or refuses.
     """
     key = f"agent.tools.{name or kind}"
-    given = {k: v for k, v in options.items() if k not in LIMITS}
     found = load(kind, TOOLS, key)
+    own = inspect.signature(found).parameters if inspect.isclass(found) else {}
+    given = {k: v for k, v in options.items() if k not in LIMITS or k in own}
     if inspect.isclass(found):
-        found = _built(found, given, key, client)
+        found = built(found, given, key, client, also=LIMITS)
     elif given:
         raise ConfigError(
             f"{key}.{next(iter(given))}: unknown key; a function takes no options: make it a "
@@ -47,7 +50,7 @@ def load_tool(kind: str, name: str | None = None, /, client: Any = None, **optio
         )
     try:
         made = found if isinstance(found, Tool) else tool(found, name=name)
-        made.limits = _limits(made.limits, options, key)
+        made.limits = _limits(made.limits, {k: options[k] for k in options if k not in own}, key)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error) if key in str(error) else f"{key}: {error}") from error
     made.name = name or made.name
@@ -63,27 +66,3 @@ def _limits(limits: Limits, options: Mapping[str, Any], key: str) -> Limits:
         return Limits(**{"seconds": limits.seconds, "characters": limits.characters, **given})
     except ValueError as error:
         raise ConfigError(f"{key}.{error}") from error
-
-
-def _built(kind: type, options: Mapping[str, Any], key: str, client: Any) -> Any:
-    parameters = inspect.signature(kind).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    given = dict(options)
-    if client is not None and "client" in parameters:
-        given.setdefault("client", client)
-    for option in options:
-        if option not in parameters and not takes_all:
-            near = nearest(option, parameters)
-            known = ", ".join([*parameters, *LIMITS])
-            hint = f"did you mean '{key}.{near}'?" if near else f"known are {known}"
-            raise ConfigError(f"{key}.{option}: unknown key; {hint}")
-    for option, parameter in parameters.items():
-        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if is_named and parameter.default is parameter.empty and option not in given:
-            raise ConfigError(f"{key}.{option}: missing, and has no default")
-    try:
-        return kind(**given)
-    except (ValueError, TypeError) as error:  # its own message begins with the option
-        message = str(error)
-        option = message.partition(":")[0]
-        raise ConfigError(f"{key}{'.' if option in parameters else ': '}{message}") from error
