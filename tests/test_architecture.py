@@ -142,11 +142,12 @@ def places_of(names, known):
 
 
 def test_algorithm_names_stay_in_their_room():
-    from flowkern.rl.algorithms import ALGORITHMS
+    from flowkern.rl.algorithms import ALGORITHMS, PLANNERS
 
     files = {p.stem for p in (PACKAGE / "rl" / "algorithms").glob("*.py")} - {"__init__"}
-    assert files == set(ALGORITHMS)
-    names = files | {home.partition(":")[2] for home in ALGORITHMS.values()}
+    known = ALGORITHMS | PLANNERS
+    assert files == set(known)
+    names = files | {home.partition(":")[2] for home in known.values()}
     assert {"flow_grpo", "FlowGRPO"} <= names
     assert not list(places_of(names, KNOW_ALGORITHMS))
 

@@ -13,6 +13,7 @@ from test_architecture import HEAVY
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs/digits/flow_grpo.yaml")
+AGENT = str(ROOT / "configs/agent/demo.yaml")
 
 # Arguments, exit status, what the one line on stderr holds (or, with status 0, stdout).
 SAID = [
@@ -32,6 +33,20 @@ SAID = [
     (["train", CONFIG, "algorithm.name=no_such:Recipe"], 2, "there is no module no_such"),
     (["train", CONFIG, "reward.digit_judge={}"], 2, "reward.digit_judge: .*mean 'digits_judge'"),
     (["train", CONFIG, "reward.weights={}"], 2, "reward.weights: is not how .* {weight: 1.0}"),
+    (["train", AGENT, "agent.max_turn=3"], 2, "agent.max_turn: .*mean 'agent.max_turns'"),
+    (["train", AGENT, "model.height=3"], 2, "model.height: unknown key"),
+    (["train", AGENT, "reward={exat: {}}"], 2, "reward.exat: .*mean 'exact'"),
+    (["train", AGENT, "agent.engine.kind=servr"], 2, "agent.engine.kind: .*mean 'server'"),
+    (["train", AGENT, "train.prompts_per_block=1"], 2, "train.prompts_per_block: got 1, but"),
+    (
+        ["train", AGENT, "algorithm.dual_clip=1.1"],
+        2,
+        "algorithm.dual_clip: got 1.1, expected .*1.3",
+    ),
+    (["train", AGENT, "algorithm.guidance_scale=2"], 2, "algorithm.guidance_scale: unknown key"),
+    (["demo", "agnt"], 2, "demo: got 'agnt', expected agent"),
+    (["cost", "agentflow"], 2, "agentflow: is not counted: .*turns"),
+    (["cost", "--config", AGENT], 2, "agentflow: is not counted"),
     (["sample", "x"], 2, "required: --prompt"),
     (
         ["sample", "x", "--prompt", "p", "--num-images", "1001"],
@@ -54,7 +69,7 @@ for arguments in {[arguments for arguments, _, _ in SAID]!r}:
             status = stop.code
     print(repr((status, out.getvalue(), err.getvalue())))
 import flowkern.rl.algorithms as algorithms
-for name in algorithms.names():
+for name in (*algorithms.names(), *algorithms.PLANNERS):
     algorithms.recipe(name)()
 heavy = [name for name in ("torch", "numpy", "diffusers") if name in sys.modules]
 assert not heavy, heavy

@@ -34,15 +34,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from flowkern.rl.algorithms import name_of, names, recipe
-    from flowkern.rl.cost import network_calls
-    from flowkern.rollout import Cost
-    from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
+    from flowkern.rl.algorithms import flow_recipe, name_of, names
 
     if options.config is None:
         recipes = {}
         for name in options.names or names():
-            kind = recipe(name)
+            kind = flow_recipe(name)
             recipes[name] = kind()
             recipes |= {f"{name}, {form}": kind(**more) for form, more in kind.forms.items()}
         rollouts, seed = ROLLOUTS, 0
@@ -50,9 +47,14 @@ def run(options: argparse.Namespace) -> int:
         from flowkern.train.config import load_config
 
         config = load_config(options.config, options.names)
+        flow_recipe(name_of(config.algorithm))  # refuses what cannot be counted
         recipes = {name_of(config.algorithm): config.algorithm}
         rollouts = min(ROLLOUTS, config.train.steps // config.algorithm.updates_per_rollout)
         seed = config.seed
+
+    from flowkern.rl.cost import network_calls  # what is refused shows before the imports
+    from flowkern.rollout import Cost
+    from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
     def row(algorithm: Recipe, costs: Sequence[Cost]) -> tuple[str, ...]:
         ours = Cost.mean(costs)

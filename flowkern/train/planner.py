@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
@@ -125,7 +124,6 @@ class PlannerTask:
         self.trained_rows = 0  # through the network, beside the engine's
         needs_copy = config.lora is None and recipe.kl_coef > 0
         self.copies = [REFERENCE] if needs_copy else []
-        self._sync_in = TemporaryDirectory(prefix="flowkern-")
 
     @property
     def temperature(self) -> float:
@@ -173,7 +171,7 @@ class PlannerTask:
 
         def work() -> None:
             if self.accelerator.is_main_process:
-                self.flow.engine.sync(self.policy.model, Path(self._sync_in.name))
+                self.flow.engine.sync(self.policy.model, Path(self.config.output_dir))
 
         distributed.together(self.accelerator, work)
 

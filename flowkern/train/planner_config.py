@@ -76,7 +76,7 @@ class AgentConfig(Section):
     """Where turns are drawn."""
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _names_are_there(self) -> Self:
         locate(self.system, SYSTEMS, "agent.system")
         locate(self.engine.kind, ENGINES, "agent.engine.kind")
         return self

@@ -84,7 +84,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ('model.negative_prompt="\\ud800"', "model.negative_prompt: got .*, expected text, wi"),
         ("model.frame_rate=0", "model.frame_rate: got 0.0, expected a number above 0"),
         ("model.guidance_embedding=-1", "model.guidance_embedding: got -1.0, .* at least 0"),
-        ("algorithm.best=1", "algorithm.best: unknown key; known are num_inference_steps, guid"),
+        ("algorithm.best=1", "algorithm.best: unknown key; known are group_size, prompts_per"),
         ("extends=a.yaml", "extends: unknown key"),
         ("algorithm.updates_per_rollout=4", "train.steps: got .* expected a multiple of .* 4"),
         ("algorithm.clip_range=1", r"algorithm\.clip_range: got 1\.0, .* from 0 to below 1"),

@@ -9,7 +9,7 @@ from flowkern.lookup import load
 from flowkern.rl.cost import counts
 from flowkern.rl.recipe import AnyRecipe, Recipe
 
-__all__ = ["ALGORITHMS", "DEFAULT", "PLANNERS", "cost", "name_of", "names", "recipe"]
+__all__ = ["ALGORITHMS", "DEFAULT", "PLANNERS", "cost", "flow_recipe", "name_of", "names", "recipe"]
 
 ALGORITHMS = {
     "awm": "flowkern.rl.algorithms.awm:AWM",
