@@ -39,5 +39,6 @@ def built(
         return kind(**given)
     except (ValueError, TypeError) as error:  # its own message begins with the option
         message = str(error)
-        is_of_option = message.partition(":")[0].partition(".")[0] in parameters
+        said = message.partition(":")[0].partition(".")[0]
+        is_of_option = said in parameters or (takes_all and said.isidentifier())
         raise ConfigError(f"{key}{'.' if is_of_option else ': '}{message}") from error

@@ -179,7 +179,7 @@ def test_a_reward_of_ones_own():
         ("exakt", "mine", {}, "reward.mine.kind: got 'exakt'"),
         ("exact", None, {"x": 1}, "reward.exact.x: unknown key"),
         ("numeric", None, {"tolerance": -1}, "reward.numeric.tolerance: got -1"),
-        ("judge", None, {}, "reward.judge: base_url: missing"),
+        ("judge", None, {}, "reward.judge.base_url: missing"),
         ("judge", None, {"client": 1, "attempts": 0}, "reward.judge.attempts: got 0"),
         (f"{__name__}:Longer", "own", {}, "reward.own.least: missing"),
     ],

@@ -20,6 +20,8 @@ TOOLS = {
     "web_search": "flowkern.agent.tools.web:WebSearch",
     "web_page": "flowkern.agent.tools.web:WebPage",
     "wikipedia": "flowkern.agent.tools.wikipedia:Wikipedia",
+    "smolagents": "flowkern.agent.tools.adapters:SmolagentsTool",
+    "mcp": "flowkern.agent.tools.adapters:McpTool",
     "python": "flowkern.agent.tools.python:Python",
 }
 """Short names; the modules behind them are imported only when asked for."""
