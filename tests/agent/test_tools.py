@@ -3,14 +3,18 @@
 import asyncio
 import json
 import re
+import sys
 import threading
 import time
+import tomllib
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
 from flowkern.agent.tools import TOOLS, Limits, Tool, ToolFailure, load_tool, tool
+from flowkern.agent.tools.extras import EXTRAS
 from flowkern.agent.tools.tool import LEFT_BEHIND
 from flowkern.checks import ConfigError
 
@@ -486,3 +490,33 @@ def test_generator_asks_the_client_that_it_is_given():
         call(load_tool("generator", client=silent), query="q").failure == "the model gave no text"
     )
     assert "connection refused" in call(load_tool("generator", client=down), query="q").failure
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_install_line_names_an_extra_that_brings_the_package():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package, extra in EXTRAS.items():
+        brought = [re.split("[<>=]", one)[0].replace("-", "_") for one in extras[extra]]
+        assert package in brought
+    assert set(EXTRAS.values()) < set(extras)
+
+
+def test_the_tool_of_the_documentation(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "agent.md").read_text()
+    code = re.search(r"## Your own tool in five lines\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "my_tools.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_tools", raising=False)
+    assert len(code.splitlines()) == 5
+    made = load_tool("my_tools:distance", "distance", seconds=2, characters=500)
+    assert (
+        made.description == "Converts a distance in kilometres to miles or feet."
+        and made.schema["required"] == ["kilometres"]
+    )
+    assert call(made, kilometres="10").text == "6.21 miles"
+    assert call(made, kilometres=1, unit="ells").failure == "KeyError: 'ells'"
+    monkeypatch.delitem(sys.modules, "my_tools")
