@@ -107,9 +107,8 @@ async def _planned(
     left = flow.max_turns - turn
     prompts = encoded(flow.tokenizer, [flow.system.prompt(one.memory, left) for one in running])
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= flow.max_prompt_tokens]
-    drawn = await flow.engine.generate(
-        [prompts[i] for i in fits], sampling, [seeds[i] for i in fits]
-    )
+    asked = [prompts[i] for i in fits], sampling, [seeds[i] for i in fits]
+    drawn = await flow.engine.generate(*asked) if fits else []
     long = f"the prompt is longer than {flow.max_prompt_tokens} tokens"
     turns = [Generation.failed((), long) for _ in running]
     for i, one in zip(fits, drawn, strict=True):
