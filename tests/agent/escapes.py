@@ -10,6 +10,8 @@ def syscall(number, *arguments):
     """A system call of x86-64, past whatever Python would check; through when it is carried out."""
     import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
+    if os.uname().machine != "x86_64":
+        raise OSError(errno.ENOSYS, "other numbers")
     result = libc.syscall(ctypes.c_long(number), *[
         ctypes.c_long(one) if isinstance(one, int) else one for one in arguments
     ])
@@ -123,6 +125,14 @@ through()
     "the victim's processors": "os.sched_setaffinity(@VICTIM@, {0}); through()",
     "the victim's turn": "os.setpriority(os.PRIO_PROCESS, @VICTIM@, 19); through()",
     "the victim's disk": "syscall(251, 1, @VICTIM@, 0x6000); through()",
+    "the victim by a pipe": """
+import fcntl
+r, w = os.pipe()
+fcntl.fcntl(r, 10, 9)  # F_SETSIG: that signal when there is something to read
+fcntl.fcntl(r, fcntl.F_SETOWN, @VICTIM@)
+fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)
+os.write(w, b'x')
+""",
     "ptrace": "syscall(101, 0x4206, @VICTIM@, 0, 0); through()",
     "ptrace of the warden": "syscall(101, 16, os.getppid(), 0, 0); through()",
     "reading its memory": "syscall(310, os.getppid(), b'0' * 16, 1, b'0' * 16, 1, 0); through()",
@@ -211,5 +221,11 @@ if os.fork() == 0:
         time.sleep(60)
     os._exit(0)
 through()
+""",
+    "threads without end": """
+import threading
+threading.stack_size(32768)
+while True:
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 """,
 }
