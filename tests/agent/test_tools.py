@@ -216,6 +216,12 @@ async def raises_later() -> str:
     raise ValueError("late")
 
 
+async def raises_a_group() -> str:
+    """Fails in one of its tasks."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(raises_later())
+
+
 def recurses() -> str:
     """Calls itself."""
     return recurses()
@@ -271,6 +277,7 @@ ANYWHERE = [
     (cannot_say, "Mute"),
     (refuses, "there is no such item"),
     (raises_later, "ValueError: late"),
+    (raises_a_group, "ValueError: late"),
     (recurses, "RecursionError: maximum recursion depth"),
     (floods, "more than 50 characters of output"),
     (floods_async, "more than 50 characters of output"),

@@ -23,6 +23,8 @@ class _Abandoned(BaseException):
 
 def reason_of(error: BaseException) -> str:
     """Why a call failed: a sentence of the tool's own, or what it raised, on one line."""
+    while isinstance(error, BaseExceptionGroup):  # of tasks; one of its reasons says more
+        error = error.exceptions[0]
     if isinstance(error, ToolFailure):
         return one_line(error)
     try:
@@ -32,8 +34,8 @@ def reason_of(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {said}" if said else type(error).__name__)
 
 
-def collected(value: Any, output: Output) -> str | None:
-    """What a function returned or yields, put into `output`; the reason where that fails."""
+def collected(value: Any, output: Output) -> None:
+    """Put what a function returned, or yields, into `output`."""
     if inspect.isgenerator(value):
         for piece in value:
             output.add(piece)
@@ -90,7 +92,8 @@ class Apart(threading.Thread):
     def _run(self) -> None:
         value = self.call()
         if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
-            return collected(value, self.output)
+            collected(value, self.output)
+            return
         loop = asyncio.new_event_loop()
         # asyncio.run would wait for a task that does not let itself be cancelled.
         loop.set_exception_handler(lambda *_: None)

@@ -131,7 +131,8 @@ class Tool:
         try:
             value = call()
             if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
-                return collected(value, output)
+                collected(value, output)
+                return None
         except (Exception, SystemExit) as error:
             return reason_of(error)
         task = asyncio.ensure_future(_reason(drained(value, output)))
