@@ -1,19 +1,24 @@
 """The fused token loss, forward and backward, against its own GEMMs alone and against its rivals.
 
     python benchmarks/bench_token_loss.py [--device cpu|cuda] [--json PATH] [--seconds S]
+        [--row-seconds S]
 
 The bound is the same chunk loop with the same buffers and a row kernel that does nothing. It and
-flowkern take turns; the others follow, one by one. Every contender is gated on its gradients.
-Writes the JSON file after each, into the folder that FLOWKERN_RESULTS names or benchmarks/results.
+flowkern take turns, then a rival after the other. Every contender is gated on its gradients. On a
+CPU a row ends when its time is over, with the rounds that it had by then. GPU_REHEARSE=1 goes
+through a device's rows at a tiny size. Writes the JSON file after each row, into the folder that
+FLOWKERN_RESULTS names or benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +33,7 @@ from flowkern.ops.token_loss.chunks import Wanted, chunk_rows
 from flowkern.ops.token_loss.inputs import Head, Objective, Tokens
 
 GPU = Shape(8192, 3584, 152_064, torch.bfloat16, 2**30)
+REHEARSAL = Shape(600, 24, 1003, torch.bfloat16, 2**10)
 GPU_OTHERS = (
     Shape(1024, 3584, 152_064, torch.bfloat16, 2**30),
     Shape(32_768, 3584, 152_064, torch.bfloat16, 2**30),
@@ -45,9 +51,33 @@ GATE = Shape(1024, 512, 32_768, torch.bfloat16, 2**24)
 TILES = ((4096, 8), (8192, 16), (16384, 32), (2048, 4), (4096, 4), (8192, 8))
 
 
+class OutOfTime(Exception):
+    pass
+
+
+@contextmanager
+def ends_after(seconds: float | None) -> Iterator[None]:
+    """Raises OutOfTime between two ops of torch; one op takes what it takes."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_):
+        raise OutOfTime(f"more than {seconds:.0f} s")
+
+    kept = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, kept)
+
+
 class Bench:
-    def __init__(self, device: torch.device, path: Path, seconds: float):
+    def __init__(self, device: torch.device, path: Path, seconds: float, row_seconds: float | None):
         self.device, self.path, self.end = device, path, time.perf_counter() + seconds
+        self.row_seconds = row_seconds
         self.result = {
             "machine": describe_machine(device),
             "command": " ".join(sys.argv),
@@ -66,7 +96,8 @@ class Bench:
         if begin > self.end:
             return self.note(row | {"skipped": "out of time"})
         try:
-            row |= measure()
+            with ends_after(self.row_seconds):
+                row |= measure()
         except Exception as error:  # a row that says so
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         self._forget()
@@ -77,11 +108,16 @@ class Bench:
         return device_time._once(run, self.device)
 
     def times(self, runs: dict[str, Callable], rounds: int, warm: int = 2) -> dict[str, dict]:
+        begin = time.perf_counter()
         for _ in range(warm):
             for run in runs.values():
                 run()
         found = {name: [] for name in runs}
+        a_round = (time.perf_counter() - begin) / max(1, warm)
         for turn in range(rounds):
+            left = self.row_seconds and self.row_seconds - (time.perf_counter() - begin)
+            if turn and left is not None and left < 1.5 * a_round:
+                break
             for name in list(runs)[:: 1 if turn % 2 else -1]:
                 found[name].append(self.once(runs[name]))
         return {
@@ -91,20 +127,36 @@ class Bench:
 
     def memory(self, run: Callable) -> dict:
         """Bytes over what was there before, gradients included."""
-        if self.device.type != "cuda":
-            return {}
         self._forget()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        made = run()
-        peak = torch.cuda.max_memory_allocated() - before
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            made = run()
+            peak = torch.cuda.max_memory_allocated() - before
+        elif CLEAR_PEAK.exists():
+            CLEAR_PEAK.write_text("5")
+            before = resident("VmRSS")
+            made = run()
+            peak = resident("VmHWM") - before
+        else:
+            return {}
         kept = sum(x.nbytes for x in made)
         return {"peak_bytes": peak, "result_bytes": kept, "extra_bytes": peak - kept}
 
     def _forget(self) -> None:
+        chunks._kept.__dict__.clear()  # the memory that a thread keeps for logits
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+def resident(name: str) -> int:
+    """Bytes of memory that this process has, or has had at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def gemms(problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
@@ -134,36 +186,43 @@ def gate(bench: Bench) -> None:
 
 
 def against_gemms(bench: Bench, shape: Shape, rounds: int) -> None:
-    p = Problem(shape, bench.device)
-    runs = {"gemms": gemms(p), "flowkern": p.flowkern()}
-
     def measure() -> dict:
-        found = bench.times(runs, rounds)
-        ratio = found["flowkern"]["ms_p50"] / found["gemms"]["ms_p50"]
-        rows = chunk_rows(shape.tokens, shape.vocabulary, p.hidden.element_size(), shape.budget)
-        limit = rows * shape.vocabulary * p.hidden.element_size() + 4 * p.weight.numel()
+        p = Problem(shape, bench.device)
+        runs = {"gemms": gemms(p), "flowkern": p.flowkern()}
         memory = bench.memory(runs["flowkern"])
-        return {"ratio": ratio, "chunk_rows": rows, "logits_and_float32_dW": limit} | memory | found
+        found = bench.times(runs, rounds, 1 if bench.row_seconds else 2)
+        ratio = found["flowkern"]["ms_p50"] / found["gemms"]["ms_p50"]
+        itemsize = chunks.gemm_dtype(bench.device, shape.dtype).itemsize
+        rows = chunk_rows(shape.tokens, shape.vocabulary, itemsize, shape.budget)
+        limit = rows * shape.vocabulary * itemsize + 4 * p.weight.numel()
+        if memory:
+            memory["peak_of_limit"] = memory["peak_bytes"] / limit
+        said = {"ratio": ratio, "chunk_rows": rows, "logits_and_float32_dW": limit}
+        return said | memory | found
 
     bench.attempt("flowkern against its GEMMs", shape, measure)
 
 
 def rivals(bench: Bench, shape: Shape, rounds: int) -> None:
     p = Problem(shape, bench.device)
-    truth = p.eager()()[1:]
     runs = {
         "eager": p.eager,
-        "linear_log_prob, two phases": p.two_phase,
-        "liger, TF32": lambda: liger_loss(p, "high"),
-        "liger": lambda: liger_loss(p, "highest"),
         "torch.compile": p.compiled,
+        "liger": lambda: liger_loss(p, "highest"),
+        "linear_log_prob, two phases": p.two_phase,
     }
+    if bench.device.type == "cuda":
+        runs["liger, TF32"] = lambda: liger_loss(p, "high")
+    truth: list[Tensor] = []
     for name, make in runs.items():
 
         def measure(make=make) -> dict:
             run = make()
-            error = p.apart(run()[1:], truth)
-            return {"from_eager": error} | bench.times({"": run}, rounds, 1)[""] | bench.memory(run)
+            made = run()[1:]
+            truth.extend(made if not truth else ())  # eager comes first; else nothing to compare
+            error = p.apart(made, truth)
+            found = bench.times({"": run}, rounds, 1 if bench.device.type == "cuda" else 0)
+            return {"from_eager": error} | found[""] | bench.memory(run)
 
         bench.attempt(name, shape, measure)
 
@@ -220,25 +279,36 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--seconds", type=float, default=55, help="after which nothing begins")
+    parser.add_argument("--seconds", type=float, help="after which nothing begins")
+    parser.add_argument("--row-seconds", type=float, help="after which a row ends; 25 on a CPU")
     options = parser.parse_args()
     device = torch.device(options.device)
     folder = results_folder(device, describe_machine(device))
     path = options.json or folder / "tokens.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(device, path, options.seconds)
+    on_cpu = device.type == "cpu"
+    row_seconds = options.row_seconds or (25 if on_cpu else None)
+    bench = Bench(device, path, options.seconds or (270 if on_cpu else 55), row_seconds)
     gate(bench)
     if device.type == "cuda":
-        against_gemms(bench, GPU, 11)
-        parts(bench, GPU)
-        rivals(bench, GPU, 5)
-        for shape in GPU_OTHERS:
-            against_gemms(bench, shape, 5)
-        budgets(bench, GPU)
+        of_device(bench)
+    elif device_time.IS_REHEARSAL:
+        against_gemms(bench, REHEARSAL, 2)
+        rivals(bench, REHEARSAL, 2)
     else:
         for shape in CPU:
             against_gemms(bench, shape, 5)
+        for shape in CPU:
             rivals(bench, shape, 3)
+
+
+def of_device(bench: Bench) -> None:
+    against_gemms(bench, GPU, 11)
+    parts(bench, GPU)
+    rivals(bench, GPU, 5)
+    for shape in GPU_OTHERS:
+        against_gemms(bench, shape, 5)
+    budgets(bench, GPU)
 
 
 if __name__ == "__main__":

@@ -116,20 +116,18 @@ FK_INLINE void fold(RowSums& sums, const float* x, int64_t count, float scale, f
 float log_prob_of(const Row& r, float* tops, Normalizer& normalizer, float& target) {
   alignas(64) float buffer[kChunk];
   const int64_t id = r.t.ids[r.row];
-  const float stored = r.stored(id);
-  target = r.t.exact ? r.scaled(r.t.exact[r.row]) : stored;
+  target = r.t.exact ? r.scaled(r.t.exact[r.row]) : r.stored(id);
   RowSums sums;
   for (int64_t first = 0; first < r.t.size; first += kChunk) {
     const int64_t count = std::min(kChunk, r.t.size - first);
     const float* x = r.capped(first, count, buffer);
+    if (r.t.exact && id >= first && id < first + count) buffer[id - first] = -HUGE_VALF;  // of 16 bits, so x is the buffer
     fold(sums, x, count, r.scale, tops ? reinterpret_cast<float*>(r.at(first)) : nullptr);
     if (tops) tops[first / kChunk] = sums.largest;
   }
+  // In the place of what was left out; taken from the sum afterwards, the rounded one could take all of it along.
+  if (r.t.exact) fold(sums, &target, 1, 1, nullptr);
   const double u = double(target) - sums.largest;
-  if (r.t.exact) {
-    const double rounded = double(stored) - sums.largest, e = std::exp(u), e_rounded = std::exp(rounded);
-    sums.total += e - e_rounded, sums.moment += e * u - e_rounded * rounded;
-  }
   normalizer = {sums.largest, std::log(sums.total), float(std::log(sums.total) - sums.moment / sums.total)};
   return float(u - normalizer.log_total);
 }

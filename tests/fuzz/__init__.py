@@ -1,7 +1,8 @@
 """The fuzzer, which `python tests/fuzz` runs: random calls of every op against float64."""
 
-from .checks import OPS, check_drawn, one_call, serving
+from .checks import OPS, check, check_drawn, one_call, serving
 from .inputs import Draw
 from .steps import WEIGHTS
+from .tokens import TOKENS
 
-__all__ = ["OPS", "WEIGHTS", "Draw", "check_drawn", "one_call", "serving"]
+__all__ = ["OPS", "TOKENS", "WEIGHTS", "Draw", "check", "check_drawn", "one_call", "serving"]

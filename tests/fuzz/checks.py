@@ -18,8 +18,9 @@ from flowkern.ops._common import native
 from .inputs import Draw
 from .losses import LOSSES
 from .steps import STEPS, WEIGHTS, float32
+from .tokens import TOKENS
 
-OPS = (*STEPS, *LOSSES)
+OPS = (*STEPS, *LOSSES, *TOKENS)
 NAMED_ERRORS = (TypeError, ValueError, IndexError, fk.BackendError)
 
 
@@ -123,12 +124,21 @@ def check(op, p: dict, backend: str, between=lambda: None) -> None:
         plain = op.call(p | {"backend": "reference"})
         for name in op.exact_names:
             _require(_alike(got[name], plain[name]), f"{name}: not the bits of the reference")
-    for name, x in op.in_float64(in_float64(p), got).items():
-        if name in bounds:
-            _require_within(f"the float64 reference's {name}", x, bounds[name], 1e-3)
-    between()
+    wide = in_float64(p)
+    true = op.in_float64(wide, got)
+    of_true = op.bounds(wide, true) if op.follows_results else bounds
+    for name, x in true.items():
+        if name in of_true:
+            _require_within(f"the float64 reference's {name}", x, of_true[name], 1e-3)
+    if op.any_threads:
+        between()
     for name, x in op.call(p | {"backend": backend}).items():
         _require(_alike(x, got[name]), f"{name}: other bits in a second run")
+    if not op.any_threads:  # in the order of torch's GEMMs, which depends on them
+        between()
+        got = op.call(p | {"backend": backend})
+        for name, bound in op.bounds(p, got).items():
+            _require_within(f"on other threads, {name}", got[name], bound)
 
 
 def in_float64(p: dict) -> dict:
@@ -164,7 +174,7 @@ def _require_within(name: str, got: torch.Tensor, bound, tighter: float = 1.0) -
 
 def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     to = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[x.element_size()]
-    return torch.equal(*(t.contiguous().resolve_neg().view(to) for t in (x, y)))
+    return torch.equal(*(t.detach().contiguous().resolve_neg().view(to) for t in (x, y)))
 
 
 def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -195,6 +205,10 @@ def _wrong_values(name: str, p: dict) -> list:
             wrong.append(value.to(torch.int32))
         elif name != "row":
             wrong += [value.float(), value[None]]
+        if name == "ids" and value.numel() and not value.is_cuda:
+            weight = p.get("token_weight")
+            if weight is None or weight.all():  # of no weight, and nobody looks
+                wrong.append(torch.full_like(value, 10**6))
         if name == "row":
             wrong.append(value.float())
             if value.numel() and not value.is_cuda:  # a GPU is not asked for its values
@@ -209,6 +223,12 @@ def _wrong_values(name: str, p: dict) -> list:
         "kl_coef": [-1.0, math.nan, math.inf, None],
         "ref_coef": [math.nan, math.inf, None],
         "ema_coef": [math.nan, math.inf, None],
+        "temperature": [0.0, -1.0, math.nan, math.inf, None],
+        "softcap": [0.0, -1.0, math.nan, math.inf],
+        "budget_bytes": [0, -1, math.nan, None],
+        "entropy_coef": [-1.0, math.nan, math.inf, None],
+        "dual_clip": [1.0, -1.0, math.nan],
+        "is_cap": [0.0, -1.0, math.nan, None],
         "out_dtype": [torch.int32, torch.complex64],
     }
     words = ("reduction", "ratio", "objective", "weighting", "stream", "backend")

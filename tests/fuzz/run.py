@@ -13,6 +13,7 @@ from flowkern.ops._common import native
 
 from .checks import OPS, Disagreement, one_call, serving
 from .inputs import LAYOUTS, OUTPUTS
+from .tokens import KINDS, KINDS_OF_A_LOSS, TOKENS
 
 ENOUGH = 500  # calls, for every kind of layout and output to come up
 
@@ -65,6 +66,10 @@ def kinds(ops) -> list[str]:
         names += [f"output in place, {name}" for name in ("x_t", "velocity")]
     if "sde_step" in {op.name for op in ops}:
         names.append("output in place, noise")
+    if set(TOKENS) & set(ops):
+        names += KINDS
+    if "linear_policy_loss" in {op.name for op in ops}:
+        names += KINDS_OF_A_LOSS
     return names
 
 

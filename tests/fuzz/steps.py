@@ -100,6 +100,8 @@ def with_own_output(p) -> dict:
 class Op:
     name: str
     exact_names: tuple[str, ...] = ()  # results that have the bits of the float32 reference
+    follows_results = False  # bounds rest on what came: those of the reference are its own
+    any_threads = True  # the same bits on any number of them, with any instruction set
 
     def in_float64(self, p, got) -> dict:
         """The results of the reference for `p`, the call in float64."""

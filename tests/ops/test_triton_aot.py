@@ -14,6 +14,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import flowkern as fk  # noqa: E402
 from flowkern.ops._common import dispatch  # noqa: E402
 from flowkern.ops._common.rows_triton import LONG  # noqa: E402
-from flowkern.ops.token_loss import triton_impl  # noqa: E402, F401  before `compiling` interprets
+
+# Before `compiling` interprets.
+from flowkern.ops.token_loss import chunks, triton_impl  # noqa: E402, F401
 
 SIZE, VIDEO = 65_536, 2_096_640  # multiples of 16: sizes of one side of LONG make the same kernels
 assert SIZE <= LONG < VIDEO
@@ -339,7 +342,8 @@ def token_rows(arch, dtype, verbs=VERBS, **options):
     take = lambda compile: compile() if next(turns) in verbs else None  # noqa: E731
     hidden, weight = torch.empty(2, 64, dtype=dtype), torch.empty(8208, 64, dtype=dtype)
     ids, x = torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    with compiling(arch, take) as launches:
+    as_on_a_gpu = patch.object(chunks, "gemm_dtype", lambda device, dtype: dtype)
+    with compiling(arch, take) as launches, as_on_a_gpu:
         hidden.requires_grad_()
         fk.linear_policy_loss(hidden, weight, ids, x, x, x, **options, backend="triton")
         fk.linear_log_prob(hidden, weight, ids, backend="triton").sum().backward()

@@ -4,11 +4,11 @@ import interpreter
 import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED
-from tokens import Tokens, eager, errors, relative
+from tokens import Tokens, eager, errors, gemms_of_16_bits, relative  # noqa: F401
 
 import flowkern as fk
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gemms_of_16_bits")]  # as on a GPU
 interpreter.require()
 
 from flowkern.ops.token_loss import triton_impl  # noqa: E402

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 import flowkern as fk
+from flowkern.ops.token_loss import chunks
 
 native = pytest.mark.skipif(
     fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
 )
+
+
+@pytest.fixture
+def gemms_of_16_bits(monkeypatch):
+    """Also on a CPU that takes float32 for them."""
+    monkeypatch.setattr(chunks, "gemm_dtype", lambda device, dtype: dtype)
+
+
 CASES = {
     "plain": {},
     "temperature": {"temperature": 0.7},

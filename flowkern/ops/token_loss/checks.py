@@ -45,7 +45,8 @@ def check_head(hidden: Tensor, head: Head) -> tuple[Head, torch.dtype]:
     _check_positive("budget_bytes", head.budget_bytes)
     softcap = head.softcap if head.softcap is None else float(head.softcap)
     numbers = float(head.temperature), softcap, int(head.budget_bytes)
-    head = Head(_rows(weight), bias if bias is None else bias.contiguous(), *numbers)
+    bias = bias if bias is None else bias.resolve_neg().contiguous()
+    head = Head(_rows(weight), bias, *numbers)
     return head, torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
@@ -97,7 +98,8 @@ def _check_matrix(name: str, x: Tensor, shape: str) -> None:
     if type(x).__name__ == "DTensor":  # of torch.distributed, which need not be loaded to ask
         raise TypeError(
             f"{name}: got a DTensor, of which this process has a share; expected a whole tensor: "
-            f"pass {name}.full_tensor(), whose gradient goes back to the shares"
+            f"pass {name}.full_tensor(), whose gradient goes back to the shares (of processes with "
+            "tokens of their own with grad_placements=[Partial()], else each keeps its own)"
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
@@ -111,7 +113,8 @@ def _check_positive(name: str, value) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with every row contiguous."""
+    """`x` with every row contiguous, in memory that holds its values."""
+    x = x.resolve_neg()
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 

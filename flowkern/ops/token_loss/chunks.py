@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowkern import torch_private as private
+
 from .inputs import Head, Objective, Statistics, Tokens, spread
 
 LEAST_ROWS = 256  # fewer, and each GEMM into the head's gradient reads and writes it for too little
 ALIGNED = 16  # logits from row to row: GEMMs and kernels take them in whole vectors
-TILE = 1024  # rows of the head's gradient that a CPU's cache holds in 16 bits
+TILE = 1024  # rows of the head, or of its gradient, that a CPU's cache holds
 
 
 class Made(NamedTuple):
@@ -55,6 +57,21 @@ def chunk_rows(count: int, vocabulary: int, itemsize: int, budget_bytes: int) ->
 
 def _width(vocabulary: int) -> int:
     return -(-vocabulary // ALIGNED) * ALIGNED
+
+
+def gemm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What GEMMs are made in, and logits kept in: a CPU without AVX-512 takes a hundred times as
+    long for 16 bits as for float32, to which tiles of the head are brought in its cache.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    has_it = dtype == torch.bfloat16 and _capability().startswith("AVX512")
+    return dtype if has_it else torch.float32
+
+
+@private.as_constant
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def policy_pass(
@@ -135,7 +152,8 @@ def log_prob_gradients(
 
 def _chunks(hidden: Tensor, head: Head) -> Iterator[slice]:
     count = len(hidden)
-    size = chunk_rows(count, len(head.weight), hidden.element_size(), head.budget_bytes)
+    itemsize = gemm_dtype(hidden.device, hidden.dtype).itemsize
+    size = chunk_rows(count, len(head.weight), itemsize, head.budget_bytes)
     for begin in range(0, count, size):
         yield slice(begin, min(begin + size, count))
 
@@ -145,9 +163,22 @@ def _logits(hidden: Tensor, head: Head, memory: Tensor) -> Tensor:
     rows, vocabulary = len(hidden), len(head.weight)
     width = _width(vocabulary)
     logits = memory[: rows * width].view(rows, width)[:, :vocabulary]
+    if logits.dtype != hidden.dtype:
+        hidden = hidden.to(logits.dtype)
+        for tile, weight in _tiles(head.weight, logits.dtype):
+            torch.mm(hidden, weight.t(), out=logits[:, tile])
+        return logits if head.bias is None else logits.add_(head.bias)
     if head.bias is None:
         return torch.mm(hidden, head.weight.t(), out=logits)
     return torch.addmm(head.bias, hidden, head.weight.t(), out=logits)
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the head in another dtype, in memory that the next ones take."""
+    memory = weight.new_empty(min(TILE, len(weight)), weight.shape[1], dtype=dtype)
+    for begin in range(0, len(weight), TILE):
+        tile = slice(begin, min(begin + TILE, len(weight)))
+        yield tile, memory[: tile.stop - begin].copy_(weight[tile])
 
 
 def _learning(advantage: Tensor, objective: Objective) -> list[slice]:
@@ -178,12 +209,31 @@ class Gradients:
 
     def add(self, slopes: Tensor, rows: slice) -> None:
         """slopes: the gradient of the logits of these rows."""
-        if self.hidden is not None:
-            torch.mm(slopes, self._weight, out=self.hidden[rows])
-        if self._wants_weight:
-            self._add_weight(slopes.t(), self._inputs[rows])
+        if slopes.dtype == self._inputs.dtype:
+            if self.hidden is not None:
+                torch.mm(slopes, self._weight, out=self.hidden[rows])
+            if self._wants_weight:
+                self._add_weight(slopes.t(), self._inputs[rows])
+        else:
+            self._add_in_float32(slopes, rows)
         if self.bias is not None:
             self.bias += slopes.sum(0, dtype=torch.float32)
+
+    def _add_in_float32(self, slopes: Tensor, rows: slice) -> None:
+        """Of inputs in 16 bits; as `_logits` has made the logits."""
+        inputs = self._inputs[rows].to(slopes.dtype)
+        of_hidden, is_first = torch.zeros_like(inputs), self.weight is None
+        if self._wants_weight and is_first:
+            self.weight = torch.empty(self._weight.shape, dtype=slopes.dtype)
+        for tile, weight in _tiles(self._weight, slopes.dtype):
+            part = slopes[:, tile]
+            if self.hidden is not None:
+                torch.addmm(of_hidden, part, weight, out=of_hidden)
+            if self._wants_weight:
+                into = self.weight[tile]
+                torch.addmm(into, part.t(), inputs, beta=0 if is_first else 1, out=into)
+        if self.hidden is not None:
+            self.hidden[rows] = of_hidden
 
     def _add_weight(self, slopes: Tensor, hidden: Tensor) -> None:
         is_first = self.weight is None
@@ -228,11 +278,12 @@ def _workspace(hidden: Tensor, head: Head, chunks: list[slice]) -> Iterator[Tens
     if hidden.device.type != "cpu":
         yield hidden.new_empty(elements)
         return
-    size = elements * hidden.element_size()
+    dtype = gemm_dtype(hidden.device, hidden.dtype)
+    size = elements * dtype.itemsize
     memory, _kept.memory = getattr(_kept, "memory", None), None  # one at a time may have it
     if memory is None or memory.numel() < size:
         memory = torch.empty(size, dtype=torch.uint8)
     try:
-        yield memory[:size].view(hidden.dtype)
+        yield memory[:size].view(dtype)
     finally:
         _kept.memory = memory

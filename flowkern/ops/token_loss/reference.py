@@ -14,7 +14,8 @@ from .inputs import LARGEST_LOG_RATIO, Head, Objective, Statistics, Tokens
 
 def distribution(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """(M, V) log-probabilities."""
-    logits = hidden.to(dtype) @ head.weight.to(dtype).t()
+    with torch.autocast(hidden.device.type, enabled=False):  # which would make 16 bits of it
+        logits = hidden.to(dtype) @ head.weight.to(dtype).t()
     if head.bias is not None:
         logits = logits + head.bias.to(dtype)
     if head.softcap is not None:

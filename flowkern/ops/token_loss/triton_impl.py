@@ -98,8 +98,16 @@ def _fold(z, top, total, moment):
 
 
 @triton.jit
-def _fold_row(row_ptr, count, head, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """(largest, sum of e, sum of e u) of a row."""
+def _but_for(z, begin, without, BLOCK: tl.constexpr):
+    """A block of the row with -inf at `without`, where that is no None."""
+    if without is not None:
+        z = tl.where(begin + _places(BLOCK) == without, float("-inf"), z)
+    return z
+
+
+@triton.jit
+def _fold_row(row_ptr, count, head, without, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """(largest, sum of e, sum of e u) of a row, but for the logit at `without`."""
     LANES: tl.constexpr = BLOCK // vector()
     top = tl.full((LANES,), -1e30, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
@@ -107,10 +115,10 @@ def _fold_row(row_ptr, count, head, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     whole = count // BLOCK * BLOCK
     for begin in range(0, whole, BLOCK):
         z = _read(row_ptr, begin, count, head, SOFTCAP, True, BLOCK)
-        top, total, moment = _fold(z, top, total, moment)
+        top, total, moment = _fold(_but_for(z, begin, without, BLOCK), top, total, moment)
     if whole < count:
         z = _read(row_ptr, whole, count, head, SOFTCAP, False, BLOCK)
-        top, total, moment = _fold(z, top, total, moment)
+        top, total, moment = _fold(_but_for(z, whole, without, BLOCK), top, total, moment)
     largest = tl.max(top, axis=0)
     fall = top - largest
     keep = tl.exp(fall)
@@ -138,30 +146,31 @@ def _dot(token, head, row, id, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _target(logits, token, head, row, size, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """The id, whether there is such a token, and its logit: as it was stored, and in float32."""
+    """The id, whether there is such a token, and its logit in float32."""
     id = tl.load(token[2] + row)
     is_known = (id >= 0) & (id < logits[2])
     id = tl.where(is_known, id, 0)
-    stored = tl.load(logits[0] + row * logits[1] + id).to(tl.float32)
-    exact = stored
-    if logits[0].dtype.element_ty != tl.float32:
-        exact = _dot(token, head, row, id, size, 1024 if BLOCK > 1024 else BLOCK)
-    stored = _scaled(stored, head, SOFTCAP)
-    return id, is_known, stored, _scaled(exact, head, SOFTCAP)
+    if logits[0].dtype.element_ty == tl.float32:
+        z = tl.load(logits[0] + row * logits[1] + id)
+    else:
+        z = _dot(token, head, row, id, size, 1024 if BLOCK > 1024 else BLOCK)
+    return id, is_known, _scaled(z, head, SOFTCAP)
 
 
 @triton.jit
 def _sums(logits, head, row, target, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """The log-probability of the target, and `sums` of the row."""
     row_ptr = logits[0] + row * logits[1]
-    largest, total, moment = _fold_row(row_ptr, logits[2], head, SOFTCAP, BLOCK)
-    _, is_known, stored, exact = target
-    u = _below(exact, largest)
-    if logits[0].dtype.element_ty != tl.float32:
-        rounded = _below(stored, largest)
-        e, e_rounded = tl.exp(u), tl.exp(rounded)
-        total += e - e_rounded
-        moment += e * u - e_rounded * rounded
+    id, is_known, exact = target
+    if logits[0].dtype.element_ty == tl.float32:
+        largest, total, moment = _fold_row(row_ptr, logits[2], head, None, SOFTCAP, BLOCK)
+    else:  # the rounded one, taken from the sum afterwards, could take all of it along
+        rest, total, moment = _fold_row(row_ptr, logits[2], head, id, SOFTCAP, BLOCK)
+        largest = tl.where(exact > rest, exact, rest)
+        fall, u = rest - largest, _below(exact, largest)
+        keep, e = tl.exp(fall), tl.exp(u)
+        moment = keep * (moment + total * fall) + e * u
+        total = keep * total + e
     log_total = tl.log(total)
     log_prob = tl.where(is_known, (exact - largest) - log_total, float("nan"))
     return log_prob, (largest, log_total, log_total - moment / total)
@@ -175,7 +184,7 @@ def _overwrite(
     """The gradient in the logits, in their place, of slope log_prob - entropy_slope entropy."""
     row_ptr = logits[0] + row * logits[1]
     whole = logits[2] // BLOCK * BLOCK
-    id, _, _, exact = target
+    id, _, exact = target
     at_target = _slope_of(exact, head, sums, slope, entropy_slope, True, SOFTCAP)
     for begin in range(0, whole, BLOCK):
         z = _read(row_ptr, begin, logits[2], head, SOFTCAP, True, BLOCK)
