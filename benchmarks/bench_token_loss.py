@@ -1,7 +1,7 @@
 """The fused token loss, forward and backward, against its own GEMMs alone and against its rivals.
 
     python benchmarks/bench_token_loss.py [--device cpu|cuda] [--json PATH] [--seconds S]
-        [--row-seconds S]
+        [--row-seconds S] [--only V=50257]
 
 The bound is the same chunk loop with the same buffers and a row kernel that does nothing. It and
 flowkern take turns, then a rival after the other. Every contender is gated on its gradients. On a
@@ -280,6 +280,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--seconds", type=float, help="after which nothing begins")
+    parser.add_argument(
+        "--only", default="", help="shapes with these words; the file's others stay"
+    )
     parser.add_argument("--row-seconds", type=float, help="after which a row ends; 25 on a CPU")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -289,16 +292,21 @@ def main() -> None:
     on_cpu = device.type == "cpu"
     row_seconds = options.row_seconds or (25 if on_cpu else None)
     bench = Bench(device, path, options.seconds or (270 if on_cpu else 55), row_seconds)
-    gate(bench)
+    if options.only and path.exists():
+        rows = json.loads(path.read_text())["rows"]
+        bench.result["rows"] = [r for r in rows if options.only not in r["shape"]]
+    else:
+        gate(bench)
     if device.type == "cuda":
         of_device(bench)
     elif device_time.IS_REHEARSAL:
         against_gemms(bench, REHEARSAL, 2)
         rivals(bench, REHEARSAL, 2)
     else:
-        for shape in CPU:
+        shapes = [shape for shape in CPU if options.only in str(shape)]
+        for shape in shapes:
             against_gemms(bench, shape, 5)
-        for shape in CPU:
+        for shape in shapes:
             rivals(bench, shape, 3)
 
 
