@@ -25,6 +25,8 @@ class Search:
     """
 
     name = "search"
+    in_caller = True
+    """Its work is a few sums over the corpus: less, for most, than a thread takes to start."""
 
     def __init__(self, passages: str | Sequence[Any], top: int = 3) -> None:
         if not is_integer(top) or not 1 <= top <= 100:
