@@ -53,7 +53,7 @@ sanitize: $(READY)
 	$(WATCHED_PYTHON) tests/fuzz --calls $(CALLS) $(ARGS)
 	$(WATCHED_PYTHON) -P -m pytest -q -p no:cacheprovider tests/ops/test_properties.py tests/ops/test_hazards.py -k "not compil"
 
-# On a CUDA device, with the Python that is there: PART=A kernels, B a large model, C tools, D a network call; docs/gpu.md. 19 minutes at most for all.
+# On a CUDA device, with the Python that is there: PART=A kernels, B a large model, C tools, D a network call; docs/gpu.md. 22 minutes at most for all.
 # GPU_REHEARSE=1 walks the same way on the CPU at a tiny size.
 PART ?= all
 gpu:

@@ -3,8 +3,8 @@
     python scripts/gpu PART [PART...]
 
 A: versions, build, each call once, tests, timings. B: a whole iteration of a large model, and
-every algorithm's demo. C: memcheck, the profiler, tiles, torch.compile. D: what a network call
-costs. Each part has a limit, and so has each of its steps; results go to the folder that
+every algorithm's demo. C: memcheck, the profiler, tiles, the token loss, torch.compile. D: what a
+network call costs. Each part has a limit, and so has each of its steps; results go to the folder that
 FLOWKERN_RESULTS names, as they come.
 GPU_REHEARSE=1 walks the same way on the CPU at a tiny size. Nothing is installed; wheels that
 scripts/gpu/wheels.py put into build/wheels are unpacked beside. docs/gpu.md says what to make of
@@ -23,7 +23,7 @@ from pathlib import Path
 from steps import ROOT, Steps
 from wheels import unpack
 
-PARTS = {"A": ("part_a", 400), "B": ("part_b", 350), "C": ("part_c", 200), "D": ("part_d", 240)}
+PARTS = {"A": ("part_a", 400), "B": ("part_b", 350), "C": ("part_c", 290), "D": ("part_d", 240)}
 
 
 def main(arguments: list[str]) -> int:

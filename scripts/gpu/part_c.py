@@ -1,5 +1,5 @@
-"""Part C: memory errors, what bounds the kernels, their tiles, and torch.compile with the time that
-is left.
+"""Part C: memory errors, what bounds the kernels, their tiles, the token loss, and torch.compile
+with the time that is left.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def run(steps: Steps) -> None:
     if launch:
         steps.run("profile", 30, launch)
     steps.run("tiles", 80, [PYTHON, "scripts/gpu/tiles.py", "--device", device])
+    tokens = [PYTHON, "benchmarks/bench_token_loss.py", "--device", device]
+    steps.run("tokens", 90, [*tokens, "--json", steps.results / "tokens.json"])
     command = [PYTHON, "benchmarks/speed.py", "--device", device, "--kernels", "--only", "image"]
     if IS_REHEARSAL:
         command += ["--seconds", "0.001", "--only", "forward, off"]

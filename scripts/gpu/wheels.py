@@ -1,9 +1,9 @@
 """The wheels that a machine without a registry may lack: python scripts/gpu/wheels.py
 
 Downloads them into build/wheels, which git ignores and `make gpu` unpacks where it runs: diffusers,
-pydantic and what they need that is less common, setuptools for the license field of pyproject.toml.
-For the Python named by --python and this machine's platform (pydantic_core is compiled), at the
-versions of constraints.txt.
+pydantic and what they need that is less common, setuptools for the license field of pyproject.toml,
+and liger-kernel, a rival. For the Python named by --python and this machine's platform
+(pydantic_core is compiled), at the versions of constraints.txt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("diffusers", "importlib_metadata", "lazy-importer", "setuptools")
 NAMES += ("pydantic", "pydantic_core", "annotated-types", "typing-inspection")
+RIVALS = ("liger-kernel==0.8.5",)  # of the token loss; it needs torch and triton alone
 # What these need and a machine with torch, transformers, accelerate and peft is taken to have.
 PRESENT = {"filelock", "huggingface-hub", "numpy", "pillow", "regex", "requests", "safetensors"}
 PRESENT |= {"typing-extensions", "zipp"}
@@ -33,7 +34,7 @@ def main() -> int:
         old.unlink()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", options.python, "--dest", options.to]
-    status = subprocess.run([*map(str, command), *wanted()]).returncode
+    status = subprocess.run([*map(str, command), *wanted(), *RIVALS]).returncode
     for path in sorted(options.to.glob("*.whl")):
         print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
     return status

@@ -4,6 +4,8 @@ autocast, checkpointing.
 
 import datetime
 import multiprocessing
+import re
+from pathlib import Path
 
 import fuzz
 import pytest
@@ -164,6 +166,36 @@ def test_peft_on_the_head():
     assert torch.allclose(out.log_prob, lp.detach(), atol=1e-5)
     for got, of in zip(made, truth, strict=True):
         assert of.any() and relative(got, of) < 1e-5
+
+
+def test_the_training_script_of_the_documentation():
+    """On a model of transformers, against its logits; a first update, and another."""
+    transformers = pytest.importorskip("transformers")
+    text = (Path(__file__).parents[2] / "docs/ops/token_loss.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    made = {"fk": fk}
+    exec(compile(block, "docs/ops/token_loss.md", "exec"), made)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config)
+    ids = torch.randint(60, (3, 9))
+    mask = torch.tensor([[0] * 4 + [1] * 5, [0] * 3 + [1] * 3 + [0] * 3, [0] * 5 + [1] * 4])
+    batch = {"input_ids": ids, "mask": mask, "advantage": torch.tensor([1.0, -0.5, 0.3])}
+    batch["attention_mask"] = torch.ones_like(ids)
+
+    out = made["loss_of"](model, batch)
+    gradients = torch.autograd.grad(out.loss, [*model.parameters()])
+    lp = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+    of_row = (lp * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
+    true = torch.autograd.grad(-(batch["advantage"] * of_row).mean(), [*model.parameters()])
+    torch.testing.assert_close(out.log_prob, lp[mask[:, 1:].bool()].detach())
+    for got, of in zip(gradients, true, strict=True):
+        torch.testing.assert_close(got, of, rtol=1e-4, atol=1e-6)
+    again = made["loss_of"](model, batch, out.log_prob)
+    assert (again.ratio == 1).all()
 
 
 # ---- torch.func, autocast, checkpointing ----
