@@ -123,13 +123,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device_time.applies(device) and not quick:
         sizes = itertools.product((IMAGE, video(device)), (torch.float32, torch.bfloat16))
         verbs = (_draw, _draw_given, _replay, _replay_gradient, _third_order)
-        more = [of(verb, IMAGE) for verb in (_draw_guided, _draw_rescaled, _normals)]
+        more = [of(verb, IMAGE) for verb in (_draw_guided, _normals)]
         return [of(verb, *size) for size in sizes for verb in verbs] + more
     result = [of(verb, IMAGE) for verb in (_draw, _draw_given, _replay, _replay_gradient)]
     if not quick:
         result += [of(_draw, IMAGE, torch.bfloat16), of(_replay, IMAGE, torch.bfloat16)]
         result += [of(_draw, video(device)), of(_replay, video(device), torch.bfloat16)]
-        result += [of(_draw_guided, IMAGE), of(_draw_rescaled, IMAGE)]
+        result += [of(_draw_guided, IMAGE)]
     result += [of(_third_order, IMAGE), of(_normals, IMAGE)]
     return [*result, of(_replay, video(device))]
 
@@ -230,7 +230,7 @@ def _compiled_gradient(with_gradient, arguments):
     return lambda: with_gradient(run)
 
 
-# ---- guided: inside the kernel, and as some networks want it, before ----
+# ---- guided ----
 
 SCALE = 4.0
 
@@ -239,36 +239,15 @@ def plain_guidance(v, uncond):
     return uncond + SCALE * (v - uncond)
 
 
-def rescaled_guidance(v, uncond):
-    """Qwen-Image's: every token, 2 x 2 places of 16 channels, keeps the length of the conditional
-    one's (`flowkern.models.qwen_image`).
-    """
-    side = math.isqrt(v.shape[1] // 64)
-    tokens = lambda x: x.view(-1, 16, side, 2, side, 2).permute(0, 2, 4, 1, 3, 5).flatten(3)  # noqa: E731
-    guided = tokens(plain_guidance(v, uncond))
-    guided = guided * (tokens(v).norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-    return guided.unflatten(3, (16, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(v.shape)
-
-
 def _draw_guided(shape, dtype, device) -> Case:
     i, uncond = Inputs(shape, dtype, device), random_source(shape, device, dtype)()
     more = {"velocity_uncond": uncond, "guidance_scale": SCALE, "out": i.out} | i.key
     draw = lambda backend: fk.sde_step(i.x, i.v, i.edges, **more, backend=backend)  # noqa: E731
-    return _guided("draw, guided", i, uncond, plain_guidance, draw, 4)
+    return guided_draw("draw, guided", i, uncond, plain_guidance, draw, 4)
 
 
-def _draw_rescaled(shape, dtype, device) -> Case:
-    """The guided velocity is made by PyTorch: the row above is what no fused one could pass."""
-    i, uncond = Inputs(shape, dtype, device), random_source(shape, device, dtype)()
-
-    def draw(backend):
-        v = rescaled_guidance(i.v, uncond)
-        return fk.sde_step(i.x, v, i.edges, **i.key, out=i.out, backend=backend)
-
-    return _guided("draw, guided token by token", i, uncond, rescaled_guidance, draw, 4)
-
-
-def _guided(name, i: Inputs, uncond, guide, draw, streams) -> Case:
+def guided_draw(name, i: Inputs, uncond, guide, draw, streams) -> Case:
+    """guide(v, uncond): what PyTorch makes before its draw."""
     scalars = i.a, i.b, i.std, i.k, i.c
     plain = lambda v, uncond, x, *c: plain_draw(x, guide(v, uncond), *c)  # noqa: E731
     given = i.v, uncond, i.x, *scalars

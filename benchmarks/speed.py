@@ -21,7 +21,7 @@ import torch
 from harness import describe_machine, measure_bandwidths, results_folder, run_case
 
 SECTIONS = {
-    "Kernels": ("bench_sde_step", "bench_policy_loss", "bench_matching_loss"),
+    "Kernels": ("bench_sde_step", "bench_guidance", "bench_policy_loss", "bench_matching_loss"),
     "One training step": ("bench_rollout",),
 }
 

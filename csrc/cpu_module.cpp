@@ -67,6 +67,7 @@ void run(void (*kernel)(const T&), T& arguments, const Reader&) {
 
 }  // namespace
 
+#include "guidance/guidance_python.h"
 #include "token_loss/token_loss_python.h"
 #define FK_SERVED FK_CPU_KERNELS
 #include "verbs.h"

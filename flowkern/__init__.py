@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from flowkern import schedules
     from flowkern.ops._common.dispatch import BackendError, backends
     from flowkern.ops._common.philox import philox_normal
+    from flowkern.ops.guidance import rescaled_guidance
     from flowkern.ops.matching_loss import MatchingLoss, add_noise, matching_loss
     from flowkern.ops.policy_loss import PolicyLoss, policy_loss
     from flowkern.ops.sde_step import ode_step, sde_log_prob, sde_step
@@ -33,6 +34,7 @@ __all__ = [
     "ode_step",
     "philox_normal",
     "policy_loss",
+    "rescaled_guidance",
     "schedules",
     "sde_log_prob",
     "sde_step",
@@ -52,6 +54,7 @@ _HOMES = {
     "ode_step": "flowkern.ops.sde_step",
     "philox_normal": "flowkern.ops._common.philox",
     "policy_loss": "flowkern.ops.policy_loss",
+    "rescaled_guidance": "flowkern.ops.guidance",
     "schedules": "flowkern.schedules",
     "sde_log_prob": "flowkern.ops.sde_step",
     "sde_step": "flowkern.ops.sde_step",

@@ -11,6 +11,9 @@ from torch import Tensor
 from flowkern.models.grids import dynamic_mu, even
 from flowkern.models.pipeline import Geometry, Pipeline
 
+PATCH = (2, 2)
+"""Rows and columns of a token, which has all channels of them."""
+
 
 class PackedPipeline(Pipeline):
     """A pipeline whose network takes such tokens, and whose grid may shift by their number."""

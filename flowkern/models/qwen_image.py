@@ -14,8 +14,9 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from flowkern.models import Guidance
-from flowkern.models.packing import PackedPipeline, packed, unpacked
+from flowkern.models.packing import PATCH, PackedPipeline, packed, unpacked
 from flowkern.models.pipeline import attention
+from flowkern.ops.guidance import rescaled_guidance
 
 __all__ = ["QwenImage"]
 
@@ -93,7 +94,4 @@ class QwenImage(PackedPipeline):
 
     def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
         """Every token of the guided velocity has the length of the conditional one's."""
-        guided = packed(super().guide(v_cond, v_uncond, w))
-        length = packed(v_cond).to(guided.dtype).norm(dim=-1, keepdim=True)
-        guided = guided * (length / guided.norm(dim=-1, keepdim=True))
-        return unpacked(guided, *v_cond.shape[-2:])
+        return rescaled_guidance(v_cond, v_uncond, w, PATCH)

@@ -79,6 +79,9 @@ class Bounded:
     def reshape(self, *shape: int) -> Bounded:
         return Bounded(self.value.reshape(shape), self.error.reshape(shape))
 
+    def permute(self, *order: int) -> Bounded:
+        return Bounded(self.value.permute(order), self.error.permute(order))
+
     def sum(self, dim: int = 0) -> Bounded:
         magnitude = (self.value.abs() + self.error).sum(dim)
         error = self.error.sum(dim) + SUM_ROUNDINGS * U * magnitude

@@ -15,8 +15,8 @@ import torch
 import flowkern as fk
 from flowkern.schedules import COLUMNS
 
-from .bounds import Bounded, unless_zero, where
-from .inputs import Draw
+from .bounds import Bounded, monotone, unless_zero, where
+from .inputs import GUIDANCE, Draw
 
 WEIGHTS = "loss_weights"  # the gradient that comes in, not an argument of the verb
 
@@ -187,6 +187,58 @@ class SdeLogProb(Op):
         return {"log_prob": log_prob, "gradient": gradient.within(p["velocity"].dtype)}
 
 
+# ---- guidance that keeps the length of tokens ----
+
+
+class RescaledGuidance(Op):
+    name = "rescaled_guidance"
+
+    def arguments(self, draw: Draw) -> dict:
+        shape = draw.shape()
+        sizes = (1, 1, *shape[2:])[-2:]
+        patch = [draw.r.choice([n for n in (1, 2, 3, 7, s) if n and s % n == 0]) for s in sizes]
+        return {
+            "velocity": draw.latent(shape),
+            "velocity_uncond": draw.latent(shape),
+            "guidance_scale": draw.r.choice(GUIDANCE),
+            "patch": tuple(patch),
+            WEIGHTS: draw.values(shape, 1.0).to(draw.device),
+        }
+
+    def call(self, p) -> dict:
+        return with_gradient(p, lambda a: {"guided": fk.rescaled_guidance(**a)})
+
+    def bounds(self, p, got) -> dict[str, Bounded]:
+        shape, (high, wide) = p["velocity"].shape, p["patch"]
+        batch, channels, *between = shape
+        width = between.pop() if between else 1
+        rows = math.prod(between)
+        parts = (batch, channels, rows // high, high, width // wide, wide)
+        order = (0, 2, 4, 1, 3, 5)
+        back = tuple(order.index(i) for i in range(6))
+
+        def tokens(x: Bounded) -> Bounded:
+            return x.reshape(*parts).permute(*order)
+
+        def latent(x: Bounded) -> Bounded:
+            return x.permute(*back).reshape(*shape)
+
+        def total(x: Bounded) -> Bounded:
+            flat = x.reshape(*x.value.shape[:3], channels * high * wide).sum(-1)
+            return flat.reshape(*flat.value.shape, 1, 1, 1)
+
+        v, g = tokens(exact(p["velocity"])), tokens(guided(p))
+        grad = tokens(exact(p[WEIGHTS]))
+        of_velocity, of_guided = total(v * v), total(g * g)
+        ratio = monotone(lambda x, y: (x / y).sqrt(), of_velocity, of_guided)
+        along = total(g * grad) / of_guided
+        in_guided = ratio * (grad - along * g)
+        in_length = where(of_velocity.value > 0, along / ratio, 0.0 * along)
+        gradient = scale_of(p) * in_guided + in_length * v
+        gradient = latent(gradient).within(p["velocity"].dtype)
+        return {"guided": latent(g * ratio), "gradient": gradient}
+
+
 class PhiloxNormal(Op):
     name, exact_names = "philox_normal", ("normals",)
 
@@ -221,4 +273,4 @@ class AddNoise(Op):
         return {"x_t": x_t.within(got["x_t"].dtype)}
 
 
-STEPS = (SdeStep(), OdeStep(), SdeLogProb(), AddNoise(), PhiloxNormal())
+STEPS = (SdeStep(), OdeStep(), SdeLogProb(), RescaledGuidance(), AddNoise(), PhiloxNormal())

@@ -7,6 +7,7 @@ is its rows here, and the values of arguments that no other op has; test_calls.p
 
 import copy
 import inspect
+import math
 from functools import cached_property
 
 import torch
@@ -74,11 +75,14 @@ TABLE = {
             "nft, all": NFT | OLD | KEY | ROW | ANCHORS,
         },
     ),
+    "rescaled_guidance": ({"": GUIDED}, {}),
     "add_noise": ({"": KEY}, {"noise given": NOISE}),
     "philox_normal": ({"": {"stream": "match"}}, {}),
 }
 # In these kernels differentiate; in one of the others forward mode may.
-LEARNED = dict.fromkeys(("sde_log_prob", "policy_loss", "matching_loss"), "velocity")
+LEARNED = dict.fromkeys(
+    ("sde_log_prob", "policy_loss", "matching_loss", "rescaled_guidance"), "velocity"
+)
 LIKE_THE_VELOCITY = {"old_velocity", "velocity_uncond", "velocity_ref", "velocity_ema"}
 LATENTS = ["x_t", "velocity", "x_next", "noise", "x0", *sorted(LIKE_THE_VELOCITY), "history"]
 OF_SAMPLES = {"x_next", "noise", "x0"}  # the other latents: of velocity rows
@@ -206,7 +210,9 @@ class Problem:
                 self.arguments[name] = value.to(device, torch.float32)
         is_scalar = "reduction" in inspect.signature(self.call.function).parameters
         is_scalar &= given.get("reduction") != "none"
-        weight = torch.ones(()) if is_scalar else torch.linspace(-1, 2, self.samples)
+        like = (self.samples, *(self.size if self.call.op == "guidance" else ()))
+        weight = torch.linspace(-1, 2, math.prod(like)).reshape(like)
+        weight = torch.ones(()) if is_scalar else weight
         self.weight = weight.to(device)
         if self.call.learned:
             self[self.call.learned].requires_grad_()
@@ -270,6 +276,10 @@ class Problem:
         x_t, old = (self.made(name)[self._row_of_samples()] for name in ("x_t", "old_velocity"))
         x_next, rows = self.made("x_next"), self.made("c_rows").to(self.device, torch.float32)
         return fk.sde_log_prob(x_t, old, x_next, rows, backend="reference")
+
+    def _patch(self):
+        """Two rows and two columns, where that is what they can be parted into."""
+        return tuple(2 - n % 2 for n in (1, 1, *self.size[1:])[-2:])
 
     def _shape(self):
         return self.samples, *self.size

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.skipif(
     fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
 )
 APIS = (step_api, loss_op, matching_api)  # with a straight way
-CALLS = take(("has no straight way", lambda call: call.verb == "philox_normal"))
+CALLS = take(
+    ("has no straight way", lambda call: call.verb in ("philox_normal", "rescaled_guidance"))
+)
 SIZE = (5, 130)
 ROWS = C[torch.tensor([0, 4, 8])].to("cpu", torch.float32)
 G = torch.Generator().manual_seed(0)

@@ -265,3 +265,23 @@ def test_in_a_cuda_graph():
         graph.replay()
         expected = fk.sde_step(**arguments, **k, backend="triton")
         assert torch.equal(x_next, expected[0]) and torch.equal(log_prob, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_keep_their_length(dtype):
+    """As the reference, with both gradients; tokens of several tiles, and parts of one."""
+    for shape, patch in (((16, 4, 6), (2, 2)), ((3, 2, 6, 10), (3, 5)), ((2500,), (1, 1))):
+        halves = [latent(2, *shape, dtype=dtype, seed=i).requires_grad_() for i in (1, 2)]
+        got, expected = both(fk.rescaled_guidance, *halves, 4.0, patch)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        weight = latent(2, *shape, seed=3)
+        gradients = [torch.autograd.grad(out, halves, weight) for out in (got, expected)]
+        near = (
+            {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        )
+        torch.testing.assert_close(*gradients, **near)
+        alone = fk.rescaled_guidance(*(x[1:] for x in halves), 4.0, patch, "triton")
+        assert torch.equal(alone, got[1:])
+    nothing = torch.zeros(1, 4, 2, 2, device=DEVICE)
+    for result in both(fk.rescaled_guidance, nothing, nothing, 4.0, (2, 2)):
+        assert result.isnan().all()

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,7 @@ EVERY = os.environ.get("FLOWKERN_EVERY_CELL") == "1"
 CALLS = take(
     ("takes seconds, and is between others that are compiled", lambda c: str(c) in BETWEEN),
     ("has no latent to read", lambda c: c.verb == "philox_normal"),
+    ("has tiles of tokens: below", lambda c: c.op == "guidance"),
 )
 
 
@@ -331,6 +333,34 @@ def test_a_sample_of_one_element():
         assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
 
 
+def guidance(arch, dtype, patch=(2, 2), size=(16, 64, 64)):
+    """Of Qwen-Image's latents: forward, and backward for both halves."""
+    halves = [torch.empty(2, *size, dtype=dtype).requires_grad_() for _ in range(2)]
+    with compiling(arch) as launches:
+        out = fk.rescaled_guidance(*halves, 4.0, patch, "triton")
+        torch.autograd.grad(out, halves, out.detach())
+    return [kernel for kernel, _, _ in launches]
+
+
+@pytest.mark.long(5)
+@pytest.mark.parametrize("arch, dtype", [(90, F), (90, H), (80, H), (100, F), (120, H)])
+def test_tokens_are_kept_in_registers(arch, dtype):
+    """Read twice, two columns of a token at a time, and IEEE arithmetic: what its bits rest on."""
+    pair = {F: "v2.b32", H: "b32"}[dtype]
+    for kernel, (reads, given), written in zip(
+        guidance(arch, dtype), ((2, 0), (2, 1)), (1, 2), strict=True
+    ):
+        found, ptx = report(kernel), kernel.asm["ptx"]
+        assert not found["stack"] and not found["spills"], found
+        assert found["registers"] <= MOST_REGISTERS, found
+        loads, stores = (re.findall(rf"\b{op}\.global\.(\S+)", ptx) for op in ("ld", "st"))
+        out = "v2.b32" if written == 1 else pair  # a velocity of float32, gradients as their halves
+        assert Counter(loads) == Counter({pair: 2 * 8 * reads}) + Counter({"v2.b32": 2 * 8 * given})
+        assert Counter(stores) == {out: 8 * written}
+        assert "sqrt.rn.f32" in ptx and "sqrt.approx" not in ptx and "div.full" not in ptx
+        assert "fma.rn.f32" not in ptx and "atom" not in ptx
+
+
 VERBS = ("policy", "log_prob", "gradient")
 
 
@@ -396,8 +426,11 @@ def table():
                 )
                 yield cells.format(*kernel, *check(made).values())
     for dtype, arch in itertools.product((F, H), ARCHS):
+        short = str(dtype).removeprefix("torch.").replace("float", "f")
+        for way, kernel in zip(("", " backward"), guidance(arch, dtype), strict=True):
+            figures = report(kernel).values()
+            yield cells.format(f"rescaled_guidance{way}", short, "", "", f"sm_{arch}", *figures)
         for verb, kernel, _ in token_rows(arch, dtype, **TOKEN_OPTIONS):
-            short = str(dtype).removeprefix("torch.").replace("float", "f")
             figures = report(kernel).values()
             yield cells.format(f"token_loss, {verb}", short, "", "", f"sm_{arch}", *figures)
 

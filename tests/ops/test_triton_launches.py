@@ -26,11 +26,11 @@ B, D, VIDEO = 8, 65_536, 2**18 + 4096
 PROGRAMS = B * D // 1024
 CALLS = calls.take(calls.FEW)
 # Of what does not launch a program to each tile of 1,024 elements, each way: on policy no latent is
-# read; long samples have larger tiles forward.
-ON_POLICY = {"policy_loss, on policy": [B, PROGRAMS]}
+# read; a sample of channels alone is one token; long samples have larger tiles forward.
+OTHERS = {"policy_loss, on policy": [B, PROGRAMS], "rescaled_guidance": [B, B]}
 LONG = [2 * -(-VIDEO // block) for block in (2048, 1024)]
 LAUNCHED = [  # a problem, and the programs of each of its launches
-    *[((c, B, D), ON_POLICY.get(str(c), [PROGRAMS] * (2 if c.learned else 1))) for c in CALLS],
+    *[((c, B, D), OTHERS.get(str(c), [PROGRAMS] * (2 if c.learned else 1))) for c in CALLS],
     (("policy_loss, siblings", 750, 16), [750, 750]),  # a batch beyond a look at each
     (("sde_step", 2, VIDEO), LONG[:1]),
     (("policy_loss", 2, VIDEO, torch.bfloat16), LONG),

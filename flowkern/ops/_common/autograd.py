@@ -64,13 +64,20 @@ class EagerGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         backward_pass, settings, backend = ctx.how
-        if is_transformed() or private.is_batched(grad) or torch.is_grad_enabled():
-            check_derivatives(backend)
-        if grad.is_neg():
-            grad = grad.resolve_neg()
+        grad = plain_gradient(grad, backend)
         saved = ctx.saved_tensors  # raises where an input has changed, also where none is read
         kept, ctx.kept = ctx.kept, None
         return backward_pass(grad, saved, settings, backend, kept), None
+
+
+def plain_gradient(grad: Tensor, backend: str) -> Tensor:
+    """A gradient that comes in, as a kernel's backward pass takes it.
+
+    Raises what `check_derivatives` does where more is asked for than the kernel has.
+    """
+    if is_transformed() or private.is_batched(grad) or torch.is_grad_enabled():
+        check_derivatives(backend)
+    return grad.resolve_neg() if grad.is_neg() else grad
 
 
 def check_derivatives(backend: str) -> None:

@@ -96,6 +96,13 @@ def native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.why_not() if device.type == "cpu" else native.cuda_why_not(device)
 
 
+def native_cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Of an op without a native kernel for CUDA devices."""
+    if device.type == "cuda":
+        return "it has no native kernel for CUDA devices, where Triton's serves"
+    return native_why_not(device, dtype)
+
+
 def triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it computes in float32; float64 is served by the reference"

@@ -145,13 +145,18 @@ def cut(x: Tensor, may_grow: bool = False) -> Cut:
 
 def launch(kernel, latent: Tensor, cut: Cut, *arguments, programs: int | None = None, **constants):
     """One program for each chunk of each sample of `latent`, or `programs` of them."""
-    grid = (programs or latent.shape[0] * cut.chunks,)
-    constants |= {"BLOCK": cut.block, "num_warps": cut.warps, "enable_fp_fusion": False}
+    constants |= {"BLOCK": cut.block, "num_warps": cut.warps}
+    programs = programs or latent.shape[0] * cut.chunks
+    launch_programs(kernel, latent, programs, *arguments, cut.size, **constants)
+
+
+def launch_programs(kernel, latent: Tensor, programs: int, *arguments, **constants):
+    """So many programs, on the device of `latent`."""
     if latent.is_cuda and latent.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(latent):
-            kernel[grid](*arguments, cut.size, **constants)
+            kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)
     else:
-        kernel[grid](*arguments, cut.size, **constants)
+        kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)
 
 
 _KEPT_SUMS, _KEPT_COUNTERS = 2**16, 2**14

@@ -10,7 +10,7 @@ from flowkern import torch_private as private
 from flowkern.ops._common.dispatch import (
     Impl,
     choose,
-    native_why_not,
+    native_cpu_why_not,
     no_objection,
     triton_why_not,
 )
@@ -22,12 +22,6 @@ def _native() -> ModuleType:
     return native_impl
 
 
-def _native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cuda":
-        return "the token loss has no native kernel for CUDA devices, where Triton's serves"
-    return native_why_not(device, dtype)
-
-
 def _triton() -> ModuleType:
     from . import triton_impl  # on first use: `import flowkern` leaves triton out
 
@@ -36,7 +30,7 @@ def _triton() -> ModuleType:
 
 # What is called gives a module: row kernels, which chunks.py calls, or a loss by itself.
 IMPLS = (
-    Impl("native", _native, _native_why_not),
+    Impl("native", _native, native_cpu_why_not),
     Impl("triton", _triton, triton_why_not),
     Impl("reference", lambda: reference, no_objection),
 )
