@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ops": {"schedules"},
     "rollout": {"schedules", "ops"},
     "rl": {"schedules", "ops", "rollout"},
-    "models": {"schedules"},
+    "models": {"schedules", "ops"},
     "rewards": set(),
     "agent": {"schedules", "ops", "rl", "rewards.judge"},
     "compat": {"schedules", "ops"},
