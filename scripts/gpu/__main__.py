@@ -4,8 +4,8 @@
 
 A: versions, build, each call once, tests, timings. B: a whole iteration of a large model, and
 every algorithm's demo. C: memcheck, the profiler, tiles, the token loss, torch.compile. D: what a
-network call costs. Each part has a limit, and so has each of its steps; results go to the folder that
-FLOWKERN_RESULTS names, as they come.
+network call costs. Each part has a limit, and so has each of its steps; results go to the folder
+that FLOWKERN_RESULTS names, as they come.
 GPU_REHEARSE=1 walks the same way on the CPU at a tiny size. Nothing is installed; wheels that
 scripts/gpu/wheels.py put into build/wheels are unpacked beside. docs/gpu.md says what to make of
 the results.
