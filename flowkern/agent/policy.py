@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class Policy(nn.Module):
     def causal(self) -> nn.Module:
         """The language model itself, adapted in place."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def disable_adapter(self) -> AbstractContextManager:
+        """Around what the model says without what it learned; of an adapted one."""
+        return self.model.disable_adapter()
 
     def forward(self, rows: Padded, options: dict[str, Any]) -> Tensor | TokenLoss:
         """`linear_policy_loss` of the rows' tokens with these options, or, without any but the

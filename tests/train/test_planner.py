@@ -89,7 +89,8 @@ def test_two_processes_are_one(planner, tmp_path, train_on, lines):
 
 @pytest.mark.parametrize("targets", ["null", "[q_proj, lm_head]"])
 def test_an_adapter_learns_and_is_loaded_again(planner, tmp_path, targets):
-    options = "lora.rank=4", "lora.alpha=8", f"lora.target_modules={targets}", "train.steps=2"
+    adapter = f"lora={{rank: 4, alpha: 8, target_modules: {targets}}}"
+    options = adapter, "train.steps=2", "algorithm.kl_coef=0.1"
     loop = Loop(planner("train.checkpointing_steps=2", *options))
     loop.run()
     saved = tmp_path / "run/checkpoint-2"
