@@ -99,7 +99,8 @@ class Caller:
             if not failure.again:
                 raise failure
             if tried > self.patience.retries or now() + wait_s >= end:
-                raise FailedCall(f"{failure}; tried {tried} times") from failure
+                times = f"; tried {tried} times" if tried > 1 else ""
+                raise FailedCall(f"{failure}{times}") from failure
             await asyncio.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 

@@ -89,6 +89,9 @@ class PlannerTask:
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
         self.slots = distributed.share(count, self.rank, self.world, updates).tolist()
         data, agent, recipe = config.data, config.agent, self.recipe
+        engine_kind = load(agent.engine.kind, ENGINES, "agent.engine.kind")
+        if hasattr(engine_kind, "require"):
+            engine_kind.require(agent.engine.options)
         self.questions = read_questions(data.train_prompts, "data.train_prompts", data.source)
         draw_prompts(len(self.questions), count, config.seed, 0)  # refuses too many
         self.held_out: list[Prompt] = []
@@ -100,9 +103,6 @@ class PlannerTask:
             for name, one in config.reward.root.items()
         }
         system = load_system(agent.system, agent.modules, agent.tools, agent.prompts)
-        engine_kind = load(agent.engine.kind, ENGINES, "agent.engine.kind")
-        if hasattr(engine_kind, "require"):
-            engine_kind.require(agent.engine.options)
         torch.manual_seed(config.seed)
         network, self.tokenizer, trained = load_language(config, self.device)
         try:

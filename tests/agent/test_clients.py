@@ -106,7 +106,7 @@ def test_one_line_of_why(server, fault, reason, requests):
 
 def test_a_wait_beyond_the_deadline_is_not_waited(server):
     server.faults.append(servers.Fault(servers.Answer(b"", 429, {"retry-after": "3600"})))
-    with pytest.raises(FailedCall, match="answered 429; tried 1 times"):
+    with pytest.raises(FailedCall, match="answered 429$"):
         asyncio.run(client(server)("hello"))
 
 

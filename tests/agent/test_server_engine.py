@@ -282,7 +282,7 @@ def test_bytes_by_drops(one_by_one, lora):
     patience = {**QUICK, "timeout_s": 0.5, "concurrency": 1, "retries": 0}
     drawer = engine(server, lora, patience=patience)
     server.faults.extend([None, servers.BY_DROPS])
-    assert turns(drawer)[0].failure == "no answer within 0.5 s; tried 1 times"
+    assert turns(drawer)[0].failure == "no answer within 0.5 s"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_raw_log_probs_do_where_nothing_changes_them(base, lora):
         ({"token_env": "NOT_SET"}, "agent.engine.token_env: the environment variable NOT_SET"),
         ({"adress": 1}, "agent.engine.adress: unknown key; known are url"),
         ({"modle": 1}, "agent.engine.modle: unknown key; did you mean 'model'"),
-        ({"url": "http://127.0.0.1:9"}, "agent.engine.url: .*: cannot connect.*tried 2 times"),
+.*connect"),
     ],
 )
 def test_options_refused(base, lora, options, message):

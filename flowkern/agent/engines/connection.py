@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import httpx2
@@ -108,7 +108,9 @@ class Connection:
         return [card for card in cards or [] if isinstance(card, dict)]
 
     def require(self) -> None:
-        """Raises ConfigError, in a sentence, where nobody listens, or serves another model."""
+        """Raises ConfigError, in a sentence and at once, where nobody listens, or serves another
+        model."""
+        self._call = Caller(replace(self.patience, retries=0))
         try:
             names = asyncio.run(self._names())
         except FailedCall as error:
