@@ -324,7 +324,7 @@ def test_raw_log_probs_do_where_nothing_changes_them(base, lora):
         ({"token_env": "NOT_SET"}, "agent.engine.token_env: the environment variable NOT_SET"),
         ({"adress": 1}, "agent.engine.adress: unknown key; known are url"),
         ({"modle": 1}, "agent.engine.modle: unknown key; did you mean 'model'"),
-.*connect"),
+        ({"url": "http://127.0.0.1:9"}, "agent.engine.url: .*: cannot connect"),
     ],
 )
 def test_options_refused(base, lora, options, message):
