@@ -16,16 +16,18 @@ Found = TypeVar("Found")
 UNREAD = "*.bin *.pt *.pth *.ckpt *.msgpack *.h5 *.onnx* *.gguf *.fp16* *.bf16* *.non_ema*".split()
 
 
-def commit_of(name: str, revision: str | None = None) -> str:
+def commit_of(name: str, revision: str | None = None, index: str = INDEX) -> str:
     """The commit that a branch or a tag is, or that the id's main branch is.
 
+    index: a file that such a model has: a pipeline's, or config.json of a network of transformers.
+
     Raises FileNotFoundError, of one line that begins with path or revision, where the hub, or its
-    cache where the hub is not asked, has no such pipeline.
+    cache where the hub is not asked, has no such model.
     """
     from huggingface_hub import hf_hub_download
 
-    index = _asked(name, revision, lambda: hf_hub_download(name, INDEX, revision=revision))
-    return Path(index).parent.name
+    found = _asked(name, revision, lambda: hf_hub_download(name, index, revision=revision), index)
+    return Path(found).parent.name
 
 
 def directory_of(name: str, commit: str, *, has_encoders: bool = True) -> Path:
@@ -42,8 +44,10 @@ def directory_of(name: str, commit: str, *, has_encoders: bool = True) -> Path:
     return Path(_asked(name, commit, lambda: snapshot_download(name, **options)))
 
 
-def _asked(name: str, revision: str | None, ask: Callable[[], Found]) -> Found:
+def _asked(name: str, revision: str | None, ask: Callable[[], Found], index: str = INDEX) -> Found:
     from huggingface_hub import constants, errors
+
+    kind = "pipeline" if index == INDEX else "model of transformers"
 
     try:
         return ask()
@@ -65,14 +69,14 @@ def _asked(name: str, revision: str | None, ask: Callable[[], Found]) -> Found:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         at = f"the hub's cache, {constants.HF_HUB_CACHE!r}"
         cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
-        if revision is not None and any(cached.glob(f"*/{INDEX}")):
+        if revision is not None and any(cached.glob(f"*/{index}")):
             raise FileNotFoundError(
                 f"revision: {revision!r} of {name!r} is not whole in {at}, and {why}"
             ) from None
         raise FileNotFoundError(
-            f"path: {name!r} is no directory here and no pipeline in {at}, and {why}"
+            f"path: {name!r} is no directory here and no {kind} in {at}, and {why}"
         ) from None
     except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"path: {name!r} has no {INDEX}: it is no pipeline") from None
+        raise FileNotFoundError(f"path: {name!r} has no {index}: it is no {kind}") from None
     except errors.HfHubHTTPError as error:
         raise OSError(f"path: {name!r}: {' '.join(str(error).split()):.300}") from None

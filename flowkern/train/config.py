@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_validator
 
@@ -31,6 +31,8 @@ Pixels = Annotated[int | None, count(2**16)]
 
 
 class ModelConfig(Section):
+    index: ClassVar[str] = "model_index.json"
+    """The file by which the hub is asked whether it has such a model."""
     path: Origin
     """A diffusers pipeline: a directory, or the id of one on the Hugging Face hub, OWNER/NAME."""
     revision: Text | None = None

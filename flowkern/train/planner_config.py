@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from flowkern.train.fields import Origin, Place, Section, Text, TurnAlgorithm
 
 
 class PlannerModel(Section):
+    index: ClassVar[str] = "config.json"
     path: Origin
     """A causal language model with its tokenizer: a directory, or an id of the Hugging Face hub."""
     revision: Text | None = None

@@ -31,7 +31,8 @@ def _commit(config: Config) -> str:
     from flowkern.models.hub import commit_of
 
     try:
-        return commit_of(config.model.path, config.model.revision or _begun_with(config))
+        revision = config.model.revision or _begun_with(config)
+        return commit_of(config.model.path, revision, config.model.index)
     except OSError as error:
         raise ConfigError(f"model.{error}") from error
 

@@ -3,6 +3,7 @@ what it spoils is lost turns of a rollout that goes on."""
 
 import json
 import math
+import shutil
 from collections import deque
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from flowkern.agent.engines.server import ServerEngine
 from flowkern.agent.memory import Action, Step
 from flowkern.agent.policy import Policy
 from flowkern.agent.system import System
+from flowkern.checks import ConfigError
 from flowkern.cli import main
 from flowkern.train.config import from_dict, load_config
 from flowkern.train.loop import Loop
@@ -145,6 +147,26 @@ def seen(monkeypatch):
     return Seen(monkeypatch)
 
 
+@pytest.mark.parametrize("branch", [None, "trained"])
+def test_a_planner_of_the_hub(planner, tmp_path, monkeypatch, branch):
+    """Its commit is found by the files that a language model has, and kept."""
+    from huggingface_hub import constants
+
+    commit = "a" * 40
+    at = tmp_path / "hub/models--someone--planner"
+    shutil.copytree(planner, at / "snapshots" / commit)
+    (at / "refs").mkdir()
+    (at / "refs" / (branch or "main")).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    run = config(planner, tmp_path / "run", {"kind": "transformers"})
+    model = run.model.model_copy(update={"path": "someone/planner", "revision": branch})
+    assert Loop(run.model_copy(update={"model": model})).config.model.revision == commit
+    elsewhere = run.model.model_copy(update={"path": "someone/else"})
+    with pytest.raises(ConfigError, match="'someone/else' is no directory .* no model of transfor"):
+        Loop(run.model_copy(update={"model": elsewhere}))
+
+
 def records(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -262,11 +284,14 @@ def test_a_server_that_is_down_for_a_rollout(planner, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["agentflow", "agentflow_full"])
-def test_the_papers_run_is_refused_in_a_line_without_its_server(name, capsys, tmp_path):
-    """Before anything is loaded: there is no model of that name here."""
+def test_the_papers_run_is_refused_in_a_line_without_its_server(name, capsys, tmp_path, planner):
+    """Before anything is loaded or read: there are no questions."""
     path = Path(__file__).parents[2] / f"configs/agent/{name}.yaml"
-    given = ["agent.engine.url=http://127.0.0.1:9", "train.mixed_precision=no"]
-    assert main(["train", str(path), *given, f"output_dir={tmp_path}"]) == 2
+    given = ["agent.engine.url=http://127.0.0.1:9", f"model.path={planner}"]
+    assert (
+        main(["train", str(path), *given, "train.mixed_precision=no", f"output_dir={tmp_path}"])
+        == 2
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "agent.engine.url: there is no server at http://127.0.0.1:9: cannot connect" in line
     recipe = load_config(path).algorithm
