@@ -44,6 +44,11 @@ SAID = [
         "algorithm.dual_clip: got 1.1, expected .*1.3",
     ),
     (["train", AGENT, "algorithm.guidance_scale=2"], 2, "algorithm.guidance_scale: unknown key"),
+    (
+        ["train", AGENT, "algorithm={name: agentflow_verl, group_by: token}"],
+        2,
+        "algorithm.group_by: got 'token', expected one of trajectory, row",
+    ),
     (["demo", "agnt"], 2, "demo: got 'agnt', expected agent"),
     (["cost", "agentflow"], 2, "agentflow: is not counted: .*turns"),
     (["cost", "--config", AGENT], 2, "agentflow: is not counted"),

@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 from flowkern.checks import ABOVE_0, AT_LEAST_0, SHARE, Range
 from flowkern.rl.recipe import AnyRecipe
 
+Aggregation = Literal["turn_mean", "seq_mean", "token_mean", "constant"]
+GroupBy = Literal["trajectory", "row"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TurnRecipe(AnyRecipe):
@@ -32,10 +35,10 @@ class TurnRecipe(AnyRecipe):
     """Of the KL (k3) to the planner that training began with."""
     entropy_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Of an entropy bonus."""
-    agg: Literal["turn_mean", "seq_mean", "token_mean", "constant"] = "turn_mean"
+    agg: Aggregation = "turn_mean"
     """What a token weighs, as `token_weights` takes it; counts are those of an optimizer step over
     all processes. "constant": 1 / the tokens that its turns could have had."""
-    group_by: Literal["trajectory", "row"] = "trajectory"
+    group_by: GroupBy = "trajectory"
     """What mean and std of a question's rewards are over: trajectories, or their turns."""
     turns: Literal["all", "final"] = "all"
     """Which of a trajectory's turns learn."""

@@ -12,20 +12,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowkern.rl.algorithms.agentflow import AgentFlow
+from flowkern.rl.turns import Aggregation, GroupBy
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentFlowVerl(AgentFlow):
     """The released defaults."""
 
-    group_by: str = "row"
+    group_by: GroupBy = "row"
     """A trajectory of three turns counts three times in the mean and std of its question: verl's
     estimator pools all rows of one uid, which is the question's."""
     unbiased_std: bool = True
     """verl: torch.std, divided by N - 1."""
     eps: float = 1e-6
     """verl's epsilon."""
-    agg: str = "token_mean"
+    agg: Aggregation = "token_mean"
     """verl's loss_agg_mode: long turns and long trajectories weigh more."""
     clip_high: float = 0.3
     """Released as clip_ratio_high, with clip_ratio_low 0.2."""
