@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowkern.checks import ConfigError
+from flowkern.cli.environment import environment, in_lines
 from flowkern.cli.train import OVERRIDE
 
 if TYPE_CHECKING:
@@ -31,28 +32,34 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Load a configuration and its model, say what they are, and replay the first "
         "rollout as training would: is its ratio 1 before the first update, in which batches, and "
         "how far off beside the clip range? Where it is off, what for. Nothing of the run is "
-        "written. Exit status: 0 sound, 1 off, 2 a configuration that cannot be used.",
+        "written. Without CONFIG: versions, devices, backends, packages, for a bug report. Exit "
+        "status: 0 sound, 1 off, 2 a configuration that cannot be used.",
     )
     parser.add_argument(
         "arguments",
         metavar="CONFIG.yaml [MORE.yaml ...] [key.path=value ...]",
         nargs="*",
-        help="as of train",
+        help="as of train; none: what there is here",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, too")
     parser.set_defaults(command=run, fail=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
-    from flowkern.train.config import load_config
-
     files = [text for text in options.arguments if not OVERRIDE.match(text)]
     overrides = [text for text in options.arguments if OVERRIDE.match(text)]
-    if not files:
-        options.fail("doctor: expected a CONFIG.yaml, as in configs/")
-    config = load_config(files, overrides)
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {str(options.json.parent)!r}")
+    if not options.arguments:
+        found = environment()
+        print(*in_lines(found), sep="\n")
+        _write(options.json, found)
+        return 0
+    if not files:
+        options.fail("doctor: expected a CONFIG.yaml, as in configs/")
+    from flowkern.train.config import load_config
+
+    config = load_config(files, overrides)
     import torch
 
     from flowkern.train.doctor import doctor
@@ -66,9 +73,13 @@ def run(options: argparse.Namespace) -> int:
             "model.gradient_checkpointing=true or train.mixed_precision=bf16 may help"
         ) from None
     show(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    _write(options.json, report.to_dict())
     return 0 if report.is_sound else 1
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def show(report: Report) -> None:

@@ -196,7 +196,52 @@ def gradient(loop, monkeypatch):
     network.register_forward_hook(longer)
 
 
+def outputs(network, change):
+    """What the network answers, changed."""
+    network.register_forward_hook(lambda module, inputs, output: (change(output[0]),))
+
+
+class Longer(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs, **options):
+        return (self.network(*inputs, **options)[0] * 1.01,)
+
+
+def wrapper(loop, monkeypatch):
+    loop.weights.trained[NETWORK] = Longer(loop.weights.trained[NETWORK])
+
+
+def training_mode(loop, monkeypatch):
+    """A step towards the norm of its weights at each call, as spectral normalization makes."""
+    layer = loop.task.model.network.get_base_model().proj_out
+    nn.utils.parametrizations.spectral_norm(layer, n_power_iterations=1)
+    layer.train()
+
+
+def again(loop, monkeypatch):
+    """Kernels that are chosen anew at the first call with gradients, and stay."""
+    chosen = []
+
+    def answer(velocity):
+        if torch.is_grad_enabled():
+            chosen.append(True)
+        return velocity if chosen else velocity * 1.01
+
+    outputs(loop.task.model.network, answer)
+
+
+def not_finite(loop, monkeypatch):
+    outputs(loop.task.model.network, lambda velocity: velocity * float("nan"))
+
+
 FAULTS = {
+    wrapper: "what training wraps the network in changes it",
+    training_mode: "the network is in training mode",
+    again: "asked again, is answered the same now, but not as in sampling",
+    not_finite: "the velocity of sampling itself is no number",
     dropout: "dropout is on (base_model.model.transformer_blocks.0.attn.to_out.1",
     autocast: "autocast differs: it is off in sampling",
     checkpointing: "with gradient checkpointing the network computes something else",
@@ -213,7 +258,7 @@ def test_a_fault_at_equal_batches_is_named_and_no_other(fault, loop_of, monkeypa
     loop = loop_of("chroma" if is_chroma else "flux", recomputes=is_chroma)
     fault(loop, monkeypatch)
     report = doctor.examine(loop)
-    assert found(report) == [fault.__name__]
+    assert found(report) == [fault.__name__.replace("_", " ")]
     (finding,) = report.findings
     assert finding.shape == "equal" and finding.log_ratio > 0
     assert finding.share == pytest.approx(finding.log_ratio / 1e-4, rel=1e-3)
@@ -257,6 +302,20 @@ def test_padding_that_changes_from_batch_to_batch_is_named(loop_of, monkeypatch)
     assert all(level.log_ratio == 0 for level in report.shapes["equal"])
 
 
+def test_a_row_that_depends_on_the_states_beside_it_is_named(loop_of, monkeypatch):
+    """As where a batch is normalized: equal batches are answered equally, others are not."""
+    loop = loop_of("flux")
+    call = loop.task.model.call
+
+    def beside(network, x_t, sigma, parts):
+        return call(network, x_t + 0.1 * x_t.amax(0), sigma, parts)
+
+    monkeypatch.setattr(loop.task.model, "call", beside)
+    report = doctor.examine(loop)
+    assert found(report) == ["noise levels"] and report.findings[0].share > doctor.TOLERATED
+    assert all(level.log_ratio == 0 for level in report.shapes["equal"])
+
+
 # ---- the command ----
 
 
@@ -279,6 +338,24 @@ def test_the_command_says_it_in_a_table_and_in_json(tree, adapter, tmp_path, cap
     assert set(facts["backends"]) == {"native", "triton", "reference"}
     assert "clip_range: 0.0001 is 0.062 times" in said.replace("\n", " ")
     assert not (tmp_path / "run").exists(), "nothing of the run is written"
+
+
+def test_without_a_configuration_it_says_what_there_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub/models--a--b").mkdir(parents=True)
+    out = tmp_path / "here.json"
+    assert main(["doctor", "--json", str(out)]) == 0
+    said, found = capsys.readouterr().out, json.loads(out.read_text())
+    for text in (f"torch {torch.__version__}", "reference", "hub, 1 models", "diffusers 0."):
+        assert text in said, said
+    assert found["backends"]["cpu"]["reference"] is None
+    for name, reason in found["backends"]["cpu"].items():
+        assert reason is None or f"no {name}: {reason}" in said, said
+    lacking = [n for names in found["packages"].values() for n, v in names.items() if not v]
+    assert all(name in said for name in lacking)
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", "train.steps=3"])
+    assert end.value.code == 2 and "expected a CONFIG.yaml" in capsys.readouterr().err
 
 
 def test_a_run_that_is_off_has_status_1_and_one_that_cannot_be_2(
