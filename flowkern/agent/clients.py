@@ -52,11 +52,12 @@ class TextClient:
         self.base_url = network.checked_url(base_url, "base_url")
         self.model = model
         self.defaults = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-        self._call = Caller(as_patience(patience))
+        secret = network.token(token_env, "token_env")
+        self._call = Caller(as_patience(patience), secret)
         self._openai = openai
         self._client = openai.AsyncOpenAI(
             base_url=self.base_url,
-            api_key=network.token(token_env, "token_env") or "none",
+            api_key=secret or "none",
             max_retries=0,  # tried again here, within one deadline
             timeout=None,
             http_client=network.web_client(self._call.patience.max_bytes),

@@ -66,10 +66,14 @@ class Patience:
 
 
 class Caller:
-    """Calls with patience: at most so many at a time, each tried again within its deadline."""
+    """Calls with patience: at most so many at a time, each tried again within its deadline.
 
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
+    secret: a token, which no reason is to hold: servers say it back, and reasons are shown to
+    models.
+    """
+
+    def __init__(self, patience: Patience, secret: str | None = None) -> None:
+        self.patience, self._secret = patience, secret
         self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     async def __call__(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -78,20 +82,23 @@ class Caller:
         if self._gate is None or self._gate[0] is not loop:
             self._gate = loop, asyncio.Semaphore(self.patience.concurrency)
         async with self._gate[1]:
-            return await self._persist(attempt, loop.time() + self.patience.deadline_s)
+            try:
+                return await self._persist(attempt, loop.time() + self.patience.deadline_s)
+            except FailedCall as error:
+                if self._secret is None or self._secret not in str(error):
+                    raise
+                raise FailedCall(str(error).replace(self._secret, "(the token)")) from None
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]], end: float) -> T:
         now = asyncio.get_running_loop().time
         for tried in range(1, self.patience.retries + 2):
             seconds = min(self.patience.timeout_s, end - now())
             try:
-                async with asyncio.timeout(seconds) as limit:
+                async with asyncio.timeout(seconds):
                     return await attempt()
             except FailedCall as error:
                 failure = error
             except TimeoutError:
-                if not limit.expired():
-                    raise
                 failure = FailedCall(f"no answer within {seconds:.3g} s", again=True)
             wait_s = failure.wait_s
             if wait_s is None:

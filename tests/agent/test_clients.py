@@ -104,6 +104,13 @@ def test_one_line_of_why(server, fault, reason, requests):
     assert len(server.requests) == requests
 
 
+def test_a_token_that_is_said_back_is_not_shown(server, monkeypatch):
+    monkeypatch.setenv("SECRET", "sesame")
+    server.faults.append(servers.Fault(servers.Answer(b"no such key: sesame", 401)))
+    with pytest.raises(FailedCall, match=r"answered 401: no such key: \(the token\)$"):
+        asyncio.run(client(server, token_env="SECRET")("hello"))
+
+
 def test_a_wait_beyond_the_deadline_is_not_waited(server):
     server.faults.append(servers.Fault(servers.Answer(b"", 429, {"retry-after": "3600"})))
     with pytest.raises(FailedCall, match="answered 429$"):

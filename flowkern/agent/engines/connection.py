@@ -86,11 +86,11 @@ class Connection:
             self.patience: Patience = as_patience(self.options.patience)
         except ConfigError as error:
             raise ConfigError(f"{KEY}.{error}") from None
-        self._headers = network.bearer(network.token(self.options.token_env, f"{KEY}.token_env"))
-        self._call = Caller(self.patience)
+        self._secret = network.token(self.options.token_env, f"{KEY}.token_env")
+        self._call = Caller(self.patience, self._secret)
 
     def client(self) -> httpx2.AsyncClient:
-        return network.web_client(self.patience.max_bytes, headers=self._headers)
+        return network.web_client(self.patience.max_bytes, headers=network.bearer(self._secret))
 
     async def ask(
         self, client: httpx2.AsyncClient, method: str, path: str, body: Any = None
@@ -110,7 +110,7 @@ class Connection:
     def require(self) -> None:
         """Raises ConfigError, in a sentence and at once, where nobody listens, or serves another
         model."""
-        self._call = Caller(replace(self.patience, retries=0))
+        self._call = Caller(replace(self.patience, retries=0), self._secret)
         try:
             names = asyncio.run(self._names())
         except FailedCall as error:

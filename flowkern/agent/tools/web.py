@@ -129,7 +129,7 @@ class WebSearch:
         self._top = top
         self._url = network.checked_url(url or self._api.url, "url")
         self._token = network.token(token_env, "token_env")
-        self._call = Caller(as_patience({**PATIENCE, **(patience or {})}))
+        self._call = Caller(as_patience({**PATIENCE, **(patience or {})}), self._token)
 
     async def __call__(self, query: str) -> str:
         """Searches the web, and gives titles, addresses and first words of the best pages.
