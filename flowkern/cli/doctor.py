@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,9 @@ def run(options: argparse.Namespace) -> int:
             f"out of memory with train.max_batch={config.train.max_batch}; a smaller one, "
             "model.gradient_checkpointing=true or train.mixed_precision=bf16 may help"
         ) from None
-    show(report)
-    _write(options.json, report.to_dict())
+    if os.environ.get("RANK", "0") == "0":  # of several processes
+        show(report)
+        _write(options.json, report.to_dict())
     return 0 if report.is_sound else 1
 
 
@@ -125,7 +127,8 @@ def _facts(report: Report) -> Table:
         "training": facts["trained"],
         "clip range": _clip_range(report),
         "batches": f"{facts['batch']['sampling']} rows in sampling, "
-        f"{facts['batch']['training']} in training",
+        f"{facts['batch']['training']} in training"
+        + (f", in each of {facts['processes']} processes" if facts["processes"] > 1 else ""),
         "backends": "; ".join(
             name if reason is None else f"no {name}: {reason}"
             for name, reason in facts["backends"].items()

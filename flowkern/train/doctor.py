@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from flowkern.checks import ConfigError
 from flowkern.ops._common.dispatch import backends
 from flowkern.rl.objectives import RatioClip
 from flowkern.rl.recipe import Recipe
-from flowkern.train import tracking
+from flowkern.train import distributed, tracking
 from flowkern.train.causes import Cause, causes_at_equal_batches, causes_at_other_batches
 from flowkern.train.config import Config
 from flowkern.train.flow import FlowTask
@@ -90,7 +91,8 @@ class Report:
 
 def doctor(config: Config) -> Report:
     """Load what a configuration names, and examine it on the device of its run. Writes nothing of
-    the run.
+    the run. Of several processes each examines its own share of the prompts, through what wraps the
+    network there, and all return the report of all.
 
     Raises ConfigError, naming the key, for what a training would refuse.
     """
@@ -102,23 +104,26 @@ def doctor(config: Config) -> Report:
     data, count = config.data, config.algorithm.prompts_per_rollout
     prompts = read_prompts(data.train_prompts, "data.train_prompts", data.source)
     draw_prompts(len(prompts), count, config.seed, 0)  # refuses too many, as training does
-    loop = Loop(smaller(config))
-    if loop.world > 1:
-        raise ConfigError(f"doctor: got {loop.world} processes, expected one")
-    return examine(loop)
+    world = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say, before there is a group
+    distributed.share(count, 0, world, config.algorithm.updates_per_rollout)
+    loop = Loop(smaller(config, world))
+    report = together_of(distributed.together(loop.accelerator, lambda: examine(loop)))
+    distributed.finish(loop.accelerator)
+    return report
 
 
-def smaller(config: Config) -> Config:
-    """One rollout, of as many prompts as fill a network call of sampling, or all of the run's: the
-    calls that are looked at have the rows that they have there."""
+def smaller(config: Config, world: int = 1) -> Config:
+    """One rollout, of as many prompts as fill a network call of sampling, or all of the run's, for
+    each process: the calls that are looked at have the rows that they have there."""
     recipe, train = config.algorithm, config.train
     per_call = max(1, train.max_batch // (1 if recipe.guidance(0) is None else 2))
-    most = min(recipe.prompts_per_rollout, train.prompts_per_block or per_call, per_call)
+    own = recipe.prompts_per_rollout // world
+    most = min(own, train.prompts_per_block or per_call, per_call)
     count = max(1, most // recipe.updates_per_rollout) * recipe.updates_per_rollout
     block = train.prompts_per_block and count
     return config.model_copy(
         update={
-            "algorithm": dataclasses.replace(recipe, prompts_per_rollout=count),
+            "algorithm": dataclasses.replace(recipe, prompts_per_rollout=world * count),
             "train": train.model_copy(
                 update={"steps": recipe.updates_per_rollout, "prompts_per_block": block}
             ),
@@ -146,6 +151,37 @@ def examine(loop: Loop) -> Report:
     facts["memory"] = {"loaded_gb": loaded, "peak_gb": peak, "device_gb": _memory(task.device)}
     shapes = {shape: _levels(one) for shape, one in compared.items()}
     return Report(facts, clip, shapes, findings, _notes(task, facts))
+
+
+def together_of(reports: Sequence[Report]) -> Report:
+    """What processes found, as one: of each noise level and each cause the worst."""
+    first, *others = reports
+    if not others:
+        return first
+    findings: dict[tuple[str, str], Finding] = {}
+    for finding in (one for report in reports for one in report.findings):
+        known = findings.setdefault((finding.cause, finding.shape), finding)
+        if finding.log_ratio > known.log_ratio:
+            findings[finding.cause, finding.shape] = finding
+    shapes = {
+        shape: [_worst(levels) for levels in zip(*(r.shapes[shape] for r in reports), strict=True)]
+        for shape in first.shapes
+    }
+    memory = [report.facts["memory"] for report in reports]
+    peak = max(memory, key=lambda one: one["peak_gb"])
+    facts = {**first.facts, "memory": peak, "processes": len(reports)}
+    return dataclasses.replace(first, facts=facts, shapes=shapes, findings=list(findings.values()))
+
+
+def _worst(levels: Sequence[Level]) -> Level:
+    return Level(
+        levels[0].sigma,
+        sum(level.choices for level in levels),
+        min(level.ratio_min for level in levels),
+        max(level.ratio_max for level in levels),
+        max(level.log_ratio for level in levels),
+        max(level.velocity_error for level in levels),
+    )
 
 
 def _clip(objective: Any) -> float | None:
@@ -243,6 +279,7 @@ def _facts(task: FlowTask, replay: Replay) -> dict[str, Any]:
         "lora": None,
         "trained": task.facts[0],
         "batch": {"sampling": replay.size * replay.halves, "training": replay.learn_size},
+        "processes": 1,
         "backends": backends(task.device),
     }
     if config.lora is not None:
