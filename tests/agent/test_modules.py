@@ -9,8 +9,10 @@ pytest.importorskip("openai", reason="openai is not installed: pip install 'flow
 import servers
 
 from flowkern.agent.clients import FailedCall
+from flowkern.agent.engines import Generation, Sampling
 from flowkern.agent.memory import Action, Memory, Query, Step
 from flowkern.agent.modules import answer_in, arguments_in, is_enough, system
+from flowkern.agent.rollout import Flow, roll_out, score
 from flowkern.agent.tools import tool
 from flowkern.checks import ConfigError
 
@@ -186,6 +188,50 @@ def test_a_model_that_is_down(model, agent):
     for module in (agent.verifier, agent.generator):
         with pytest.raises(FailedCall, match="answered 500"):
             asyncio.run(module(memory()))
+
+
+class Planner:
+    """Engine and tokenizer of a planner that always says the same."""
+
+    said = "Context: 2 + 3\nSub-Goal: add\nTool Name: calculator"
+
+    async def generate(self, prompts, sampling, seeds):
+        return [Generation(list(prompt), [1], [-1.0], "stop") for prompt in prompts]
+
+    def apply_chat_template(self, messages, **_):
+        return messages[-1]["content"]
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[1] for _ in texts]}
+
+    def batch_decode(self, rows, **_):
+        return [self.said for _ in rows]
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_rollout_whose_models_are_down_has_its_trajectories_and_rewards(model, agent, down):
+    """Failed steps to T_max and an empty answer, each counted; the batch survives."""
+    model.text = 'Conclusion: STOP\nAnswer: {"expression": "2 + 3"}'
+    if down:
+        model.routes["/v1/chat/completions"] = lambda _: servers.Answer(b"down", 503)
+    flow = Flow(agent, Planner(), Planner(), max_turns=2)
+    starts = [(Query("2 + 3?", "5", number), member) for number in (0, 1) for member in (0, 1)]
+
+    async def made():
+        found = await roll_out(flow, starts, Sampling(), (0, 0))
+        await score(found, {"is_json": lambda answer, query: float(answer.startswith("{"))})
+        return found
+
+    for one in asyncio.run(made()):
+        assert one.rewards == {"is_json": 0.0 if down else 1.0}
+        assert len(one.turns) == len(one.memory.steps) == (2 if down else 1)
+        if down:
+            assert (one.ended, one.answer) == ("max_turns", "")
+            assert all("answered 503" in step.failure for step in one.memory.steps)
+            assert [text.split(":")[0] for text in one.failures] == ["verifier"] * 2 + ["generator"]
+        else:
+            assert (one.ended, one.failures) == ("verifier", [])
+            assert one.memory.steps[0].result == "5"
 
 
 def test_the_planner_is_asked_with_what_there_is(agent):

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+pytest.importorskip("httpx2", reason="httpx2 is not installed: pip install 'flowkern[agent]'")
 import servers
 from model_server import STOP, VOCABULARY, ModelServer, tiny_model
 from tokenizers import Tokenizer
