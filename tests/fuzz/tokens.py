@@ -95,11 +95,11 @@ def _sizes(draw: Draw) -> tuple[int, int]:
     kind = draw.r.choice(("none", "one", "several chunks", "", "", ""))
     if kind:
         draw.drawn[f"tokens {kind}"] += 1
-    many = draw.r.choice((257, 300, 520))
-    counts = {"none": 0, "one": 1, "several chunks": many, "": draw.r.choice(COUNTS)}
-    count = counts[kind]
-    vocabulary = 1 if draw.maybe(0.1) else draw.r.choice(VOCABULARIES)
-    if count < 10 and draw.maybe(0.4):  # chunks of the row kernels, and beyond
+    counts = {"none": 0, "one": 1, "several chunks": draw.r.choice((257, 300))}
+    count = counts.get(kind, draw.r.choice(COUNTS))
+    vocabulary = draw.r.choice(VOCABULARIES if count <= 100 else VOCABULARIES[:6])
+    vocabulary = 1 if draw.maybe(0.1) else vocabulary
+    if count <= 3 and draw.maybe(0.4):  # chunks of the row kernels, and beyond
         vocabulary = draw.r.choice((1023, 1024, 1025, 2049, 5000))
         draw.drawn["vocabulary long"] += 1
     name = "one" if vocabulary == 1 else "other" if vocabulary % 16 else "whole vectors"

@@ -122,13 +122,13 @@ def test_strides(make):
 
 
 @native
-@pytest.mark.parametrize("first", range(0, 400, 50))
+@pytest.mark.parametrize("first", range(0, 200, 25))
 def test_drawn_calls_against_float64(first):
     """As tests/fuzz draws and checks them, which draws 2,000 and more."""
     kept = torch.get_num_threads(), native_module.cpu().isa()
     backends = {op.name: ("native", "") for op in fuzz.TOKENS}
     try:
-        for index in range(first, first + 50):
+        for index in range(first, first + 25):
             fuzz.one_call(fuzz.TOKENS, backends, f"0:{index}", "cpu")
     finally:
         torch.set_num_threads(kept[0])
