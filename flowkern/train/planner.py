@@ -132,8 +132,10 @@ class PlannerTask:
 
     @property
     def is_exact(self) -> bool:
-        """Are the sampler's log-probabilities those that the trainer would compute?"""
-        return self.flow.engine.is_exact and self.temperature == self.recipe.temperature
+        """Are the sampler's log-probabilities those that the trainer would compute? In half the
+        bits they follow from what a turn is computed beside."""
+        is_same = self.temperature == self.recipe.temperature
+        return is_same and self.flow.engine.is_exact and self.config.train.mixed_precision == "no"
 
     def modules(self) -> dict[str, nn.Module]:
         return {NETWORK: self.policy}
@@ -191,7 +193,8 @@ class PlannerTask:
             await score(found, self.rewards, self.flow.concurrency)
             return found
 
-        return asyncio.run(walk())
+        with self.accelerator.autocast():  # as the trainer computes
+            return asyncio.run(walk())
 
     def _experience(
         self, made: Sequence[Trajectory], told: Sequence[Sequence[Told]], laps: Laps

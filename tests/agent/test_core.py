@@ -30,7 +30,6 @@ PLANNER = Path(__file__).parents[2] / "assets/agent-demo/planner"
 ABOUT = {"kind": "total", "catalogue": "blue", "items": ["pear", "lamp"], "numbers": []}
 QUERY = Query("total price of pear and lamp", "59", 3, ABOUT)
 VALUES = {"pear": 47, "lamp": 12}
-WORLD = Path(__file__).parents[2] / "assets/agent-demo/passages.jsonl"
 
 
 @pytest.fixture(scope="module")

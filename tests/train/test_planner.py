@@ -103,6 +103,22 @@ def test_an_adapter_learns_and_is_loaded_again(planner, tmp_path, targets):
         assert torch.equal(mine, theirs)
 
 
+def test_in_half_the_bits_the_samplers_probabilities_are_corrected_for(planner, lines, tmp_path):
+    """They are not the trainer's own; the ratio is to the trainer's, and about 1."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    loop = Loop(planner("train.mixed_precision=bf16", "train.steps=2"))
+    experience = loop.task.collect(0)
+    apart = (experience.old - experience.turns.sample_log_prob).abs().max()
+    assert not loop.task.is_exact and 1e-6 < apart < 0.3
+    loop.run()
+    AcceleratorState._reset_state()
+    first, second = lines(tmp_path / "run/metrics.jsonl")
+    assert abs(first["ratio_mean"] - 1) < 1e-3 < abs(second["ratio_mean"] - 1) < 0.05
+    assert {str(p.dtype) for p in loop.parameters} == {"torch.float32"}
+
+
 @pytest.mark.parametrize("agg", ["turn_mean", "token_mean", "seq_mean", "constant"])
 def test_the_gradient_is_the_formulas_however_rows_are_split(planner, agg):
     """Against logits in one padded batch and three loops: over trajectories, turns, tokens."""
