@@ -81,7 +81,10 @@ def told(output: Path) -> dict:
             {k: v for k, v in one.items() if k == "step" or k.startswith("eval/")}
             for one in validation
         ],
-        "rollouts": [{"step": one["step"], **{key: one[key] for key in SHOWN}} for one in rollouts],
+        "rollouts": [
+            {"step": one["step"], **{key: one[key] for key in SHOWN if key in one}}
+            for one in rollouts
+        ],
     }
 
 
