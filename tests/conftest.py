@@ -2,7 +2,6 @@
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core to each; before torch asks
@@ -58,10 +57,9 @@ def loaded():
 @pytest.fixture
 def preloaded(monkeypatch, loaded):
     """Runs of the demo model read its files once a session, in each precision."""
-    if all(find_spec(name) for name in ("diffusers", "transformers")):
-        from loaded_once import read_once
+    from loaded_once import read_once
 
-        read_once(monkeypatch.setattr, Path(__file__).parents[1] / "assets/digits-sd3", loaded)
+    read_once(monkeypatch.setattr, Path(__file__).parents[1] / "assets/digits-sd3", loaded)
 
 
 @pytest.fixture(params=["native", "reference"])

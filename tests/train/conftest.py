@@ -10,9 +10,9 @@ import pytest
 from flowkern.train.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "assets/digits-sd3"
 CONFIG = ROOT / "configs/digits/flow_grpo.yaml"
 TINY = [
-    f"model.path={ROOT / 'assets/digits-sd3'}",
     f"data.train_prompts={ROOT / 'assets/digits-prompts/train.jsonl'}",
     f"data.test_prompts={ROOT / 'assets/digits-prompts/test.jsonl'}",
     "algorithm.group_size=4",
@@ -42,11 +42,21 @@ group.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
-def on_processes():
+def short(tmp_path_factory) -> Path:
+    """The demo's pipeline with two blocks instead of four, where there is what reads it."""
+    if find_spec("safetensors") is None:
+        return DIGITS
+    from loaded_once import shortened
+
+    return shortened(DIGITS, tmp_path_factory.mktemp("short") / DIGITS.name)
+
+
+@pytest.fixture(scope="session")
+def on_processes(short):
     """on_processes(count, file, *arguments)"""
     import forked
 
-    with forked.server() as run:
+    with forked.server(short) as run:
         yield run
 
 
@@ -90,12 +100,15 @@ def without_drawing(setattr):
 
 
 @pytest.fixture
-def tiny(tmp_path, undrawn, preloaded) -> Callable[..., Config]:
+def tiny(tmp_path, undrawn, short, loaded, monkeypatch) -> Callable[..., Config]:
     """tiny("key=value", ..., name="run"): a configuration whose output_dir is tmp_path/name."""
+    from loaded_once import read_once
+
+    read_once(monkeypatch.setattr, short, loaded)
 
     def make(*overrides: str, name: str = "run") -> Config:
-        directory = f"output_dir={tmp_path / name}"
-        return load_config(CONFIG, [*TINY, directory, *overrides])
+        places = [f"model.path={short}", f"output_dir={tmp_path / name}"]
+        return load_config(CONFIG, [*TINY, *places, *overrides])
 
     return make
 

@@ -1,8 +1,8 @@
 """Groups of processes, as a launcher starts them, forked from one that has imported what training
 imports: that takes each process that is started seconds.
 
-`with server() as run: run(2, "file.py", "argument")` runs the file in two processes, where it may
-import this folder; pictures are not drawn.
+`with server("model") as run: run(2, "file.py", "argument")` runs the file in two processes, where
+it may import this folder; pictures are not drawn.
 """
 
 import json
@@ -19,13 +19,15 @@ HERE = Path(__file__).parent
 
 
 @contextmanager
-def server():
-    """In a process of its own; what it is asked for runs in its children, seven minutes at most."""
+def server(model):
+    """In a process of its own, which has read the pipeline in the directory `model`; what it is
+    asked for runs in its children, seven minutes at most.
+    """
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
     process = subprocess.Popen(
-        [sys.executable, __file__], env=os.environ | environment, text=True,
+        [sys.executable, __file__, model], env=os.environ | environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
     )  # fmt: skip
 
@@ -93,7 +95,7 @@ if __name__ == "__main__":
     import accelerate  # noqa: F401
     import diffusers  # noqa: F401
     import peft  # noqa: F401
-    from conftest import CONFIG, ROOT, TINY, without_drawing
+    from conftest import CONFIG, TINY, without_drawing
     from loaded_once import LoadedOnce, read_once
     from torch import device
 
@@ -104,8 +106,8 @@ if __name__ == "__main__":
     from flowkern.train.prompts import draw_prompts, read_prompts
 
     without_drawing(setattr)
-    read_once(setattr, ROOT / "assets/digits-sd3", LoadedOnce())
-    config = load_config(CONFIG, TINY)
+    read_once(setattr, Path(sys.argv[1]), LoadedOnce())
+    config = load_config(CONFIG, [*TINY, f"model.path={sys.argv[1]}"])
     prompts = read_prompts(config.data.train_prompts)
     drawn = [prompts[place] for i in range(4) for place in draw_prompts(len(prompts), 4, 0, i)]
     model = flowkern.train.flow.load_pipeline(config, device("cpu"))
