@@ -77,7 +77,12 @@ def test_noise_has_the_bits_of_the_reference(seed):
         assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)))
+DTYPE_PAIRS = list(itertools.product(DTYPES, repeat=2))
+if INTERPRETED:  # each type read and each written, with another one and with itself
+    DTYPE_PAIRS = [pair for turn, pair in enumerate(DTYPE_PAIRS) if turn in (0, 1, 4, 5, 6, 8)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 def test_draw_rounds_as_the_reference(dtypes):
     """Noise given or keyed, guidance, history; a size of one, of a tile, of a tile and a bit."""
     dtype, out_dtype = dtypes
@@ -153,12 +158,13 @@ def test_the_tile_does_not_show(monkeypatch):
     )
 
 
+@pytest.mark.skipif(INTERPRETED, reason="where samples are long tiles are a GPU's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2**18, 2**18 + 8])
 def test_long_samples(size, dtype):
-    """Around the size from which on a draw and its replay take larger tiles."""
-    if INTERPRETED:
-        size //= 256  # of the tiles of the fixture there are as many
+    """Around the size from which on a draw and its replay take larger tiles. Interpreted, they are
+    of the test's choice, and test_the_tile_does_not_show says it.
+    """
     arguments = problem(2, size, dtype=dtype)
     for out_dtype in (torch.float32, torch.bfloat16):
         drawn = fk.sde_step(**arguments, **key(2), out_dtype=out_dtype, backend="triton")
