@@ -70,7 +70,7 @@ $(VENV)/.ready-$(FLOWKERN_BUILD): pyproject.toml constraints.txt setup.py $(shel
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel pybind11
 	rm -f flowkern/*.so $(VENV)/.ready-*
-	$(PIP) --no-build-isolation --editable '.[train,triton,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,triton,agent,sandbox,math,dev]'
 	$(VENV)/bin/python -c "import flowkern; print('backends:', flowkern.backends())"
 	touch $@
 
