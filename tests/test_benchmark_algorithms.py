@@ -25,6 +25,7 @@ TINY = (
     "algorithm.group_size=2",
     "algorithm.updates_per_rollout=1",
     "train.steps=1",
+    "validation.num_inference_steps=2",
 )
 
 

@@ -102,6 +102,7 @@ def test_the_demo_runs_from_a_wheel_in_an_empty_folder_until_ctrl_c(site, tmp_pa
     few, prompts = tmp_path / "few.jsonl", site / "flowkern/demo_data/assets/digits-prompts"
     few.write_text("".join((prompts / "train.jsonl").open().readlines()[:4]))
     small = ["train.steps=100000", "algorithm.updates_per_rollout=1", "validation.num_prompts=2"]
+    small += ["algorithm.num_inference_steps=3", "validation.num_inference_steps=2"]
     small += [f"data.train_prompts={few}"]
     small += ["algorithm.prompts_per_rollout=2", "algorithm.group_size=2", "output_dir=runs/demo"]
     small += ["train.checkpointing_steps=100000", "validation.steps=100000"]

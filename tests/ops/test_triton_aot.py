@@ -221,22 +221,24 @@ def covering(calls):
 
 
 def taken(arch):
-    """What the suite compiles, as a kernel takes a second: for 90 calls that have every option, of
-    the others each for another architecture; each in one of the dtypes. And those that take a
-    larger tile, once. With FLOWKERN_EVERY_CELL=1, or by itself, this file looks at everything.
+    """What the suite compiles, as a kernel takes a second: for 90 calls that have every option, for
+    the others one each of the rest; each in one of the dtypes. And of those that take a larger tile
+    three for 90, one for each other. With FLOWKERN_EVERY_CELL=1, or by itself, this file looks at
+    everything.
     """
     if EVERY:
         for dtypes, call, size in itertools.product(DTYPES, CALLS, (SIZE, VIDEO)):
             if size == SIZE or is_grown(call, dtypes):
                 yield from compiled(call, dtypes, size, arch)
         return
-    others = [other for other in ARCHS if other != 90]
-    share = slice(None) if arch == 90 else slice(others.index(arch), None, len(others))
-    few = covering(CALLS)
-    rest = [call for call in CALLS if call not in few]
-    for turn, case in list(enumerate(few if arch == 90 else rest))[share]:
+    chosen, grown = covering(CALLS), GROWN[1::3]
+    if arch != 90:  # losses; a draw, and losses
+        turn = [other for other in ARCHS if other != 90].index(arch)
+        rest = [call for call in CALLS if call not in chosen]
+        chosen, grown = [rest[2 * turn]], [GROWN[3 * turn]]
+    for turn, case in enumerate(chosen):
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
-    for turn, case in enumerate(GROWN[1::3] if arch == 90 else (GROWN[::3] + GROWN[2::3])[share]):
+    for turn, case in enumerate(grown):
         wished = DTYPES[turn % 3]
         dtypes = wished if is_grown(case, wished) else (H, H)
         yield from compiled(case, dtypes, VIDEO, arch)
@@ -327,7 +329,7 @@ def test_long_samples_take_larger_tiles(call):
 
 def test_a_sample_of_one_element():
     """A launch makes constants of sizes and strides that are 1."""
-    for name in ("sde_step, noise given", "ode_step, guided, order 3", "sde_log_prob"):
+    for name in ("sde_step, guided, history", "sde_log_prob"):
         assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
     for name in ("policy_loss, siblings", "matching_loss, noise given"):
         assert all(made.kernel.asm["cubin"] for made in compiled(BY_NAME[name], DTYPES[2], 1, 90))
