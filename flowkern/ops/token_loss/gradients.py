@@ -80,7 +80,10 @@ def _scaled(gradient: Tensor | None, grad: Tensor, of: Tensor | None) -> Tensor 
     if is_same and grad.is_cpu and grad == 1:  # most losses are the last step of their graph
         return gradient
     out = gradient if is_same else torch.empty(of.shape, dtype=of.dtype, device=of.device)
-    return torch.mul(gradient, grad.reshape(1), out=out)  # a scalar would be rounded to 16 bits
+    grad = grad.reshape(1)  # a scalar would be rounded to 16 bits
+    if grad.is_cpu and not is_same:  # else a product in float32 is kept whole on its way
+        return out.copy_(gradient.mul_(grad))
+    return torch.mul(gradient, grad, out=out)
 
 
 def differentiable_log_prob(kernel: str, hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
