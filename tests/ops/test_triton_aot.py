@@ -235,7 +235,7 @@ def taken(arch):
     if arch != 90:  # losses; a draw, and losses
         turn = [other for other in ARCHS if other != 90].index(arch)
         rest = [call for call in CALLS if call not in chosen]
-        chosen, grown = [rest[2 * turn]], [GROWN[3 * turn]]
+        chosen, grown = [rest[turn::3][turn % 2]], [GROWN[3 * turn]]
     for turn, case in enumerate(chosen):
         yield from compiled(case, DTYPES[(turn + ARCHS.index(arch)) % 3], SIZE, arch)
     for turn, case in enumerate(grown):
