@@ -127,7 +127,7 @@ def test_the_first_call_knows_wrong_from_right():
     flags = right > 0
     assert smoke._error(flags, flags) == 0 and smoke._error(~flags, flags) == float("inf")
     ops = {call.op for call in calls.CALLS}  # as benchmarks/speed.py names them
-    assert ops == {"sde_step", "policy_loss", "matching_loss", "noise"}
+    assert ops == {"sde_step", "guidance", "policy_loss", "matching_loss", "noise"}
     assert set(tiles.TIMED) - {"sde_log_prob, forward"} <= calls.BY_NAME.keys()
     assert {*launch.VERBS, *smoke.REHEARSED} <= calls.BY_NAME.keys()
 
