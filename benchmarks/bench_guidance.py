@@ -4,6 +4,8 @@ and before a draw.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from bench_sde_step import SCALE, Inputs, guided_draw, plain_guidance
 from harness import IMAGE, Case, Contender, ours, random_source, rotating
@@ -11,7 +13,9 @@ from rivals import compiled
 
 import flowkern as fk
 
-PATCH, LATENT = (2, 2), (16, 64, 64)  # Qwen-Image's, of 512 x 512 pixels
+PATCH = (2, 2)
+SIDE = math.isqrt(IMAGE[1] // 16)
+LATENT = (16, SIDE, SIDE)  # Qwen-Image's: 64 x 64 of 512 x 512 pixels, fewer in a rehearsal
 
 
 def plain(v, uncond):
