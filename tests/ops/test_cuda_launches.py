@@ -154,7 +154,8 @@ def apart(x):
     y = torch.frombuffer(kept[-1], dtype=x.dtype, count=x.numel()).view(x.shape)
     kept.append(y.data_ptr())
     return y.copy_(x)
-problems = [calls.Problem(call, 3, 5000).changed(apart) for call in calls.CALLS]
+served = [call for call in calls.CALLS if call.op != "guidance"]  # which has no native kernel there
+problems = [calls.Problem(call, 3, 5000).changed(apart) for call in served]
 for memory, address in zip(kept[::2], kept[1::2]):
     assert protect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), 0) == 0
 with stub_driver.tensors_on_cuda(), stub_driver.native_on(module):
