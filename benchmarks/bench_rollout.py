@@ -123,7 +123,7 @@ def _case(name: str, quick: bool) -> Case:
         return float((gradient - truth).norm() / truth.norm())
 
     shape = (round(ours.images * recipe.prompts_per_rollout), *trainer.task.model.latent_shape)
-    rounds = 2 if quick else 3
+    rounds = 1 if quick else 3
     return Case("training_step", name, shape, "float32", contenders, check, 1e-3, rounds=rounds)
 
 
