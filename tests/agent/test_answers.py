@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import threading
-from importlib.util import find_spec
 
 import pytest
 
@@ -87,14 +86,12 @@ def test_numeric_tolerance_is_relative():
     ],
 )
 def test_math_verify(answer, right, score):
-    if find_spec("math_verify") is None:
-        pytest.skip("math_verify is not installed: flowkern[math]")
+    pytest.importorskip("math_verify", reason="math_verify is not installed: flowkern[math]")
     assert scored("math_verify", answer, right) == score
 
 
 def test_math_verify_needs_the_main_thread():
-    if find_spec("math_verify") is None:
-        pytest.skip("math_verify is not installed: flowkern[math]")
+    pytest.importorskip("math_verify", reason="math_verify is not installed: flowkern[math]")
     raised = []
 
     def elsewhere():

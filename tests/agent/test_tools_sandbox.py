@@ -166,10 +166,13 @@ for name, attempt in {attempts}.items():
     assert not left_of(outcome.session)
 
 
-@pytest.mark.parametrize("name", ALONE | OF_A_PROCESS)
+@pytest.mark.parametrize(
+    "kind, name",
+    # In wasm those of a process are among the others, as none ends it.
+    [("sandlock", name) for name in ALONE | OF_A_PROCESS] + [("wasm", name) for name in ALONE],
+    indirect=["kind"],
+)
 def test_nothing_outlives_its_limits(sandbox, outside, name):
-    if sandbox.kind == "wasm" and name in OF_A_PROCESS:
-        pytest.skip("wasm: tried with the others")
     facts, untouched = outside
     helper = "\ndef through(*what):\n    print('THROUGH')\n"
     begun = time.monotonic()
@@ -249,14 +252,10 @@ def test_a_program_gives_what_it_prints_and_its_last_value(kind):
     ],
 )
 def test_other_failures(kind, program, failure):
-    if kind == "wasm" and find_spec("sandlock"):
-        pytest.skip("wasm: tried with sandlock")
     assert re.fullmatch(failure, said_by(kind, program).failure)
 
 
 def test_programs_run_together_and_know_nothing_of_each_other(kind):
-    if kind == "wasm" and find_spec("sandlock"):
-        pytest.skip("wasm: tried with sandlock")
     made = load_tool("python", sandbox=kind, seconds=20.0, concurrency=2)
 
     async def both():
@@ -336,8 +335,7 @@ def test_a_sandbox_that_lets_something_through_is_refused(monkeypatch, output, s
 
 
 def test_another_interpreter_needs_its_own_hash(tmp_path, monkeypatch):
-    if find_spec("wasmtime") is None:
-        pytest.skip("wasm: wasmtime is not installed: flowkern[sandbox]")
+    pytest.importorskip("wasmtime", reason="wasmtime is not installed: flowkern[sandbox]")
     path = tmp_path / "python.wasm"
     path.write_bytes(b"no module")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -353,10 +351,9 @@ def test_another_interpreter_needs_its_own_hash(tmp_path, monkeypatch):
         find_sandbox("wasm", wasm_path=str(path), wasm_sha256=right.upper())
 
 
+@pytest.mark.parametrize("kind", ["sandlock"], indirect=True)  # wasm has no other packages
 def test_packages_may_be_imported_where_that_is_asked_for(kind):
-    if kind == "wasm":
-        pytest.skip("wasm: has the standard library alone")
-    made = load_tool("python", sandbox="sandlock", packages=True, seconds=20.0, memory=4096)
+    made = load_tool("python", sandbox=kind, packages=True, seconds=20.0, memory=4096)
     assert (
         asyncio.run(made(program="import packaging; print(packaging.__name__)")).text == "packaging"
     )

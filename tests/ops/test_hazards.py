@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from calls import Problem, take
+from needs import needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowkern as fk
@@ -20,9 +21,6 @@ KEY = {"seed": 1, "sample_id": torch.arange(2), "step": 0}
 
 CALLS = take()
 LEARNED = [call for call in CALLS if call.learned]
-needs_native = pytest.mark.skipif(
-    fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
-)
 
 
 def bits(x):

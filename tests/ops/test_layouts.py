@@ -5,6 +5,7 @@ names the argument. A kernel sees an address, so what lies there must be what th
 import pytest
 import torch
 from calls import Problem, take
+from needs import needs_native
 
 import flowkern as fk
 from flowkern.schedules import Coefficients, sd3_sigmas, step_coefficients
@@ -13,9 +14,6 @@ SIZE = (4, 6, 8)
 C = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7)[torch.tensor([1, 4, 8])]
 CALLS = take(("has no latent: below", lambda call: call.verb == "philox_normal"))
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
-needs_native = pytest.mark.skipif(
-    fk.backends()["native"] is not None, reason=str(fk.backends()["native"])
-)
 
 
 def latents_of(p):
