@@ -81,6 +81,18 @@ def test_float16_holds_the_gradients_of_any_weights(size, budget):
 
 
 @native
+@pytest.mark.parametrize("one", [1e-44, math.nan, math.inf])
+def test_a_weight_that_no_float16_holds_is_its_own_row_s_matter(one):
+    p = Tokens(20, 16, 100, torch.float16)
+    p.options["token_weight"] = torch.full((20,), 1e-44 if one < 1 else 1e-3)
+    p.options["token_weight"][3] = one
+    hidden = p.hidden.clone().requires_grad_()
+    fk.linear_policy_loss(hidden, p.weight, p.ids, bias=p.bias, **p.options).loss.backward()
+    is_finite = hidden.grad.isfinite().all(1)
+    assert is_finite.tolist() == [one < 1 or i != 3 for i in range(20)]
+
+
+@native
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e30])
 def test_large_logits(scale):
     """Of 1e4 and more: nothing overflows, and an id of probability 0 has a finite log-prob."""
@@ -371,8 +383,11 @@ WRONG = [
     ({"old_log_prob": torch.ones(3)}, ValueError, r"old_log_prob: expected shape \(4,\)"),
     ({"advantage": None}, TypeError, "advantage: expected a tensor"),
     ({"token_weight": torch.ones(4, 1)}, ValueError, r"token_weight: expected shape \(4,\)"),
-    ({"temperature": 0.0}, ValueError, "temperature: expected a finite number > 0"),
-    ({"softcap": -1.0}, ValueError, "softcap: expected a finite number > 0"),
+    ({"temperature": 0.0}, ValueError, "temperature: expected a number from 1e-30 to 1e[+]30"),
+    ({"temperature": 10**400}, ValueError, "temperature: expected a number from 1e-30"),
+    ({"softcap": -1.0}, ValueError, "softcap: expected a number from 1e-30"),
+    ({"softcap": 1e-60}, ValueError, "softcap: expected a number from 1e-30"),  # 0 in float32: none
+    ({"softcap": 1e60}, ValueError, "softcap: expected a number from 1e-30"),
     ({"budget_bytes": 0}, ValueError, "budget_bytes: expected a finite number > 0"),
     ({"kl_coef": 0.1}, ValueError, "ref_log_prob: needed for a KL"),
     ({"entropy_coef": math.nan}, ValueError, "entropy_coef: expected a finite number >= 0"),

@@ -5,12 +5,13 @@ instruction sets, strides, drawn calls, compilers.
 import fuzz
 import pytest
 import torch
-from tokens import CASES, Tokens, errors, native, relative
+from tokens import CASES, FLOATING, Tokens, errors, native, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern as fk
 from flowkern.ops._common import native as native_module
 from flowkern.ops.token_loss.chunks import chunk_rows
+from flowkern.ops.token_loss.weights import AGGREGATIONS
 
 # ---- autograd ----
 
@@ -28,10 +29,47 @@ def test_a_second_backward_pass_makes_the_gradients_again(dtype):
     for a, b, c, one in zip(first, kept, second, once.gradients, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
         assert relative(a, 3 * one.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
-    with torch.no_grad():
-        inputs[1].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.loss.backward()
+    for written in (p.options["advantage"], inputs[1]):
+        with torch.no_grad():
+            written.mul_(2)
+        with pytest.raises(RuntimeError, match="modified (by an inplace operation|in place)"):
+            out.loss.backward(retain_graph=True)
+
+
+@native
+@pytest.mark.parametrize("name", FLOATING)
+def test_what_a_second_backward_pass_reads_must_not_have_changed(name):
+    p = Tokens(5, 8, 20, kl_coef=0.1, is_cap=2.0)
+    hidden = p.hidden.clone().requires_grad_()
+    with torch.inference_mode():  # which keeps no versions
+        kept = {n: x + 0 for n, x in p.options.items() if n in FLOATING and n != name}
+    loss = fk.linear_policy_loss(hidden, p.weight, p.ids, **p.options | kept).loss
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, hidden, retain_graph=True)[0], first)
+    p.options[name].add_(1)
+    with pytest.raises(RuntimeError, match="has been modified in place, so a second backward"):
+        loss.backward()
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_of_torch_changes_nothing(dtype):
+    p = Tokens(300, 16, 100, budget_bytes=1, entropy_coef=0.1)
+    rows = torch.arange(3)
+
+    def made():
+        once = p.solve()
+        weights = [fk.token_weights(rows, rows, agg, 3) for agg in AGGREGATIONS]
+        return *once.out, *once.gradients, p.log_prob(), *weights
+
+    expected = made()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 @native

@@ -252,7 +252,7 @@ def new_residual(velocity: Tensor, row: Tensor | None, records: bool) -> Tensor 
     kernels (csrc/common/loss_python.h); None where it is not kept.
     """
     is_kept = records and velocity.requires_grad and row is None and velocity.dtype == torch.float32
-    return torch.empty(velocity.shape, device=velocity.device) if is_kept else None
+    return torch.empty_like(velocity, memory_format=torch.contiguous_format) if is_kept else None
 
 
 def takes_more(velocity: Tensor, row: Tensor | None) -> bool:

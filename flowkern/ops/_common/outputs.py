@@ -50,10 +50,11 @@ def apart(forward: Callable) -> Callable:
 
 def _apart(batch, statistics, slopes, reduction, device) -> tuple[Tensor, ...]:
     shape = (batch,) if reduction == "none" else ()
-    loss = (torch.empty if batch else torch.zeros)(shape, device=device)
-    floats = [torch.empty(batch, device=device) for _ in range(statistics)]
+    floating = {"dtype": torch.float32, "device": device}
+    loss = (torch.empty if batch else torch.zeros)(shape, **floating)
+    floats = [torch.empty(batch, **floating) for _ in range(statistics)]
     flags = [torch.empty(batch, dtype=torch.bool, device=device) for _ in range(2)]
-    return loss, *floats, *flags, torch.empty(batch, slopes, device=device)
+    return loss, *floats, *flags, torch.empty(batch, slopes, **floating)
 
 
 @functools.lru_cache(64)

@@ -127,7 +127,7 @@ def packed_noise(source: Noise) -> tuple:
 
 
 def triton_normal(shape: Sequence[int], key: Noise, stream: int, device: torch.device) -> Tensor:
-    out = torch.empty(tuple(shape), device=device)
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     if out.numel():
         launch(
             _fill_kernel, out, cut(out),

@@ -18,6 +18,8 @@ from flowkern.ops._common.arguments import (
 
 from .inputs import Head, Objective, Tokens, log_or_infinite
 
+LARGEST_SCALE = 1e30
+
 
 def check_head(hidden: Tensor, head: Head) -> tuple[Head, torch.dtype]:
     """The head as implementations take it, and the dtype of the arithmetic."""
@@ -39,10 +41,12 @@ def check_head(hidden: Tensor, head: Head) -> tuple[Head, torch.dtype]:
             )
         if x.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
-    _check_positive("temperature", head.temperature)
+    _check_scale("temperature", head.temperature)
     if head.softcap is not None:
-        _check_positive("softcap", head.softcap)
-    _check_positive("budget_bytes", head.budget_bytes)
+        _check_scale("softcap", head.softcap)
+    if not (is_number(head.budget_bytes) and 0 < head.budget_bytes < math.inf):
+        wanted = "expected a finite number > 0"
+        raise ValueError(f"budget_bytes: {wanted}, got {head.budget_bytes!r}")
     softcap = head.softcap if head.softcap is None else float(head.softcap)
     numbers = float(head.temperature), softcap, int(head.budget_bytes)
     bias = bias if bias is None else bias.resolve_neg().contiguous()
@@ -107,9 +111,11 @@ def _check_matrix(name: str, x: Tensor, shape: str) -> None:
         raise ValueError(f"{name}: expected a dense tensor of shape {shape}, got {_shape(x)}")
 
 
-def _check_positive(name: str, value) -> None:
-    if not (is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+def _check_scale(name: str, value) -> None:
+    """What logits are divided by: kernels hold it, and 1 over it, in float32."""
+    if not (is_number(value) and 1 / LARGEST_SCALE <= value <= LARGEST_SCALE):
+        wanted = f"a number from {1 / LARGEST_SCALE:g} to {LARGEST_SCALE:g}"
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .inputs import Head, Objective, Statistics, Tokens, spread
 
 LEAST_ROWS = 256  # fewer, and each GEMM into the head's gradient reads and writes it for too little
 ALIGNED = 16  # logits from row to row: GEMMs and kernels take them in whole vectors
+LEAST_WEIGHT = 2.0**-100  # of the largest token's; a smaller one leaves no float16 anything
 TILE = 1024  # rows of the head, or of its gradient, that a CPU's cache holds
 
 
@@ -108,8 +109,10 @@ def _unit(token_weight: Tensor) -> Tensor:
     """A power of two that brings weights to between 32 and 64: float16 has no gradient of a logit
     below 6e-8, and a weight may be 1e-6. Slopes go up to 1,000 times that.
     """
-    largest = token_weight.abs().amax() if len(token_weight) else token_weight.new_ones(())
-    return torch.exp2(torch.ceil(torch.log2(largest)) - 6)
+    if not len(token_weight):
+        return token_weight.new_ones(())
+    largest = token_weight.abs().nan_to_num(0, 0).amax()  # one that is no number has its own row
+    return torch.exp2(torch.ceil(torch.log2(largest.clamp(min=LEAST_WEIGHT))) - 6)
 
 
 def log_prob_pass(
@@ -204,7 +207,10 @@ class Gradients:
         # Rows that nothing learns from keep their zeros.
         self.hidden = torch.zeros_like(hidden) if wanted.hidden else None
         self.weight = None
-        self.bias = torch.zeros(len(head.weight), device=hidden.device) if wanted.bias else None
+        self.bias = None
+        if wanted.bias:
+            size = len(head.weight)
+            self.bias = torch.zeros(size, dtype=torch.float32, device=hidden.device)
         self._wants_weight = wanted.weight
 
     def add(self, slopes: Tensor, rows: slice) -> None:

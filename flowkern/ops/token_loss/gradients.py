@@ -43,11 +43,26 @@ def differentiable_loss(
     def run() -> Made:
         return chunks.policy_pass(row_kernel(kernel), tokens, head, objective, wanted)
 
+    versions = _versions(tokens)
+
+    def again() -> Made:
+        if _versions(tokens) != versions:
+            raise RuntimeError(
+                "a tensor that linear_policy_loss was given has been modified in place, so a "
+                "second backward pass cannot make its gradients again"
+            )
+        return run()
+
     made = run()
     loss = made.statistics.loss.sum(dtype=torch.float64).float()
     if any(wanted):
-        loss = _Kept.apply(*inputs, (loss, made, run, kernel))
+        loss = _Kept.apply(*inputs, (loss, made, again, kernel))
     return loss, made.statistics
+
+
+def _versions(tokens: Tokens) -> list[int]:
+    """How often each has been written to; what is of inference mode does not say."""
+    return [x._version for x in tokens if x is not None and not x.is_inference()]
 
 
 class _Kept(torch.autograd.Function):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowkern.ops._common.arguments import check_index
+
 from .chunks import Wanted, log_prob_gradients, log_prob_pass, policy_pass
 from .inputs import Head, Objective, Statistics, Tokens
 from .kernels import row_kernel
@@ -71,6 +73,7 @@ def _floats(ids: Tensor, *shape: int) -> Tensor:
 
 def _policy_pass(hidden, weight, bias, ids, *rest):
     *of_tokens, numbers, temperature, softcap, budget, wanted, kernel = rest
+    check_index("ids", ids, len(weight), ids.device)  # while traced they had no values
     head, objective = Head(weight, bias, temperature, softcap, budget), Objective(*numbers)
     tokens = Tokens(hidden, ids, *of_tokens)
     made, gradients, unit = policy_pass(
@@ -116,6 +119,7 @@ _policy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 def _log_prob_pass(hidden, weight, bias, ids, *settings):
     *of_head, _, kernel = settings
+    check_index("ids", ids, len(weight), ids.device)
     head = Head(weight, bias, *of_head)
     return log_prob_pass(row_kernel(kernel), hidden, head, ids)
 

@@ -43,7 +43,8 @@ def token_weights(
         raise ValueError(f"total: expected a number > 0, got {total!r}")
     count = len(row)
     if agg in ("token_mean", "constant"):
-        return torch.full((count,), 1 / (total or max(1, count)), device=row.device)
+        each = 1 / (total or max(1, count))
+        return torch.full((count,), each, dtype=torch.float32, device=row.device)
     _, of_token, tokens = trajectory.unique(return_inverse=True, return_counts=True)
     per_token = tokens[of_token]
     if agg == "turn_mean":
