@@ -1,7 +1,7 @@
 """Work on one held-out question with the planner of a run, and show it turn by turn: the tokens
 that it drew, with their probabilities, what was done, and what the memory gained. As Markdown.
 
-    python scripts/show_trajectory.py runs/agent/demo [--checkpoint latest] [--question 0]
+    python scripts/show_trajectory.py runs/agent/demo [--checkpoint latest] [--question 1]
 """
 
 import argparse
@@ -9,6 +9,7 @@ from math import exp
 from pathlib import Path
 
 from flowkern.agent.engines import Sampling
+from flowkern.checks import ConfigError
 from flowkern.train import tree
 from flowkern.train.checkpoint import find_checkpoint
 from flowkern.train.config import from_dict
@@ -29,6 +30,8 @@ def shown(task: PlannerTask, question: int) -> list[str]:
     sampling = Sampling(
         task.config.validation.temperature, 1.0, drawn.max_new_tokens, drawn.stop_ids
     )
+    if not 0 <= question < len(task.held_out):
+        raise ConfigError(f"--question: got {question}; there are {len(task.held_out)}, from 0")
     query = query_of(task.held_out[question], question)
     (one,) = task.trajectories([(query, 0)], sampling, EVALUATION)
     lines = [f"> {query.text}?", "", "| turn | the planner, token by token | the tool | result |"]
@@ -56,10 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", default="latest", help='"none": as training began')
-    parser.add_argument("--question", type=int, default=0)
+    parser.add_argument("--question", type=int, default=1, help="its place in data.test_prompts")
     options = parser.parse_args()
-    task = planner_of(options.run, options.checkpoint)
-    print("\n".join(shown(task, options.question)).replace(" <sub></sub>", ""))
+    try:
+        lines = shown(planner_of(options.run, options.checkpoint), options.question)
+    except ConfigError as error:
+        parser.error(str(error))
+    print("\n".join(lines).replace(" <sub></sub>", ""))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class Batch:
 
 class Task(Protocol):
     """What is trained. It is made of (config, accelerator, stop, model) and refuses what it cannot
-    use; model: one in memory, on the device, in place of model.path's.
+    use; model: one in memory, on the device, in place of model.path's. One that has a static
+    `require(config)` refuses there what shows before a model is looked for.
     """
 
     facts: Sequence[str]
@@ -111,13 +112,15 @@ class Loop:
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
         self.accelerator = distributed.make_accelerator(config)
+        task: Callable[..., Task] = load(config.algorithm.task, TASKS, "algorithm: task")
+        if hasattr(task, "require"):
+            task.require(config)
         config = pinned(config, self.accelerator) if model is None else config
         self.config, self.recipe = config, config.algorithm
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.stop = StopRequest(acts_alone=self.accelerator.is_main_process)
         self.directory = RunDirectory(config, self.accelerator)
-        task: Callable[..., Task] = load(self.recipe.task, TASKS, "algorithm: task")
         self.task = task(config, self.accelerator, self.stop, model)
         modules = self.task.modules()
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]

@@ -74,6 +74,14 @@ class TurnCalls(Batch):
 class PlannerTask:
     """Answers `loop.Task`."""
 
+    @staticmethod
+    def require(config: PlannerConfig) -> None:
+        """Raises ConfigError where the engine's server is not there."""
+        engine = config.agent.engine
+        kind = load(engine.kind, ENGINES, "agent.engine.kind")
+        if hasattr(kind, "require"):
+            kind.require(engine.options)
+
     def __init__(
         self,
         config: PlannerConfig,
@@ -90,8 +98,6 @@ class PlannerTask:
         self.slots = distributed.share(count, self.rank, self.world, updates).tolist()
         data, agent, recipe = config.data, config.agent, self.recipe
         engine_kind = load(agent.engine.kind, ENGINES, "agent.engine.kind")
-        if hasattr(engine_kind, "require"):
-            engine_kind.require(agent.engine.options)
         self.questions = read_questions(data.train_prompts, "data.train_prompts", data.source)
         draw_prompts(len(self.questions), count, config.seed, 0)  # refuses too many
         self.held_out: list[Prompt] = []

@@ -285,10 +285,10 @@ def test_a_server_that_is_down_for_a_rollout(planner, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["agentflow", "agentflow_full"])
-def test_the_papers_run_is_refused_in_a_line_without_its_server(name, capsys, tmp_path, planner):
-    """Before anything is loaded or read: there are no questions."""
+def test_the_papers_run_is_refused_in_a_line_without_its_server(name, capsys, tmp_path):
+    """Before anything is loaded, read or looked for: there are no questions, and no such model."""
     path = Path(__file__).parents[2] / f"configs/agent/{name}.yaml"
-    given = ["agent.engine.url=http://127.0.0.1:9", f"model.path={planner}"]
+    given = ["agent.engine.url=http://127.0.0.1:9", "model.path=nobody/no-such-model"]
     assert (
         main(["train", str(path), *given, "train.mixed_precision=no", f"output_dir={tmp_path}"])
         == 2
