@@ -162,9 +162,9 @@ def _some_zero(draw: Draw, kind: str, count: int) -> Tensor:
 # ---- the distribution ----
 
 
-def _number(x: float) -> Bounded:
+def _number(x: float, like: Bounded) -> Bounded:
     """A setting, which float32 rounds."""
-    value = torch.tensor(float(x), dtype=torch.float64)
+    value = like.value.new_tensor(float(x))
     return Bounded(value, U * value.abs())
 
 
@@ -198,12 +198,11 @@ class Distribution:
             masked = bias.value.isinf().expand_as(masked)
             bias = Bounded(bias.value.masked_fill(bias.value.isinf(), 0)).reshape(1, -1)
             logits, stored = logits + bias, (stored + bias).within(self.dtype)
-        self.scale = Bounded(torch.ones_like(weight.value[:1, :1])) / _number(
-            p.get("temperature", 1.0)
-        ).reshape(1, 1)
+        temperature = _number(p.get("temperature", 1.0), weight).reshape(1, 1)
+        self.scale = Bounded(torch.ones_like(temperature.value)) / temperature
         self.tanh = None
         if p.get("softcap") is not None:
-            self.cap = _number(p["softcap"]).reshape(1, 1)
+            self.cap = _number(p["softcap"], weight).reshape(1, 1)
             logits, self.tanh = self._capped(logits)
             stored, tanh = self._capped(stored)
             self.tanh = where(self.is_target(stored), self.tanh, tanh)
@@ -397,9 +396,9 @@ class LinearPolicyLoss(TokenOp):
             said["kl"] = grown - drift
             # The slope also as 1 - exp(drift), which loses what is small.
             grown = Bounded(grown.value, grown.error + 4 * U * (1 + grown.value.abs()))
-            coefficient = _number(p["kl_coef"])
+            coefficient = _number(p["kl_coef"], w)
             policy, slope = policy + coefficient * said["kl"], slope - coefficient * grown
-        of_entropy = _number(p.get("entropy_coef", 0.0)) * Bounded(torch.ones_like(w.value))
+        of_entropy = _number(p.get("entropy_coef", 0.0), w) * Bounded(torch.ones_like(w.value))
         loss = w * (policy - of_entropy * entropy)
         return Terms(loss, w * slope, w * of_entropy, said)
 

@@ -353,17 +353,15 @@ def guidance(arch, dtype, patch=(2, 2), size=(16, 64, 64)):
 @pytest.mark.long(5)
 @pytest.mark.parametrize("arch, dtype", [(90, F), (90, H), (80, H), (100, F), (120, H)])
 def test_tokens_are_kept_in_registers(arch, dtype):
-    """Read twice, two columns of a token at a time, and IEEE arithmetic: what its bits rest on."""
+    """Read once, two columns of a token at a time, and IEEE arithmetic: what its bits rest on."""
     pair = {F: "v2.b32", H: "b32"}[dtype]
-    for kernel, (reads, given), written in zip(
-        guidance(arch, dtype), ((2, 0), (2, 1)), (1, 2), strict=True
-    ):
+    for kernel, given, written in zip(guidance(arch, dtype), (0, 1), (1, 2), strict=True):
         found, ptx = report(kernel), kernel.asm["ptx"]
         assert not found["stack"] and not found["spills"], found
-        assert found["registers"] <= MOST_REGISTERS, found
+        assert found["registers"] <= 96, found  # a tile of up to three latents
         loads, stores = (re.findall(rf"\b{op}\.global\.(\S+)", ptx) for op in ("ld", "st"))
         out = "v2.b32" if written == 1 else pair  # a velocity of float32, gradients as their halves
-        assert Counter(loads) == Counter({pair: 2 * 8 * reads}) + Counter({"v2.b32": 2 * 8 * given})
+        assert Counter(loads) == Counter({pair: 2 * 8}) + Counter({"v2.b32": 8 * given})
         assert Counter(stores) == {out: 8 * written}
         assert "sqrt.rn.f32" in ptx and "sqrt.approx" not in ptx and "div.full" not in ptx
         assert "fma.rn.f32" not in ptx and "atom" not in ptx

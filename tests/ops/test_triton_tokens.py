@@ -99,3 +99,22 @@ def test_tokens_without_weight_or_of_no_known_id():
     if DEVICE.type == "cuda":  # nobody looks at ids there
         p.ids[2] = 150
         assert p.solve("triton").out.log_prob.isnan().nonzero().tolist() == [[2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 4096, 10_001])
+def test_gradients_are_scaled_into_their_dtype(dtype, count, monkeypatch):
+    """In place, too, where a factor of 1 leaves them as they are."""
+    monkeypatch.setattr(triton_impl, "PROGRAMS", 2)  # so that each takes several tiles
+    truncated = INTERPRETED and dtype == torch.bfloat16  # by the interpreter; a GPU rounds
+    same = lambda x, y: torch.allclose(x.float(), y.float(), rtol=2**-7 * truncated, atol=0)  # noqa: E731
+    x = torch.randn(count, device=DEVICE)
+    for value in (1.0, -0.3):
+        factor = torch.tensor(value, device=DEVICE)
+        into, narrow = torch.empty_like(x, dtype=dtype), x.to(dtype)
+        triton_impl.scaled(x, factor, into)
+        assert same(into, (x * value).to(dtype))
+        expected = (narrow.float() * value).to(dtype)
+        triton_impl.scaled(narrow, factor, narrow)
+        assert same(narrow, expected)
+        assert value != 1 or torch.equal(narrow, x.to(dtype))

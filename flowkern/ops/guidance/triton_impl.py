@@ -1,7 +1,8 @@
 """Rescaled guidance in Triton: one launch forward, one back.
 
-A program takes neighboring tokens of a row, and goes over their elements twice: for the sums, and,
-from the cache, for the results. So a token's bits depend on the token alone.
+A program takes neighboring tokens of a row: all their elements at once, where that is one tile,
+else twice, for the sums and, from the cache, for the results. So a token's bits depend on the token
+alone.
 """
 
 from __future__ import annotations
@@ -80,21 +81,26 @@ def _forward_kernel(
     out,  # out
     velocity, uncond, guidance_scale, sizes,  # in
     HIGH: tl.constexpr, WIDE: tl.constexpr,
-    RUNS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    RUNS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     sample, group, column, exists = _column(sizes, HIGH, WIDE, BLOCK, LANES)
-    of_velocity = tl.zeros((1, BLOCK, 1), tl.float64)
-    of_guided = tl.zeros((1, BLOCK, 1), tl.float64)
-    for begin in range(0, sizes[0] * HIGH, RUNS):
-        place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
+    if ONCE:
+        place, inside = _place(0, group, column, exists, sizes, HIGH, RUNS)
         v, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
-        of_velocity += _sums(v * v)
-        of_guided += _sums(g * g)
-    ratio = _ratio(of_velocity, of_guided)
-    for begin in range(0, sizes[0] * HIGH, RUNS):
-        place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
-        _, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
-        _store(out, sample, place, inside, g * ratio)
+        _store(out, sample, place, inside, g * _ratio(_sums(v * v), _sums(g * g)))
+    else:
+        of_velocity = tl.zeros((1, BLOCK, 1), tl.float64)
+        of_guided = tl.zeros((1, BLOCK, 1), tl.float64)
+        for begin in range(0, sizes[0] * HIGH, RUNS):
+            place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
+            v, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
+            of_velocity += _sums(v * v)
+            of_guided += _sums(g * g)
+        ratio = _ratio(of_velocity, of_guided)
+        for begin in range(0, sizes[0] * HIGH, RUNS):
+            place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
+            _, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
+            _store(out, sample, place, inside, g * ratio)
 
 
 @triton.jit
@@ -102,30 +108,49 @@ def _backward_kernel(
     grad_velocity, grad_uncond,  # out
     grad, velocity, uncond, guidance_scale, sizes,  # in
     HIGH: tl.constexpr, WIDE: tl.constexpr,
-    RUNS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    RUNS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     sample, group, column, exists = _column(sizes, HIGH, WIDE, BLOCK, LANES)
-    of_velocity = tl.zeros((1, BLOCK, 1), tl.float64)
-    of_guided = tl.zeros((1, BLOCK, 1), tl.float64)
-    with_grad = tl.zeros((1, BLOCK, 1), tl.float64)
-    for begin in range(0, sizes[0] * HIGH, RUNS):
-        place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
+    out = grad_velocity, grad_uncond
+    if ONCE:
+        place, inside = _place(0, group, column, exists, sizes, HIGH, RUNS)
         v, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
-        of_velocity += _sums(v * v)
-        of_guided += _sums(g * g)
-        with_grad += _sums(g * _load(grad, sample, place, inside))
+        d = _load(grad, sample, place, inside)
+        of_token = _of_token(_sums(v * v), _sums(g * g), _sums(g * d))
+        _store_gradients(out, sample, place, inside, v, g, d, guidance_scale, of_token)
+    else:
+        of_velocity = tl.zeros((1, BLOCK, 1), tl.float64)
+        of_guided = tl.zeros((1, BLOCK, 1), tl.float64)
+        with_grad = tl.zeros((1, BLOCK, 1), tl.float64)
+        for begin in range(0, sizes[0] * HIGH, RUNS):
+            place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
+            v, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
+            of_velocity += _sums(v * v)
+            of_guided += _sums(g * g)
+            with_grad += _sums(g * _load(grad, sample, place, inside))
+        of_token = _of_token(of_velocity, of_guided, with_grad)
+        for begin in range(0, sizes[0] * HIGH, RUNS):
+            place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
+            v, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
+            d = _load(grad, sample, place, inside)
+            _store_gradients(out, sample, place, inside, v, g, d, guidance_scale, of_token)
+
+
+@triton.jit
+def _of_token(of_velocity, of_guided, with_grad):
     ratio = _ratio(of_velocity, of_guided)
     along = (with_grad / of_guided).to(tl.float32)
     # |velocity| is not smooth at 0: 0, as torch has it.
-    of_length = tl.where(ratio > 0, tl.div_rn(along, ratio), 0.0)
-    for begin in range(0, sizes[0] * HIGH, RUNS):
-        place, inside = _place(begin, group, column, exists, sizes, HIGH, RUNS)
-        v, g = _both(velocity, uncond, guidance_scale, sample, place, inside)
-        in_guided = ratio * (_load(grad, sample, place, inside) - along * g)
-        value = guidance_scale * in_guided + of_length * v
-        _store(grad_velocity, sample, place, inside, value)
-        if grad_uncond is not None:
-            _store(grad_uncond, sample, place, inside, (1.0 - guidance_scale) * in_guided)
+    return ratio, along, tl.where(ratio > 0, tl.div_rn(along, ratio), 0.0)
+
+
+@triton.jit
+def _store_gradients(out, sample, place, inside, v, g, grad, guidance_scale, of_token):
+    ratio, along, of_length = of_token
+    in_guided = ratio * (grad - along * g)
+    _store(out[0], sample, place, inside, guidance_scale * in_guided + of_length * v)
+    if out[1] is not None:
+        _store(out[1], sample, place, inside, (1.0 - guidance_scale) * in_guided)
 
 
 def forward(i: GuidanceInputs) -> Tensor:
@@ -155,5 +180,6 @@ def _launch(kernel, i: GuidanceInputs, *arguments) -> None:
         kernel, i.velocity, len(i.velocity) * groups * triton.cdiv(tokens, block),
         *arguments, packed_latent(i.velocity), packed_latent(i.velocity_uncond),
         float(i.guidance_scale), (channels, rows, width),
-        HIGH=i.patch_rows, WIDE=i.patch_width, RUNS=runs, BLOCK=block, LANES=lanes, num_warps=4,
+        HIGH=i.patch_rows, WIDE=i.patch_width, RUNS=runs, BLOCK=block, LANES=lanes,
+        ONCE=runs >= channels * i.patch_rows, num_warps=4,
     )  # fmt: skip

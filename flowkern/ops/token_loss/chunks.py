@@ -85,8 +85,8 @@ def policy_pass(
         tokens = tokens._replace(token_weight=tokens.token_weight / unit)
     statistics = Statistics.empty(len(hidden), hidden.device)
     chunks = list(_chunks(hidden, head))
-    gradients = Gradients(hidden, head, wanted, len(chunks))
     learning = _learning(tokens.advantage, objective) if any(wanted) else []
+    gradients = Gradients(hidden, head, wanted, len(chunks))
     with _workspace(hidden, head, chunks) as memory:
         for rows in chunks:
             logits = _logits(hidden[rows], head, memory)
@@ -188,14 +188,13 @@ def _learning(advantage: Tensor, objective: Objective) -> list[slice]:
     """Runs of rows that have a gradient; what is short between two of them goes along."""
     if objective.needs_all:
         return [slice(0, len(advantage))]
-    (rows,) = advantage.ne(0).nonzero(as_tuple=True)
-    runs: list[slice] = []
-    if len(rows):
-        gaps = (rows.diff() > LEAST_ROWS).nonzero()[:, 0]
-        first = rows[torch.cat([gaps.new_zeros(1), gaps + 1])].tolist()
-        last = rows[torch.cat([gaps, gaps.new_full((1,), len(rows) - 1)])].tolist()
-        runs = [slice(a, b + 1) for a, b in zip(first, last, strict=True)]
-    return runs
+    # On the host, as the loop is: a device is waited for once.
+    (rows,) = advantage.ne(0).cpu().nonzero(as_tuple=True)
+    if not len(rows):
+        return []
+    (gaps,) = (rows.diff() > LEAST_ROWS).nonzero(as_tuple=True)
+    first, last = [rows[0], *rows[gaps + 1]], [*rows[gaps], rows[-1]]
+    return [slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True)]
 
 
 class Gradients:

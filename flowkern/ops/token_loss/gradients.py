@@ -95,6 +95,10 @@ def _scaled(gradient: Tensor | None, grad: Tensor, of: Tensor | None) -> Tensor 
     if is_same and grad.is_cpu and grad == 1:  # most losses are the last step of their graph
         return gradient
     out = gradient if is_same else torch.empty(of.shape, dtype=of.dtype, device=of.device)
+    if grad.is_cuda and gradient.numel():
+        # torch has no vectors for a product of two dtypes: 2.4 ms where the bytes take 0.8.
+        row_kernel("triton").scaled(gradient, grad, out)
+        return out
     grad = grad.reshape(1)  # a scalar would be rounded to 16 bits
     if grad.is_cpu and not is_same:  # else a product in float32 is kept whole on its way
         return out.copy_(gradient.mul_(grad))

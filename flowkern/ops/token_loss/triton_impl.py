@@ -336,6 +336,28 @@ def gradient_rows(
     _launch(_gradient_kernel, logits, head, hidden, ids, (*normalizer, grad))
 
 
+@triton.jit
+def _scale_kernel(out_ptr, x_ptr, factor_ptr, count, SAME: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    end = tl.where(SAME & (factor == 1.0), 0, count).to(tl.int64)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, end, step):
+        place = begin + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + place, mask=place < count).to(tl.float32)
+        tl.store(out_ptr + place, (x * factor).to(out_ptr.dtype.element_ty), mask=place < count)
+
+
+SCALED, PROGRAMS = 4096, 2048  # elements of a program at a time, and programs at most
+
+
+def scaled(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = factor x, contiguous; factor: one float32. In place, where it is 1 nothing is read."""
+    with torch.cuda.device_of(x):
+        _scale_kernel[(min(PROGRAMS, triton.cdiv(x.numel(), SCALED)),)](
+            out, x, factor, x.numel(), SAME=out is x, BLOCK=SCALED, num_warps=8
+        )
+
+
 def _launch(kernel, logits: Tensor, head: Head, hidden: Tensor, ids: Tensor, *given, **constants):
     block, warps = TILE
     block = min(block, max(vector() * 2, triton.next_power_of_2(logits.shape[1])))
