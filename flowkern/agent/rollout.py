@@ -183,15 +183,28 @@ async def guarded(
 
 
 async def score(
-    trajectories: Sequence[Trajectory], rewards: Mapping[str, Reward], concurrency: int = 64
+    trajectories: Sequence[Trajectory],
+    rewards: Mapping[str, Reward],
+    concurrency: int = 64,
+    seconds: float = 500.0,
 ) -> None:
-    """Give each trajectory its rewards, by name. What one of them raises ends the run: an answer
-    that nobody could judge is neither right nor wrong."""
+    """Give each trajectory its rewards, by name. What one of them raises ends the run, and so does
+    one that is awaited for longer than `seconds`: an answer that nobody could judge is neither
+    right nor wrong."""
     limit = asyncio.Semaphore(concurrency)
 
     async def judged(one: Trajectory, name: str, reward: Reward) -> None:
         async with limit:
             value = reward(one.answer, one.query)
-            one.rewards[name] = float(await value if isawaitable(value) else value)
+            if isawaitable(value):
+                try:
+                    async with asyncio.timeout(seconds) as time:
+                        value = await value
+                except TimeoutError:
+                    if not time.expired():
+                        raise
+                    late = f"reward.{name}: did not return within {seconds:g} s, agent.seconds"
+                    raise TimeoutError(late) from None
+            one.rewards[name] = float(value)
 
     await asyncio.gather(*(judged(o, n, r) for o in trajectories for n, r in rewards.items()))

@@ -105,7 +105,7 @@ def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any
     required = [p.name for p in parameters.values() if p.default is p.empty and p.kind in NAMED]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {"name": name, **options} if "name" in required else dict(options)
-    known = ["weight", "kind", *(p.name for p in parameters.values() if p.kind in NAMED)]
+    known = ["weight", "kind", "timeout", *(p.name for p in parameters.values() if p.kind in NAMED)]
     for option in given:
         if option not in known and not takes_all:
             near = nearest(option, known)

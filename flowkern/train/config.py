@@ -82,6 +82,10 @@ class RewardConfig(Section, extra="allow"):
     """In the sum that is optimized; 0: only reported, a judge of what the optimized ones miss."""
     kind: Annotated[Text | None, Field(exclude_if=lambda kind: kind is None)] = None
     """What makes it, a name or "module:attribute"; None: its key is that."""
+    timeout: Annotated[float | None, ABOVE_0, Field(exclude_if=lambda seconds: seconds is None)] = (
+        None
+    )
+    """Seconds that a call of it may take, which then ends the run; None: as many as it likes."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -196,7 +196,7 @@ class PlannerTask:
             found = await roll_out(self.flow, starts, sampling, (self.config.seed, number))
             if laps is not None:
                 laps.mark(SAMPLING)
-            await score(found, self.rewards, self.flow.concurrency)
+            await score(found, self.rewards, self.flow.concurrency, self.flow.seconds)
             return found
 
         with self.accelerator.autocast():  # as the trainer computes

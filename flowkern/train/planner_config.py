@@ -41,6 +41,16 @@ class AnswerRewards(Rewards):
     def require(kind: str, name: str) -> None:
         require_answer(kind, name)
 
+    @model_validator(mode="after")
+    def _have_no_timeout(self) -> Self:
+        for name, one in self.root.items():
+            if one.timeout is not None:
+                raise ConfigError(
+                    f"reward.{name}.timeout: got {one.timeout:g}, but of an agent's calls "
+                    "agent.seconds says what each may take"
+                )
+        return self
+
 
 class EngineConfig(Section, extra="allow"):
     kind: Text = "transformers"

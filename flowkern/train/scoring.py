@@ -7,10 +7,11 @@ its key.
 from __future__ import annotations
 
 import copy
+import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -34,6 +35,8 @@ class KeyedReward:
     weight: float
     """In the weighted sum; 0: only reported."""
     reward: Reward
+    timeout: float | None = None
+    """Seconds of a call."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Prompt]) -> Any:
         return self.reward(images, prompts, metadata)
@@ -95,7 +98,7 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
             message = " ".join(str(error).split()) if is_said else _line(error)
             is_option = message.partition(":")[0] in one.options
             raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
-        found[name] = KeyedReward(key, one.weight, reward)
+        found[name] = KeyedReward(key, one.weight, reward, one.timeout)
     return found
 
 
@@ -106,16 +109,19 @@ def evaluate(
     float64 each, on the device of the images; nothing waits for it.
 
     Every reward gets images, texts and metadata of its own, to write into as it likes.
-    Raises RewardError for a reward that fails, leaves (sys.exit) or does not return one real number
-    per image. Whether they are finite is for `score` to see.
+    Raises RewardError for a reward that fails, leaves (sys.exit), does not return in its time or
+    not one real number per image. Whether they are finite is for `score` to see.
     """
     scores, info = {}, {}
     for name, reward in rewards.items():
         try:
             mine = [copy.deepcopy(prompt) for prompt in prompts]  # siblings share one
             texts = [prompt["prompt"] for prompt in prompts]
-            with torch.no_grad():
+            with torch.no_grad(), _at_most(reward.timeout):
                 found = reward(images.clone(), texts, mine)
+        except _Late:
+            late = f"{reward.key}: did not return within {reward.timeout:g} s, its timeout"
+            raise RewardError(late) from None
         except (Exception, SystemExit) as error:
             raise RewardError(f"{reward.key}: {_line(error)}") from error
         entries: Mapping[Any, Any] = {}
@@ -170,6 +176,31 @@ def score(
     mean = sum(reward.weight * values[name] for name, reward in rewards.items() if reward.weight)
     _check("reward: the weighted sum", mean, prompts)
     return Scores({"mean": mean} | values, dict(zip(entries, found[len(names) :], strict=True)))
+
+
+class _Late(BaseException):
+    """Leaves a reward wherever it is, as Stop does: no `except Exception` of its own holds it."""
+
+
+@contextmanager
+def _at_most(seconds: float | None) -> Iterator[None]:
+    """Raises _Late where the interpreter is when the time is over: not inside of a call of C that
+    does not come back. In the main thread alone; None: no limit.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def is_over(*_) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, is_over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def _numbers(found: Any, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from flowkern.agent.memory import Action, Memory, Query, Step
 from flowkern.agent.planner import parse as parse_lines
 from flowkern.agent.policy import Policy
 from flowkern.agent.prompts import Prompts
-from flowkern.agent.rollout import Flow, roll_out, score
+from flowkern.agent.rollout import Flow, Trajectory, roll_out, score
 from flowkern.agent.system import System
 from flowkern.agent.tools import Result
 from flowkern.checks import ConfigError
@@ -179,6 +179,15 @@ def walk(language, *turns, query=QUERY, count=1, seconds=5.0, **changed):
     found = asyncio.run(roll_out(flow, [(query, i) for i in range(count)], Sampling(), (0, 0)))
     asyncio.run(score(found, {"exact": lambda answer, query: answer == query.answer}))
     return found, engine
+
+
+def test_a_reward_that_never_returns_ends_the_run():
+    async def hanging(answer, query):
+        await asyncio.Event().wait()
+
+    late = score([Trajectory(QUERY, 0, Memory(QUERY))], {"mine": hanging}, seconds=0.01)
+    with pytest.raises(TimeoutError, match="^reward.mine: did not return within 0.01 s, agent.sec"):
+        asyncio.run(late)
 
 
 def test_a_question_is_answered_in_turns_from_a_memory_of_its_own(language):

@@ -78,6 +78,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ),
         ("reward.digit_judge={}", "reward.digit_judge: got .*; did you mean 'digits_judge'?"),
         ("reward.mine.kind=jugde", "reward.mine.kind: got 'jugde', expected one of digits_cl"),
+        ("reward.digits_judge.timeout=0", "reward.digits_judge.timeout: got 0.0, .* above 0"),
         ("reward.mean.kind=a:b", "reward.mean: cannot be told apart"),
         ("model.path=3", "model.path: got 3, expected a path"),
         ('model={"\\ud800": 1}', r"model.\\ud800: unknown key; known are path"),

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import json
+import signal
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_large_scores_keep_what_tells_them_apart():
 async def later(images, prompts, metadata): ...
 
 
+def hanging(images, prompts, metadata):
+    while True:
+        try:
+            signal.pause()
+        except Exception:
+            pass
+
+
 def leaving(images, prompts, metadata):
     sys.exit(0)
 
@@ -152,6 +161,20 @@ def test_a_reward_that_raises_or_leaves_is_named(function, message):
         evaluate(named(f=function), IMAGES, ASKED)
     with pytest.raises(KeyboardInterrupt):  # not the reward's doing
         evaluate(named(f=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)), IMAGES, ASKED)
+
+
+def test_a_reward_that_never_returns_is_named():
+    """It catches what it can; the handler of signals is afterwards as it was."""
+    before = signal.getsignal(signal.SIGALRM)
+    late = {"f": KeyedReward("reward.f", 1.0, hanging, timeout=0.05)}
+    with pytest.raises(RewardError, match=r"^reward.f: did not return within 0.05 s, its timeout$"):
+        evaluate(late, IMAGES, ASKED)
+    (made,) = load_rewards(build(Rewards, {"digits_judge": {"timeout": 60}})).values()
+    assert made.timeout == 60
+    in_time = {"f": KeyedReward("reward.f", 1.0, lambda *_: [1, 2, 3], made.timeout)}
+    assert evaluate(in_time, IMAGES, ASKED)[0]["f"].tolist() == [1, 2, 3]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e160])
