@@ -21,10 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts" / "gpu")]
 sys.path.append(str(ROOT / "tests" / "ops"))
-import bench_large_model  # noqa: E402
 import calls  # noqa: E402
 import device_time  # noqa: E402
-import float8  # noqa: E402
 import launch  # noqa: E402
 import part_a  # noqa: E402
 import part_d  # noqa: E402
@@ -34,6 +32,7 @@ import train  # noqa: E402
 import wheels  # noqa: E402
 from steps import Steps  # noqa: E402
 
+from flowkern.models import quantize  # noqa: E402
 from flowkern.train.config import load_config  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -77,23 +76,33 @@ def test_a_part_leaves_no_step_behind(tmp_path):
     assert step.process.returncode < 0
 
 
+@pytest.fixture(scope="module")
+def contenders():
+    pytest.importorskip("diffusers")
+    return importlib.import_module("contenders")
+
+
 class NoGradients:
     def zero_grad(self):
         pass
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
-    bench = object.__new__(bench_large_model.Bench)
-    bench.batch, bench.trainer = 16, SimpleNamespace(optimizer=NoGradients())
+def test_out_of_memory_halves_the_batch_and_goes_on(contenders, monkeypatch):
+    bench = object.__new__(contenders.Contender)
+    bench.batch, bench.trainer, bench.plain = (
+        16,
+        SimpleNamespace(optimizer=NoGradients()),
+        SimpleNamespace(),
+    )
     monkeypatch.setattr(bench, "_set_batch", lambda: None)
 
-    def rollout(way):
+    def rollout():
         if bench.batch > 4:
             raise torch.cuda.OutOfMemoryError("too much")
         return {"max_batch": bench.batch}
 
     monkeypatch.setattr(bench, "_rollout", rollout)
-    assert bench.rollout("flowkern") == {"max_batch": 4}
+    assert bench.rollout() == {"max_batch": 4}
 
 
 def test_a_kernel_that_failed_its_first_call_is_left_out_of_the_timings(tmp_path):
@@ -242,13 +251,12 @@ def test_the_larger_networks_are_the_published_ones(networks, family, billions):
     assert round(sum(p.numel() for p in network.parameters()) / 1e9, 3) == billions
 
 
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_a_float8_layer_is_the_linear_one_and_has_its_gradient(by_rows):
+def test_a_float8_layer_is_the_linear_one_and_has_its_gradient():
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 8, 64, dtype=torch.bfloat16) * torch.logspace(-2, 2, 8)[:, None]
     found = []
-    for layer in (linear, float8.Float8Linear(linear, by_rows)):
+    for layer in (linear, quantize.Float8Linear(linear)):
         given = x.bfloat16().requires_grad_(True)
         out = layer(given)
         out.float().square().sum().backward()
@@ -256,15 +264,15 @@ def test_a_float8_layer_is_the_linear_one_and_has_its_gradient(by_rows):
     for right, close in zip(*found, strict=True):
         assert 0 < (close - right).norm() < 0.06 * right.norm()
         each = ((close - right).norm(dim=-1) / right.norm(dim=-1)).max()
-        assert not by_rows or each < 0.08  # a row's scale is its own: small ones lose no more
+        assert each < 0.08  # a row's scale is its own: small ones lose no more
 
 
 def test_a_float8_base_is_close_to_the_network_and_learns(networks, monkeypatch):
     monkeypatch.setattr(networks, "IS_REHEARSAL", True)
     model = networks.Network("sd3", CPU)
     right, gradient = model.learn(1), model.gradient()
-    count = float8.quantize(model.blocks, by_rows=True)
-    names = [n for n, m in model.network.named_modules() if isinstance(m, float8.Float8Linear)]
+    count = quantize.quantize(model.blocks)
+    names = [n for n, m in model.network.named_modules() if isinstance(m, quantize.Float8Linear)]
     assert len(names) == count and not [n for n in names if "norm" in n or "lora" in n]
     # Of a block: 8 of joint attention, 4 of its own attention (3 blocks), 4 of two feed-forwards;
     # the last has neither a second output nor a second feed-forward.
@@ -317,3 +325,53 @@ def test_cases_take_turns_as_they_come_to_be_ready(tmp_path, capsys):
     assert found["first"] == {"prepared": True} and found["last"] == {"taken": True}
     assert found["hangs"]["error"].startswith("out of time")
     assert found["faulty"]["error"].startswith("ZeroDivisionError")
+
+
+def test_contenders_are_timed_alone_and_one_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    """What is not ready is stopped while another is timed, and goes on after it."""
+    pytest.importorskip("diffusers")
+    train_step = importlib.import_module("train_step")
+    said = {"rows": {"learning": 1, "sampling": 2}, "seconds": 2.0, "phases": {}, "images_per_s": 1}
+    said |= {"peak_memory_gb": None}
+    log = []
+
+    class Player:
+        def __init__(self, name, answers):
+            self.name, self.turns, self.is_ready, self.error = name, 0, False, None
+            self.answers, self.line = answers, None
+
+        def ask(self, is_first):
+            pass
+
+        def hear(self, patience):
+            answer = self.answers.pop(0) if self.answers else None
+            self.error = answer and answer.get("error")
+            return answer
+
+        def signal(self, number):
+            log.append((self.name, number))
+
+    ready = {"ready": 1.0}
+    players = [
+        Player("a", [ready, said, said]),
+        Player("c", [ready, said, {"error": "CUDA error"}]),
+        Player("d", [None] * 4 + [ready, said, said | {"seconds": 1.0}]),
+    ]
+    match = object.__new__(train_step.Match)
+    options = {"limit": float("inf"), "rollouts": 1, "contenders": ["a", "c", "d"]}
+    match.options, match.players = SimpleNamespace(**options), players
+    match.folder, match.path = tmp_path, tmp_path / "e2e.json"
+    match.result = {"tflop_of_a_row": {"forward": 1.0, "both": 2.0}, "errors": {}, "rollouts": []}
+    match.result |= {"machine": {"gpu": "NVIDIA H100 80GB"}, "ready_after_s": {}}
+    monkeypatch.setattr(train_step, "wait", lambda *given, **more: None)
+    monkeypatch.setattr(match, "may_begin", lambda wanted: True)
+    match.run()
+    found = json.loads(match.path.read_text())
+    order = [(row["way"], row["is_warm_up"]) for row in found["rollouts"]]
+    assert order == [("a", True), ("c", True), ("a", False), ("d", True), ("d", False)]
+    assert found["errors"] == {"c": "CUDA error"} and found["ratios"] == {}
+    assert found["counted"] == {"c to a": 1, "d to c": 1}
+    stopped = [each for each in log if each[0] == "d" and len(each) == 2]
+    assert stopped == [("d", signal.SIGSTOP), ("d", signal.SIGCONT)] * 2
+    row = found["rollouts"][0]
+    assert row["model_tflop"] == 4 and row["tflops"] == 2 and row["utilization"] == 2 / 989

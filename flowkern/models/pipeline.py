@@ -12,6 +12,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Guidance, pipeline_class, weights
+from flowkern.models.compiled import Compiled, repeated
 from flowkern.models.directory import check_directory, check_whole, left_out, text_encoders
 from flowkern.models.grids import scheduler_sigmas
 from flowkern.models.text import Text
@@ -71,6 +73,10 @@ class Pipeline(Text):
     are never trained: processes that average gradients would wait for theirs."""
     parts: Sequence[str] = ("transformer",)
     """What of the pipeline the network is, as its index names it."""
+    blocks: Sequence[str] = ()
+    """Classes of the blocks that repeat, of a network that does not say it (`_repeated_blocks`)."""
+    compiled: Compiled | None = None
+    """How the network is called, where its blocks are compiled."""
 
     frame_rate: float | None = None
     """Frames per second of its videos; None: it makes images."""
@@ -272,7 +278,10 @@ class Pipeline(Text):
             name: part.to(dtype) if part.is_floating_point() else part
             for name, part in conditioning.to(x_t.device).parts.items()
         }
-        return self.call(network, x_t.to(dtype), sigma.float(), parts)
+        call = partial(self.call, network)
+        if self.compiled is not None:
+            return self.compiled.ask(call, x_t.to(dtype), sigma.float(), parts)
+        return call(x_t.to(dtype), sigma.float(), parts)
 
     def guide(self, v_cond: Tensor, v_uncond: Tensor, w: float | Tensor) -> Tensor:
         """uncond + w (cond - uncond), in float32 at least; w: of all rows, or (B,)."""
@@ -280,6 +289,12 @@ class Pipeline(Text):
             w = w.reshape(-1, *[1] * (v_cond.ndim - 1))
         dtype = torch.promote_types(v_cond.dtype, torch.float32)
         return v_uncond + w * (v_cond.to(dtype) - v_uncond)
+
+    def repeated(self) -> list[nn.Module]:
+        """The blocks of which the network has many. Raises ValueError where they are not known."""
+        if self.guidance.boundary:
+            raise ValueError("there are two networks, which are asked for parts of the rows")
+        return repeated(self.network, self.blocks)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class SD3(Pipeline):
     """
 
     kind = StableDiffusion3Pipeline
+    blocks = ("JointTransformerBlock",)
 
     @property
     def lora_targets(self) -> str:

@@ -65,6 +65,12 @@ class ModelConfig(Section):
     """Of the VAE. bf16 halves its memory, and moves the images that rewards see: docs/models.md."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the network's repeated blocks, once, for calls of train.max_batch rows: fewer are
+    filled up. Takes a C++ compiler, or Triton on CUDA."""
+    quantization: Literal["float8"] | None = None
+    """Of the frozen network under lora: products in float8, with a scale for every row of what
+    comes in and of the weights. Takes CUDA of compute capability 8.9, and bf16."""
 
 
 class DataConfig(Section):

@@ -30,6 +30,7 @@ from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
 from flowkern.rollout.states import OnHost, moved
 from flowkern.train import distributed
+from flowkern.train.blocks import set_blocks, try_blocks
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import REFERENCE, Weights
 from flowkern.train.distributed import Laps
@@ -93,10 +94,12 @@ class FlowTask:
         if config.model.gradient_checkpointing:
             self.model.network.enable_gradient_checkpointing()
         self.facts = [set_trained(self.model, config.lora)]
+        self.facts += set_blocks(self.model, config, self.device)
         self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
         self.objective = self.recipe.objective(self.guidance)
-        # Where there is no adapter to be left out.
-        needs_copy = config.lora is None and REFERENCE in self.objective.anchors
+        # Where there is no adapter to be left out, or to leave it out would be another graph.
+        needs_copy = config.lora is None or config.model.compile
+        needs_copy = needs_copy and REFERENCE in self.objective.anchors
         self.copies = [REFERENCE] if needs_copy else []
         self.validation = Validation(config, accelerator, self.model, self.rewards, validated, stop)
         self.is_mine = model is None
@@ -112,9 +115,15 @@ class FlowTask:
 
     def begin(self, iteration: int) -> None:
         """Every prompt that this rank has still to draw is encoded once, and no encoder kept,
-        unless the model is another's, who may go on with it."""
-        if not self.is_mine:
-            return
+        unless the model is another's, who may go on with it. What is compiled or quantized is
+        tried."""
+        if self.is_mine:
+            self._encode(iteration)
+        options = self.config.model
+        if options.compile or options.quantization is not None:
+            self.facts += try_blocks(self.model, self.config.train.max_batch, self.device)
+
+    def _encode(self, iteration: int) -> None:
         prompts = [self.prompts[place] for place in self._places(iteration)]
         texts = [prompt["prompt"] for prompt in (*prompts, *self.validation.mine)]
         try:

@@ -10,6 +10,9 @@ from flowkern.models.directory import cannot_be_loaded
 from flowkern.train.config import Config, ModelConfig, Sampling
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OURS = {"path", "vae_dtype", "prompt_cache"}
+OURS |= {"gradient_checkpointing", "compile", "quantization"}
+"""Options that are not the adapter's."""
 VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -25,7 +28,6 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Mode
     options, dtype = config.model, DTYPES[config.train.mixed_precision]
     trains_all = config.lora is None and isinstance(config, Config)
     network = torch.float32 if trains_all else dtype
-    ours = {"path", "gradient_checkpointing", "vae_dtype", "prompt_cache"}
     has_cache = options.prompt_cache is not None and isinstance(config, Config)
     try:
         return load_model(
@@ -33,7 +35,7 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Mode
             dtype={"default": dtype, "network": network, "vae": VAE_DTYPES[options.vae_dtype]},
             device=device,
             text_encoders=not has_cache,
-            **options.model_dump(exclude=ours),
+            **options.model_dump(exclude=OURS),
         )
     except (ImportError, torch.OutOfMemoryError):
         raise

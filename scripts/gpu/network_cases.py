@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import float8
 import torch
 import torch._dynamo
 import torch._inductor.config
 from network_models import IS_REHEARSAL, Network, images
 from torch import Tensor
+
+from flowkern.models.quantize import quantize
 
 PEAK = 989.0
 """TFLOP/s of dense bfloat16 products on an H100 or H200 (SXM), by its data sheet."""
@@ -50,8 +51,7 @@ CASES = (
     Case("sd3 compiled, emulated casts", "sd3", 30, is_compiled=True, is_emulated=True),
     Case("sd3 compiled", "sd3", 30, is_compiled=True),
     Case("flux", "flux", 35),
-    Case("sd3 float8 by rows, compiled", "sd3", 30, "rows", True, True),
-    Case("sd3 float8 as a whole, compiled", "sd3", 30, "whole", True, True),
+    Case("sd3 float8, compiled", "sd3", 30, "float8", True, True),
     Case("wan", "wan", 25),
     Case("flux compiled, emulated casts", "flux", 35, is_compiled=True, is_emulated=True),
     Case("wan compiled, emulated casts", "wan", 30, is_compiled=True, is_emulated=True),
@@ -166,7 +166,7 @@ def compile_for(case: Case, device: torch.device, modes: tuple[str, ...], note: 
     """
     model = Network(case.family, device, has_few=True)
     if case.base != "bfloat16":
-        float8.quantize(model.blocks, case.base == "rows")
+        quantize(model.blocks)
     _compile(model, case)
     forward, learning = model.rows
     calls = {
@@ -200,7 +200,7 @@ def compiled(case: Case, meter: Meter) -> None:
             meter.compare(found)
     if case.base != "bfloat16":
         with meter.part("eager float8") as found:
-            found["layers"] = float8.quantize(model.blocks, case.base == "rows")
+            found["layers"] = quantize(model.blocks)
             meter.time(found)
             meter.compare(found, right)
     with meter.part("compiled") as found:

@@ -1,5 +1,5 @@
-"""Part B: whole iterations of a large model, flowkern and the plain loop on the same images; then
-every algorithm's demo, on the device and on the CPU.
+"""Part B: whole iterations of a large model, flowkern and the plain loop on the same images, eager,
+compiled and on a float8 base; then every algorithm's demo, on the device and on the CPU.
 """
 
 from __future__ import annotations
@@ -8,8 +8,12 @@ from steps import IS_REHEARSAL, PYTHON, Steps
 
 
 def run(steps: Steps) -> None:
-    command = [PYTHON, "benchmarks/bench_large_model.py", "--json", steps.results / "e2e.json"]
+    model = "tiny" if IS_REHEARSAL else "sd35m"
+    command = [PYTHON, "benchmarks/train_step.py", "--model", model, "--algorithm", "flow_grpo"]
+    command += ["--contenders", "a,c,d,e,b", "--json", steps.results / "e2e.json"]
     if IS_REHEARSAL:
-        command += ["--device", "cpu", "--tiny", "--rollouts", "0", "--images", "2"]
-    steps.run("e2e", 195, command)
+        command += ["--device", "cpu", "--rollouts", "0", "--images", "2"]
+    else:
+        command += ["--rollouts", "1", "--limit", "195"]
+    steps.run("e2e", 200, command)
     steps.run("train", 100, [PYTHON, "scripts/gpu/train.py"])

@@ -29,7 +29,7 @@ from flowkern.models import MODELS
 from flowkern.rl.algorithms import names, recipe
 from flowkern.train import tracking, tree
 from flowkern.train.config import load_config
-from flowkern.train.loading import load_pipeline
+from flowkern.train.loading import OURS, load_pipeline
 from flowkern.train.lora import hits
 from flowkern.train.prompts import read_prompts
 
@@ -157,7 +157,7 @@ def test_every_file_is_looked_at():
 def test_a_model_file_fits_its_family(name):
     """Its size, text length, guidance and LoRA targets, and what it says of its latents."""
     config = load_config([DIGITS, model_file(name)])
-    options = config.model.model_dump(exclude={"path", "gradient_checkpointing", "prompt_cache"})
+    options = config.model.model_dump(exclude=OURS - {"vae_dtype"})
     options = {option: value for option, value in options.items() if value is not None}
     assert options.pop("vae_dtype") == "fp32"
     family = FAMILIES[name]

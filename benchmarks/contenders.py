@@ -1,0 +1,342 @@
+"""Who runs an iteration in train_step.py, and what one of them says of it.
+
+The plain loop is that of the released scripts (plain_loops.py): both halves of guidance go through
+the network in training, too, and both learn; figures are waited for after each batch. All begin
+each iteration with the same weights and noise.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import ROOT
+from large_model import MEDIUM, TINY, Architecture, build
+from plain_loops import LOOPS
+from torch import Tensor
+
+from flowkern import philox_normal
+from flowkern.models import compiled, quantize
+from flowkern.rollout import prompt_ids
+from flowkern.train.blocks import asked_twice, asking
+from flowkern.train.config import from_dict
+from flowkern.train.loop import Loop
+
+IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
+MODELS = {"sd35m": MEDIUM, "tiny": TINY}
+KINDS = ("sampling", "learning", "not learning")
+"""Of rows: in a rollout; in training with a gradient; in training without, which are references and
+halves of guidance that do not learn."""
+
+
+@dataclass(frozen=True)
+class Way:
+    says: str
+    is_plain: bool = False
+    is_compiled: bool = False
+    base: str | None = None
+    """The frozen weights' quantization."""
+
+
+WAYS = {
+    "a": Way("plain PyTorch, as released", is_plain=True),
+    "b": Way("plain PyTorch, blocks compiled", is_plain=True, is_compiled=True),
+    "c": Way("flowkern"),
+    "d": Way("flowkern, compiled", is_compiled=True),
+    "e": Way("flowkern, compiled, float8 base", is_compiled=True, base="float8"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all of them are asked for."""
+
+    model: str
+    algorithm: str
+    images: int
+    """Of the one prompt of an iteration."""
+    batch: int
+    """Network calls of one batch, at most."""
+    device: str
+
+    @property
+    def precision(self) -> str:
+        """A CPU computes as fast in no other."""
+        return "bf16" if self.device != "cpu" or IS_REHEARSAL else "no"
+
+    @property
+    def has_few(self) -> bool:
+        """Is a network of a few blocks much less than the whole?"""
+        return self.model != "tiny" or IS_REHEARSAL
+
+    def few(self, sorts: int = 2) -> Architecture:
+        """The same with two blocks of every sort, or of the last ones: to compile for all. Two, as
+        into the first nothing comes with a gradient, which makes another graph."""
+        whole = MODELS[self.model]
+        few = {"num_layers": 4, "dual_attention_layers": (0, 1)}
+        if sorts == 1:
+            few = {"num_layers": 3, "dual_attention_layers": ()}
+        return replace(whole, transformer=whole.transformer | few)
+
+
+def brightness(images, prompts, metadata) -> Tensor:
+    """The reward: what random weights can be told apart by."""
+    return 100 * images.float().mean(dim=(1, 2, 3))
+
+
+def plain_loop(kind: type) -> type:
+    """A plain loop with its phases timed: what is neither reward nor update is the rollout."""
+
+    class Timed(kind):
+        def step(self) -> None:
+            self.noise, self.images = self.given, []
+            self.seconds, self.phase = {"reward": 0.0, "train": 0.0}, "rollout"
+            super().step()
+
+        def reward(self, latents, prompt):
+            self.images.append(latents)
+            return self._timed("reward", super().reward, latents, prompt)
+
+        def update(self, moves) -> None:
+            self._timed("train", super().update, moves)
+
+        def _timed(self, phase: str, call, *arguments):
+            before, self.phase, begin = self.phase, phase, now(self.device)
+            result = call(*arguments)
+            self.seconds[phase] += now(self.device) - begin
+            self.phase = before
+            return result
+
+    return Timed
+
+
+class Contender:
+    """One way, with a network of its own."""
+
+    def __init__(self, way: Way, setting: Setting, architecture: Architecture | None = None):
+        self.way, self.setting, self.device = way, setting, torch.device(setting.device)
+        if IS_REHEARSAL:  # a compiler that makes no code; products that a CPU's torch does not have
+            compiled.BACKEND, quantize.has_products = "eager", lambda device: True
+        self.folder = tempfile.TemporaryDirectory()
+        architecture = architecture or MODELS[setting.model]
+        dtype = {"bf16": torch.bfloat16, "no": torch.float32}[setting.precision]
+        model = build(architecture, self.device, dtype)
+        self.trainer = Loop(from_dict(self._config(architecture)), model)
+        self.model, self.batch = model, setting.batch
+        if way.is_plain and way.is_compiled:
+            torch._dynamo.config.recompile_limit = compiled.RECOMPILES
+            for block in model.repeated():
+                block.compile(dynamic=False, backend=compiled.BACKEND)
+        self.start = [p.detach().clone() for p in self.trainer.parameters]
+        self.plain = plain_loop(LOOPS[setting.algorithm])(self.trainer, self.batch // 2)
+        self.plain.given, self.plain.phase = self._noise, "rollout"
+        self.rows, self.batches, self.found = Counter(), 0, {}
+        self._listen()
+
+    def _config(self, architecture: Architecture) -> dict[str, Any]:
+        setting, way, pixels = self.setting, self.way, architecture.pixels
+        algorithm = {"name": setting.algorithm, "group_size": setting.images}
+        algorithm |= {"prompts_per_rollout": 1, "updates_per_rollout": 1}
+        if setting.algorithm == "flow_grpo":
+            algorithm |= {"num_inference_steps": architecture.steps, "kl_coef": 0.004}
+        model = {"path": "in memory", "height": pixels, "width": pixels}
+        if not way.is_plain:
+            model |= {"compile": way.is_compiled, "quantization": way.base}
+        return {
+            "output_dir": self.folder.name,
+            "model": model,
+            "data": {"train_prompts": str(ROOT / "assets/digits-prompts/train.jsonl")},
+            "reward": {f"{__name__}:brightness": {"weight": 1.0}},
+            "algorithm": algorithm,
+            "lora": {"rank": 32, "alpha": 64},
+            "train": {
+                "steps": 100, "max_batch": setting.batch, "mixed_precision": setting.precision
+            },
+        }  # fmt: skip
+
+    def _listen(self) -> None:
+        """To rows by kind, and to what a rollout and an update leave."""
+        trainer, velocity = self.trainer, self.model.velocity
+        sample, update = trainer.task.sample, trainer.update
+        self.phase = "rollout"
+
+        def counted(x_t, *given, **more):
+            phase = self.plain.phase if self.way.is_plain else self.phase
+            kind = KINDS[0]
+            if phase == "train":
+                kind = KINDS[1 if torch.is_grad_enabled() else 2]
+            self.rows[kind] += len(x_t)
+            self.batches += 1
+            return velocity(x_t, *given, **more)
+
+        def sampled(*given):
+            blocks, self.phase = sample(*given), "rollout"
+            walk = blocks.walk
+
+            def walked(source):
+                rollout = walk(source)
+                self.found["latents"] = rollout.latents.flatten(0, 1)
+                return rollout
+
+            blocks.walk = walked
+            return blocks
+
+        def updated(*given):
+            self.found["gradient"] = torch.cat([p.grad.flatten() for p in trainer.parameters])
+            return update(*given)
+
+        batches = trainer.task.batches
+
+        def learned(*given):
+            self.phase = "train"
+            return batches(*given)
+
+        self.model.velocity, trainer.task.batches = counted, learned
+        trainer.task.sample, trainer.update = sampled, updated
+
+    def _noise(self, slot, members, step, stream):
+        """What flowkern draws for these samples."""
+        trainer = self.trainer
+        ids = prompt_ids(trainer.iteration, trainer.task.slots)[slot] + torch.tensor(members)
+        shape = (len(members), *self.model.latent_shape)
+        return philox_normal(shape, trainer.config.seed, ids.to(self.device), step, stream)
+
+    def rollout(self, is_first: bool = False) -> dict[str, Any]:
+        """One iteration; halves the batch until it fits. is_first: the empty prompt's half of the
+        plain loop does not learn, as it does not in flowkern, so that gradients can be compared."""
+        self.plain.both_halves_learn = not is_first
+        while True:
+            try:
+                row = self._rollout()
+                if is_first and not self.way.is_plain:
+                    off, _ = asked_twice(self.model, self.batch, self.device)
+                    row["without_gradient_less_with"] = off  # 0: the first ratio is 1
+                return row
+            except torch.cuda.OutOfMemoryError as error:
+                if self.batch <= 2:
+                    raise
+                print(f"out of memory with {self.batch} calls a batch: {error}", flush=True)
+            self.trainer.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            self.batch //= 2
+            self._set_batch()
+
+    def _set_batch(self) -> None:
+        task = self.trainer.task
+        train = task.config.train.model_copy(update={"max_batch": self.batch})
+        task.config = task.config.model_copy(update={"train": train})
+        self.plain.batch_size = max(1, self.batch // 2)
+        if self.model.compiled is not None:
+            self.model.compiled.rows = self.batch
+
+    def _rollout(self) -> dict[str, Any]:
+        trainer = self.trainer
+        trainer.global_step = trainer.iteration = 0
+        with torch.no_grad():
+            torch._foreach_copy_(trainer.parameters, self.start)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.rows.clear()
+        self.batches, self.plain.gradient, self.plain.phase = 0, None, "rollout"
+        begin, record = now(self.device), {}
+        if self.way.is_plain:
+            self.plain.step()
+            phases = dict(self.plain.seconds)
+            self.found["latents"] = torch.cat(self.plain.images)
+            self.found["gradient"] = self.plain.gradient
+        else:
+            (record,) = trainer.step()
+            phases = {n: record[f"timing_s/{n}"] for n in ("rollout", "reward", "train")}
+        seconds = now(self.device) - begin
+        phases.setdefault("rollout", seconds - sum(phases.values()))
+        images = self.setting.images
+        is_cuda = self.device.type == "cuda"
+        return {
+            "seconds": seconds, "phases": phases, "images": images,
+            "images_per_s": images / seconds, "rows": dict(self.rows),
+            "network_batches": self.batches, "max_batch": self.batch,
+            "ratio_mean": record.get("ratio_mean"),
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if is_cuda else None,
+        }  # fmt: skip
+
+    def keep(self, path: Path) -> None:
+        """Its images' latents and its gradient."""
+        torch.save({name: value.detach().cpu() for name, value in self.found.items()}, path)
+
+
+PARTS = ("sampling", "learning", "reference")
+"""Of what a compiled network is asked for, each another graph unless sampling runs the others'."""
+
+
+def compiled_for(way: Way, setting: Setting, parts=PARTS, sorts: int = 2) -> Contender:
+    """A network of a few blocks, compiled: as long as it is kept, that serves the whole one."""
+    few = Contender(way, setting, setting.few(sorts))
+    ask = asking(few.model, setting.batch, few.device)
+    for part in parts:
+        if part == "learning":
+            ask().float().square().sum().backward()
+            few.trainer.optimizer.zero_grad()
+        elif part == "sampling" or way.is_plain:  # flowkern's reference is a copy of weights
+            left_out = few.model.network.disable_adapter() if part == "reference" else nullcontext()
+            with torch.no_grad(), left_out:
+                ask()
+    if setting.device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return few
+
+
+def ahead(way: Way, setting: Setting) -> list[dict[str, Any]]:
+    """What other processes compile meanwhile, into the cache that all share: arguments each."""
+    if not way.is_compiled or not setting.has_few:
+        return []
+    if way.is_plain:
+        return [{"parts": ("learning",)}, {"parts": ("reference",)}]
+    return [{"sorts": 1}]
+
+
+def operations(architecture: Architecture) -> dict[str, float]:
+    """TFLOP of a row without a gradient and with one: the transformer's products and attention,
+    counted by torch's flop counter; backward as LoRA on a frozen base needs it, and nothing that is
+    computed again."""
+    from diffusers import SD3Transformer2DModel
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from flowkern.models.pipeline import ATTENTION
+
+    config, size = architecture.transformer, architecture.pixels // 8
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(**config).requires_grad_(False)
+        network = get_peft_model(network, LoraConfig(r=32, target_modules=ATTENTION))
+        given = {
+            "hidden_states": torch.empty(1, config["in_channels"], size, size),
+            "timestep": torch.empty(1),
+            "encoder_hidden_states": torch.empty(
+                1, sum(architecture.tokens), config["joint_attention_dim"]
+            ),
+            "pooled_projections": torch.empty(1, config["pooled_projection_dim"]),
+        }
+        found = []
+        for has_gradient in (False, True):
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(has_gradient):
+                out = network(**given, return_dict=False)[0]
+                if has_gradient:
+                    out.sum().backward()
+            found.append(counter.get_total_flops() / 1e12)
+    return dict(zip(("forward", "both"), found, strict=True))
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,125 @@
+"""Frozen linear layers in float8, with a gradient for what comes in.
+
+A weight is quantized once, for the way forward and, transposed, for the way back: together they
+take what it took in bfloat16. What meets it is quantized as it comes, row by row, so that a row is
+the same whatever else is in its batch. (torchao's float8 layers, made for weights that learn, keep
+the weight, quantize it at each call, and in eager mode compute its gradient.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Float8Linear", "has_products", "quantize"]
+
+SMALL = torch.float8_e4m3fn
+LARGEST = torch.finfo(SMALL).max
+UNIT = 16
+"""Features come in multiples of it, or the products are not made."""
+TRIED, ALLOWED = 64, 0.08
+"""Rows of normal numbers by which a layer is tried, and how far off it may be, by norms: rounding
+both factors to 3 bits errs by .04."""
+
+
+class Float8Linear(nn.Module):
+    """x (..., K) -> (..., N) in bfloat16, by a linear layer's weight (N, K) and bias."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, weight = linear.bias, linear.weight.detach()
+        for name, each in (("forth", weight), ("back", weight.t().contiguous())):
+            small, scale = quantized(each)
+            self.register_buffer(name, small)
+            self.register_buffer(f"{name}_scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1])
+        out = Product.apply(rows, self.forth, self.forth_scale, self.back, self.back_scale)
+        out = out.reshape(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class Product(torch.autograd.Function):
+    """x (M, K) by a weight given as (N, K) for the way forward and (K, N) for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, forth, forth_scale, back, back_scale):
+        ctx.save_for_backward(back, back_scale)
+        return product(x, forth, forth_scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        back, back_scale = ctx.saved_tensors
+        return product(gradient, back, back_scale), None, None, None, None
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """(M, K) by a quantized (N, K) -> (M, N) in bfloat16."""
+    small, scale_x = quantized(x.contiguous())
+    if x.is_cpu:  # whose torch has no such product; its value is for tests
+        return ((small.float() * scale_x) @ (weight.float() * scale).t()).to(torch.bfloat16)
+    return torch._scaled_mm(
+        small, weight.t(), scale_x, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) in float8, and what a row is to be multiplied by: (M, 1) float32."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x.float() / scale).to(SMALL), scale
+
+
+def has_products(device: torch.device) -> bool:
+    """Does it multiply float8 by float8, with scales by rows?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantize(blocks: Sequence[nn.Module]) -> int:
+    """The blocks' frozen linear layers, in place; how many. Norms' own layers see a row a sample
+    and stay, as do adapters. Of each size one is tried before anything is changed.
+
+    Raises ValueError where there is none, for weights that are not bfloat16, and for a layer whose
+    product or gradient is not the linear one's.
+    """
+    found = [
+        (block, name, layer)
+        for block in blocks
+        for name, layer in block.named_modules()
+        if type(layer) is nn.Linear and "norm" not in name and not layer.weight.requires_grad
+        if layer.in_features % UNIT == layer.out_features % UNIT == 0
+    ]
+    if not found:
+        raise ValueError(f"no frozen linear layer has features in multiples of {UNIT}")
+    sizes = {tuple(layer.weight.shape): (name, layer) for _, name, layer in found}
+    for name, layer in sizes.values():
+        if layer.weight.dtype != torch.bfloat16:
+            dtype = str(layer.weight.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is in {dtype}, expected bfloat16")
+        _try(name, layer)
+    for block, name, layer in found:
+        block.set_submodule(name, Float8Linear(layer))
+    return len(found)
+
+
+def _try(name: str, linear: nn.Linear) -> None:
+    """Both ways, against the linear layer."""
+    device = linear.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = (linear.in_features, linear.out_features)
+    x, gradient = (
+        torch.randn(TRIED, n, device=device, generator=generator).bfloat16() for n in drawn
+    )
+    answers = []
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for layer in (linear, Float8Linear(linear)):
+            given = x.clone().requires_grad_(True)
+            out = layer(given) - (0 if linear.bias is None else linear.bias)
+            answers.append((out.detach(), *torch.autograd.grad(out, given, gradient)))
+    for what, right, close in zip(("products", "gradient"), *answers, strict=True):
+        off = ((close - right).float().norm() / right.float().norm()).item()
+        if not off <= ALLOWED:
+            raise ValueError(f"{name}: its {what} in float8 are off by {off:.3g} of their norm")

@@ -1,0 +1,107 @@
+"""A network's repeated blocks as configured: quantized, compiled, and tried before they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowkern.checks import ConfigError
+from flowkern.models import Model, quantize
+from flowkern.models.compiled import Compiled
+from flowkern.train.config import Config
+
+
+def set_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
+    """Quantize and compile the blocks of a network that has its adapter; returns what was done, in
+    lines.
+
+    Raises ConfigError for what this network, this device or full weights do not have.
+    """
+    facts, options = [], config.model
+    if options.quantization is not None:
+        facts.append(_quantized(model, config, device))
+    if options.compile:
+        model.compiled = Compiled(_blocks(model, "compile", True), config.train.max_batch)
+    return facts
+
+
+def _quantized(model: Model, config: Config, device: torch.device) -> str:
+    key, kind = "model.quantization", config.model.quantization
+    if config.lora is None:
+        raise ConfigError(f"{key}: got {kind}, but lora is null: no weight is frozen")
+    if not quantize.has_products(device):
+        raise ConfigError(
+            f"{key}: got {kind}, but {device.type} multiplies no float8; expected CUDA of compute "
+            "capability 8.9"
+        )
+    try:
+        count = quantize.quantize(_blocks(model, "quantization", kind))
+    except ValueError as error:
+        raise ConfigError(f"{key}: got {kind}, but {error}") from error
+    return f"{count} frozen layers in {kind}"
+
+
+def _blocks(model: Model, key: str, value: object) -> list[torch.nn.Module]:
+    try:
+        return model.repeated()
+    except ValueError as error:
+        name = type(model).__name__
+        raise ConfigError(f"model.{key}: got {value}, but of {name} {error}") from None
+
+
+def try_blocks(model: Model, rows: int, device: torch.device) -> list[str]:
+    """Ask for the velocity of so many rows, without a gradient and with one; returns what was
+    compiled meanwhile, in lines.
+
+    Raises ConfigError where the two are not the same, which would make the first ratio another than
+    1, or where no gradient arrives.
+    """
+    key, compiled = "model.quantization", model.compiled
+    if compiled is not None:
+        key = "model.compile"
+    try:
+        off, size = asked_twice(model, rows, device)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ConfigError(f"model.compile: {' '.join(str(error).split())[:300]}") from error
+    if off != 0:
+        raise ConfigError(
+            f"{key}: the network says otherwise with a gradient than without, by {off:.3g}: the "
+            "first ratio would not be 1"
+        )
+    if not 0 < size < float("inf"):
+        raise ConfigError(f"{key}: the network's gradient has the norm {size}")
+    if compiled is None:
+        return []
+    count, graphs = len(compiled.blocks), compiled.graphs
+    return [
+        f"compiled {count} blocks, {graphs} graphs, for {compiled.rows} rows in "
+        f"{compiled.seconds:.0f} s"
+    ]
+
+
+def asked_twice(model: Model, rows: int, device: torch.device) -> tuple[float, float]:
+    """The largest difference of the velocity without a gradient and with one, of so many rows; the
+    norm of that gradient."""
+    ask = asking(model, rows, device)
+    with torch.no_grad():
+        alone = ask()
+    with torch.enable_grad():
+        velocity = ask()
+        weights = [p for p in model.network.parameters() if p.requires_grad]
+        found = torch.autograd.grad(velocity.float().square().sum(), weights, allow_unused=True)
+    off = (alone - velocity).abs().max().item()
+    return off, torch.stack([g.float().norm() for g in found if g is not None]).norm().item()
+
+
+def asking(model: Model, rows: int, device: torch.device) -> Callable[[], Tensor]:
+    """What asks for a velocity of so many rows: drawn states, levels from 1 down, no prompt."""
+    conditioning = model.encode([model.guidance.negative_prompt]).to(device)
+    places = torch.zeros(rows, dtype=torch.int64)
+    given = conditioning.rows(places.to(device), places)
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(rows, *model.latent_shape, generator=generator).to(device)
+    sigma = torch.linspace(1, 0.1, rows)
+    return partial(model.velocity, x_t, sigma.to(device), given, sigma_host=sigma.tolist())
