@@ -66,6 +66,11 @@ for fd in range(3, 300):
     "shared memory": "open('/dev/shm/flowkern-escape', 'w').close(); through()",
     "shared memory by name": "from multiprocessing.shared_memory import SharedMemory; SharedMemory('x', True, 9); through()",
     "System V memory": "syscall(29, 7, 4096, 0o1666); through()",
+    "a System V queue": "syscall(68, 7, 0o1666); through()",
+    "System V semaphores": "syscall(64, 7, 1, 0o1666); through()",
+    "a semaphore by name": "import multiprocessing; multiprocessing.Semaphore(1); through()",
+    "the program's own file": "through() if os.write(0, b'x') else None",
+    "more of its own file": "os.ftruncate(0, 2**30); through()",
     "a message queue": "syscall(240, b'escape', 0o102, 0o666, 0); through()",
     "a memory file": "os.memfd_create('x'); through()",
     "more of the secret": "open('@FILE@', 'a').write('more'); through()",
@@ -84,6 +89,37 @@ for fd in range(3, 300):
     "its owner": "os.chown('@FILE@', 65534, 65534)",
     "its times": "os.utime('@FILE@', (1, 1))",
     "its attributes": "os.setxattr('@FILE@', 'user.escape', b'x'); through()",
+    "what its attributes say": "through() if holds(os.getxattr('@FILE@', 'user.secret')) else None",
+    "their names": "through() if os.listxattr('@FILE@') else None",
+    "its flags by number": "syscall(469, -100, b'@FILE@', b'\\0' * 32, 32, 0); through()",
+    "flags of a library": """
+import fcntl
+flags, library = bytearray(8), open(os.__file__)
+fcntl.ioctl(library, 0x80086601, flags)
+fcntl.ioctl(library, 0x40086602, bytes(flags))
+through()
+""",
+    "a project for a library": """
+import fcntl
+its, library = bytearray(28), open(os.__file__)
+fcntl.ioctl(library, 0x801C581F, its)
+fcntl.ioctl(library, 0x401C5820, bytes(its))
+through()
+""",
+    "a library for ever": """
+import fcntl
+try:
+    fcntl.ioctl(open(os.__file__), 0x40806685, bytearray(128))
+except OSError as error:
+    through(error) if error.errno != errno.EPERM else None  # its file system was asked
+""",
+    "a lease of a library": "import fcntl; fcntl.fcntl(open(os.__file__), 1024, 0); through()",
+    "a lease that others wait for": "import fcntl; fcntl.fcntl(open(os.__file__), 1024, 1); through()",
+    "a lock of a library": "import fcntl; fcntl.lockf(open(os.__file__), fcntl.LOCK_SH | fcntl.LOCK_NB); through()",
+    "watching a directory": "import fcntl; fcntl.fcntl(os.open(os.path.dirname(os.__file__), 0), 1026, 1); through()",
+    "a path by openat2": "syscall(437, -100, b'/etc/passwd', b'\\0' * 24, 24); through()",
+    "a tree": "os.open('secret', 0, dir_fd=syscall(428, -100, b'@PLACE@', 0)); through()",
+    "a handle that is run": "syscall(322, os.open('/bin/true', os.O_PATH), b'', 0, 0, 0x1000); through()",
     # Sockets
     "TCP": "socket.create_connection(('127.0.0.1', @TCP@), 1); through()",
     "TCP over IPv6": "socket.create_connection(('::1', @TCP@), 1); through()",
@@ -156,6 +192,12 @@ os.write(w, b'x')
     "page faults": "syscall(323, 0); through()",
     "performance counters": "syscall(298, b'\\0' * 120, 0, -1, -1, 0); through()",
     "keys": "syscall(250, 0, -3, 0); through()",
+    "a key": "syscall(248, b'user', b'x', b'y', 1, -3); through()",
+    "the mounts": "import struct; syscall(458, struct.pack('IIQQ', 24, 0, 2**64 - 1, 0), b'\\0' * 512, 64, 0); through()",
+    "ports": "syscall(172, 3); through()",
+    "memory that stays": "syscall(151, 3); through()",
+    "a terminal's input": "import fcntl; fcntl.ioctl(0, 0x5412, b'x'); through()",
+    "a terminal of its own": "import pty; pty.openpty(); through()",
     "the clock": "time.clock_settime(time.CLOCK_REALTIME, time.time()); through()",
     "the host's name": "socket.sethostname(socket.gethostname()); through()",
     "watching files": "syscall(254, syscall(294, 0), b'/tmp', 0xfff); through()",
@@ -179,6 +221,7 @@ for one in x:
 through()
 """,
     "a loop": "while True: pass",
+    "a stop": "os.kill(os.getpid(), signal.SIGSTOP)",
     "a loop that hears nothing": """
 for n in range(1, 65):
     try:
@@ -201,6 +244,13 @@ while True: pass
 OF_A_PROCESS = {
     "a socket by another number": "syscall(0x40000029, 1, 1, 0); through()",
     "a shell by the loader": "os.execv('/lib64/ld-linux-x86-64.so.2', ['ld', '/bin/sh', '-c', 'echo THROUGH'])",
+    "a socket by a 32-bit call": """
+import ctypes, mmap  # int 0x80, socket(AF_UNIX, SOCK_STREAM)
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(bytes.fromhex("53b867010000bb01000000b901000000ba00000000cd805bc3"))
+call = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+through() if os.uname().machine == "x86_64" and call() >= 0 else None
+""",
     "a crash": "import ctypes; ctypes.string_at(0)",
     "a thread that stays": """
 import threading

@@ -69,6 +69,7 @@ DENIED = """
     rt_sigqueueinfo rt_tgsigqueueinfo prctl
     fchmod fchmodat fchmodat2 fchown fchownat utimensat
     setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr setxattrat removexattrat
+    getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr getxattrat listxattrat
     setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset
     memfd_create memfd_secret inotify_init1 inotify_add_watch fanotify_init
     listen accept accept4 mq_open mq_unlink shmget
@@ -82,10 +83,18 @@ if os.uname().machine == "x86_64":
         chmod chown lchown utime utimes futimesat inotify_init
         mknod link symlink rename unlink mkdir rmdir creat
     """.split()
-# sandlock keeps `socket` to itself, and lets local and netlink ones be made: the warden forbids
-# all of them, to itself and so to what it starts. Machine -> its number for seccomp, and those of
-# socket and socketpair.
-SOCKETS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}
+# What the warden forbids itself, and so what it starts, beside that: sandlock keeps `socket` to
+# itself and lets local and netlink ones be made; `ioctl` changes the flags of a file that is only
+# read, and makes it unchangeable for ever (verity); `fcntl` takes leases and locks, for which other
+# processes wait, and watches directories. Machine -> its number for seccomp, and those of socket,
+# socketpair, ioctl and fcntl.
+CALLS = {"x86_64": (0xC000003E, 41, 53, 16, 72), "aarch64": (0xC00000B7, 198, 199, 29, 25)}
+# Of terminals (what they are, their size), of descriptors (bytes to read, inherited, blocking), and
+# of seccomp, by which sandlock itself hears of a program's calls.
+IOCTLS = [0x5401, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421]
+IOCTLS += [0xC0502100, 0xC0182101, 0x40082102, 0x40182103, 0x40082104]
+FCNTLS = [0, 1, 2, 3, 4, 1027, 1030, 1031, 1032]  # copies and flags of descriptors, sizes of pipes
+FIRST_UNKNOWN = 457  # calls of Linux 6.8 and later, on every machine, mounts and attributes first
 
 
 def main() -> int:
@@ -96,7 +105,7 @@ def main() -> int:
         if kind == "compile":
             return compile_module(settings)
         limit(settings)
-        forbid_sockets()
+        forbid_calls()
         return {"sandlock": in_sandlock, "wasm": in_wasm}[kind](settings)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
@@ -120,19 +129,27 @@ def renounce(parent: int) -> None:
     os.umask(0o077)
 
 
-def forbid_sockets() -> None:
-    """A filter of system calls: no socket of any kind, and no calls of another machine's numbers,
-    where they would have others."""
+def forbid_calls() -> None:
+    """A filter of system calls: no socket of any kind, no ioctl and fcntl but those above, none of
+    another machine's numbers, where the rest would have others, and none that nobody here knows."""
     machine = os.uname().machine
-    if machine not in SOCKETS:
+    if machine not in CALLS:
         raise RuntimeError(f"no system call numbers are known for {machine}")
-    number, *sockets = SOCKETS[machine]
+    number, socket, pair, ioctl, fcntl = CALLS[machine]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # instructions of BPF
-    refused, allowed = 0x00050000 | errno.EPERM, 0x7FFF0000
-    code = [(load, 0, 0, 4), (equal, 1, 0, number), (answer, 0, 0, refused), (load, 0, 0, 0)]
-    code += [(at_least, len(sockets) + 1, 0, 0x40000000)]  # of x32
-    code += [(equal, len(sockets) - n, 0, call) for n, call in enumerate(sockets)]
-    code += [(answer, 0, 0, allowed), (answer, 0, 0, refused)]
+    of_machine, of_call, of_command = (load, 0, 0, 4), (load, 0, 0, 0), (load, 0, 0, 24)
+    allow = (answer, 0, 0, 0x7FFF0000)
+    refuse, unknown = ((answer, 0, 0, 0x00050000 | why) for why in (errno.EPERM, errno.ENOSYS))
+    # A test skips so many instructions where it holds, and so many where it does not.
+    code = [of_machine, (equal, 1, 0, number), refuse, of_call]
+    code += [(at_least, 0, 1, 0x40000000), refuse]  # of x32
+    code += [(at_least, 0, 1, FIRST_UNKNOWN), unknown]
+    for call in (socket, pair):
+        code += [(equal, 0, 1, call), refuse]
+    for call, commands in ((ioctl, IOCTLS), (fcntl, FCNTLS)):
+        known = [step for one in commands for step in ((equal, 0, 1, one), allow)]
+        code += [(equal, 0, len(known) + 2, call), of_command, *known, refuse]
+    code += [allow]
     packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
     program = ctypes.create_string_buffer(
         struct.pack("HxxxxxxP", len(code), ctypes.addressof(packed))
