@@ -1,4 +1,5 @@
-"""Every private name of torch that flowkern rests on, and the public way that serves without it.
+"""Every private name of torch that flowkern rests on, and the public way that serves without it;
+but for those of compiled and float8 networks (models/compiled.py, quantize.py), which have none.
 
 Asked at every call, so they are torch's own functions where it has them: the public ways take
 microseconds, or see less and so assume the worst. PUBLIC holds them; tests put them in place.

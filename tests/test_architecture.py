@@ -111,6 +111,7 @@ KNOW_ALGORITHMS = {
     "flowkern/compat": "its modules are called after projects",
     "flowkern/ops/matching_loss": "one of its losses is called after the algorithm it was made for",
     "scripts/draw_plans.py": "draws the pictures of docs/algorithms.md",
+    "scripts/gpu/part_b.py": "says which is timed on a model of real size",
 }
 KNOW_FAMILIES = {
     "flowkern/models": "their room",
