@@ -28,6 +28,7 @@ SANITIZE = (
 )
 COMMON = [
     "-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra",
+    "-Wno-maybe-uninitialized",  # as GCC 12 says of its own header of AVX-512
     # Rounding is part of the contract: no contraction, no fast-math. The rest lets loops vectorize.
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-semantic-interposition",
     *SANITIZE,
