@@ -252,11 +252,13 @@ def judged(answer: str, query: Query) -> str:
     return re.sub(r"\{(question|right|answer)\}", lambda match: values[match[1]], QUESTION)
 
 
-_MARKS = r"[\s*_`#>'\"()\[\]{}-]*"
+_MARKS = r"[\s*_`#>'\"()\[\]{}-]*+"
 VERDICT = re.compile(
     rf"\b(?:verdict|true_false|correct|result){_MARKS}[:=]{_MARKS}(true|false)\b", re.IGNORECASE
 )
-ALONE = re.compile(rf"^{_MARKS}(true|false){_MARKS}[.!]?{_MARKS}$", re.IGNORECASE | re.MULTILINE)
+# Within a line: else each of many empty ones looks through all that follow.
+_BESIDE = r"[ \t\r\xa0*_`#>'\"()\[\]{}-]*+"
+ALONE = re.compile(rf"^{_BESIDE}(true|false){_BESIDE}[.!]?{_BESIDE}$", re.IGNORECASE | re.MULTILINE)
 
 
 def verdict_in(said: str) -> bool | None:

@@ -93,10 +93,11 @@ def arguments_in(said: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-_MARKS = r"[\s*_`#>'\"()-]*"
+_MARKS = r"[\s*_`#>'\"()-]*+"
+_BEFORE = r"[ \t\r\xa0*_`#>'\"()-]*+"  # in its line: else each empty line looks through all others
 _CONCLUSION = re.compile(rf"conclusion{_MARKS}:{_MARKS}(stop|continue)(?![a-z])", re.IGNORECASE)
 _WORD = re.compile(r"\b(STOP|CONTINUE)\b")
-_ANSWER = re.compile(rf"^{_MARKS}(?:final\s+)?answer{_MARKS}:", re.IGNORECASE | re.MULTILINE)
+_ANSWER = re.compile(rf"^{_BEFORE}(?:final\s+)?answer{_MARKS}:", re.IGNORECASE | re.MULTILINE)
 
 
 def is_enough(said: str) -> bool:
@@ -117,6 +118,7 @@ def is_enough(said: str) -> bool:
 def answer_in(said: str) -> str:
     """What follows the last "Answer:" that begins a line, or all of it. Raises FailedCall where
     there is nothing."""
+    said = said[-LONGEST:]
     *_, last = [None, *_ANSWER.finditer(said)]
     answer = said if last is None else said[last.end() :]
     answer = answer.strip("*_` \t\r\n")

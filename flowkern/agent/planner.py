@@ -9,8 +9,9 @@ from flowkern.agent.memory import Action
 from flowkern.checks import shown
 
 LABELS = {"context": "context", "sub_goal": r"sub-?\s?goal", "tool": r"tool(?:\s+name)?"}
-# A label stands at the start of a line, in any case, with or without markdown around it.
-_LABEL = r"^[\s>*#\-_`]*(?:{})[\s*_`]*:[*_`]*[ \t]*"
+# A label stands at the start of a line, in any case, with or without markdown around it. What may
+# stand before it is of its own line: else each of many empty lines looks through all that follow.
+_LABEL = r"^[ \t\r\xa0>*#\-_`]*+(?:{})[\s*_`]*:[*_`]*[ \t]*"
 _ANY = re.compile(
     _LABEL.format("|".join(["justification", *LABELS.values()])), re.IGNORECASE | re.MULTILINE
 )

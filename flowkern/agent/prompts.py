@@ -12,6 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flowkern.checks import ConfigError
 
+FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+FAULTS += (RecursionError, MemoryError)
 FOLDER = Path(__file__).with_name("templates")
 
 
@@ -39,8 +41,8 @@ class Prompts:
         that asks for what it is not given."""
         try:
             return self._environment.get_template(f"{name}.jinja").render(values)
-        except TemplateNotFound:
-            raise ConfigError(f"{self.key}: has no template {name}.jinja") from None
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            said = " ".join(str(error).split())
+        except TemplateNotFound as error:
+            raise ConfigError(f"{self.key}: has no template {error.name}") from None
+        except FAULTS as error:
+            said = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"{self.key}: {name}.jinja: {said}") from error

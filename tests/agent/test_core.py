@@ -52,12 +52,16 @@ def test_what_is_said_is_never_a_template(tmp_path):
         "{{ nothing }}": "'nothing' is undefined",
         "{% for %}": "Expected",
         "{{ memory.steps.append(1) }}": "unsafe|not safely",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+        "{{ 'x' * 10**13 }}": "MemoryError",
     }.items():
         (tmp_path / "planner.jinja").write_text(template)
         with pytest.raises(ConfigError, match=f"agent.prompts: planner.jinja: .*({message})"):
             Prompts(tmp_path).render("planner", memory=memory)
-    with pytest.raises(ConfigError, match="agent.prompts: has no template ../secret.jinja"):
-        Prompts(tmp_path).render("../secret")
+    (tmp_path / "planner.jinja").write_text("{% include '/etc/passwd' %}")
+    for name, lacks in {"../secret": "../secret.jinja", "planner": "/etc/passwd"}.items():
+        with pytest.raises(ConfigError, match=f"agent.prompts: has no template {lacks}"):
+            Prompts(tmp_path).render(name)
     with pytest.raises(ConfigError, match="agent.prompts: got .*expected a folder"):
         Prompts(tmp_path / "none")
 

@@ -1,17 +1,21 @@
 """Executor, verifier and generator as a language model that says whatever a test has it say."""
 
 import asyncio
+import contextlib
 import json
+import time
 
 import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install 'flowkern[agent]'")
 import servers
 
+from flowkern.agent.answers import number_in, verdict_in
 from flowkern.agent.clients import FailedCall
 from flowkern.agent.engines import Generation, Sampling
 from flowkern.agent.memory import Action, Memory, Query, Step
 from flowkern.agent.modules import answer_in, arguments_in, is_enough, system
+from flowkern.agent.planner import parse
 from flowkern.agent.rollout import Flow, roll_out, score
 from flowkern.agent.tools import tool
 from flowkern.checks import ConfigError
@@ -282,3 +286,22 @@ def test_a_template_of_ones_own_is_tried_at_the_start(model, tmp_path, name):
     (tmp_path / f"{name}.jinja").write_text("{{ memory.query.txt }}")
     with pytest.raises(ConfigError, match=rf"agent\.prompts: {name}\.jinja: .*txt"):
         system(options, {"calculator": {}}, str(tmp_path))
+
+
+READERS = {
+    "a planner's turn": lambda said: parse(said, ["search"]),
+    "a verifier's word": is_enough,
+    "an answer": answer_in,
+    "a number": number_in,
+    "a verdict": verdict_in,
+}
+
+
+@pytest.mark.parametrize("unit", ["\n", "\r\n", "\n**", "True*", "answer ", "{", "1,"], ids=repr)
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_no_text_is_slow_to_read(read, unit):
+    """Empty lines without end once took half a minute, in which no limit of time held."""
+    begun = time.process_time()
+    with contextlib.suppress(FailedCall):
+        read("True\n" + unit * (20_000 // len(unit)))
+    assert time.process_time() - begun < 1
