@@ -147,6 +147,10 @@ class Laps:
             return self._sums([a.elapsed_time(b) / 1000 for a, b in pairwise(times)])
         return self._sums([b - a for a, b in pairwise(times)])
 
+    def counted(self) -> int:
+        """By how much the count rose since the last mark."""
+        return self._count() - self._marks[-1][1]
+
     def counts(self) -> list[int]:
         """By how much the count rose in each lap."""
         return self._sums([b[1] - a[1] for a, b in pairwise(self._marks)])

@@ -26,7 +26,7 @@ from flowkern.train.config import Config
 from flowkern.train.copies import Copies, Weights
 from flowkern.train.errors import RunError, describe
 from flowkern.train.metrics import Experience, Progress, Sums
-from flowkern.train.optimizer import make_optimizer, make_schedule, restore
+from flowkern.train.optimizer import make_optimizer, make_schedule, restore, set_rate
 from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
 from flowkern.train.stop import StopRequest
@@ -200,15 +200,19 @@ class Loop:
         see it.
         """
         options, means = self.config.train, sums.over(batch.total)
+        calls = self.progress.calls()
         norm = means.new_zeros(1)
         if batch.teaches:
             norm = self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
-        reduced = [means, self.stop.flags(self.device)] if self.world > 1 else [means]
+        reduced = [means]
+        if self.world > 1:
+            reduced += [self.stop.flags(self.device), means.new_tensor(calls)]
         reduced = self.accelerator.reduce(torch.cat(reduced), "mean")
         grad_norm, *values = torch.cat([norm.reshape(1).to(means), reduced]).tolist()
-        values, flags = values[: len(means)], values[len(means) :]
-        if flags:
-            self.stop.hear(flags)
+        values, others = values[: len(means)], values[len(means) :]
+        if others:
+            self.stop.hear(others[:-2])
+            calls = [round(self.world * mean) for mean in others[-2:]]
         loss, found = sums.named(values)
         self._require_finite(loss, grad_norm)
         step = self.global_step + 1
@@ -216,11 +220,13 @@ class Loop:
             if batch.teaches:
                 self.optimizer.step()
                 self.copies.weights_moved()
-            self.lr_scheduler.step()
+            set_rate(self.lr_scheduler, step)
             self.optimizer.zero_grad()
             self.global_step, self.updates_done = step, self.updates_done + 1
             if options.ema_decay is not None:
                 self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
+        self.progress.sampled, trained = calls
+        self.progress.trained.append(trained)
         return {"step": step, **found, "grad_norm": grad_norm}
 
     def _require_finite(self, loss: float, grad_norm: float) -> None:
@@ -237,7 +243,7 @@ class Loop:
         progress, self.progress = self.progress, None
         if progress is None or not progress.updates:
             return []
-        found = metrics.records(progress, self.recipe.updates_per_rollout, self.world)
+        found = metrics.records(progress, self.recipe.updates_per_rollout)
         return [r | {"memory/peak_gb": tracking.peak_memory_gb(self.device)} for r in found]
 
     # ---- what a checkpoint holds ----

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,31 +68,35 @@ class Progress:
     """Does the iteration's first optimizer step belong to `updates`? It reports the rollout."""
     updates: list[dict[str, float]] = field(default_factory=list)
     """What the finished optimizer steps report."""
+    sampled: int = 0
+    """Calls of the network in the rollout, on all ranks; known from its first optimizer step on."""
+    trained: list[int] = field(default_factory=list)
+    """The same in each finished optimizer step."""
+
+    def calls(self) -> Sequence[int]:
+        """Of the network, of this process: in the rollout, and since the last optimizer step."""
+        return self.experience.laps.counts()[0], self.experience.laps.counted()
 
 
-def records(progress: Progress, per_rollout: int, world: int) -> list[dict[str, float]]:
+def records(progress: Progress, per_rollout: int) -> list[dict[str, float]]:
     """A record per finished optimizer step, of the `per_rollout` that an iteration has."""
     experience = progress.experience
-    (rollout, reward, *train), (sampled, _, *trained) = (
-        experience.laps.seconds(),
-        experience.laps.counts(),
-    )
+    rollout, reward, *train = experience.laps.seconds()
     total = rollout + reward + per_rollout * sum(train) / len(train)
     first = {
         **experience.figures,
-        "nfe/sample": sampled * world,
+        "nfe/sample": progress.sampled,
         "timing_s/rollout": rollout,
         "timing_s/reward": reward,
         f"throughput/{experience.unit}_per_s": experience.samples / total,
     }
     found = []
-    for i, (update, seconds, calls) in enumerate(
-        zip(progress.updates, train, trained, strict=True)
-    ):
+    parts = zip(progress.updates, train, progress.trained, strict=True)
+    for i, (update, seconds, trained) in enumerate(parts):
         tells_rollout = i == 0 and progress.is_first
         found.append(update | (first if tells_rollout else {}))
         found[-1] |= {
-            "nfe/train": calls * world,
+            "nfe/train": trained,
             **experience.every,
             "timing_s/train": seconds,
             "timing_s/step": seconds + (rollout + reward if tells_rollout else 0),

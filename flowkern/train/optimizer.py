@@ -40,7 +40,14 @@ def restore(optimizer: Any, schedule: LambdaLR, state: dict[str, Any], step: int
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, made, strict=True):
         group |= settings
+    set_rate(schedule, step)
+
+
+def set_rate(schedule: LambdaLR, step: int) -> None:
+    """That of the optimizer step which follows `step` of them. `schedule.step` counts for itself,
+    and warns where its first call follows an optimizer step that was left out.
+    """
     schedule.last_epoch = step
-    rates = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    for group, rate, factor in rates:
+    groups = schedule.optimizer.param_groups
+    for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = rate * factor(step)

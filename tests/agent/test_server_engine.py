@@ -112,7 +112,7 @@ def test_weights_are_brought_and_the_server_is_asked(server, base, tmp_path):
     with pytest.raises(RuntimeError, match="has no adapter flowkern-N"):
         turns(drawer)
     plain = Sampling(temperature=1.0, max_new_tokens=6)
-    for number, model in enumerate([first, second]):
+    for number, model in [(0, first), (0, first), (1, second)]:  # equal ones go there once
         drawer.sync(model, tmp_path)
         assert list(server.adapters) == [f"flowkern-{number:06d}"]
         assert [p.name for p in (tmp_path / "server").iterdir()] == list(server.adapters)
@@ -122,6 +122,8 @@ def test_weights_are_brought_and_the_server_is_asked(server, base, tmp_path):
     server.adapters.clear()
     with pytest.raises(RuntimeError, match="started anew since"):
         turns(drawer)
+    drawer.sync(second, tmp_path)  # equal, and lost
+    assert list(server.adapters) == ["flowkern-000000"]
 
 
 def test_all_weights_through_the_disk(tmp_path, monkeypatch):
@@ -133,8 +135,11 @@ def test_all_weights_through_the_disk(tmp_path, monkeypatch):
         drawer = engine(server, trained, Sampling(max_new_tokens=6), **options)
         with pytest.raises(RuntimeError, match="has the weights of tiny: it was started anew"):
             turns(drawer)
-        for number in range(2):
-            drawer.sync(trained, tmp_path)
+        last = trained.model.norm.weight
+        for number, change in enumerate([torch.zeros_like(last), torch.arange(16) == 9]):
+            last.data += 2**-20 * change
+            for _ in range(2):
+                drawer.sync(trained, tmp_path)
             assert server.path == str(folder / f"flowkern-{number:06d}")
             assert [str(path) for path in folder.iterdir()] == [server.path]
         for row in turns(drawer, Sampling(max_new_tokens=6)):
@@ -144,6 +149,7 @@ def test_all_weights_through_the_disk(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="did not take the weights: answered 400"):
             astray.sync(trained, tmp_path)
         monkeypatch.setitem(server.routes, "/update_weights_from_disk", lambda _: {"success": True})
+        last.data = last.data.roll(1)  # the same values at other places
         with pytest.raises(RuntimeError, match="it has the weights of .*, not of "):
             drawer.sync(trained, tmp_path)
 

@@ -71,7 +71,7 @@ class Engine(Protocol):
         ...
 
     def sync(self, model: Any, directory: Path) -> None:
-        """Called after the weights moved, before the next rollout, by the main process: an engine
-        that has them elsewhere brings them there, through files in `directory` where it needs
-        any. Raises RuntimeError, of a line, where it cannot."""
+        """Called before each rollout and each evaluation, by the main process: an engine that has
+        weights elsewhere brings them there, through files in `directory` where it needs any, unless
+        it has these. Raises RuntimeError, of a line, where it cannot."""
         ...

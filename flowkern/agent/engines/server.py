@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flowkern.agent.engines import Generation, Sampling
 from flowkern.agent.engines.completion import turn
 from flowkern.agent.engines.connection import KEY, Connection
 from flowkern.agent.engines.features import Features
-from flowkern.agent.engines.weights import Route, route
+from flowkern.agent.engines.weights import Route, checksum, route
 from flowkern.agent.network import FailedCall
 from flowkern.checks import ConfigError
 
@@ -49,6 +50,7 @@ class ServerEngine:
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self._tokenizer = tokenizer
         self._route: Route = route(self.server, model)
+        self._brought: tuple[Any, Any] = None, None  # which weights, and what the server calls them
         self.facts = asyncio.run(self._tried(sampling))
 
     async def _tried(self, sampling: Sampling) -> list[str]:
@@ -128,7 +130,8 @@ class ServerEngine:
         return network.parsed(await self.server.ask(client, "POST", "/v1/completions", body))
 
     def sync(self, model: Any, directory: Path) -> None:
-        """Brings the weights to the server, and asks it whether it has them.
+        """Brings the weights to the server, unless they are those that it has, and asks it whether
+        it has them.
 
         Raises RuntimeError, of a line, where it has not.
         """
@@ -138,5 +141,11 @@ class ServerEngine:
             raise RuntimeError(f"{self.server.root} did not take the weights: {error}") from error
 
     async def _sync(self, model: Any, directory: Path) -> None:
+        found = checksum(p for p in model.parameters() if p.requires_grad)
         async with self.server.client() as client:
+            if found == self._brought[0]:
+                with suppress(RuntimeError):  # it has lost them
+                    if await self._route.current(client) == self._brought[1]:
+                        return
             await self._route.bring(client, model, self._tokenizer, directory)
+            self._brought = found, await self._route.current(client)

@@ -5,8 +5,12 @@ on a route that the configuration states, and the server is asked afterwards whe
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
 
 from flowkern.agent.network import FailedCall, line, parsed
 from flowkern.checks import ConfigError, shown
@@ -39,6 +43,23 @@ def route(server: Connection, model: Any) -> Route:
     if adapted:
         raise ConfigError(f"{KEY}: got 'disk', but a LoRA is trained; expected lora")
     return Disk(server)
+
+
+def checksum(tensors: Iterable[Tensor]) -> list[int]:
+    """Of their bits, in the manner of Fletcher's: sums of the values, and of the values times their
+    places, modulo 2**64, of parts that take little memory."""
+    sums = []
+    for tensor in tensors:
+        values = tensor.detach().flatten().view(_INTEGER[tensor.element_size()])
+        for part in values.split(PART):
+            part = part.long()
+            place = torch.arange(len(part), device=part.device)
+            sums += [part.sum(), (part * place).sum()]
+    return torch.stack(sums).tolist()
+
+
+PART = 2**22
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Shared:
