@@ -4,7 +4,7 @@
         [--row-seconds S] [--only V=50257]
 
 The bound is the same chunk loop with the same buffers and a row kernel that does nothing. It and
-flowkern take turns, then a rival after the other. Every contender is gated on its gradients. On a
+flowkern take turns, then each rival and flowkern. Every contender is gated on its gradients. On a
 CPU a row ends when its time is over, with the rounds that it had by then. GPU_REHEARSE=1 goes
 through a device's rows at a tiny size. Writes the JSON file after each row, into the folder that
 FLOWKERN_RESULTS names or benchmarks/results.
@@ -221,8 +221,9 @@ def rivals(bench: Bench, shape: Shape, rounds: int) -> None:
             made = run()[1:]
             truth.extend(made if not truth else ())  # eager comes first; else nothing to compare
             error = p.apart(made, truth)
-            found = bench.times({"": run}, rounds, 1 if bench.device.type == "cuda" else 0)
-            return {"from_eager": error} | found[""] | bench.memory(run)
+            both = {"": run, "flowkern": p.flowkern()}
+            found = bench.times(both, rounds, 1 if bench.device.type == "cuda" else 0)
+            return {"from_eager": error} | found.pop("") | found | bench.memory(run)
 
         bench.attempt(name, shape, measure)
 

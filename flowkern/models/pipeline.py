@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Guidance, pipeline_class, weights
+from flowkern.models.attention import dense_gradients
 from flowkern.models.compiled import Compiled, repeated
 from flowkern.models.directory import check_directory, check_whole, left_out, text_encoders
 from flowkern.models.grids import scheduler_sigmas
@@ -272,6 +273,8 @@ class Pipeline(Text):
         if len(conditioning) != batch:
             raise ValueError(f"conditioning: got {len(conditioning)} rows, expected {batch} as x_t")
         self.calls += batch
+        if x_t.is_cuda:
+            dense_gradients()
         network = self.network if network is None else network
         dtype = self._dtype  # encoders may have another, as floating masks do
         parts = {

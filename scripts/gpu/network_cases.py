@@ -52,6 +52,7 @@ CASES = (
     Case("sd3 compiled", "sd3", 30, is_compiled=True),
     Case("flux", "flux", 35),
     Case("sd3 float8, compiled", "sd3", 30, "float8", True, True),
+    Case("flux float8, compiled", "flux", 40, "float8", True, True),
     Case("wan", "wan", 25),
     Case("flux compiled, emulated casts", "flux", 35, is_compiled=True, is_emulated=True),
     Case("wan compiled, emulated casts", "wan", 30, is_compiled=True, is_emulated=True),

@@ -28,6 +28,7 @@ from diffusers import (  # noqa: E402
 )
 from large_model import MEDIUM, TINY, nothing_is_zero, vae_of  # noqa: E402
 
+from flowkern.models.attention import dense_gradients  # noqa: E402
 from flowkern.models.flux import Flux  # noqa: E402
 from flowkern.models.packing import positions  # noqa: E402
 from flowkern.models.pipeline import attention  # noqa: E402
@@ -176,6 +177,7 @@ class Network:
 
     def velocity(self, rows: int) -> Tensor:
         """Of the first rows of what it is asked: the same in every call."""
+        dense_gradients()
         given = {k: v if k.endswith("_ids") else v[:rows] for k, v in self.inputs.items()}
         given["hidden_states"] = given["hidden_states"].to(torch.bfloat16)
         for name in ("encoder_hidden_states", "pooled_projections"):

@@ -11,6 +11,8 @@ import sysconfig
 
 from steps import IS_REHEARSAL, PYTHON, ROOT, Running, Steps
 
+TESTS = ("tests/ops", "tests/models/test_attention.py")
+
 
 def run(steps: Steps) -> None:
     for name in ("smoke.jsonl", "smoke.log"):
@@ -53,7 +55,7 @@ def tests() -> list[str]:
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60", "--timeout-method", "thread"]
-    return [*command, "tests/ops/test_gpu.py" if IS_REHEARSAL else "tests/ops"]
+    return [*command, *(["tests/ops/test_gpu.py"] if IS_REHEARSAL else TESTS)]
 
 
 def left_out(steps: Steps) -> list[str]:
