@@ -57,10 +57,16 @@ def run(options: argparse.Namespace) -> int:
     from flowkern.train.loading import load_pipeline
     from flowkern.train.tracking import save_grid, save_image
     from flowkern.train.trained import attach_trained
-    from flowkern.train.validation import SAMPLE_ITERATION, Sampler, sample_images
+    from flowkern.train.validation import (
+        SAMPLE_ITERATION,
+        Sampler,
+        require_guidance,
+        sample_images,
+    )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pipeline(config, device)
+    require_guidance(model, sampler.guidance_scale, "--guidance-scale")
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set
     with taking(directory, "checkpoint"):
         attach_trained(model, config.lora, averaged if averaged.is_dir() else directory)

@@ -210,8 +210,12 @@ def load_model(
     is to be encoded that no cache has (`prepare`); until then they may lack. options: what the
     family has beside; None counts as not given.
     Raises FileNotFoundError for no pipeline there, ValueError for a class without an adapter, an
-    option that its adapter does not take, or a size that it does not have.
+    option that its adapter does not take, a size that it does not have, or a device that is not
+    here; TypeError for an option of another type.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path: got {path!r}, expected a directory, or an id of the hub")
+    device = _device(device)
     commit, directory = None, Path(path)
     if is_hub_id(path):
         commit = hub.commit_of(str(path), revision)
@@ -232,10 +236,27 @@ def load_model(
     for option, value in options.items():
         if option not in takes:
             raise ValueError(f"{option}: got {value!r}, but {name} takes {', '.join(takes)} only")
+        kind = TYPES.get(option)
+        if kind is not None and type(value) is not kind:
+            raise TypeError(f"{option}: got {value!r}, expected {kind.__name__}")
     found = family.from_pretrained(
         directory, dtype=dtype, device=device, has_encoders=text_encoders, **options
     )
     found.base, found.revision = str(path), commit
+    return found
+
+
+TYPES = dict.fromkeys(("height", "width", "num_frames", "max_sequence_length"), int)
+TYPES |= {"negative_prompt": str, "vae_slicing": bool}
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: got {device!r}, expected one of torch's, as cuda:0") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {str(device)!r}, but torch finds no CUDA device")
     return found
 
 

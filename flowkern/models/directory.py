@@ -4,11 +4,13 @@ missing and import what is named.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 INDEX = "model_index.json"
@@ -16,6 +18,12 @@ LIBRARIES = {"diffusers", "transformers"}
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Any of these sets of files makes a tokenizer; without, transformers makes one of a few words."""
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # text_encoder_2's is tokenizer_2
+NETWORK = "transformer"
+CONFIGS = {"scheduler": "scheduler_config.json", TOKENIZER: "tokenizer_config.json"}
+CONFIGS |= dict.fromkeys((NETWORK, "vae", ENCODER), "config.json")
+"""By what a part's name begins with; transformers makes one up where it is not there."""
+VARIANTS = (".fp16", ".bf16", ".non_ema")
+"""Of files of weights, which are not read."""
 SPARE_ROWS = 0.9  # an encoder's table is rounded up, T5's from 32,100 to 32,128
 
 
@@ -30,16 +38,21 @@ def read_index(path: str | Path) -> dict[str, Any]:
             f"path: {str(path)!r} has no {INDEX}; expected a pipeline directory as diffusers' "
             "save_pretrained writes it, or the id of one on the hub, OWNER/NAME"
         )
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"path: {file} is not JSON: {error}") from None
-    if not isinstance(index, dict):
-        raise ValueError(f"path: {file} holds a {type(index).__name__}, expected an object")
+    index = _read_object(file)
     if not isinstance(index.get("_class_name"), str):
         name = index.get("_class_name")
         raise ValueError(f"path: {file} has _class_name {name!r}, expected a pipeline class")
     return index
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"path: {file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"path: {file} holds a {type(found).__name__}, expected an object")
+    return found
 
 
 def components(index: dict[str, Any]) -> dict[str, list[Any]]:
@@ -56,8 +69,30 @@ def text_encoders(path: str | Path) -> list[str]:
     return [name for name in components(read_index(path)) if name.startswith(ENCODER)]
 
 
+def check_index(path: str | Path, kind: type, optional: Sequence[str]) -> None:
+    """Raise ValueError naming a part that pipelines of a class have and this one's index has not,
+    or a network of other pipelines.
+
+    optional: parts that may be null, a tokenizer with its encoder.
+    """
+    takes = inspect.signature(kind.__init__).parameters
+    needs = [p.name for p in takes.values() if p.default is p.empty and p.name != "self"]
+    index = read_index(path)
+    there = components(index)
+    for name in {NETWORK: None, **dict.fromkeys(needs)}:
+        is_null = name in index and name.replace(TOKENIZER, ENCODER) not in there
+        if name not in there and not (is_null and name in optional):
+            raise ValueError(f"path: {str(Path(path) / INDEX)!r} has no {name}")
+    network = str(there[NETWORK][-1])
+    if network not in str(takes[NETWORK].annotation):
+        raise ValueError(
+            f"path: {str(Path(path) / INDEX)!r} has a {network}, which no {kind.__name__} has"
+        )
+
+
 def check_directory(path: str | Path, *, without: Sequence[str] = ()) -> None:
-    """Raise ValueError or FileNotFoundError naming the component that lacks its files.
+    """Raise ValueError or FileNotFoundError naming the component that lacks its files, or the file
+    that is not whole.
 
     without: components that may lack them.
     """
@@ -78,6 +113,30 @@ def check_directory(path: str | Path, *, without: Sequence[str] = ()) -> None:
                 raise FileNotFoundError(
                     f"path: {str(folder)!r} has no vocabulary; expected {wanted}"
                 )
+        _check_part(name, entry[1], folder)
+
+
+def _check_part(name: str, kind: str, folder: Path) -> None:
+    """Of weights the headers, which tell how long a file is. kind: its class, in the index."""
+    for beginning, config in CONFIGS.items():
+        if name.startswith(beginning) and not (folder / config).is_file():
+            raise FileNotFoundError(f"path: {str(folder)!r} has no {config}")
+    for file in folder.glob("*config.json"):
+        own = _read_object(file).get("_class_name", kind)
+        if own != kind and name.startswith((NETWORK, "vae")):
+            raise ValueError(f"path: {str(folder)!r} is a {own}, and its index has a {kind}")
+    for file in folder.glob("*.safetensors.index.json"):
+        for shard in sorted(set(_read_object(file).get("weight_map", {}).values())):
+            if not (folder / shard).is_file():
+                raise FileNotFoundError(f"path: {str(folder)!r} lacks {shard}")
+    for file in folder.glob("*.safetensors"):
+        if any(variant in file.name for variant in VARIANTS):
+            continue
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"path: {str(file)!r} is not whole: {error}") from None
 
 
 def check_vocabulary(name: str, tokenizer: Any, encoder: Any) -> None:
@@ -128,10 +187,12 @@ def load_encoders(path: str | Path, dtype: Any) -> dict[str, nn.Module]:
     for name in text_encoders(path):
         kind = read_index(path)[name][1]
         options = {"local_files_only": True, "use_safetensors": True}
+        options["ignore_mismatched_sizes"] = True  # they are named below
         found[name], told = getattr(transformers, kind).from_pretrained(
             Path(path) / name, dtype=dtype, output_loading_info=True, **options
         )
-        missing = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+        mismatched = [key for key, *_ in told["mismatched_keys"]]
+        missing = sorted([*told["missing_keys"], *mismatched])
         if missing:
             raise ValueError(
                 f"path: the weights of {name} lack {missing[0]}, or have another shape"

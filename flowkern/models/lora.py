@@ -28,8 +28,9 @@ def write(
     the pipeline, by what the names of the layers in each begin with.
     The network's own save_pretrained would write keys that neither reads. The pipeline's file holds
     the whole strength in its tensors: what reads nothing else applies all of it, B A.
+    Raises ValueError for a network without one.
     """
-    adapter = copy.copy(network.peft_config["default"])
+    adapter = copy.copy(_adapted(network).peft_config["default"])
     for name, value in origin.items():
         setattr(adapter, name, value)
     weights = {
@@ -67,7 +68,7 @@ def read(network: PeftModel, directory: Path) -> None:
 
     Raises ValueError where they are another adapter's, naming the option that says so.
     """
-    here = get_peft_model_state_dict(network)
+    here = get_peft_model_state_dict(_adapted(network))
     names = {_plain(name): name for name in here}
     stored = {_plain(name): value for name, value in load_file(directory / WEIGHTS).items()}
     for name in sorted(names.keys() ^ stored.keys()):
@@ -82,6 +83,12 @@ def read(network: PeftModel, directory: Path) -> None:
                 f"expected {tuple(here[names[name]].shape)}"
             )
     set_peft_model_state_dict(network, {names[name]: value for name, value in stored.items()})
+
+
+def _adapted(network: PeftModel) -> PeftModel:
+    if not hasattr(network, "peft_config"):
+        raise ValueError(f"network: got a {type(network).__name__}, expected one with an adapter")
+    return network
 
 
 def _plain(name: str) -> str:

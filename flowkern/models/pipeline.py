@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from flowkern.models import Conditioning, Guidance, pipeline_class, weights
 from flowkern.models.attention import dense_gradients
 from flowkern.models.compiled import Compiled, repeated
-from flowkern.models.directory import check_directory, check_whole, left_out, text_encoders
+from flowkern.models.directory import (
+    check_directory,
+    check_index,
+    check_whole,
+    left_out,
+    text_encoders,
+)
 from flowkern.models.grids import scheduler_sigmas
 from flowkern.models.text import Text
 
@@ -72,6 +78,8 @@ class Pipeline(Text):
     unread: Sequence[str] = ()
     """Modules of the network whose results nothing reads, by their names. They get no gradient, and
     are never trained: processes that average gradients would wait for theirs."""
+    optional: ClassVar[Sequence[str]] = ()
+    """Parts without which it still draws."""
     parts: Sequence[str] = ("transformer",)
     """What of the pipeline the network is, as its index names it."""
     blocks: Sequence[str] = ()
@@ -156,12 +164,16 @@ class Pipeline(Text):
         name, expected = pipeline_class(path), cls.kind.__name__
         if name != expected:
             raise ValueError(f"path: {str(path)!r} is a {name}, expected {expected}")
+        check_index(path, cls.kind, cls.optional)
         check_directory(path, without=text_encoders(path))
         dtypes = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
         default = dtypes.pop("default", torch.float32)
         network, vae = dtypes.pop("network", default), dtypes.pop("vae", torch.float32)
         for part in dtypes:
             raise ValueError(f"dtype: got {part!r}, expected default, network or vae")
+        for one in (default, network, vae):
+            if not isinstance(one, torch.dtype) or not one.is_floating_point:
+                raise ValueError(f"dtype: got {one!r}, expected a floating one, as torch.bfloat16")
         pipeline = cls.kind.from_pretrained(
             path,
             dtype={"default": network, "vae": vae},
@@ -198,6 +210,12 @@ class Pipeline(Text):
         """d x / d sigma: x_t (B, *D) in the network's dtype, sigma (B,) float32, both on its device
         as is `parts`, of a `Conditioning`.
         """
+
+    def routed(
+        self, network: nn.Module, sigma: Tensor, sigma_host: Sequence[float] | None
+    ) -> Callable[..., Any]:
+        """A network that is told what of noise levels the host has to know."""
+        return network
 
     def grid_arguments(self, num_steps: int) -> dict[str, Any]:
         """What the scheduler's set_timesteps takes beside the number of steps."""
@@ -244,9 +262,12 @@ class Pipeline(Text):
         0, S = num_steps. The scheduler rounds to float32; where the family's closed form gives the
         same up to that, it is taken as it is.
 
-        Raises ValueError for a scheduler whose levels are no such grid.
+        Raises ValueError for a number of steps that is none, and a scheduler whose levels are no
+        such grid.
         """
-        exact = self.closed_form(num_steps)  # refuses a number of steps that is none
+        if type(num_steps) is not int or num_steps < 1:
+            raise ValueError(f"num_steps: got {num_steps!r}, expected an integer above 0")
+        exact = self.closed_form(num_steps)
         arguments = self.grid_arguments(num_steps)
         grid = scheduler_sigmas(self.pipeline.scheduler, num_steps, **arguments)
         is_same = exact is not None and bool((exact - grid).abs().max() <= 2**-22)
@@ -265,17 +286,20 @@ class Pipeline(Text):
         network: the one that is asked, in place of `network`: the same with a wrapper around it.
         sigma_host: the same levels on the host, for families that route rows by them.
         Computed and returned in the network's dtype; differentiable in the network's parameters
-        and in x_t. Adds B to `calls`. Raises ValueError where the three do not have B rows.
+        and in x_t. Adds B to `calls`. Raises ValueError where x_t is not of this model's latents or
+        the three do not have B rows.
         """
-        batch = len(x_t)
-        if sigma.shape != (batch,):
-            raise ValueError(f"sigma: got shape {tuple(sigma.shape)}, expected ({batch},) as x_t")
+        batch = self._rows("x_t", x_t)
+        if not isinstance(sigma, Tensor) or sigma.shape != (batch,):
+            got = f"shape {tuple(sigma.shape)}" if isinstance(sigma, Tensor) else repr(sigma)
+            raise ValueError(f"sigma: got {got}, expected a tensor of shape ({batch},) as x_t")
         if len(conditioning) != batch:
             raise ValueError(f"conditioning: got {len(conditioning)} rows, expected {batch} as x_t")
         self.calls += batch
         if x_t.is_cuda:
             dense_gradients()
         network = self.network if network is None else network
+        network = self.routed(network, sigma, sigma_host)
         dtype = self._dtype  # encoders may have another, as floating masks do
         parts = {
             name: part.to(dtype) if part.is_floating_point() else part
@@ -302,10 +326,18 @@ class Pipeline(Text):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *D) -> images (B, 3, H, W) in [0, 1], float32 whatever the VAE computes in;
-        videos are (B, F, 3, H, W)."""
+        videos are (B, F, 3, H, W). Raises ValueError for what is not of this model's latents."""
+        self._rows("latents", latents)
         # Not by the VAE's own slicing: LTX-Video's does not slice what else its decoder takes.
         rows = 1 if self._is_sliced else max(1, DECODE_PIXELS // self.pixels)
         return torch.cat([self._decode(part) for part in latents.split(rows)])
+
+    def _rows(self, name: str, latents: Tensor) -> int:
+        """B. Some networks answer another size too: SD3's, Wan's and Hunyuan's 5 x 5 with 4 x 4."""
+        shape, own = tuple(latents.shape), self.latent_shape
+        if shape[1:] != own or not shape[0]:
+            raise ValueError(f"{name}: got shape {shape}, expected (B, {str(own)[1:]}, B above 0")
+        return shape[0]
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

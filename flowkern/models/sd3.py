@@ -26,6 +26,7 @@ class SD3(Pipeline):
 
     kind = StableDiffusion3Pipeline
     blocks = ("JointTransformerBlock",)
+    optional = ("text_encoder_3", "tokenizer_3")
 
     @property
     def lora_targets(self) -> str:

@@ -81,8 +81,10 @@ class Text(ABC):
         holds these prompts: all of a run, with the negative one. Where a network looks at padding,
         its length is a part of the model, and stays.
 
-        Raises ValueError for a prompt that no length of the family holds.
+        Raises ValueError for no prompts, or one that no length of the family holds.
         """
+        if not prompts:
+            raise ValueError("prompts: got none, expected at least one")
         tokens = None if self._is_asked else self.tokens_of(prompts)
         if tokens is None:
             return
@@ -100,13 +102,15 @@ class Text(ABC):
 
         Each distinct prompt is encoded once, by itself, so that its row does not depend on others,
         and remembered: the latest 1,024, or those of `prepare`.
-        Raises TypeError for a bare string, ValueError for no prompts, or one that is longer than
-        those of `fit`, or new after `prepare`; and as `load_encoders`.
+        Raises TypeError for what is no list of strings, ValueError for no prompts, or one that is
+        longer than those of `fit`, or new after `prepare`; and as `load_encoders`.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts: got the string {prompts!r}, expected a list of strings")
         if not prompts:
             raise ValueError("prompts: got none, expected at least one")
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError(f"prompts: got {prompts!r:.80}, expected a list of strings")
         distinct = dict.fromkeys(prompts)
         rows = {prompt: Conditioning(self._row(prompt), self.stays) for prompt in distinct}
         return Conditioning.cat([rows[prompt] for prompt in prompts])

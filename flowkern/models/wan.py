@@ -15,7 +15,6 @@ from typing import Any
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
-from flowkern.models import Conditioning
 from flowkern.models.pipeline import FILE
 from flowkern.models.stages import Stages
 from flowkern.models.video import VideoPipeline
@@ -41,14 +40,15 @@ class Wan(VideoPipeline):
         """
         ratio = pipeline.config.boundary_ratio
         if ratio is not None:
+            if pipeline.transformer_2 is None:
+                raise ValueError(f"path: has boundary_ratio {ratio}, and no transformer_2")
             self.guidance = replace(self.guidance, boundary=ratio, low=guidance_scale_2)
         elif guidance_scale_2 is not None:
             raise ValueError(
                 f"guidance_scale_2: got {guidance_scale_2}, but this pipeline has one network"
             )
-        self.frame_rate = (
-            24 if pipeline.config.expand_timesteps else 16
-        )  # of what it was trained on
+        # Of what it was trained on.
+        self.frame_rate = 24 if pipeline.config.expand_timesteps else 16
         super().__init__(pipeline, **options)
 
     def whole(self, pipeline: WanPipeline) -> nn.Module:
@@ -71,19 +71,16 @@ class Wan(VideoPipeline):
         )
         return {"tokens": tokens}
 
-    def velocity(
+    def routed(
         self,
-        x_t: Tensor,
+        network: Callable[..., Any],
         sigma: Tensor,
-        conditioning: Conditioning,
-        network: Callable[..., Any] | None = None,
-        sigma_host: Sequence[float] | None = None,
-    ) -> Tensor:
-        network = self.network if network is None else network
-        if self.guidance.boundary:
-            levels = sigma.tolist() if sigma_host is None else sigma_host
-            network = partial(network, is_low=[self.guidance.is_low(level) for level in levels])
-        return super().velocity(x_t, sigma, conditioning, network)
+        sigma_host: Sequence[float] | None,
+    ) -> Callable[..., Any]:
+        if not self.guidance.boundary:
+            return network
+        levels = sigma.tolist() if sigma_host is None else sigma_host
+        return partial(network, is_low=[self.guidance.is_low(level) for level in levels])
 
     def call(
         self,

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
@@ -39,7 +39,7 @@ def wanted(what: str) -> PydanticCustomError:
 def _text(value: str) -> str:
     """A string that names something, and that a file can hold."""
     if not value.strip() or "\0" in value:
-        raise wanted("a string")
+        raise wanted("a string that is not blank, without a NUL")
     return value
 
 
@@ -210,18 +210,31 @@ def build(kind: type[SectionT], tree: Any) -> SectionT:
     except ValidationError as error:
         # An unknown key first: where one is misspelt, another is missing.
         errors = sorted(error.errors(), key=lambda found: found["type"] != "unknown")
-        raise ConfigError(_line(errors[0], kind)) from None
+        alike = [found for found in errors if _place_of(found) == _place_of(errors[0])]
+        raise ConfigError(_line(errors[0], kind, alike)) from None
 
 
 BRANCH = re.compile(r"list\[|function-")
 """What pydantic puts into a place for each type that a field may be of."""
 
 
-def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
-    loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    if kind == "invalid_key" or loc[-1:] == ("[key]",):  # what came is a key
+def _place_of(error: ErrorDetails) -> list[int | str]:
+    """Of what came, or of the mapping where it is a key."""
+    loc, kind = error["loc"], error["type"]
+    if kind == "invalid_key" or loc[-1:] == ("[key]",):
         loc = loc[:-1] if kind == "invalid_key" else loc[:-2]
-    parts = [part for part in loc if isinstance(part, int) or not BRANCH.match(part)]
+    return [part for part in loc if isinstance(part, int) or not BRANCH.match(part)]
+
+
+def _wanted(error: ErrorDetails) -> str:
+    if error["type"] == "literal_error":
+        return "one of " + error["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+    return error["msg"] if error["type"] == "wanted" else WANTED.get(error["type"], error["msg"])
+
+
+def _line(error: ErrorDetails, root: type[BaseModel], alike: Sequence[ErrorDetails]) -> str:
+    """alike: itself, and what else was wanted in its place, where a field is of several types."""
+    kind, context, parts = error["type"], error.get("ctx", {}), _place_of(error)
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:]
     path = key and f"{key}."
     if kind == "unknown":
@@ -231,9 +244,7 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{key}: missing, and has no default"
     if kind == "value_error":  # of a section as a whole: says which field
         return f"{'' if isinstance(context['error'], ConfigError) else path}{context['error']}"
-    expected = error["msg"] if kind == "wanted" else WANTED.get(kind, error["msg"])
-    if kind == "literal_error":
-        expected = "one of " + context["expected"].replace(" or ", ", ").replace("'", "")
+    expected = " or ".join(dict.fromkeys(map(_wanted, alike)))
     return f"{key or 'config'}: got {shown(error['input'])}, expected {expected}"
 
 

@@ -41,7 +41,7 @@ from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
 from flowkern.train.scoring import Scores, load_rewards, score
 from flowkern.train.stop import StopRequest
 from flowkern.train.trained import load_trained, save_trained, set_trained
-from flowkern.train.validation import Validation, held_out
+from flowkern.train.validation import Validation, held_out, require_guidance
 
 NETWORK = "network"  # the one module that is trained
 SAMPLING, REWARD = 0, 1  # laps of `Experience`
@@ -135,7 +135,9 @@ class FlowTask:
                 raise ConfigError(f"model.{error}") from error
             if not isinstance(error, OSError):
                 raise ConfigError(f"data: {error}") from error
-            reason = f"{error.strerror}: {str(error.filename)!r:.300}"
+            # A file that is too large for the disk has no name in its error.
+            where = error.filename or self.config.model.prompt_cache
+            reason = f"{error.strerror or error}: {str(where)!r:.300}"
             raise ConfigError(f"model.prompt_cache: {reason}") from error
 
     def _places(self, first: int) -> list[int]:
@@ -153,11 +155,7 @@ class FlowTask:
         two."""
         scales = {"algorithm": self.recipe, "validation": self.config.validation}
         for section, options in scales.items():
-            if self.model.guidance.kind == "none" and options.guidance_scale > 1:
-                raise ConfigError(
-                    f"{section}.guidance_scale: got {options.guidance_scale}, expected at most 1: "
-                    "this model takes no guidance"
-                )
+            require_guidance(self.model, options.guidance_scale, f"{section}.guidance_scale")
         least = self.recipe.objective(self.recipe.guidance(0)).together
         if (most := self.config.train.max_batch) < least:
             raise ConfigError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from flowkern.checks import ConfigError, shown
 from flowkern.models import Model
@@ -34,10 +35,18 @@ def add_lora(model: Model, config: LoraConfig) -> PeftModel:
         exclude_modules=_unread(model) if left_out else None,
         init_lora_weights="gaussian",
     )
+    kinds = {name: type(module) for name, module in model.network.named_modules()}
     try:
         model.network = get_peft_model(model.network, adapter).eval()
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())  # peft's shows modules with all that is in them
+        others = [(t, n) for t in found for n in found[t] if kinds[n] is not nn.Linear]
+        for target, name in others[:1]:
+            where = name or "the network"
+            message = (
+                f"{shown(target)} is also {where}, a {kinds[name].__name__}; expected linear ones"
+            )
+        raise ConfigError(f"lora.target_modules: {message:.500}") from error
     return model.network
 
 

@@ -154,22 +154,31 @@ def score(
     """`evaluate` of batches (images, prompts), one after another, and the weighted sum.
 
     around: makes what each call of `evaluate` runs in.
-    The host waits once, in the end. Raises what `evaluate` does, and RewardError for a score that
-    is not finite or above 1e150 in size, naming the image by its place in all batches.
+    The host waits once, in the end. Raises what `evaluate` does, and RewardError for images that
+    are not finite, and for a score that is not or is above 1e150 in size, naming the image by its
+    place in all batches.
     """
     prompts: list[Prompt] = []
-    parts = []
+    parts, drawn = [], []
     for images, some in batches:
         prompts += some
-        with around():
-            parts.append(evaluate(rewards, images, some))
+        drawn.append(are_finite(images))
+        try:
+            with around():
+                parts.append(evaluate(rewards, images, some))
+        except RewardError:
+            texts = [prompt["prompt"] for prompt in prompts]
+            require_drawn(torch.cat(drawn), texts)  # then it is not the reward's fault
+            raise
     names = list(rewards)
     entries = list(dict.fromkeys(entry for _, info in parts for entry in info))
     columns = []
-    for values, info in parts:
+    for (values, info), finite in zip(parts, drawn, strict=True):
         none = torch.full_like(values[names[0]], torch.nan)
-        columns.append([values[n] for n in names] + [info.get(entry, none) for entry in entries])
-    found = torch.cat([torch.stack(part) for part in columns], dim=1).cpu()
+        shown = [info.get(entry, none) for entry in entries]
+        columns.append(torch.stack([finite.to(none), *(values[n] for n in names), *shown]))
+    finite, *found = torch.cat(columns, dim=1).cpu()
+    require_drawn(finite.bool(), [prompt["prompt"] for prompt in prompts])
     values = dict(zip(names, found, strict=False))
     for name, reward in rewards.items():
         _check(reward.key, values[name], prompts)
@@ -201,6 +210,22 @@ def _at_most(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def are_finite(images: Tensor) -> Tensor:
+    """(B,) bool, of images or videos."""
+    return images.flatten(1).isfinite().all(1)
+
+
+def require_drawn(finite: Tensor, prompts: Sequence[str]) -> None:
+    """Raise RewardError where not all `are_finite`: a reward that casts to bytes scores black."""
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        raise RewardError(
+            f"model: {len(bad)} of {len(finite)} images are not finite, the first of prompt "
+            f"{prompts[bad[0]]!r:.80}; expected weights of numbers, and a "
+            "train.mixed_precision that holds what the network computes (bf16 where fp16 overflows)"
+        )
 
 
 def _numbers(found: Any, count: int) -> Tensor:

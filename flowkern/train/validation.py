@@ -11,16 +11,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flowkern.models import guide_of
+from flowkern.models import Model, guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
 from flowkern.rollout.engine import slices
 from flowkern.rollout.states import ITERATION_BITS, OnHost, moved
 from flowkern.train import tracking
-from flowkern.train.config import Config
+from flowkern.train.config import Config, ConfigError
 from flowkern.train.distributed import seed_generators, together
 from flowkern.train.prompts import Prompt, read_prompts
-from flowkern.train.scoring import KeyedReward, Scores, score
+from flowkern.train.scoring import KeyedReward, Scores, are_finite, require_drawn, score
 from flowkern.train.stop import StopRequest
 
 # Never a training rollout's: of validation, and of the sample command.
@@ -33,6 +33,12 @@ def held_out(config: Config) -> list[Prompt]:
     if data.test_prompts is None:
         return []
     return read_prompts(data.test_prompts, "data.test_prompts", data.source)[:count]
+
+
+def require_guidance(model: Model, scale: float, key: str) -> None:
+    """Raise ConfigError where a model that takes no guidance is to be guided."""
+    if model.guidance.kind == "none" and scale > 1:
+        raise ConfigError(f"{key}: got {scale}, expected at most 1: this model takes no guidance")
 
 
 @dataclass(frozen=True)
@@ -127,11 +133,13 @@ class Validation:
         return means
 
 
-def sample_images(model: Any, *arguments: Any, **options: Any) -> Tensor:
+def sample_images(model: Any, prompts: Sequence[str], *arguments: Any, **options: Any) -> Tensor:
     """One image per prompt, (B, 3, H, W) in [0, 1], or a video (B, F, 3, H, W); of the arguments of
-    `sample_latents`.
+    `sample_latents`. Raises RewardError as `scoring.require_drawn`.
     """
-    return model.decode(sample_latents(model, *arguments, **options))
+    images = model.decode(sample_latents(model, prompts, *arguments, **options))
+    require_drawn(are_finite(images), prompts)
+    return images
 
 
 @torch.no_grad()

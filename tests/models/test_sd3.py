@@ -1,6 +1,7 @@
 """The SD3 adapter against the plain diffusers pipeline, on the demo model."""
 
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -227,10 +228,34 @@ def test_errors_name_the_argument(model, tmp_path):
     with pytest.raises(TypeError, match="prompts: got the string"):
         model.encode("the digit 3")
     conditioning, x_t = model.encode(PROMPTS), torch.zeros(3, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"sigma: got shape \(\), expected \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"sigma: got shape \(\), expected a tensor of shape \(3,\)"
+    ):
         model.velocity(x_t, torch.tensor(0.5), conditioning)
     with pytest.raises(ValueError, match="conditioning: got 2 rows, expected 3"):
         model.velocity(x_t, torch.full((3,), 0.5), conditioning[:2])
+    with pytest.raises(ValueError, match=r"sigma: got 0.5, expected a tensor of shape \(3,\)"):
+        model.velocity(x_t, 0.5, conditioning)
+    for odd in (x_t[..., :5, :5], x_t[0], x_t[:0]):  # the network answers the first with 4 x 4
+        with pytest.raises(ValueError, match=r"x_t: got .*, expected \(B, 1, 8, 8\), B above 0"):
+            model.velocity(odd, torch.full((3,), 0.5), conditioning)
+        with pytest.raises(ValueError, match=r"latents: got .*, expected \(B, 1, 8, 8\)"):
+            model.decode(odd)
+    for steps in (0, 2.0, True):
+        with pytest.raises(ValueError, match="num_steps: got .*, expected an integer above 0"):
+            model.sigmas(steps)
+    with pytest.raises(TypeError, match=r"prompts: got \[None\], expected a list of strings"):
+        model.encode([None])
+    with pytest.raises(ValueError, match="network: got a SD3Transf.*, expected one with an ad"):
+        model.save_lora(tmp_path)
+    for wrong, kind, message in (
+        ({"path": 5}, TypeError, "path: got 5, expected a directory"),
+        ({"height": 32.0}, TypeError, "height: got 32.0, expected int"),
+        ({"dtype": torch.int32}, ValueError, "dtype: got torch.int32, expected a floating one"),
+        ({"device": "nope"}, ValueError, "device: got 'nope', expected one of torch's"),
+    ):
+        with pytest.raises(kind, match=f"^{message}"):
+            load_model(**{"path": DIRECTORY, **wrong})
 
 
 def _without(part, file):
@@ -245,15 +270,31 @@ def _index(**entries):
     return change
 
 
-def _lacking_a_tensor(part, file):
+def _text(file, content):
+    return lambda at: (at / file).write_text(content)
+
+
+def _cut(file):
+    return lambda at: os.truncate(at / file, (at / file).stat().st_size // 2)
+
+
+def _changed(part, file, change_one):
     from safetensors.torch import load_file, save_file
 
     def change(at):
         weights = load_file(at / part / file)
-        del weights[sorted(weights)[len(weights) // 2]]
+        change_one(weights, sorted(weights)[len(weights) // 2])
         save_file(weights, at / part / file, metadata={"format": "pt"})
 
     return change
+
+
+def _lacking_a_tensor(part, file):
+    return _changed(part, file, lambda weights, name: weights.pop(name))
+
+
+def _one_row(part, file):
+    return _changed(part, file, lambda weights, name: weights.update({name: torch.zeros(1, 3)}))
 
 
 def _words(count):
@@ -292,8 +333,23 @@ BROKEN = {
         _lacking_a_tensor("text_encoder", "model.safetensors"), "the weights of text_encoder lack",
     ),
     "no safetensors": (
-        lambda at: (at / "text_encoder/model.safetensors").write_bytes(b"abc"), "cannot be loaded",
+        lambda at: (at / "text_encoder/model.safetensors").write_bytes(b"abc"),
+        "text_encoder/model.safetensors' is not whole: .*header",
     ),
+    "cut short": (_cut("transformer/diffusion_pytorch_model.safetensors"), "is not whole: "),
+    "no shard": (
+        _text("vae/x.safetensors.index.json", '{"weight_map": {"a": "2-of-2"}}'), "lacks 2-of-2",
+    ),
+    "another shape": (_one_row("text_encoder", "model.safetensors"), "lack text_model[^(]*, or ha"),
+    "no configuration": (_without("text_encoder_3", "config.json"), "_3' has no config.json"),
+    "no length": (_without("tokenizer", "tokenizer_config.json"), "has no tokenizer_config.json"),
+    "a list in a part": (_text("scheduler/scheduler_config.json", "[]"), "holds a list, expected"),
+    "another family's": (_index(transformer=["diffusers", "WanX"]), "has a WanX, which no Stable"),
+    "another's": (_text("vae/config.json", '{"_class_name": "VaeX"}'), "is a VaeX, and its index"),
+    "null": (_index(vae=[None, None]), "model_index.json' has no vae"),
+    "null scheduler": (_index(scheduler=[None, None]), "model_index.json' has no scheduler"),
+    "null encoder": (_index(text_encoder=[None, None]), "model_index.json' has no text_encoder"),
+    "null tokenizer": (_index(tokenizer_3=[None, None]), "model_index.json' has no tokenizer_3"),
     "another library": (_index(vae=["os", "AutoencoderKL"]), "has vae from 'os', expected"),
     "another class": (_index(text_encoder=["transformers", "NoSuch"]), "cannot be loaded"),
     "a list": (lambda at: (at / "model_index.json").write_text("[1]"), "holds a list"),

@@ -1,5 +1,6 @@
 """The commands: signals, sampling, mistakes."""
 
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from safetensors.torch import load_file, save
+
+from flowkern.models import Guidance
 
 
 def test_the_second_ctrl_c_exits_at_once_and_a_launchers_sigterm_is_none(monkeypatch):
@@ -57,13 +61,25 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     assert seen[0] == seen[1] and seen[1]["dtype"]["default"] == torch.bfloat16
     assert seen[1]["max_sequence_length"] == 5
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
-    (saved / "adapter_model.safetensors").write_bytes(b"of another version")
-    (saved / "manifest.json").unlink()
-    checkpoint._seal(saved)  # as its manifest says, and of no use
-    capsys.readouterr()
-    assert main(arguments) == 2
-    (error,) = [line for line in capsys.readouterr().err.split("\n") if "flowkern: " in line]
-    assert error.endswith("header too large") and "flowkern: checkpoint: 'run/check" in error
+    with monkeypatch.context() as patch:
+        patch.setattr("flowkern.models.sd3.SD3.guidance", Guidance("none"))
+        assert main([*arguments, "--guidance-scale", "3"]) == 2
+        said = "flowkern: --guidance-scale: got 3.0, expected at most 1: this model takes no guid"
+        assert said in capsys.readouterr().err
+    weights = load_file(saved / "adapter_model.safetensors")
+    broken = save({name: weight * math.nan for name, weight in weights.items()})
+    (tmp_path / "sample.png").unlink()
+    for content, status, begins, ends in (
+        (b"of another version", 2, "checkpoint: 'run/check", "header too large"),
+        (broken, 1, "model: 1 of 1 images are not finite", "(bf16 where fp16 overflows)"),
+    ):
+        (saved / "adapter_model.safetensors").write_bytes(content)
+        (saved / "manifest.json").unlink()
+        checkpoint._seal(saved)  # as its manifest says, and of no use
+        capsys.readouterr()
+        assert main(arguments) == status and not (tmp_path / "sample.png").exists()
+        (error,) = [line for line in capsys.readouterr().err.split("\n") if "flowkern: " in line]
+        assert error.startswith(f"flowkern: {begins}") and error.endswith(ends)
 
 
 def test_errors_are_one_line(capsys, monkeypatch):

@@ -233,6 +233,10 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
         ("algorithm.prompts_per_rollout=241", "algorithm.prompts_per_rollout: got 241, .* the 240"),
         ("train.report_to=nope", "train.report_to: got 'nope', expected one of .*tensorboard"),
         ("lora.target_modules=[nope]", "lora.target_modules: .*nope"),
+        (
+            "lora.target_modules=[norm1]",
+            "lora.target_modules: 'norm1' is also transf.*norm1, a Ada.*; expected linear ones",
+        ),
         ("model.max_sequence_length=0", "model.max_sequence_length: got 0, expected 1 to 512"),
         ("model.guidance_embedding=3.5", "model.guidance_embedding: got 3.5, but .* takes height"),
         ("model.frame_rate=24", "model.frame_rate: got 24.0, but .* takes height, width"),

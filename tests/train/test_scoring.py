@@ -189,6 +189,15 @@ def test_scores_that_are_not_finite_are_refused_with_the_image(bad):
         score(large, [(IMAGES, ASKED)])
 
 
+def test_images_that_are_no_numbers_are_not_the_rewards_fault():
+    """A VAE that overflows, weights of NaN: a reward casts them to bytes and scores, or raises."""
+    broken = IMAGES.clone()
+    broken[1, 0, 0, 0] = float("nan")
+    for function in (lambda *_: [0, 0, 0], lambda images, *_: 1 / 0):
+        with pytest.raises(RewardError, match="^model: 1 of [36] images are not finite.* 'a dog'"):
+            score(named(f=function), [(broken, ASKED), (IMAGES, ASKED)])
+
+
 def test_what_a_reward_tells_beside_its_scores_is_reported_or_warned_of():
     batches = iter(
         [
