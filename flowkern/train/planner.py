@@ -45,6 +45,7 @@ from flowkern.train.turn_figures import Told, evaluated, figures
 
 NETWORK = "planner"  # the one module that is trained
 SAMPLING, REWARD = 0, 1  # laps of `Experience`
+POLL_SECONDS = 0.2
 EVALUATION = -1  # in place of the number of a rollout
 NO_ROW = Padded(torch.zeros(1, 1, dtype=torch.int64), *torch.zeros(4, 1, dtype=torch.int64))
 
@@ -199,8 +200,15 @@ class PlannerTask:
             await score(found, self.rewards, self.flow.concurrency, self.flow.seconds)
             return found
 
+        async def watched() -> list[Trajectory]:
+            walking = asyncio.ensure_future(walk())
+            while not walking.done():
+                self.stop.poll()  # a tool or a model may take minutes
+                await asyncio.wait({walking}, timeout=POLL_SECONDS)
+            return walking.result()
+
         with self.accelerator.autocast():  # as the trainer computes
-            return asyncio.run(walk())
+            return asyncio.run(watched())
 
     def _experience(
         self, made: Sequence[Trajectory], told: Sequence[Sequence[Told]], laps: Laps

@@ -1,9 +1,14 @@
 """Runs whose planner's turns are drawn by a server: its weights follow, its log-probs count, and
 what it spoils is lost turns of a rollout that goes on."""
 
+import asyncio
+import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+import time
 from collections import deque
 from pathlib import Path
 
@@ -54,6 +59,18 @@ def make_system(options, tools, prompts):
         verifier,
         generator,
     )
+
+
+def make_interrupted(options, tools, prompts):
+    """Its executor is stopped by Ctrl-C, and would take minutes."""
+
+    async def executor(memory, action, tools):
+        if not interrupted:
+            interrupted.append(os.kill(os.getpid(), signal.SIGINT))
+        await asyncio.sleep(100)
+
+    interrupted = []
+    return dataclasses.replace(make_system(options, tools, prompts), executor=executor)
 
 
 def reward(answer, query):
@@ -285,6 +302,14 @@ def test_a_server_that_is_down_for_a_rollout(planner, tmp_path):
     lost, good = records(tmp_path / "run")
     assert (lost["turns/lost"], lost["grad_norm"], lost["tokens/response"]) == (1, 0, 0)
     assert good["turns/lost"] == 0 and good["grad_norm"] > 0
+
+
+def test_a_rollout_is_left_wherever_it_is(planner, tmp_path):
+    run = config(planner, tmp_path / "run", {"kind": "transformers"})
+    agent = run.agent.model_copy(update={"system": "test_server_run:make_interrupted"})
+    begun = time.monotonic()
+    assert Loop(run.model_copy(update={"agent": agent})).run() == 128 + signal.SIGINT
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.parametrize("name", ["agentflow", "agentflow_full"])
