@@ -1,7 +1,9 @@
 """What a run encodes of its prompts, and when it loads text encoders for it."""
 
+import errno
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -37,7 +39,9 @@ def texts(prompts):
     return {one["prompt"] for one in prompts}
 
 
-def test_a_run_encodes_each_of_its_prompts_once_and_keeps_no_encoder(tiny, tmp_path, encoded):
+def test_a_run_encodes_each_of_its_prompts_once_and_keeps_no_encoder(
+    tiny, tmp_path, encoded, monkeypatch
+):
     """Those that it will draw, and no others; what finds them in the folder loads no encoder, and
     may have none."""
     asked, loads = encoded
@@ -61,6 +65,11 @@ def test_a_run_encodes_each_of_its_prompts_once_and_keeps_no_encoder(tiny, tmp_p
         Loop(tiny(here[1], name="third"))
     with pytest.raises(ConfigError, match="^model.prompt_cache: Not a directory: '/dev/null/"):
         Loop(tiny("model.prompt_cache=/dev/null/rows", name="third")).run()
+    full = OSError(errno.ENOSPC, "No space left on device")  # a write has no file's name to say
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", Mock(side_effect=full))
+        with pytest.raises(ConfigError, match="^model.prompt_cache: No space left on .*/new'$"):
+            Loop(tiny(f"model.prompt_cache={tmp_path / 'new'}", name="third")).run()
 
 
 def test_a_resume_encodes_what_the_rest_of_the_run_needs(tiny, encoded):
