@@ -201,6 +201,8 @@ def test_the_ops_are_what_they_say(name, dtype):
         torch.library.opcheck(
             func, (*inputs, *rest), test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
+        with pytest.raises(IndexError, match="^ids: "):  # while traced they have no values
+            func(hidden, weight, bias, rest[0] + 50, *rest[1:])
 
 
 @native
