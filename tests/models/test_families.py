@@ -282,9 +282,10 @@ def test_the_ratio_is_one_before_the_first_update(name, load, dtype):
 
 @every_family
 def test_every_lora_parameter_learns_and_the_pipeline_loads_them(name, load, tmp_path):
+    """Its file has weights times alpha / rank, which rounds nothing where that is a power of 2."""
     model = load(name)
     torch.manual_seed(0)  # of the adapter: whatever tests came before
-    network = add_lora(model, LoraConfig(rank=2, alpha=3))
+    network = add_lora(model, LoraConfig(rank=2, alpha=4))
     adapted = {key: p for key, p in network.named_parameters() if p.requires_grad}
     assert adapted
     with torch.no_grad():
@@ -304,7 +305,7 @@ def test_every_lora_parameter_learns_and_the_pipeline_loads_them(name, load, tmp
         into = {"load_into_transformer_2": True} if number else {}
         plain.pipeline.load_lora_weights(tmp_path, weight_name=file, **into)
     found = plain.velocity(x_t, sigma, rows)
-    assert (found - velocity).abs().max() <= 2e-6 < (bare - velocity).abs().max()
+    assert torch.equal(found, velocity) and not torch.allclose(bare, velocity, atol=1e-3)
 
 
 @every_family
