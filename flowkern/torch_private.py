@@ -1,5 +1,5 @@
 """Every private name of torch that flowkern rests on, and the public way that serves without it;
-but for those of compiled and float8 networks (models/compiled.py, quantize.py), which have none.
+compiled and float8 networks, at the end, have none.
 
 Asked at every call, so they are torch's own functions where it has them: the public ways take
 microseconds, or see less and so assume the worst. PUBLIC holds them; tests put them in place.
@@ -106,3 +106,30 @@ def as_constant(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+# ---- without a public way ----
+
+
+def allow_graphs(count: int) -> None:
+    """So many of one function, at least, before the compiler gives up."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)
+
+
+def count_graphs() -> int:
+    """Compiled in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def is_of_compiler(error: Exception) -> bool:
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def scaled_product(small: Tensor, weight: Tensor, scale: Tensor, scale_weight: Tensor) -> Tensor:
+    """float8 (M, K) by (K, N), times scales (M, 1) and (1, N) -> (M, N) in bfloat16."""
+    return torch._scaled_mm(
+        small, weight, scale, scale_weight, out_dtype=torch.bfloat16, use_fast_accum=True
+    )

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowkern import torch_private as private
+
 __all__ = ["BACKEND", "Compiled", "repeated"]
 
 BACKEND = "inductor"
@@ -47,11 +49,9 @@ class Compiled:
 
     def __init__(self, blocks: Sequence[nn.Module], rows: int) -> None:
         """rows: of every call."""
-        from torch import _dynamo as dynamo
-
         self.blocks, self.rows, self._is_cut = blocks, rows, False
-        self._graphs, self._begin = self._all_graphs(), time.monotonic()
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILES)
+        self._graphs, self._begin = private.count_graphs(), time.monotonic()
+        private.allow_graphs(RECOMPILES)
         # Casts that fusing would skip are made, as without a compiler.
         options = {"emulate_precision_casts": True} if BACKEND == "inductor" else None
         for block in blocks:
@@ -89,18 +89,12 @@ class Compiled:
     @property
     def graphs(self) -> int:
         """Compiled so far, each with what it has for the way back."""
-        return self._all_graphs() - self._graphs
+        return private.count_graphs() - self._graphs
 
     @property
     def seconds(self) -> float:
         """Since they began."""
         return time.monotonic() - self._begin
-
-    @staticmethod
-    def _all_graphs() -> int:
-        from torch._dynamo.utils import counters
-
-        return counters["stats"]["unique_graphs"]
 
 
 def _cut(out: Any) -> Any:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowkern import torch_private as private
+
 __all__ = ["Float8Linear", "has_products", "quantize"]
 
 SMALL = torch.float8_e4m3fn
@@ -62,9 +64,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     small, scale_x = quantized(x.contiguous())
     if x.is_cpu:  # whose torch has no such product; its value is for tests
         return ((small.float() * scale_x) @ (weight.float() * scale).t()).to(torch.bfloat16)
-    return torch._scaled_mm(
-        small, weight.t(), scale_x, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    return private.scaled_product(small, weight.t(), scale_x, scale.t())
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:

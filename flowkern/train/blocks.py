@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flowkern import torch_private as private
 from flowkern.checks import ConfigError
 from flowkern.models import Model, quantize
 from flowkern.models.compiled import Compiled
@@ -64,7 +65,9 @@ def try_blocks(model: Model, rows: int, device: torch.device) -> list[str]:
         key = "model.compile"
     try:
         off, size = asked_twice(model, rows, device)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except Exception as error:
+        if not private.is_of_compiler(error):
+            raise
         raise ConfigError(f"model.compile: {' '.join(str(error).split())[:300]}") from error
     if off != 0:
         raise ConfigError(
