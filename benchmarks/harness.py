@@ -9,6 +9,7 @@ as device_time.py says.
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import platform
 import random
@@ -259,6 +260,18 @@ def describe_machine(device: torch.device) -> dict:
     about["commit"] = named or _git("rev-parse", "--short", "HEAD")
     about["dirty"] = not named and bool(_git("status", "--porcelain", "-uno"))
     return about
+
+
+def can_fork(device: str) -> bool:
+    """Whether a forked process has the device: not where something imported has taken it before."""
+    if device == "cpu":
+        return True
+    probe = multiprocessing.get_context("fork").Process(
+        target=torch.zeros, args=(1,), kwargs={"device": device}
+    )
+    probe.start()
+    probe.join(60)
+    return probe.exitcode == 0
 
 
 def results_folder(device: torch.device, machine: dict) -> Path:

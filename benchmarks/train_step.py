@@ -41,7 +41,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from contenders import MODELS, WAYS, Contender, Setting, ahead, compiled_for, operations  # noqa: E402
-from harness import describe_machine, results_folder  # noqa: E402
+from harness import can_fork, describe_machine, results_folder  # noqa: E402
 from plain_loops import LOOPS  # noqa: E402
 
 PEAKS = {"H100": 989.0, "H200": 989.0}
@@ -326,18 +326,6 @@ class Match:
 def _of_pairs(cost: dict[str, float]) -> dict[str, float]:
     pairs = ("c", "a"), ("d", "c"), ("e", "c"), ("e", "a"), ("d", "b"), ("b", "a")
     return {f"{x} to {y}": cost[y] / cost[x] for x, y in pairs if x in cost and y in cost}
-
-
-def can_fork(device: str) -> bool:
-    """Whether a forked process has the device: not where something imported has taken it before."""
-    if device == "cpu":
-        return True
-    probe = multiprocessing.get_context("fork").Process(
-        target=torch.zeros, args=(1,), kwargs={"device": device}
-    )
-    probe.start()
-    probe.join(60)
-    return probe.exitcode == 0
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from network_cases import CASES, MODES, UTILIZATION, Case, compile_for, measure  # noqa: E402
-from network_models import IS_REHEARSAL, ROOT, operations  # noqa: E402
+from network_models import IS_REHEARSAL, ROOT, can_fork, operations  # noqa: E402
 
 BESIDE = 1 if IS_REHEARSAL else 8  # processes that count and compile
 COUNTED = "TFLOP of a row"
@@ -166,18 +166,6 @@ def advance(before: list[Job], after: list[Job], results: Results, context) -> b
         ready[0].begin = now
         ready[0].turn.set()
     return not all(job.is_over for job in after)
-
-
-def can_fork(device: str) -> bool:
-    """Whether a forked process has the device: not where something imported has taken it before."""
-    if device == "cpu":
-        return True
-    probe = multiprocessing.get_context("fork").Process(
-        target=torch.zeros, args=(1,), kwargs={"device": device}
-    )
-    probe.start()
-    probe.join(60)
-    return probe.exitcode == 0
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from diffusers import (  # noqa: E402
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
+from harness import can_fork as can_fork  # noqa: E402
 from large_model import MEDIUM, TINY, nothing_is_zero, vae_of  # noqa: E402
 
 from flowkern.models.attention import dense_gradients  # noqa: E402
