@@ -196,6 +196,24 @@ def test_gradients_are_zeros_where_nothing_weighs(m, dtype):
         assert x.shape == of.shape and x.dtype == dtype and not x.any()
 
 
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC 9B14", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, torch.float32),
+        ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False}, torch.float32),
+        ({"architecture": "aarch64", "bf16": True}, torch.float32),
+    ],
+)
+def test_gemms_of_16_bits_are_made_where_they_are_faster(has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    on_cpu = torch.device("cpu")
+    assert chunks.gemm_dtype(on_cpu, torch.bfloat16) == dtype
+    assert chunks.gemm_dtype(on_cpu, torch.float16) == torch.float32
+    assert chunks.gemm_dtype(torch.device("cuda"), torch.float16) == torch.float16
+
+
 @native
 def test_tokens_without_advantage_go_through_one_gemm(monkeypatch):
     """But for what lies between those that learn: runs far apart are GEMMs of their own."""
