@@ -7,6 +7,7 @@ FLOWKERN_EVERY_CELL=1 has all of them.
 
 import math
 import os
+from functools import partial
 from itertools import product
 
 import pytest
@@ -61,12 +62,19 @@ def brightness(images, prompts, metadata):
 
 
 @pytest.fixture
-def loop_of(directories, loaded, tmp_path, monkeypatch):
-    """loop_of(family, algorithm, dtype)"""
+def models(family, directories, loaded):
+    """The family's, by dtype: read before a cell begins, which has a second."""
+    read = partial(loaded, directories(family), FROZEN, **SIZES[family])
+    return {dtype: read(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+@pytest.fixture
+def loop_of(models, tmp_path, monkeypatch):
+    """loop_of(algorithm, dtype)"""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
-    def of(family, algorithm, dtype=torch.float32):
+    def of(algorithm, dtype=torch.float32):
         config = {
             "output_dir": str(tmp_path / "run"),
             "model": {"path": str(tmp_path)},
@@ -77,8 +85,7 @@ def loop_of(directories, loaded, tmp_path, monkeypatch):
             "algorithm": {"name": algorithm, **COMMON, **SMALL[algorithm]},
         }
         torch.manual_seed(0)
-        model = loaded(directories(family), FROZEN, dtype=dtype, **SIZES[family])
-        return Loop(from_dict(config), model)
+        return Loop(from_dict(config), models[dtype])
 
     return of
 
@@ -94,7 +101,7 @@ def test_the_cells_cover_every_algorithm_and_every_family():
 def test_it_trains(family, algorithm, loop_of):
     rewards = {}
     for dtype in (torch.float32, torch.bfloat16):
-        loop = loop_of(family, algorithm, dtype)
+        loop = loop_of(algorithm, dtype)
         cost = loop.recipe.plan(loop.task.model.sigmas, 0, 0).cost()
         sampled, trained = network_calls(loop.recipe, cost)
         records = loop.step()
@@ -111,7 +118,7 @@ def test_it_trains(family, algorithm, loop_of):
 @pytest.mark.parametrize("family", FAMILIES if EVERY else ON_THE_HOST)
 def test_the_host_waits_for_no_family(family, loop_of, monkeypatch):
     """Neither in a rollout nor in its losses, on a device that keeps no values."""
-    loop, device = loop_of(family, "flow_grpo"), torch.device("meta")
+    loop, device = loop_of("flow_grpo"), torch.device("meta")
     loop.task.model.network.to(device)
     monkeypatch.setattr(loop.task, "device", device)
     conditioning = loop.task.model.encode([*PROMPTS, loop.task.model.guidance.negative_prompt])
