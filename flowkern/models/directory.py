@@ -22,6 +22,9 @@ NETWORK = "transformer"
 CONFIGS = {"scheduler": "scheduler_config.json", TOKENIZER: "tokenizer_config.json"}
 CONFIGS |= dict.fromkeys((NETWORK, "vae", ENCODER), "config.json")
 """By what a part's name begins with; transformers makes one up where it is not there."""
+NAMES = {ENCODER: "model_type"} | dict.fromkeys(("scheduler", NETWORK, "vae"), "_class_name")
+"""What is in each such file; one without is another's, or empty, and loaders take defaults: an
+encoder of billions of weights, a grid that is not the model's."""
 VARIANTS = (".fp16", ".bf16", ".non_ema")
 """Of files of weights, which are not read."""
 SPARE_ROWS = 0.9  # an encoder's table is rounded up, T5's from 32,100 to 32,128
@@ -121,6 +124,11 @@ def _check_part(name: str, kind: str, folder: Path) -> None:
     for beginning, config in CONFIGS.items():
         if name.startswith(beginning) and not (folder / config).is_file():
             raise FileNotFoundError(f"path: {str(folder)!r} has no {config}")
+        if name.startswith(beginning):
+            said, entry = _read_object(folder / config), NAMES.get(beginning)
+            if not said or (entry and not isinstance(said.get(entry), str)):
+                wanted = f"a {entry}" if entry else "a tokenizer's options"
+                raise ValueError(f"path: {str(folder / config)!r} is not whole; expected {wanted}")
     for file in folder.glob("*config.json"):
         own = _read_object(file).get("_class_name", kind)
         if own != kind and name.startswith((NETWORK, "vae")):
