@@ -29,15 +29,30 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--num-inference-steps", type=int, help="default: as in validation")
     parser.add_argument("--guidance-scale", type=float, help="default: as in validation")
+    parser.add_argument(
+        "--attention-backend", metavar="NAME", help="of diffusers, as native; default: the run's"
+    )
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    try:
+        return _run(options)
+    except ConfigError as error:
+        key, flag = "model.attention_backend", "--attention-backend"
+        if not str(error).startswith(key):
+            raise
+        if options.attention_backend is None:  # the run's, made on another machine maybe
+            raise ConfigError(f"{error}; {flag} NAME draws through another") from error
+        raise ConfigError(f"{flag}{str(error).removeprefix(key)}") from error
+
+
+def _run(options: argparse.Namespace) -> int:
     if not 1 <= options.num_images <= 1000:
         raise ConfigError(f"--num-images: got {options.num_images}, expected 1 to 1000")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: got {options.seed}, expected 0 to 2**63 - 1")
-    from flowkern.train.checkpoint import checkpoints, find_checkpoint, taking
+    from flowkern.train.checkpoint import checkpoints, find_checkpoint
     from flowkern.train.config import load_sampling
     from flowkern.train.prompts import require_text
     from flowkern.train.tracking import picture_format
@@ -51,11 +66,18 @@ def run(options: argparse.Namespace) -> int:
     directory = find_checkpoint(name, options.checkpoint, key="checkpoint")
     config = load_sampling(directory / "config.yaml")
     sampler = _sampler(config.validation, options)  # what is wrong there shows before the imports
+    return _draw(options, config, directory, sampler)
+
+
+def _draw(options: argparse.Namespace, config: Any, directory: Path, sampler: Any) -> int:
+    """With the checkpoint of a directory and its configuration."""
     import torch
 
     from flowkern.rollout import prompt_ids
+    from flowkern.train.attention import of_attention, set_attention
+    from flowkern.train.checkpoint import taking
     from flowkern.train.loading import load_pipeline
-    from flowkern.train.tracking import save_grid, save_image
+    from flowkern.train.tracking import picture_format, save_grid, save_image
     from flowkern.train.trained import attach_trained
     from flowkern.train.validation import (
         SAMPLE_ITERATION,
@@ -64,9 +86,12 @@ def run(options: argparse.Namespace) -> int:
         sample_images,
     )
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = options.attention_backend or config.model.attention_backend
     model = load_pipeline(config, device)
     require_guidance(model, sampler.guidance_scale, "--guidance-scale")
+    if attention is not None:
+        set_attention(model, attention, config.train.mixed_precision, device, is_trained=False)
     averaged = directory / "ema"  # what was validated, where train.ema_decay is set
     with taking(directory, "checkpoint"):
         attach_trained(model, config.lora, averaged if averaged.is_dir() else directory)
@@ -77,14 +102,15 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     member = torch.arange(options.num_images, device=device)
-    images = sample_images(
-        model,
-        [options.prompt] * options.num_images,
-        prompt_ids(SAMPLE_ITERATION, torch.zeros_like(member)) + member,
-        Sampler(sampler.num_inference_steps, sampler.guidance_scale),
-        seed=options.seed,
-        max_batch=config.train.max_batch,
-    )
+    with of_attention(attention):
+        images = sample_images(
+            model,
+            [options.prompt] * options.num_images,
+            prompt_ids(SAMPLE_ITERATION, torch.zeros_like(member)) + member,
+            Sampler(sampler.num_inference_steps, sampler.guidance_scale),
+            seed=options.seed,
+            max_batch=config.train.max_batch,
+        )
     if options.num_images == 1:
         save_image(options.output, images[0], model.frame_rate)
     else:

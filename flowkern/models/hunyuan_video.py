@@ -7,13 +7,15 @@ a mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers import HunyuanVideoPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from flowkern.models.attention_backend import Dispatching
 from flowkern.models.embedded import EmbeddedPipeline
 from flowkern.models.pipeline import ATTENTION
 from flowkern.models.video import VideoPipeline
@@ -27,6 +29,7 @@ class HunyuanVideo(EmbeddedPipeline, VideoPipeline):
 
     kind = HunyuanVideoPipeline
     frame_rate = 24
+    dispatching: ClassVar[Mapping[type, type]] = {AttnProcessor2_0: Dispatching}  # of text alone
     lora_targets = ATTENTION
 
     def cells(self) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Guidance, pipeline_class, weights
 from flowkern.models.attention import dense_gradients
+from flowkern.models.attention_backend import set_backend
 from flowkern.models.compiled import Compiled, repeated
 from flowkern.models.directory import (
     check_directory,
@@ -84,6 +85,9 @@ class Pipeline(Text):
     """What of the pipeline the network is, as its index names it."""
     blocks: Sequence[str] = ()
     """Classes of the blocks that repeat, of a network that does not say it (`_repeated_blocks`)."""
+    dispatching: ClassVar[Mapping[type, type]] = {}
+    """By processors of attention that ask torch by themselves, those that ask diffusers'
+    dispatcher."""
     compiled: Compiled | None = None
     """How the network is called, where its blocks are compiled."""
 
@@ -316,6 +320,11 @@ class Pipeline(Text):
             w = w.reshape(-1, *[1] * (v_cond.ndim - 1))
         dtype = torch.promote_types(v_cond.dtype, torch.float32)
         return v_uncond + w * (v_cond.to(dtype) - v_uncond)
+
+    def set_attention_backend(self, name: str) -> int:
+        """Have the attention of all networks that are trained go through a backend of diffusers'
+        (`AttentionBackendName`); how many modules it is of. Raises ValueError where it cannot."""
+        return set_backend([getattr(self.pipeline, p) for p in self.parts], name, self.dispatching)
 
     def repeated(self) -> list[nn.Module]:
         """The blocks of which the network has many. Raises ValueError where they are not known."""

@@ -6,12 +6,14 @@ resolution, the VAE's scaling. L text tokens of width E: CLIP's and T5's togethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from diffusers import StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
+from flowkern.models.attention_backend import Dispatching
 from flowkern.models.grids import dynamic_mu
 from flowkern.models.pipeline import Geometry, Pipeline, attention
 from flowkern.schedules import sd3_sigmas
@@ -26,6 +28,7 @@ class SD3(Pipeline):
 
     kind = StableDiffusion3Pipeline
     blocks = ("JointTransformerBlock",)
+    dispatching: ClassVar[Mapping[type, type]] = {JointAttnProcessor2_0: Dispatching}
     optional = ("text_encoder_3", "tokenizer_3")
 
     @property

@@ -1,4 +1,5 @@
-"""A network's repeated blocks as configured: quantized, compiled, and tried before they learn."""
+"""A network's repeated blocks as configured: by which attention, quantized, compiled, and tried
+before they learn."""
 
 from __future__ import annotations
 
@@ -12,16 +13,21 @@ from flowkern import torch_private as private
 from flowkern.checks import ConfigError
 from flowkern.models import Model, quantize
 from flowkern.models.compiled import Compiled
-from flowkern.train.config import Config
+from flowkern.train.attention import of_attention, set_attention
+from flowkern.train.config import Config, ModelConfig
+
+TRIED = ("compile", "quantization", "attention_backend")
 
 
 def set_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
-    """Quantize and compile the blocks of a network that has its adapter; returns what was done, in
-    lines.
+    """Choose the attention, quantize and compile the blocks of a network that has its adapter;
+    returns what was done, in lines.
 
     Raises ConfigError for what this network, this device or full weights do not have.
     """
     facts, options = [], config.model
+    if (name := options.attention_backend) is not None:
+        facts.append(set_attention(model, name, config.train.mixed_precision, device))
     if options.quantization is not None:
         facts.append(_quantized(model, config, device))
     if options.compile:
@@ -53,18 +59,24 @@ def _blocks(model: Model, key: str, value: object) -> list[torch.nn.Module]:
         raise ConfigError(f"model.{key}: got {value}, but of {name} {error}") from None
 
 
-def try_blocks(model: Model, rows: int, device: torch.device) -> list[str]:
-    """Ask for the velocity of so many rows, without a gradient and with one; returns what was
-    compiled meanwhile, in lines.
+def is_tried(options: ModelConfig) -> bool:
+    """Is anything of the blocks other than diffusers has it?"""
+    return any(getattr(options, name) for name in TRIED)
+
+
+def try_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
+    """Ask for the velocity of train.max_batch rows, without a gradient and with one; returns what
+    was compiled meanwhile, in lines.
 
     Raises ConfigError where the two are not the same, which would make the first ratio another than
     1, or where no gradient arrives.
     """
-    key, compiled = "model.quantization", model.compiled
-    if compiled is not None:
-        key = "model.compile"
+    options, compiled = config.model, model.compiled
+    given = {name: getattr(options, name) for name in TRIED}
+    key = " or ".join(f"model.{name}" for name, value in given.items() if value)
     try:
-        off, size = asked_twice(model, rows, device)
+        with of_attention(options.attention_backend):
+            off, size = asked_twice(model, config.train.max_batch, device)
     except Exception as error:
         if not private.is_of_compiler(error):
             raise

@@ -65,6 +65,9 @@ class ModelConfig(Section):
     """Of the VAE. bf16 halves its memory, and moves the images that rewards see: docs/models.md."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention_backend: Text | None = None
+    """Of the network, as diffusers names it: native, flash, _flash_3, flash_hub, xformers, ...
+    (docs/models.md); sage is for `flowkern sample` only. None: the family's own, by torch."""
     compile: bool = False
     """Compile the network's repeated blocks, once, for calls of train.max_batch rows: fewer are
     filled up. Takes a C++ compiler, or Triton on CUDA."""

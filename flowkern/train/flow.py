@@ -30,7 +30,8 @@ from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
 from flowkern.rollout.states import OnHost, moved
 from flowkern.train import distributed
-from flowkern.train.blocks import set_blocks, try_blocks
+from flowkern.train.attention import require_attention
+from flowkern.train.blocks import is_tried, set_blocks, try_blocks
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import REFERENCE, Weights
 from flowkern.train.distributed import Laps
@@ -66,6 +67,11 @@ class FlowBatch(Batch):
 
 class FlowTask:
     """Answers `loop.Task`."""
+
+    @staticmethod
+    def require(config: Config) -> None:
+        """Raise ConfigError for what shows before a model is looked for."""
+        require_attention(config.model)
 
     def __init__(
         self,
@@ -115,13 +121,12 @@ class FlowTask:
 
     def begin(self, iteration: int) -> None:
         """Every prompt that this rank has still to draw is encoded once, and no encoder kept,
-        unless the model is another's, who may go on with it. What is compiled or quantized is
-        tried."""
+        unless the model is another's, who may go on with it. What is compiled, quantized or of
+        another attention is tried."""
         if self.is_mine:
             self._encode(iteration)
-        options = self.config.model
-        if options.compile or options.quantization is not None:
-            self.facts += try_blocks(self.model, self.config.train.max_batch, self.device)
+        if is_tried(self.config.model):
+            self.facts += try_blocks(self.model, self.config, self.device)
 
     def _encode(self, iteration: int) -> None:
         prompts = [self.prompts[place] for place in self._places(iteration)]

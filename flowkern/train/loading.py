@@ -11,7 +11,7 @@ from flowkern.train.config import Config, ModelConfig, Sampling
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OURS = {"path", "vae_dtype", "prompt_cache"}
-OURS |= {"gradient_checkpointing", "compile", "quantization"}
+OURS |= {"gradient_checkpointing", "attention_backend", "compile", "quantization"}
 """Options that are not the adapter's."""
 VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

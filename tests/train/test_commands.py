@@ -51,7 +51,8 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one precision per process
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    loop = Loop(tiny("train.mixed_precision=bf16", "model.max_sequence_length=5"))
+    own = "model.attention_backend=native"
+    loop = Loop(tiny("train.mixed_precision=bf16", "model.max_sequence_length=5", own))
     loop.begin()
     loop.checkpoint()
     monkeypatch.chdir(tmp_path)
@@ -66,6 +67,20 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
         assert main([*arguments, "--guidance-scale", "3"]) == 2
         said = "flowkern: --guidance-scale: got 3.0, expected at most 1: this model takes no guid"
         assert said in capsys.readouterr().err
+    own = (saved / "config.yaml").read_text()
+    for name, run, begins, ends in (
+        ("sage", "native", "--attention-backend: got 'sage', but Sage Att", "flex, native"),
+        (None, "_native_cudnn", "model.attention_backend: got '_n", "NAME draws through another"),
+        ("_native_math", "_native_cudnn", None, None),
+    ):
+        changed = own.replace("attention_backend: native", f"attention_backend: {run}")
+        (saved / "config.yaml").write_text(changed)
+        (saved / "manifest.json").unlink()
+        checkpoint._seal(saved)
+        flag = [] if name is None else ["--attention-backend", name]
+        assert main([*arguments, *flag]) == (2 if begins else 0)
+        error = capsys.readouterr().err.strip().split("\n")[-1]
+        assert not begins or (error.startswith(f"flowkern: {begins}") and error.endswith(ends))
     weights = load_file(saved / "adapter_model.safetensors")
     broken = save({name: weight * math.nan for name, weight in weights.items()})
     (tmp_path / "sample.png").unlink()
