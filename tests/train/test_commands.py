@@ -51,8 +51,8 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one precision per process
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    own = "model.attention_backend=native"
-    loop = Loop(tiny("train.mixed_precision=bf16", "model.max_sequence_length=5", own))
+    options = ["train.mixed_precision=bf16", "model.max_sequence_length=5"]
+    loop = Loop(tiny(*options, "model.attention_backend=native"))
     loop.begin()
     loop.checkpoint()
     monkeypatch.chdir(tmp_path)
@@ -81,6 +81,7 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
         assert main([*arguments, *flag]) == (2 if begins else 0)
         error = capsys.readouterr().err.strip().split("\n")[-1]
         assert not begins or (error.startswith(f"flowkern: {begins}") and error.endswith(ends))
+    (saved / "config.yaml").write_text(own)
     weights = load_file(saved / "adapter_model.safetensors")
     broken = save({name: weight * math.nan for name, weight in weights.items()})
     (tmp_path / "sample.png").unlink()
