@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,25 @@ def check_vocabulary(name: str, tokenizer: Any, encoder: Any) -> None:
             f"path: {name} has {ids} words and its encoder {rows} rows; expected the tokenizer "
             "that the encoder was trained with"
         )
+
+
+def check_template(name: str, tokenizer: Any, conversation: Callable[[str], Any]) -> None:
+    """Raise ValueError where a tokenizer's own template, of a pipeline that takes it, is none, or
+    leaves the prompt out: every prompt's row would be the same.
+
+    conversation: of a prompt; None where the pipeline does without.
+    """
+    prompt = "a red cat"
+    turns = conversation(prompt)
+    if turns is None:
+        return
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # of jinja, too
+        wrong = " ".join(str(error).split())
+        raise ValueError(f"path: {name} has no chat template that serves: {wrong:.200}") from None
+    if prompt not in text:
+        raise ValueError(f"path: the chat template of {name} leaves the prompt out: {text!r:.80}")
 
 
 def check_whole(pipeline: Any) -> None:

@@ -38,6 +38,9 @@ class Flux2(EmbeddedPipeline):
         own = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return Geometry(self.pipeline.transformer.config.in_channels, cell, cell, own, own)
 
+    def conversation(self, prompt: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         length = self.max_sequence_length
         tokens, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=length)
@@ -84,6 +87,9 @@ class Flux2Klein(Flux2):
     def __init__(self, pipeline: Flux2KleinPipeline, **options: Any) -> None:
         self.guidance = Guidance("none" if pipeline.config.is_distilled else "cfg")
         super().__init__(pipeline, **options)
+
+    def conversation(self, prompt: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": prompt}]
 
 
 def empirical_mu(tokens: int, num_steps: int) -> float:

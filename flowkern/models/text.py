@@ -16,6 +16,7 @@ from flowkern.models.directory import (
     ENCODER,
     TOKENIZER,
     cannot_be_loaded,
+    check_template,
     check_vocabulary,
     load_encoders,
 )
@@ -65,6 +66,11 @@ class Text(ABC):
     def template(self) -> str:
         """What is put around a prompt, where that is the pipeline's own and no code's."""
         return ""
+
+    def conversation(self, prompt: str) -> list[dict[str, Any]] | None:
+        """What a tokenizer's own template makes a text of, where the pipeline takes it; None: it
+        does without."""
+        return None
 
     def tokens_of(self, prompts: Sequence[str]) -> list[int] | None:
         """The tokens of each, where a network looks at no others; None: it looks at padding."""
@@ -182,7 +188,9 @@ class Text(ABC):
             found = load_encoders(self.directory, self.text_dtype)
             for name, encoder in found.items():
                 tokenizer = name.replace(ENCODER, TOKENIZER, 1)
-                check_vocabulary(tokenizer, self.pipeline.components.get(tokenizer), encoder)
+                words = self.pipeline.components.get(tokenizer)
+                check_vocabulary(tokenizer, words, encoder)
+                check_template(tokenizer, words, self.conversation)
                 encoder.to(self._left_out).eval().requires_grad_(False)
         except (ImportError, torch.OutOfMemoryError):
             raise

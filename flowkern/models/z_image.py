@@ -32,11 +32,14 @@ class ZImage(Pipeline):
     def own_length(self) -> int:
         return self.default("max_sequence_length")
 
+    def conversation(self, prompt: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": prompt}]
+
     def tokens_of(self, prompts: Sequence[str]) -> list[int]:
         tokenizer = self.pipeline.tokenizer
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
         texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+            tokenizer.apply_chat_template(self.conversation(prompt), **options)
             for prompt in prompts
         ]
         return list(map(len, tokenizer(texts).input_ids))

@@ -4,6 +4,7 @@ batches, gradients. What is wrong in an adapter (a sign, a unit, a statistic) fa
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -417,3 +418,23 @@ def test_a_processor_is_compared_by_its_tokenizer():
     longer.add_tokens(["more"])
     with pytest.raises(ValueError, match="path: tokenizer has .* words and its encoder"):
         check_vocabulary("tokenizer", SimpleNamespace(tokenizer=longer), encoder)
+
+
+@pytest.mark.parametrize("name", ["flux2", "klein", "z_image"])
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "has no chat template that serves"),
+        ("{% if x %}", "no chat template that serves: .*endif"),
+        ("hello", "leaves the prompt out: 'hello'"),
+    ],
+)
+def test_a_template_without_the_prompt_is_refused(name, template, message, directories, tmp_path):
+    """Every prompt's row would be the same."""
+    directory = shutil.copytree(directories(name), tmp_path / "model")
+    file = directory / "tokenizer/chat_template.jinja"
+    file.unlink()
+    if template is not None:
+        file.write_text(template)
+    with pytest.raises(ValueError, match="^path: .*" + message):
+        load_model(directory, text_encoders=False).encode(["a red cat"])

@@ -343,7 +343,7 @@ BROKEN = {
     "another shape": (_one_row("text_encoder", "model.safetensors"), "lack text_model[^(]*, or ha"),
     "no configuration": (_without("text_encoder_3", "config.json"), "_3' has no config.json"),
     "no length": (_without("tokenizer", "tokenizer_config.json"), "has no tokenizer_config.json"),
-    "empty encoder": (_text("text_encoder_3/config.json", "{}"), "not whole; expected a model_type"),
+    "empty encoder": (_text("text_encoder_3/config.json", "{}"), "expected a model_type"),
     "empty grid": (_text("scheduler/scheduler_config.json", "{}"), "expected a _class_name"),
     "empty tokenizer": (_text("tokenizer/tokenizer_config.json", "{}"), "expected a tokenizer's"),
     "a list in a part": (_text("scheduler/scheduler_config.json", "[]"), "holds a list, expected"),
