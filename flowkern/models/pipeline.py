@@ -31,6 +31,7 @@ from flowkern.models.directory import (
     text_encoders,
 )
 from flowkern.models.grids import scheduler_sigmas
+from flowkern.models.quantize import count
 from flowkern.models.text import Text
 
 __all__ = [
@@ -328,8 +329,6 @@ class Pipeline(Text):
 
     def repeated(self) -> list[nn.Module]:
         """The blocks of which the network has many. Raises ValueError where they are not known."""
-        if self.guidance.boundary:
-            raise ValueError("there are two networks, which are asked for parts of the rows")
         return repeated(self.network, self.blocks)
 
     @torch.no_grad()
@@ -389,7 +388,7 @@ class Pipeline(Text):
             "size": (self.height, self.width),
             "latent_shape": shape,
             "elements": torch.Size(shape).numel(),
-            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "parameters": count(self.network),
             "dtype": str(self._dtype).removeprefix("torch."),
             "guidance": self.guidance.kind,
         }

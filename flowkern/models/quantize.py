@@ -1,4 +1,5 @@
-"""Frozen linear layers in float8, with a gradient for what comes in.
+"""Frozen linear layers in float8, with a gradient for what comes in; and blocks' layers quantized,
+in float8 or as `small_weights` has them.
 
 A weight is quantized once, for the way forward and, transposed, for the way back: together they
 take what it took in bfloat16. What meets it is quantized as it comes, row by row, so that a row is
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from flowkern import torch_private as private
+from flowkern.models.small_weights import DTYPES, SmallLinear
 
-__all__ = ["Float8Linear", "has_products", "quantize"]
+__all__ = ["Float8Linear", "count", "frozen_bytes", "has_products", "quantize"]
 
 SMALL = torch.float8_e4m3fn
 LARGEST = torch.finfo(SMALL).max
@@ -78,31 +80,64 @@ def has_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def quantize(blocks: Sequence[nn.Module]) -> int:
+def quantize(
+    blocks: Sequence[nn.Module], kind: str = "float8", device: torch.device | None = None
+) -> int:
     """The blocks' frozen linear layers, in place; how many. Norms' own layers see a row a sample
-    and stay, as do adapters. Of each size one is tried before anything is changed.
+    and stay, as do adapters. Of each size one is tried in float8 before anything is changed.
 
-    Raises ValueError where there is none, for weights that are not bfloat16, and for a layer whose
-    product or gradient is not the linear one's.
+    kind: float8, int8 or nf4. device: where a layer is quantized, and stays; None: where it is.
+    Raises ValueError where there is none, for weights of another dtype or that are no numbers, and
+    for a layer whose product or gradient in float8 is not the linear one's; ImportError for nf4
+    without bitsandbytes.
     """
+    is_float8 = kind == "float8"
+    unit, dtypes = (UNIT, (torch.bfloat16,)) if is_float8 else (1, DTYPES)
     found = [
-        (block, name, layer)
+        (block, name)
         for block in blocks
         for name, layer in block.named_modules()
         if type(layer) is nn.Linear and "norm" not in name and not layer.weight.requires_grad
-        if layer.in_features % UNIT == layer.out_features % UNIT == 0
+        if layer.in_features % unit == layer.out_features % unit == 0
     ]
     if not found:
-        raise ValueError(f"no frozen linear layer has features in multiples of {UNIT}")
-    sizes = {tuple(layer.weight.shape): (name, layer) for _, name, layer in found}
-    for name, layer in sizes.values():
-        if layer.weight.dtype != torch.bfloat16:
-            dtype = str(layer.weight.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} is in {dtype}, expected bfloat16")
-        _try(name, layer)
-    for block, name, layer in found:
-        block.set_submodule(name, Float8Linear(layer))
+        has = f"has features in multiples of {unit}" if is_float8 else "is there"
+        raise ValueError(f"no frozen linear layer {has}")
+    sizes: dict[torch.Size, str] = {}
+    for block, name in found:
+        layer = block.get_submodule(name)
+        if layer.weight.dtype not in dtypes:
+            dtype, *known = (str(d).removeprefix("torch.") for d in (layer.weight.dtype, *dtypes))
+            raise ValueError(f"{name} is in {dtype}, expected {' or '.join(known)}")
+        if is_float8 and layer.weight.shape not in sizes:
+            _try(name, layer.to(device))
+            sizes[layer.weight.shape] = name
+    for block, name in found:  # one after the other: what it was is freed
+        layer = block.get_submodule(name).to(device)
+        try:
+            made = Float8Linear(layer) if is_float8 else SmallLinear(layer, kind)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        block.set_submodule(name, made)
     return len(found)
+
+
+def frozen_bytes(network: nn.Module) -> int:
+    """Of all that is not trained: as much of a device's memory."""
+    kept = {id(t): t for t in (*network.parameters(), *network.buffers()) if not t.requires_grad}
+    return sum(t.nbytes for t in kept.values())
+
+
+def count(network: nn.Module) -> int:
+    """Its parameters, as many as before they were quantized."""
+    found = {}
+    for module in network.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, Float8Linear | SmallLinear):
+            own = {"bias": own["bias"]} if "bias" in own else {}
+            found[id(module)] = module.in_features * module.out_features
+        found |= {id(p): p.numel() for p in own.values()}
+    return sum(found.values())
 
 
 def _try(name: str, linear: nn.Linear) -> None:

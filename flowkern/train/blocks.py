@@ -31,6 +31,11 @@ def set_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
     if options.quantization is not None:
         facts.append(_quantized(model, config, device))
     if options.compile:
+        if model.guidance.boundary:
+            raise ConfigError(
+                "model.compile: got True, but there are two networks, which are asked for parts of "
+                "the rows"
+            )
         model.compiled = Compiled(_blocks(model, "compile", True), config.train.max_batch)
     return facts
 
@@ -39,16 +44,27 @@ def _quantized(model: Model, config: Config, device: torch.device) -> str:
     key, kind = "model.quantization", config.model.quantization
     if config.lora is None:
         raise ConfigError(f"{key}: got {kind}, but lora is null: no weight is frozen")
-    if not quantize.has_products(device):
+    if kind == "float8" and not quantize.has_products(device):
         raise ConfigError(
             f"{key}: got {kind}, but {device.type} multiplies no float8; expected CUDA of compute "
             "capability 8.9"
         )
+    network = model.network
+    blocks, before = _blocks(model, "quantization", kind), quantize.frozen_bytes(network)
     try:
-        count = quantize.quantize(_blocks(model, "quantization", kind))
+        count = quantize.quantize(blocks, kind, device)
     except ValueError as error:
         raise ConfigError(f"{key}: got {kind}, but {error}") from error
-    return f"{count} frozen layers in {kind}"
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}: got {kind}, which takes bitsandbytes: pip install 'flowkern[quantization]'"
+        ) from error
+    network.to(device)
+    after = quantize.frozen_bytes(network)
+    return (
+        f"{count} frozen layers in {kind}: what is frozen of the network takes {after / 1e6:,.2f} "
+        f"MB, were {before / 1e6:,.2f}"
+    )
 
 
 def _blocks(model: Model, key: str, value: object) -> list[torch.nn.Module]:

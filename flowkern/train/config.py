@@ -71,9 +71,10 @@ class ModelConfig(Section):
     compile: bool = False
     """Compile the network's repeated blocks, once, for calls of train.max_batch rows: fewer are
     filled up. Takes a C++ compiler, or Triton on CUDA."""
-    quantization: Literal["float8"] | None = None
-    """Of the frozen network under lora: products in float8, with a scale for every row of what
-    comes in and of the weights. Takes CUDA of compute capability 8.9, and bf16."""
+    quantization: Literal["float8", "int8", "nf4"] | None = None
+    """Of the frozen network under lora. int8 and nf4 keep its weights in 8 and 4 bits, for memory;
+    nf4 takes bitsandbytes. float8: products in float8, with a scale for every row of what comes in
+    and of the weights, for time; takes CUDA of compute capability 8.9, and bf16."""
 
 
 class DataConfig(Section):
