@@ -1,39 +1,38 @@
 """Who runs an iteration in train_step.py, and what one of them says of it.
 
-The plain loop is that of the released scripts (plain_loops.py): both halves of guidance go through
-the network in training, too, and both learn; figures are waited for after each batch. All begin
-each iteration with the same weights and noise.
+The plain loop is that of the released script (plain_loops.py): as many samples a call as it has,
+with guidance both halves through the network and back, figures waited for after each batch. All
+begin each iteration with the same weights and noise.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from harness import ROOT
-from large_model import MEDIUM, TINY, Architecture, build
+from large_model import Architecture
 from plain_loops import LOOPS
+from settings import IS_REHEARSAL, Setting
 from torch import Tensor
 
 from flowkern import philox_normal
 from flowkern.models import compiled, quantize
 from flowkern.rollout import prompt_ids
 from flowkern.train.blocks import asked_twice, asking
-from flowkern.train.config import from_dict
+from flowkern.train.config import LoraConfig, from_dict
 from flowkern.train.loop import Loop
+from flowkern.train.lora import add_lora
 
-IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
-MODELS = {"sd35m": MEDIUM, "tiny": TINY}
 KINDS = ("sampling", "learning", "not learning")
-"""Of rows: in a rollout; in training with a gradient; in training without, which are references and
-halves of guidance that do not learn."""
+"""Of rows: in a rollout; in training with a gradient; in training without, which are references,
+copies and halves of guidance that do not learn."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +53,9 @@ WAYS = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all of them are asked for."""
-
-    model: str
-    algorithm: str
-    images: int
-    """Of the one prompt of an iteration."""
-    batch: int
-    """Network calls of one batch, at most."""
-    device: str
-
-    @property
-    def precision(self) -> str:
-        """A CPU computes as fast in no other."""
-        return "bf16" if self.device != "cpu" or IS_REHEARSAL else "no"
-
-    @property
-    def has_few(self) -> bool:
-        """Is a network of a few blocks much less than the whole?"""
-        return self.model != "tiny" or IS_REHEARSAL
-
-    def few(self, sorts: int = 2) -> Architecture:
-        """The same with two blocks of every sort, or of the last ones: to compile for all. Two, as
-        into the first nothing comes with a gradient, which makes another graph."""
-        whole = MODELS[self.model]
-        few = {"num_layers": 4, "dual_attention_layers": (0, 1)}
-        if sorts == 1:
-            few = {"num_layers": 3, "dual_attention_layers": ()}
-        return replace(whole, transformer=whole.transformer | few)
-
-
 def brightness(images, prompts, metadata) -> Tensor:
     """The reward: what random weights can be told apart by."""
-    return 100 * images.float().mean(dim=(1, 2, 3))
+    return 100 * images.float().flatten(1).mean(1)
 
 
 def plain_loop(kind: type) -> type:
@@ -125,41 +92,24 @@ class Contender:
         if IS_REHEARSAL:  # a compiler that makes no code; products that a CPU's torch does not have
             compiled.BACKEND, quantize.has_products = "eager", lambda device: True
         self.folder = tempfile.TemporaryDirectory()
-        architecture = architecture or MODELS[setting.model]
         dtype = {"bf16": torch.bfloat16, "no": torch.float32}[setting.precision]
-        model = build(architecture, self.device, dtype)
-        self.trainer = Loop(from_dict(self._config(architecture)), model)
+        model = (architecture or setting.architecture).build(self.device, dtype)
+        more = {} if way.is_plain else {"compile": way.is_compiled, "quantization": way.base}
+        rows = 2 if way.is_plain else setting.batch  # the plain loop does not look at it
+        config = setting.config(self.folder.name, rows, **more)
+        self.trainer = Loop(from_dict(config), model)
         self.model, self.batch = model, setting.batch
         if way.is_plain and way.is_compiled:
             torch._dynamo.config.recompile_limit = compiled.RECOMPILES
             for block in model.repeated():
                 block.compile(dynamic=False, backend=compiled.BACKEND)
         self.start = [p.detach().clone() for p in self.trainer.parameters]
-        self.plain = plain_loop(LOOPS[setting.algorithm])(self.trainer, self.batch // 2)
+        self.plain = plain_loop(LOOPS[setting.algorithm])(self.trainer, self.batch)
         self.plain.given, self.plain.phase = self._noise, "rollout"
         self.rows, self.batches, self.found = Counter(), 0, {}
+        plan = self.trainer.recipe.plan(model.sigmas, setting.iteration, self.trainer.config.seed)
+        self.images = len(plan.leaves)
         self._listen()
-
-    def _config(self, architecture: Architecture) -> dict[str, Any]:
-        setting, way, pixels = self.setting, self.way, architecture.pixels
-        algorithm = {"name": setting.algorithm, "group_size": setting.images}
-        algorithm |= {"prompts_per_rollout": 1, "updates_per_rollout": 1}
-        if setting.algorithm == "flow_grpo":
-            algorithm |= {"num_inference_steps": architecture.steps, "kl_coef": 0.004}
-        model = {"path": "in memory", "height": pixels, "width": pixels}
-        if not way.is_plain:
-            model |= {"compile": way.is_compiled, "quantization": way.base}
-        return {
-            "output_dir": self.folder.name,
-            "model": model,
-            "data": {"train_prompts": str(ROOT / "assets/digits-prompts/train.jsonl")},
-            "reward": {f"{__name__}:brightness": {"weight": 1.0}},
-            "algorithm": algorithm,
-            "lora": {"rank": 32, "alpha": 64},
-            "train": {
-                "steps": 100, "max_batch": setting.batch, "mixed_precision": setting.precision
-            },
-        }  # fmt: skip
 
     def _listen(self) -> None:
         """To rows by kind, and to what a rollout and an update leave."""
@@ -209,9 +159,7 @@ class Contender:
         return philox_normal(shape, trainer.config.seed, ids.to(self.device), step, stream)
 
     def rollout(self, is_first: bool = False) -> dict[str, Any]:
-        """One iteration; halves the batch until it fits. is_first: the empty prompt's half of the
-        plain loop does not learn, as it does not in flowkern, so that gradients can be compared."""
-        self.plain.both_halves_learn = not is_first
+        """One iteration; halves the batch until it fits."""
         while True:
             try:
                 row = self._rollout()
@@ -220,27 +168,35 @@ class Contender:
                     row["without_gradient_less_with"] = off  # 0: the first ratio is 1
                 return row
             except torch.cuda.OutOfMemoryError as error:
-                if self.batch <= 2:
+                if self.batch <= (1 if self.way.is_plain else self.halves):
                     raise
-                print(f"out of memory with {self.batch} calls a batch: {error}", flush=True)
+                print(f"out of memory with batches of {self.batch}: {error}", flush=True)
             self.trainer.optimizer.zero_grad()
             torch.cuda.empty_cache()
             self.batch //= 2
             self._set_batch()
 
+    @property
+    def halves(self) -> int:
+        """Rows of a sample in one call, at least."""
+        return 1 if self.trainer.task.guidance is None else 2
+
     def _set_batch(self) -> None:
         task = self.trainer.task
         train = task.config.train.model_copy(update={"max_batch": self.batch})
         task.config = task.config.model_copy(update={"train": train})
-        self.plain.batch_size = max(1, self.batch // 2)
+        self.plain.batch_size = self.batch
         if self.model.compiled is not None:
             self.model.compiled.rows = self.batch
 
     def _rollout(self) -> dict[str, Any]:
         trainer = self.trainer
-        trainer.global_step = trainer.iteration = 0
+        trainer.global_step = trainer.iteration = self.setting.iteration
         with torch.no_grad():
             torch._foreach_copy_(trainer.parameters, self.start)
+        # Not known to be the weights, as in the middle of a run: all that is asked of them is.
+        copies = dict.fromkeys(trainer.recipe.copies, self.start)
+        trainer.copies.load_state_dict({"copies": copies, "current": []})
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.rows.clear()
@@ -249,14 +205,16 @@ class Contender:
         if self.way.is_plain:
             self.plain.step()
             phases = dict(self.plain.seconds)
-            self.found["latents"] = torch.cat(self.plain.images)
+            # G2RPO's trunk, before the others, is for the log alone.
+            self.found["latents"] = torch.cat(self.plain.images)[-self.images :]
             self.found["gradient"] = self.plain.gradient
+            record["ratio_mean"] = fmean(self.plain.ratios) if self.plain.ratios else None
         else:
             (record,) = trainer.step()
             phases = {n: record[f"timing_s/{n}"] for n in ("rollout", "reward", "train")}
         seconds = now(self.device) - begin
         phases.setdefault("rollout", seconds - sum(phases.values()))
-        images = self.setting.images
+        images = self.images
         is_cuda = self.device.type == "cuda"
         return {
             "seconds": seconds, "phases": phases, "images": images,
@@ -278,9 +236,10 @@ PARTS = ("sampling", "learning", "reference")
 
 def compiled_for(way: Way, setting: Setting, parts=PARTS, sorts: int = 2) -> Contender:
     """A network of a few blocks, compiled: as long as it is kept, that serves the whole one."""
-    few = Contender(way, setting, setting.few(sorts))
-    ask = asking(few.model, setting.batch, few.device)
+    few = Contender(way, setting, setting.architecture.smaller(sorts))
+    sampling, learning = few.plain.rows if way.is_plain else (setting.batch, setting.batch)
     for part in parts:
+        ask = asking(few.model, sampling if part == "sampling" else learning, few.device)
         if part == "learning":
             ask().float().square().sum().backward()
             few.trainer.optimizer.zero_grad()
@@ -300,38 +259,31 @@ def ahead(way: Way, setting: Setting) -> list[dict[str, Any]]:
         return []
     if way.is_plain:
         return [{"parts": ("learning",)}, {"parts": ("reference",)}]
-    return [{"sorts": 1}]
+    return [{"sorts": 1}] if len(setting.architecture.few) > 1 else []
 
 
 def operations(architecture: Architecture) -> dict[str, float]:
     """TFLOP of a row without a gradient and with one: the transformer's products and attention,
     counted by torch's flop counter; backward as LoRA on a frozen base needs it, and nothing that is
     computed again."""
-    from diffusers import SD3Transformer2DModel
-    from peft import LoraConfig, get_peft_model
     from torch.utils.flop_counter import FlopCounterMode
 
-    from flowkern.models.pipeline import ATTENTION
-
-    config, size = architecture.transformer, architecture.pixels // 8
+    model = architecture.build(torch.device("meta"), torch.bfloat16)
+    add_lora(model, LoraConfig(rank=32, alpha=64))
+    for parameter in model.network.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     with torch.device("meta"):
-        network = SD3Transformer2DModel(**config).requires_grad_(False)
-        network = get_peft_model(network, LoraConfig(r=32, target_modules=ATTENTION))
-        given = {
-            "hidden_states": torch.empty(1, config["in_channels"], size, size),
-            "timestep": torch.empty(1),
-            "encoder_hidden_states": torch.empty(
-                1, sum(architecture.tokens), config["joint_attention_dim"]
-            ),
-            "pooled_projections": torch.empty(1, config["pooled_projection_dim"]),
-        }
-        found = []
-        for has_gradient in (False, True):
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(has_gradient):
-                out = network(**given, return_dict=False)[0]
-                if has_gradient:
-                    out.sum().backward()
-            found.append(counter.get_total_flops() / 1e12)
+        x, sigma = torch.empty(1, *model.latent_shape), torch.empty(1)
+        parts = {n: torch.empty(1, *shape) for n, shape in architecture.text.items()}
+    given = (each.bfloat16() for each in (x, *parts.values()))
+    x, parts = next(given), dict(zip(parts, given, strict=True))
+    found = []
+    for has_gradient in (False, True):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(has_gradient):
+            out = model.call(model.network, x, sigma, parts)
+            if has_gradient:
+                out.float().sum().backward()
+        found.append(counter.get_total_flops() / 1e12)
     return dict(zip(("forward", "both"), found, strict=True))
 
 

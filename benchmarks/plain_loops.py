@@ -1,220 +1,86 @@
 """One training iteration of each algorithm in plain PyTorch, call for call as the released loops.
 
-Every sample is walked from noise to image, with as many others of its prompt as `batch_size` says;
-nothing that samples have in common is shared unless the released loop shares it. A step is the
-published formula, operation by operation. It is taken in full where it is deterministic, too: a
-noise is drawn that counts for nothing, and a log-probability thrown away. Training visits what was
-walked together, step by step, and reads its statistics on the host each time. Model, rewards and
-optimizer are those of the trainer it is compared with.
-
-B samples of a move, R network calls that it takes.
+Training visits what was walked together, step by step, and reads its statistics on the host each
+time. Where a released loop does what flowkern does not (a solver of another kind, a choice that
+differs by rank) this one does as flowkern, in as many calls as released: the images are the same.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
+from plain_loop import Move, PlainLoop, Step, chunks
+from plain_matching import AWM, DiffusionNFT
 from torch import Tensor
 
-Noise = Callable[[int, Sequence[int], int, str], Tensor]
-"""(slot of the prompt, member of each sample, step, "init" | "step") -> (B, *D)"""
+from flowkern.rl.recipe import shared_random
+
+FLOW_GRPO: Mapping[str, int] = MappingProxyType({"SD3": 9, "Flux": 3, "Wan": 8})
 
 
-class Step(NamedTuple):
-    sigma: float
-    sigma_next: float
-    is_drawn: bool = False
-    is_trained: bool = False
-    order: int = 1  # 2: DPM-Solver++, with the clean prediction of the step before
+class PolicyLoop(PlainLoop):
+    """The clipped ratio, with a KL to the reference where the recipe has one."""
 
-
-@dataclass
-class Move:
-    """A trained step of samples that went together."""
-
-    slot: int
-    step: Step
-    x: Tensor  # (R, *D); R is B, or 1 where all left one state
-    x_next: Tensor  # (B, *D)
-    log_prob: Tensor  # (B,)
-    groups: list[Any] | None = None  # (B,): samples with the same key are compared
-    rewards: Tensor | None = None  # (B, Q): of every image that a sample ends in
-    advantage: Tensor | None = None  # (B,)
-    weight: float = 1.0
-
-
-class PlainLoop(ABC):
-    """`step()` does what the trainer's `step()` does. A subclass says how a prompt is sampled."""
-
-    def __init__(self, trainer, batch_size: int, noise: Noise | None = None):
-        """noise: of the first iteration; None: torch.randn, as in all that follow."""
-        self.trainer, self.batch_size, self.noise = trainer, batch_size, noise
-        self.recipe, self.model, self.device = trainer.recipe, trainer.task.model, trainer.device
-        self.guidance_scale = trainer.recipe.guidance_scale
-        self.both_halves_learn = True  # as released
-        self.gradient: Tensor | None = None  # of the first update ever
-        self.calls = (0, 0)  # of the network in the last iteration: in sampling, in training
-
-    def step(self) -> None:
-        trainer, before = self.trainer, self.model.calls
-        prompts = trainer.task.draw_prompts(trainer.iteration)
-        self.conditioning = self.model.encode([prompt["prompt"] for prompt in prompts] + [""])
-        self.conditioning = self.conditioning.to(self.device)
-        with torch.no_grad():
-            moves = [move for slot, one in enumerate(prompts) for move in self.rollout(slot, one)]
-        self.credit(moves)
-        sampled = self.model.calls
-        for share in torch.arange(len(prompts)).tensor_split(self.recipe.updates_per_rollout):
-            slots = set(share.tolist())
-            self.update([move for move in moves if move.slot in slots])
-        self.calls, self.noise = (sampled - before, self.model.calls - sampled), None
-
-    @abstractmethod
-    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
-        """The trained steps of a prompt's samples, rewarded."""
-
-    # ---- sampling ----
-
-    def walk(
-        self, x: Tensor, path: Sequence[Step], slot: int, members: Sequence[int], depth: int = 0
-    ) -> tuple[list[Tensor], list[Move]]:
-        """From x (B, *D) along a path: the states on the way, the last clean, and the moves."""
-        states, moves, clean = [x], [], None
-        for i, step in enumerate(path, depth):
-            velocity, x = self.velocity(states[-1], step, slot), states[-1]
-            before, clean = clean, (step.sigma, x - step.sigma * velocity)
-            if step.order == 2:
-                states.append(dpm_step(x, step, clean, before))
-                continue
-            mean, std = self.mean_and_std(velocity, x, step)
-            states.append(mean + std * self.randn(slot, members, i))
-            probability = log_prob(states[-1], mean, std)
-            if step.is_trained:
-                moves.append(Move(slot, step, x, states[-1], probability))
-        return states, moves
-
-    def velocity(self, x: Tensor, step: Step, slot: int) -> Tensor:
-        """With guidance both halves go through the network together."""
-        sigma, scale = torch.full((len(x),), step.sigma, device=self.device), self.guidance_scale
-        if scale == 1:
-            return self.model.velocity(x, sigma, self.conditioning[[slot] * len(x)])
-        asked = [slot] * len(x) + [-1] * len(x)  # the last is the empty prompt
-        both = torch.cat([x, x]), torch.cat([sigma, sigma]), self.conditioning[asked]
-        conditional, uncond = self.model.velocity(*both).float().chunk(2)
-        uncond = uncond if self.both_halves_learn else uncond.detach()
-        return uncond + scale * (conditional - uncond)
-
-    def mean_and_std(self, velocity: Tensor, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        shape = (len(x), 1, 1, 1)
-        sigma, sigma_next = (torch.full(shape, s, device=self.device) for s in step[:2])
-        level, dt = self.recipe.noise_level if step.is_drawn else 0.0, sigma_next - sigma
-        g = torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))) * level
-        mean = x * (1 + g**2 / (2 * sigma) * dt)
-        mean = mean + velocity * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
-        return mean, g * torch.sqrt(-dt)
-
-    def randn(self, slot: int, members: Sequence[int], i: int, stream: str = "step") -> Tensor:
-        if self.noise is not None:
-            return self.noise(slot, members, i, stream)
-        return torch.randn(len(members), *self.model.latent_shape, device=self.device)
-
-    def reward(self, latents: Tensor, prompt: dict) -> Tensor:
-        """(B,): of images of one prompt."""
-        images, metadata = self.model.decode(latents), [prompt] * len(latents)
-        texts, rewards = [prompt["prompt"]] * len(latents), self.trainer.task.rewards
-        weights = self.trainer.config.reward.weights
-        found = (w * rewards[name](images, texts, metadata) for name, w in weights.items())
-        return sum(found).cpu()
-
-    # ---- training ----
-
-    def credit(self, moves: list[Move]) -> None:
-        """Advantages within groups; those of a sample's several images add up."""
-        rule, rewards = self.recipe.credit(), torch.cat([move.rewards for move in moves])
-        places = defaultdict(list)
-        for place, key in enumerate(key for move in moves for key in move.groups):
-            places[key].append(place)
-        advantage = torch.empty_like(rewards)
-        for place in places.values():
-            group = rewards[place]
-            std = (rewards if rule.global_std else group).std(0, correction=int(rule.unbiased))
-            advantage[place] = (group - group.mean(0)) / (std + rule.eps)
-        advantage = advantage.sum(1).clamp(-rule.limit, rule.limit).to(self.device)
-        sizes = [len(move.groups) for move in moves]
-        for move, part in zip(moves, advantage.split(sizes), strict=True):
-            move.advantage = part
-
-    def update(self, moves: list[Move]) -> None:
-        """One optimizer step."""
+    def losses(self, moves: list[Move]) -> Iterator[Tensor]:
         count = sum(len(move.advantage) for move in moves)
         for move in moves:
-            (self.loss(move).sum() / count).backward()
-        parameters = self.trainer.parameters
-        if self.gradient is None:
-            self.gradient = torch.cat([p.grad.flatten() for p in parameters])
-        torch.nn.utils.clip_grad_norm_(parameters, self.trainer.config.train.max_grad_norm)
-        self.trainer.optimizer.step()
-        self.trainer.optimizer.zero_grad()
+            yield self.loss(move).sum() / count
 
     def loss(self, move: Move) -> Tensor:
         coefficient, x = self.recipe.kl_coef, move.x.expand_as(move.x_next)
         velocity = self.velocity(move.x, move.step, move.slot).expand_as(x)
         mean, std = self.mean_and_std(velocity, x, move.step)
-        new, clip = log_prob(move.x_next, mean, std), self.recipe.clip_range
-        ratio, advantage = torch.exp(new - move.log_prob), move.advantage * move.weight
+        new, clip = self.log_prob(move.x_next, mean, std), self.recipe.clip_range
+        ratio, advantage = self.ratio(move, new, mean, std), move.advantage * move.weight
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
         if coefficient:
-            with torch.no_grad(), self.model.network.disable_adapter():
+            with torch.no_grad(), self.trainer.weights.using("reference"):
                 velocity = self.velocity(move.x, move.step, move.slot).expand_as(x)
                 anchor, _ = self.mean_and_std(velocity, x, move.step)
-            loss = loss + coefficient * ((mean - anchor) ** 2 / (2 * std**2)).mean(dim=(1, 2, 3))
+            loss = loss + coefficient * ((mean - anchor) ** 2 / (2 * std**2)).flatten(1).mean(1)
         is_clipped = (ratio - 1).abs() > clip
         figures = ratio, is_clipped.float(), 0.5 * (new - move.log_prob).square()
-        self.statistics = [figure.mean().item() for figure in figures]
+        mean_ratio, *_ = (figure.mean().item() for figure in figures)
+        self.ratios.append(mean_ratio)
         return loss
 
-
-def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    density = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std)
-    return (density - math.log(math.sqrt(2 * math.pi))).mean(dim=(1, 2, 3))
+    def ratio(self, move: Move, new: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return torch.exp(new - move.log_prob)
 
 
-def dpm_step(x: Tensor, step: Step, clean, before) -> Tensor:
-    """DPM-Solver++ (2M, midpoint); clean, before: (sigma, prediction) of this step, of the last."""
+class LooksUp(PolicyLoop):
+    """Flow-GRPO's scripts find each sample's level among the grid's, on the device, and wait."""
 
-    def log_snr(sigma: float) -> float:
-        return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
+    released_batch: ClassVar[Mapping[str, int]] = FLOW_GRPO
 
-    sigma, sigma_next = step[:2]
-    if sigma_next == 0:
-        return clean[1]
-    h, prediction = log_snr(sigma_next) - log_snr(sigma), clean[1]
-    if before is not None:
-        ratio = (log_snr(sigma) - log_snr(before[0])) / h
-        prediction = prediction + 0.5 * (clean[1] - before[1]) / ratio
-    return sigma_next / sigma * x - (1 - sigma_next) * math.expm1(-h) * prediction
+    @cached_property
+    def grid(self) -> Tensor:
+        return self.model.sigmas(self.recipe.num_inference_steps).to(self.device, torch.float32)
 
-
-def chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    def levels(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        grid = self.grid
+        # In sampling one stands for all.
+        asked = torch.full((1 if self._is_sampling else len(x),), step.sigma, device=self.device)
+        place = [(grid == sigma).nonzero()[0].item() for sigma in asked]
+        grid[1].item()
+        after = [i + 1 for i in place]
+        return tuple(grid[at].expand(len(x)).view(-1, *[1] * (x.ndim - 1)) for at in (place, after))
 
 
 # ---- the algorithms ----
 
 
-class FlowGRPO(PlainLoop):
-    """Every sample from its own noise, every step drawn, all but the last trained."""
+class Samples(PolicyLoop):
+    """Each walks a path of its own, from its own noise."""
 
-    def path(self) -> list[Step]:
-        edges = pairwise(self.model.sigmas(self.recipe.num_inference_steps).tolist())
-        return [Step(sigma, after, True, after > 0) for sigma, after in edges]
+    @abstractmethod
+    def path(self) -> list[Step]: ...
 
     def roots(self, slot: int) -> Tensor:
         return self.randn(slot, range(self.recipe.group_size), 0, "init")
@@ -224,13 +90,77 @@ class FlowGRPO(PlainLoop):
         for members in chunks(range(self.recipe.group_size), self.batch_size):
             states, moves = self.walk(roots[list(members)], path, slot, members)
             rewards = self.reward(states[-1], prompt)[:, None]
-            for move in moves:
-                move.rewards, move.groups = rewards, [(slot, move.step.sigma)] * len(members)
+            for place, move in enumerate(moves):  # of every sample as many: its place is the key
+                move.rewards, move.groups = rewards, [(slot, place)] * len(members)
                 yield move
 
 
-class MixGRPO(FlowGRPO):
-    """One noise per prompt; every sample walks all of the way, before the window, too."""
+class OneNoise(Samples):
+    """From one noise per prompt, one sample at a time."""
+
+    def roots(self, slot: int) -> Tensor:
+        root = self.randn(slot, [0], 0, "init")
+        return root.repeat(self.recipe.group_size, *[1] * (root.ndim - 1))
+
+
+class FlowGRPO(LooksUp, Samples):
+    """Every step is drawn, all but the last trained."""
+
+    def path(self) -> list[Step]:
+        edges = pairwise(self.model.sigmas(self.recipe.num_inference_steps).tolist())
+        return [Step(sigma, after, True, after > 0) for sigma, after in edges]
+
+
+class FlowGRPOFast(FlowGRPO):
+    """Drawn and trained in a window alone; every sample walks all of the way."""
+
+    def path(self) -> list[Step]:
+        recipe, trainer = self.recipe, self.trainer
+        start = recipe.window_start(trainer.iteration, trainer.config.seed)
+        window, path = range(start, start + recipe.num_drawn), super().path()
+        return [
+            step._replace(is_drawn=i in window, is_trained=i in window)
+            for i, step in enumerate(path)
+        ]
+
+
+class GRPOGuard(FlowGRPO):
+    """The ratio without its bias, and every step's loss by its own length."""
+
+    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
+        for move in super().rollout(slot, prompt):
+            move.weight = 1 / (move.step.sigma - move.step.sigma_next)
+            yield move
+
+    def ratio(self, move: Move, new: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        bias = ((mean - move.mean) ** 2).flatten(1).mean(1) / (2 * std.mean() ** 2)
+        return torch.exp((new - move.log_prob + bias) * std.mean())
+
+
+class DanceGRPO(OneNoise):
+    """Each sample is trained on its own part of its steps."""
+
+    sde = "dance_sde"
+
+    def path(self) -> list[Step]:
+        *edges, last = pairwise(self.recipe.levels(self.model.sigmas))
+        return [*(Step(*edge, is_drawn=True) for edge in edges), Step(*last)]
+
+    def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
+        recipe, trainer, path = self.recipe, self.trainer, self.path()
+        chance, roots = shared_random(trainer.config.seed, trainer.iteration), self.roots(slot)
+        for member in range(recipe.group_size):
+            trained = chance.sample(range(len(path) - 1), recipe.num_trained)
+            own = [step._replace(is_trained=i in trained) for i, step in enumerate(path)]
+            states, moves = self.walk(roots[[member]], own, slot, [member])
+            rewards = self.reward(states[-1], prompt)[:, None]
+            for place, move in enumerate(moves):
+                move.rewards, move.groups = rewards, [(slot, place)]
+                yield move
+
+
+class MixGRPO(OneNoise):
+    """Every sample walks all of the way, before the window, too."""
 
     def path(self) -> list[Step]:
         recipe = self.recipe
@@ -243,14 +173,13 @@ class MixGRPO(FlowGRPO):
             path.append(Step(*edge, is_drawn, is_drawn, order if i >= stop else 1))
         return path
 
-    def roots(self, slot: int) -> Tensor:
-        return self.randn(slot, [0], 0, "init").repeat(self.recipe.group_size, 1, 1, 1)
 
-
-class TempFlowGRPO(PlainLoop):
+class TempFlowGRPO(LooksUp):
     """Trunks, and at each of their states branches, drawn and finished at once. In training the
     network is called with the state again for every branch.
     """
+
+    released_batch: ClassVar[Mapping[str, int]] = dict.fromkeys(FLOW_GRPO, 6)  # of one trunk
 
     def rollout(self, slot: int, prompt: dict) -> Iterator[Move]:
         recipe, size, steps = self.recipe, self.recipe.group_size, self.recipe.num_inference_steps
@@ -269,17 +198,17 @@ class TempFlowGRPO(PlainLoop):
                     each, v = (y.repeat_interleave(len(part), 0) for y in (x, velocity))
                     mean, std = self.mean_and_std(v, each, step)
                     x_next = mean + std * self.randn(slot, members, i)
-                    move = Move(slot, step, each, x_next, log_prob(x_next, mean, std))
+                    move = Move(slot, step, each, x_next, self.log_prob(x_next, mean, std))
                     states, _ = self.walk(x_next, euler[i + 1 :], slot, members, i + 1)
                     move.rewards, move.weight = self.reward(states[-1], prompt)[:, None], weights[i]
                     move.groups = [(slot, root, i) for root in roots for _ in part]
                     yield move
                 mean, std = self.mean_and_std(velocity, x, euler[i])
                 x = mean + std * self.randn(slot, roots, i)
-                log_prob(x, mean, std)
+                self.log_prob(x, mean, std)
 
 
-class G2RPO(PlainLoop):
+class G2RPO(PolicyLoop):
     """One trunk; at each of its early states the network is called again for every branch, and
     every grid is walked to the end. In training the branches of a state share its call.
     """
@@ -293,7 +222,7 @@ class G2RPO(PlainLoop):
             step, parts = edges[i]._replace(is_drawn=True, is_trained=True), []
             grids = [[levels[i + 1], *levels[i + 2 :: s][:-1], 0.0] for s in recipe.granularities]
             for members in chunks(range(recipe.group_size), self.batch_size):
-                x = trunk[i].repeat(len(members), 1, 1, 1)
+                x = trunk[i].repeat(len(members), *[1] * (trunk[i].ndim - 1))
                 (_, x_next), (move,) = self.walk(x, [step], slot, members, i)
                 rewards = []
                 for grid in grids:
@@ -303,8 +232,12 @@ class G2RPO(PlainLoop):
                 parts.append((move.x_next, move.log_prob, torch.stack(rewards, dim=1)))
             x_next, probability, rewards = map(torch.cat, zip(*parts, strict=True))
             groups = [(slot, i)] * recipe.group_size
-            yield Move(slot, step, trunk[i], x_next, probability, groups, rewards)
+            yield Move(slot, step, trunk[i], x_next, probability, groups=groups, rewards=rewards)
 
 
-LOOPS = {"flow_grpo": FlowGRPO, "mixgrpo": MixGRPO, "mixgrpo_flash": MixGRPO}
-LOOPS |= {"tempflow_grpo": TempFlowGRPO, "g2rpo": G2RPO}
+LOOPS: dict[str, type[PlainLoop]] = {
+    "flow_grpo": FlowGRPO, "flow_grpo_fast": FlowGRPOFast, "grpo_guard": GRPOGuard,
+    "dance_grpo": DanceGRPO, "mixgrpo": MixGRPO, "mixgrpo_flash": MixGRPO,
+    "mixgrpo_flash_star": MixGRPO, "tempflow_grpo": TempFlowGRPO, "g2rpo": G2RPO,
+    "awm": AWM, "diffusion_nft": DiffusionNFT,
+}  # fmt: skip

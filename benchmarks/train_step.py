@@ -1,18 +1,22 @@
 """Whole iterations of training on a model of real size, by several ways on the same images.
 
-    python benchmarks/train_step.py --model sd35m|tiny --algorithm NAME [--contenders a,c,d,e,b]
-        [--images 8] [--rollouts 2] [--limit SECONDS] [--device cuda] [--json PATH]
+    python benchmarks/train_step.py --model sd35m|flux1|wan21-1.3b|tiny|tiny-flux1|tiny-wan21
+        --algorithm NAME [--contenders a,c,d,e,b] [--images 8] [--iteration 150] [--rollouts 2]
+        [--limit SECONDS] [--device cuda] [--json PATH]
 
-Stable Diffusion 3.5 medium by its published configuration with random weights (large_model.py), 512
-pixels, LoRA of rank 32, bfloat16. Contenders: (a) the plain path as the released script writes it,
-(b) the same with the network's blocks compiled by torch.compile, (c) flowkern, (d) flowkern with
-model.compile, (e) with model.quantization=float8 beside (not on a CPU). Each is a process of its
-own and takes turns, in the order in which they are named: a warm-up, then the timed iterations.
-They begin when all have compiled, which they do by networks of a few blocks, or when half of
---limit is gone; what still compiles then is stopped while another is timed, so that nothing else
-computes. With --limit: ends then, and fills what is left with more turns. The file is written after
-each turn. Out of memory: the batch is halved.
+Real architectures by their published configurations with random weights (large_model.py,
+larger_models.py), LoRA of rank 32, bfloat16; 512 pixels, Wan 33 frames of 480 x 832; one prompt,
+and else what the algorithm's paper has (settings.py). Contenders: (a) the plain path as the
+algorithm's released script writes it, (b) the same with the network's blocks compiled by
+torch.compile, (c) flowkern, (d) flowkern with model.compile, (e) with model.quantization=float8
+beside (not on a CPU); a:NAME is (a) of another algorithm, to the same number of images. Each is a
+process of its own and takes turns, in the order in which they are named: a warm-up, then the timed
+iterations. They begin when all have compiled, which they do by networks of a few blocks, or when
+half of --limit is gone; what still compiles then is stopped while another is timed, so that nothing
+else computes. With --limit: ends then, and fills what is left with more turns. The file is written
+after each turn. Out of memory: the batch is halved.
 
+counted: how many times as fast one would be than another if a TFLOP took all the same time.
 model_tflop: products and attention of the rows that a way asks, as torch's flop counter counts them
 for a row without a gradient (forward) and with one (forward, and backward as LoRA on a frozen base
 needs it); neither rows that fill a batch up, nor what is computed again, nor the VAE.
@@ -33,104 +37,20 @@ import multiprocessing  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-import traceback  # noqa: E402
-from contextlib import contextmanager, suppress  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from multiprocessing.connection import wait  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from contenders import MODELS, WAYS, Contender, Setting, ahead, compiled_for, operations  # noqa: E402
+from contenders import WAYS, operations  # noqa: E402
 from harness import can_fork, describe_machine, results_folder  # noqa: E402
 from plain_loops import LOOPS  # noqa: E402
+from players import Player, way_of  # noqa: E402
+from settings import IMAGES, MODELS, Setting  # noqa: E402
 
 PEAKS = {"H100": 989.0, "H200": 989.0}
 """TFLOP/s of dense bfloat16 products (SXM), by data sheets."""
-
-
-class Player:
-    """A contender's process, from here."""
-
-    def __init__(self, name: str, setting: Setting, folder: Path, context):
-        self.name, self.turns, self.is_ready, self.error = name, 0, False, None
-        self.line, theirs = context.Pipe()
-        arguments = name, setting, folder, theirs
-        self.process = context.Process(target=play, args=arguments)
-        self.process.start()
-        theirs.close()  # before others inherit it, so that its end is heard
-        self.beside = [
-            context.Process(target=prepare, args=(name, setting, more))
-            for more in ahead(WAYS[name], setting)
-        ]
-        for process in self.beside:
-            process.start()
-
-    def hear(self, patience: float) -> dict[str, Any] | None:
-        """What it says next, within so many seconds; None: nothing."""
-        try:
-            if not self.line.poll(min(max(0.0, patience), 1e6)):
-                return None
-            said = self.line.recv()
-        except (EOFError, OSError):
-            said = {"error": f"ended with exit status {self.process.exitcode}"}
-        self.error = said.get("error")
-        return said
-
-    def ask(self, is_first: bool) -> None:
-        with suppress(OSError):  # it is gone, which is heard next
-            self.line.send(is_first)
-
-    def signal(self, number: int) -> None:
-        for process in (self.process, *self.beside):
-            try:
-                os.killpg(process.pid, number)
-            except (ProcessLookupError, PermissionError):  # it has no session yet, or is over
-                if number == signal.SIGKILL:
-                    process.kill()
-
-
-def play(name: str, setting: Setting, folder: Path, line) -> None:
-    """In the process: ready, then a turn whenever it is asked."""
-    os.setsid()
-    way = WAYS[name]
-    try:
-        begin = time.monotonic()
-        kept = []
-        if way.is_compiled and setting.has_few:
-            kept.append(compiled_for(way, setting))
-        line.send({"ready": time.monotonic() - begin})
-        made = None
-        while True:
-            is_first = line.recv()
-            made = made or Contender(way, setting)
-            row = made.rollout(is_first)
-            kept.clear()
-            if is_first:
-                made.keep(folder / f"{name}.pt")
-            if setting.device != "cpu":
-                torch.cuda.empty_cache()
-            line.send(row)
-    except EOFError:
-        pass
-    except BaseException as error:
-        traceback.print_exc()
-        line.send({"error": f"{type(error).__name__}: {error}"[:600]})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nothing of what a compiler keeps open may hold it
-
-
-def prepare(name: str, setting: Setting, more: dict[str, Any]) -> None:
-    """In a process beside a contender's: compile, for the cache."""
-    os.setsid()
-    os.nice(5)
-    try:
-        compiled_for(WAYS[name], setting, **more)
-    except BaseException:  # the contender will say it
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def describe(setting: Setting, line) -> None:
@@ -150,7 +70,7 @@ class Match:
         self.options, self.folder, self.path = options, folder, options.json
         self.result: dict[str, Any] = {
             "command": " ".join(sys.argv),
-            "contenders": {name: WAYS[name].says for name in options.contenders},
+            "contenders": {name: says(name) for name in options.contenders},
             "definition": " ".join(__doc__.split("model_tflop:")[1].split()),
             "weights": "random", "ready_after_s": {}, "errors": {}, "rollouts": [],
         }  # fmt: skip
@@ -170,11 +90,15 @@ class Match:
         self.write()
 
     def setting(self, name: str) -> Setting:
-        options = self.options
-        way, batch = WAYS[name], options.max_batch
-        if way.is_compiled and not way.is_plain:  # no row is there to fill a batch up
-            batch = options.compiled_batch or options.images
-        return Setting(options.model, options.algorithm, options.images, batch, options.device)
+        options, way = self.options, way_of(name)
+        algorithm = name[2:] or options.algorithm
+        images = options.images or IMAGES.get(algorithm, 8)
+        batch = options.max_batch
+        if way.is_compiled:  # no row is there to fill a batch up
+            batch = options.compiled_batch or images
+        asked = options.iteration, options.steps, options.checkpointing
+        setting = Setting(options.model, algorithm, images, batch, options.device, *asked)
+        return setting.released_batch() if way.is_plain else setting
 
     @property
     def left(self) -> float:
@@ -240,8 +164,8 @@ class Match:
         at = time.monotonic() - BEGIN
         print(
             f"{at:5.1f} s  ({player.name}) {row['seconds']:.2f} s ({phases}), "
-            f"{row['images_per_s']:.2f} images/s, {row['rows']}, {row['tflops']:.1f} TFLOP/s, "
-            f"peak {row['peak_memory_gb']} GB",
+            f"{row['images_per_s']:.2f} images/s, {row['rows']}, {row['tflops']:.3g} TFLOP/s"
+            + (f", peak {memory:.1f} GB" if (memory := row["peak_memory_gb"]) else ""),
             flush=True,
         )
 
@@ -271,7 +195,8 @@ class Match:
 
     def compare(self) -> None:
         """The images and first gradients with flowkern's, by its norm."""
-        kept = {n: self.folder / f"{n}.pt" for n in self.options.contenders}
+        own = [name for name in self.options.contenders if len(name) == 1]
+        kept = {n: self.folder / f"{n}.pt" for n in own}
         kept = {n: path for n, path in kept.items() if path.exists()}
         if "c" not in kept:
             return
@@ -297,22 +222,37 @@ class Match:
         partial.write_text(json.dumps(whole, indent=1) + "\n")
         partial.replace(self.path)
 
+    def seconds(self) -> dict[str, list[float]]:
+        """Of the timed turns, for an image, ascending."""
+        found: dict[str, list[float]] = {}
+        for row in self.result["rollouts"]:
+            if not row["is_warm_up"]:
+                found.setdefault(row["way"], []).append(row["seconds"] / row["images"])
+        return {name: sorted(took) for name, took in found.items()}
+
     def ratios(self) -> dict[str, float]:
-        """How many times as fast as another, by the medians of timed turns."""
-        seconds = {}
-        for name in self.options.contenders:
-            took = sorted(
-                r["seconds"]
-                for r in self.result["rollouts"]
-                if r["way"] == name and not r["is_warm_up"]
-            )
-            if took:
-                seconds[name] = took[len(took) // 2]
-        return _of_pairs(seconds)
+        """How many times as fast as another, image by image, by the medians of timed turns."""
+        seconds = self.seconds().items()
+        return of_pairs({name: took[len(took) // 2] for name, took in seconds})
 
     def counted(self) -> dict[str, float]:
         """What these would be if a TFLOP took all the same time."""
-        return _of_pairs({row["way"]: row["model_tflop"] for row in self.result["rollouts"]})
+        rows = self.result["rollouts"]
+        return of_pairs({row["way"]: row["model_tflop"] / row["images"] for row in rows})
+
+    def table(self) -> str:
+        """The ways, and how many times as fast one is as another: measured, and by counting."""
+        lines, ratios, counted = [], self.ratios(), self.counted()
+        for name, took in self.seconds().items():
+            least, median, most = (took[i] for i in (0, len(took) // 2, -1))
+            lines.append(
+                f"({name}) {says(name)}: {1 / median:.2f} images/s ({1 / most:.2f} to "
+                f"{1 / least:.2f} in {len(took)} turns)"
+            )
+        for pair, ratio in ratios.items():
+            by = counted[pair]
+            lines.append(f"{pair}: {ratio:.2f} times, counted {by:.2f}: {ratio / by:.2f} of it")
+        return "\n".join(lines)
 
     def close(self) -> None:
         for player in self.players:
@@ -323,8 +263,13 @@ class Match:
         self.about.join()
 
 
-def _of_pairs(cost: dict[str, float]) -> dict[str, float]:
-    pairs = ("c", "a"), ("d", "c"), ("e", "c"), ("e", "a"), ("d", "b"), ("b", "a")
+def says(name: str) -> str:
+    return way_of(name).says + (f", {name[2:]}" if name[2:] else "")
+
+
+def of_pairs(cost: dict[str, float]) -> dict[str, float]:
+    pairs = [("c", "a"), ("d", "c"), ("e", "c"), ("e", "a"), ("d", "b"), ("b", "a")]
+    pairs += [(own, other) for own in "cde" for other in cost if len(other) > 1]
     return {f"{x} to {y}": cost[y] / cost[x] for x, y in pairs if x in cost and y in cost}
 
 
@@ -340,7 +285,7 @@ def main() -> int:
         finally:
             match.close()
     print(json.dumps({n: match.result.get(n) for n in ("relative_difference", "errors")}))
-    print(json.dumps({"ratios": match.ratios(), "counted": match.counted()}))
+    print(match.table())
     return 1 if match.result["errors"] else 0
 
 
@@ -350,17 +295,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=LOOPS, required=True)
     parser.add_argument("--contenders", default=None, help="letters, in the order of their turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=8, help="of the one prompt of an iteration")
+    parser.add_argument(
+        "--images", type=int, help="of the one prompt; branches of a state, where there are such"
+    )
+    parser.add_argument("--iteration", type=int, default=150, help="of a run: windows move")
+    parser.add_argument("--steps", type=int, help="of a rollout, in place of the paper's")
+    parser.add_argument("--checkpointing", action="store_true", help="of all contenders")
     parser.add_argument("--rollouts", type=int, default=2, help="timed ones, after a warm-up")
-    parser.add_argument("--max-batch", type=int, default=16, help="rows of a network call")
+    parser.add_argument("--max-batch", type=int, default=16, help="rows of a call of (c)")
     parser.add_argument("--compiled-batch", type=int, help="of (d) and (e); as many as images")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     named = options.contenders or ("a,c,d,b" if options.device == "cpu" else "a,c,d,e,b")
     options.contenders = named.split(",")
-    if unknown := [name for name in options.contenders if name not in WAYS]:
-        parser.error(f"--contenders: got {unknown[0]!r}, expected letters of {', '.join(WAYS)}")
+    for name in options.contenders:
+        letter, _, other = name.partition(":")
+        if letter not in WAYS or (other and (letter != "a" or other not in LOOPS)):
+            parser.error(
+                f"--contenders: got {name!r}, expected letters of {', '.join(WAYS)}, or a:ALGORITHM"
+            )
     return options
 
 

@@ -89,11 +89,8 @@ class NoGradients:
 
 def test_out_of_memory_halves_the_batch_and_goes_on(contenders, monkeypatch):
     bench = object.__new__(contenders.Contender)
-    bench.batch, bench.trainer, bench.plain = (
-        16,
-        SimpleNamespace(optimizer=NoGradients()),
-        SimpleNamespace(),
-    )
+    bench.batch, bench.plain, bench.way = 16, SimpleNamespace(), contenders.WAYS["a"]
+    bench.trainer = SimpleNamespace(optimizer=NoGradients())
     monkeypatch.setattr(bench, "_set_batch", lambda: None)
 
     def rollout():

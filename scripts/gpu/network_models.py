@@ -27,7 +27,8 @@ from diffusers import (  # noqa: E402
     WanTransformer3DModel,
 )
 from harness import can_fork as can_fork  # noqa: E402
-from large_model import MEDIUM, TINY, nothing_is_zero, vae_of  # noqa: E402
+from large_model import MEDIUM, TINY, made, vae_of  # noqa: E402
+from larger_models import FLUX_DEV, WAN_1B  # noqa: E402
 
 from flowkern.models.attention import dense_gradients  # noqa: E402
 from flowkern.models.flux import Flux  # noqa: E402
@@ -38,16 +39,6 @@ from flowkern.train.config import LoraConfig  # noqa: E402
 from flowkern.train.lora import add_lora  # noqa: E402
 
 IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
-FLUX_DEV = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
-    "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
-}  # fmt: skip
-WAN_1B = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128,
-    "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960,
-    "num_layers": 30, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class Family:
 
 def _sd3_inputs(config: dict, rows: int, device: torch.device) -> dict[str, Tensor]:
     architecture = TINY if IS_REHEARSAL else MEDIUM
-    size = architecture.pixels // 8
+    size = architecture.options["height"] // 8
     return {
         "hidden_states": torch.randn(rows, 16, size, size, device=device),
         "timestep": torch.rand(rows, device=device) * 1000,
@@ -115,7 +106,8 @@ FAMILIES = {
         _sd3_inputs,
     ),
     "flux": Family(
-        FluxTransformer2DModel, ("FluxTransformerBlock", "FluxSingleTransformerBlock"), FLUX_DEV,
+        FluxTransformer2DModel, ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        FLUX_DEV.transformer,
         {"in_channels": 16, "num_layers": 3, "num_single_layers": 3, "attention_head_dim": 16,
          "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
          "axes_dims_rope": (4, 6, 6)},
@@ -123,7 +115,7 @@ FAMILIES = {
         _flux_inputs,
     ),
     "wan": Family(
-        WanTransformer3DModel, ("WanTransformerBlock",), WAN_1B,
+        WanTransformer3DModel, ("WanTransformerBlock",), WAN_1B.transformer,
         {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "freq_dim": 16,
          "ffn_dim": 64, "num_layers": 3},
         {"num_layers": 2}, (2, 1), lambda c: Wan.lora_targets, _wan_inputs,
@@ -147,7 +139,7 @@ class Network:
         self.config = config | (self.family.few if has_few else {})
         self.rows = (2, 1) if IS_REHEARSAL else self.family.rows
         torch.manual_seed(0)
-        self.network = _made(self.family.kind, self.config, device)
+        self.network = made(self.family.kind, self.config, device, torch.bfloat16)
         self.lora_targets = self.family.targets(self.config)
         self.inputs = self.family.inputs(self.config, max(self.rows), device)
         self.has_autocast = True
@@ -200,23 +192,6 @@ class Network:
         return torch.cat([p.grad.float().flatten() for p in self.learned if p.grad is not None])
 
 
-def _made(kind: type[nn.Module], config: dict, device: torch.device) -> nn.Module:
-    default = torch.get_default_dtype()
-    with torch.device(device):
-        try:
-            torch.set_default_dtype(torch.bfloat16)
-            network = nn.Module.to(kind(**config), torch.bfloat16)  # buffers, too
-        finally:
-            torch.set_default_dtype(default)
-    if device.type != "meta":
-        nothing_is_zero(network)
-    kept = kind._keep_in_fp32_modules or []  # as from_pretrained leaves them
-    for name, parameter in network.named_parameters():
-        if any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.float()
-    return network.requires_grad_(False).eval()
-
-
 def operations(family: str) -> SimpleNamespace:
     """TFLOP of a row, forward and both ways: products and attention, counted without a device.
 
@@ -237,7 +212,7 @@ def operations(family: str) -> SimpleNamespace:
 def images(count: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The VAE of Stable Diffusion 3.5 in float32, and latents of images at 512 pixels."""
     architecture = TINY if IS_REHEARSAL else MEDIUM
-    size = architecture.pixels // 8
+    size = architecture.options["height"] // 8
     with torch.device(device):
         vae = vae_of(architecture).requires_grad_(False).eval()
         return vae, torch.randn(count, 16, size, size)
