@@ -369,9 +369,11 @@ class Pipeline(Text):
 
         lora.read(self.network, Path(directory))
 
-    def save_network(self, directory: str | Path) -> None:
-        """Write all weights of `network`, a folder for each of `parts`, as diffusers reads them."""
-        weights.write({name: getattr(self.pipeline, name) for name in self.parts}, Path(directory))
+    def save_network(self, directory: str | Path | None) -> None:
+        """Write all weights of `network`, a folder for each of `parts`, as diffusers reads them.
+        Where processes each have a part of them all are asked, but for one with None."""
+        parts = {name: getattr(self.pipeline, name) for name in self.parts}
+        weights.write(parts, None if directory is None else Path(directory))
 
     def load_network(self, directory: str | Path) -> None:
         """Give `network` the weights that `save_network` wrote, in its own dtype.

@@ -9,11 +9,30 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from flowkern.split import gathered, is_split, part_of
 
-def write(parts: Mapping[str, nn.Module], directory: Path) -> None:
-    """A folder for each, by its name, for the `from_pretrained` of its class; in its own dtype."""
+
+def write(parts: Mapping[str, nn.Module], directory: Path | None) -> None:
+    """A folder for each, by its name, for the `from_pretrained` of its class; in its own dtype.
+
+    Of networks that are split every process is to write; directory: None on all but one.
+    """
     for name, network in parts.items():
-        network.save_pretrained(directory / name)
+        if any(map(is_split, network.parameters())):
+            state = gathered(network.state_dict(), directory is not None)
+            network = network if directory is None else _with(network, state)
+        if directory is not None:
+            network.save_pretrained(directory / name)
+
+
+def _with(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """One of its kind, with whole weights."""
+    # What splits a network makes a class of its own of it.
+    kind = next(one for one in type(network).__mro__ if one.__module__.startswith("diffusers."))
+    with torch.device("meta"):
+        made = kind.from_config(network.config)
+    made.load_state_dict(state, assign=True)
+    return made
 
 
 @torch.no_grad()
@@ -39,4 +58,4 @@ def _copy(value: Tensor, target: Tensor | None, name: str) -> None:
     if target is None or target.shape != value.shape:
         has = "none" if target is None else f"one of shape {tuple(target.shape)}"
         raise ValueError(f"{name} has shape {tuple(value.shape)}, and this network {has}")
-    target.copy_(value)
+    target.copy_(part_of(value, target))

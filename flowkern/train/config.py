@@ -190,6 +190,12 @@ class TrainConfig(Section):
     decay, taken once per optimizer step; None: the weights themselves."""
     mixed_precision: Precision = "no"
     """The network's dtype; weights that are trained, latents and the loss stay in float32."""
+    sharding: Literal["fsdp2", "hsdp"] | None = None
+    """Of several processes, what each has of the network: fsdp2: a part, under lora of the frozen
+    weights; hsdp: a part of it within its node; None: all of it."""
+    rollout_unshard: Literal["auto"] | bool = "auto"
+    """Under train.sharding: gather all weights once while samples are drawn, not at every call;
+    auto: where they take at most half of the device's free memory, and not on a CPU."""
     checkpointing_steps: Steps = 100
     """Optimizer steps between checkpoints; one is always written at the end."""
     checkpoints_total_limit: Annotated[int | None, ABOVE_0] = None
@@ -207,6 +213,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"lr_warmup_steps: got {self.lr_warmup_steps}, which train.lr_scheduler=constant "
                 "ignores; expected train.lr_scheduler=constant_with_warmup"
+            )
+        if self.rollout_unshard != "auto" and self.sharding is None:
+            raise ValueError(
+                f"rollout_unshard: got {str(self.rollout_unshard).lower()}, which "
+                "train.sharding=null ignores; expected auto"
             )
         return self
 

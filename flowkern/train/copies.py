@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowkern import torch_private
 from flowkern.checks import ConfigError
+from flowkern.split import part_of, swap
 
 REFERENCE = "reference"
 """The weights from which training started: those without their adapters, or a copy that is never
@@ -21,8 +22,14 @@ updated."""
 class Copies:
     """Running means of the trained weights, by name; they begin as the weights are."""
 
-    def __init__(self, parameters: Sequence[Tensor], names: Iterable[str]) -> None:
-        self._parameters = list(parameters)
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: Iterable[str],
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """moved: told when the parameters have other values than their optimizer gave them."""
+        self._parameters, self._moved = list(parameters), moved
         self._copies = {name: [p.detach().clone() for p in parameters] for name in names}
         self._current = set(self._copies) - {REFERENCE}  # which is asked for what it is
 
@@ -58,7 +65,8 @@ class Copies:
 
     def _swap(self, name: str) -> None:
         for weight, other in zip(self._parameters, self._copies[name], strict=True):
-            weight.data, other.data = other.data, weight.data
+            swap(weight, other)
+        self._moved()
 
     def state_dict(self) -> dict[str, Any]:
         """Without the reference, which the model is loaded with."""
@@ -78,7 +86,7 @@ class Copies:
             )
         for name, copy in here.items():
             for tensor, stored in zip(copy, stored_copies[name], strict=True):
-                tensor.copy_(stored)
+                tensor.copy_(part_of(stored, tensor))
 
 
 @dataclass(frozen=True)

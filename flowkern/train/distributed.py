@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import LoggerType, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.errors import RunError, describe
@@ -36,12 +37,60 @@ def make_accelerator(config: Config) -> Accelerator:
             mixed_precision=config.train.mixed_precision,
             log_with=tracker,
             project_dir=config.output_dir,
-            # Frozen, and as large as pos_embed; DDP otherwise sends them at every optimizer step.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            # Buffers are frozen, and as large as pos_embed; DDP otherwise sends them at every
+            # optimizer step. A gradient is a view of what is sent, not a second copy of it.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
         )
     if tracker and not accelerator.log_with:
         raise ConfigError(f"train.report_to: {tracker!r} is not installed here")
     return accelerator
+
+
+class Replicas:
+    """Processes that have all weights each: DistributedDataParallel means gradients as the last
+    backward pass of an optimizer step makes them. `sharding.Sharded` is the other way."""
+
+    facts: Sequence[str] = ()
+    """What a run says of it when it begins, in lines; to be asked for on every process."""
+    saves_alone = True
+    """Has the main process all that a checkpoint holds?"""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._trained: list[nn.Module] = []
+
+    def wrap(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """As gradients need them."""
+        self._trained = [self.accelerator.prepare(module) for module in modules.values()]
+        return dict(zip(modules, self._trained, strict=True))
+
+    @contextmanager
+    def joining(self, is_last: bool) -> Iterator[None]:
+        """Around a backward pass: the last of an optimizer step joins the gradients of all."""
+        with ExitStack() as stack:
+            for module in () if is_last else self._trained:
+                stack.enter_context(self.accelerator.no_sync(module))
+            yield
+
+    def join(self, parameters: Sequence[Tensor]) -> None:
+        """The gradients, where no backward pass has."""
+
+    def agree(self, calls: int) -> None:
+        """Before so many passes of an optimizer step."""
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Around passes between which no weight moves."""
+        yield
+
+    def moved(self) -> None:
+        """To be told where weights changed otherwise than by an optimizer."""
+
+    def parts(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """An optimizer's whole state, as it is for these parameters."""
+        return state
 
 
 def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:

@@ -40,6 +40,7 @@ from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
 from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
 from flowkern.train.scoring import Scores, load_rewards, score
+from flowkern.train.sharding import shard
 from flowkern.train.stop import StopRequest
 from flowkern.train.trained import load_trained, save_trained, set_trained
 from flowkern.train.validation import Validation, held_out, require_guidance
@@ -101,6 +102,7 @@ class FlowTask:
             self.model.network.enable_gradient_checkpointing()
         self.facts = [set_trained(self.model, config.lora)]
         self.facts += set_blocks(self.model, config, self.device)
+        shard(self.model, config, accelerator)
         self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
         self.objective = self.recipe.objective(self.guidance)
         # Where there is no adapter to be left out, or to leave it out would be another graph.
@@ -327,7 +329,7 @@ class FlowTask:
     def evaluate(self, step: int) -> dict[str, float]:
         return self.validation.run(step)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path | None) -> None:
         """The adapter's files, or the network's."""
         save_trained(self.model, self.config.lora, directory)
 

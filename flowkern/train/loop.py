@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch import nn
 
 from flowkern.lookup import load
 from flowkern.rl.objectives import Outcome
+from flowkern.split import gathered, whole
 from flowkern.train import distributed, metrics, tracking
 from flowkern.train.checkpoint import taking
 from flowkern.train.config import Config
@@ -29,7 +30,8 @@ from flowkern.train.metrics import Experience, Progress, Sums
 from flowkern.train.optimizer import make_optimizer, make_schedule, restore, set_rate
 from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
-from flowkern.train.stop import StopRequest
+from flowkern.train.sharding import require, saves_alone, spread
+from flowkern.train.stop import Stop, StopRequest
 
 EVALUATED = "evaluated"  # the copy of the weights that ema_decay makes
 SAMPLED = "sampled"  # that of those which drew the rollout, while optimizer steps follow it
@@ -91,8 +93,9 @@ class Task(Protocol):
         """What validation.jsonl gets, under the weights as they are; empty: nothing."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """What was learned, as the weights are, without asking other ranks."""
+    def save(self, directory: Path | None) -> None:
+        """What was learned, as the weights are, without asking other ranks; but where each has a
+        part of them all are to save, and those that only give theirs get None."""
         ...
 
     def load(self, directory: Path) -> None:
@@ -112,6 +115,7 @@ class Loop:
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
         self.accelerator = distributed.make_accelerator(config)
+        require(config, self.accelerator)
         task: Callable[..., Task] = load(config.algorithm.task, TASKS, "algorithm: task")
         if hasattr(task, "require"):
             task.require(config)
@@ -119,16 +123,17 @@ class Loop:
         self.config, self.recipe = config, config.algorithm
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.stop = StopRequest(acts_alone=self.accelerator.is_main_process)
+        self.stop = StopRequest(acts_alone=self.accelerator.is_main_process and saves_alone(config))
         self.directory = RunDirectory(config, self.accelerator)
         self.task = task(config, self.accelerator, self.stop, model)
         modules = self.task.modules()
+        self.processes = spread(config, self.accelerator, modules)
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.parameters, config.train)
         self.lr_scheduler = make_schedule(optimizer, config.train)
-        self.copies = Copies(self.parameters, self._names_of_copies())
-        *trained, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
-        wrapped = dict(zip(modules, trained, strict=True))
+        self.copies = Copies(self.parameters, self._names_of_copies(), self.processes.moved)
+        wrapped = self.processes.wrap(modules)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.weights = Weights(modules, wrapped, self.copies, self.sampler)
 
     def _names_of_copies(self) -> list[str]:
@@ -159,14 +164,15 @@ class Loop:
         distributed.seed_generators(self.config.seed, self.iteration, self.rank)
         if SAMPLED in self.copies and self.updates_done == 0:
             self.copies.update(SAMPLED, 0.0)
-        with self.weights.using(self.sampler):
+        with self.weights.using(self.sampler), self.processes.drawing():
             experience = self.task.collect(self.iteration)
         self.progress = Progress(experience, is_first=self.updates_done == 0)
         for update in range(self.updates_done, self.recipe.updates_per_rollout):
             self.stop.poll()
             batches, sums = self.task.batches(experience, update), Sums()
+            self.processes.agree(len(batches))
             for i, batch in enumerate(batches):
-                with self.joining(is_last=i == len(batches) - 1):
+                with self.processes.joining(is_last=i == len(batches) - 1):
                     out = self.task.loss(batch, self.weights)
                     self.accelerator.backward(out.loss / batch.total)
                 sums.add(out)
@@ -177,14 +183,6 @@ class Loop:
             for name, decay in decays.items():
                 self.copies.update(name, decay)
         return self.report()
-
-    @contextmanager
-    def joining(self, is_last: bool) -> Iterator[None]:
-        """Around a backward pass: the last of an optimizer step joins the gradients of all."""
-        with ExitStack() as stack:
-            for module in () if is_last else self.weights.trained.values():
-                stack.enter_context(self.accelerator.no_sync(module))
-            yield
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -203,7 +201,8 @@ class Loop:
         calls = self.progress.calls()
         norm = means.new_zeros(1)
         if batch.teaches:
-            norm = self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
+            self.processes.join(self.parameters)
+            norm = whole(self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm))
         reduced = [means]
         if self.world > 1:
             reduced += [self.stop.flags(self.device), means.new_tensor(calls)]
@@ -248,31 +247,38 @@ class Loop:
 
     # ---- what a checkpoint holds ----
 
-    def save(self, directory: Path) -> None:
-        """What was learned, the mean that is validated, and state.pt, without the other ranks."""
+    def save(self, directory: Path | None) -> None:
+        """What was learned, the mean that is validated, and state.pt; see `Task.save`. It is what
+        one process would write, however many there are and whatever each has of the weights."""
+        is_written = directory is not None
         self.task.save(directory)
         if self.evaluated is not None:
             with self.weights.using(self.evaluated):
-                self.task.save(directory / "ema")
+                self.task.save(directory / "ema" if is_written else None)
         scaler = self.accelerator.scaler
         state = {
             "step": self.global_step,
             "iteration": self.iteration,
             "updates_done": self.updates_done,
-            "optimizer": self.optimizer.state_dict(),
-            "copies": self.copies.state_dict(),
+            "optimizer": gathered(self.optimizer.state_dict(), is_written),
+            "copies": gathered(self.copies.state_dict(), is_written),
         } | ({"scaler": scaler.state_dict()} if scaler else {})
-        with (directory / "state.pt").open("wb") as file:
-            torch.save(state, file)
+        if is_written:
+            with (directory / "state.pt").open("wb") as file:
+                torch.save(state, file)
 
     def load(self, directory: Path) -> None:
         """The same on every rank, however many there are and were."""
-        state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+        file, is_split = directory / "state.pt", not self.processes.saves_alone
+        # Each process takes its part of what may be as large as the host's memory.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_split)
         self.copies.load_state_dict(state["copies"])
         self.task.load(directory)
         self.global_step, self.iteration = state["step"], state["iteration"]
         self.updates_done = state["updates_done"]
-        restore(self.optimizer, self.lr_scheduler, state["optimizer"], self.global_step)
+        moments = self.processes.parts(state["optimizer"], self.parameters)
+        restore(self.optimizer, self.lr_scheduler, moments, self.global_step)
+        self.processes.moved()
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -304,7 +310,7 @@ class Loop:
                 self.load(found)
         self.task.begin(self.iteration)
         self.directory.prepare(found, self.global_step)
-        for fact in self.task.facts:
+        for fact in (*self.task.facts, *self.processes.facts):
             self.directory.say(fact)
 
     def advance(self) -> None:
@@ -338,7 +344,7 @@ class Loop:
     def validate_if_due(self, before: int) -> None:
         if not self.is_due(self.config.validation.steps, before):
             return
-        with self.weights.using(self.evaluated):
+        with self.weights.using(self.evaluated), self.processes.drawing():
             found = self.task.evaluate(self.global_step)
         self.directory.log_validation(self.global_step, found)
         self.directory.draw_curves()
@@ -347,7 +353,7 @@ class Loop:
         """Save what is finished. Returns the status that a signal asks for, or raises RunError."""
         step, message, lost = self.global_step, describe(error), ""
         try:
-            self.keep()
+            self.keep(is_agreed=isinstance(error, Stop))
         except Exception as second:
             if describe(second) != message:
                 lost = f": {describe(second)}"
@@ -367,11 +373,14 @@ class Loop:
             message = f"step {step + 1}: {message}"
         raise RunError(f"{message}; {kept}") from error
 
-    def keep(self) -> None:
-        """Write the metrics and the state of the last finished step, where they are not written."""
+    def keep(self, is_agreed: bool) -> None:
+        """Write the metrics and the state of the last finished step, where they are not written.
+        is_agreed: does every process stop here?"""
         self.directory.log(self.report())
         if self.is_whole and self.directory.logged == self.global_step > self.directory.saved:
+            if not (is_agreed or self.processes.saves_alone):
+                raise RunError("each process has a part of it, and may be elsewhere")
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        self.directory.save(self.global_step, self.save)
+        self.directory.save(self.global_step, self.save, not self.processes.saves_alone)

@@ -77,7 +77,13 @@ class PlannerTask:
 
     @staticmethod
     def require(config: PlannerConfig) -> None:
-        """Raises ConfigError where the engine's server is not there."""
+        """Raises ConfigError where the engine's server is not there, and for split weights."""
+        if config.train.sharding is not None:
+            raise ConfigError(
+                f"train.sharding: got {config.train.sharding}, but turns of a planner differ in "
+                "length from process to process, and split weights are asked for by all at once; "
+                "expected null"
+            )
         engine = config.agent.engine
         kind = load(engine.kind, ENGINES, "agent.engine.kind")
         if hasattr(kind, "require"):

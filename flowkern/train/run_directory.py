@@ -116,11 +116,14 @@ class RunDirectory:
 
     # ---- what is written ----
 
-    def save(self, step: int, fill: Callable[[Path], None]) -> None:
-        """checkpoint-`step` of what `fill` writes, whole or not at all; by the main process."""
+    def save(self, step: int, fill: Callable[[Path | None], None], asks_all: bool = False) -> None:
+        """checkpoint-`step` of what `fill` writes, whole or not at all; by the main process.
+        asks_all: the others call it too, with None, for their parts."""
         if self.is_main:
             limit = self.config.train.checkpoints_total_limit
             checkpoint.write(self.path, step, lambda directory: self._fill(directory, fill), limit)
+        elif asks_all:
+            fill(None)
         self.saved = step
 
     def _fill(self, directory: Path, fill: Callable[[Path], None]) -> None:

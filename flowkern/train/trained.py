@@ -37,7 +37,8 @@ def set_trained(model: Model, lora: LoraConfig | None) -> str:
     return f"trains {weights:,} weights{where or ', all of the network, in float32'}"
 
 
-def save_trained(model: Model, lora: LoraConfig | None, directory: Path) -> None:
+def save_trained(model: Model, lora: LoraConfig | None, directory: Path | None) -> None:
+    """directory: see `Task.save`."""
     if lora is None:
         model.save_network(directory)
     else:

@@ -68,11 +68,16 @@ class Validation:
         self.model, self.rewards, self.prompts = model, rewards, prompts
         rank, world = accelerator.process_index, accelerator.num_processes
         self.places = range(rank, len(prompts), world)
+        self._drawn = list(self.places)
+        """Those, and where the network is split the first once more, so that all ranks make the
+        same calls."""
+        if config.train.sharding is not None:
+            self._drawn += [0] * (-(-len(prompts) // world) - len(self._drawn))
 
     @property
     def mine(self) -> list[Prompt]:
-        """This rank's."""
-        return [self.prompts[place] for place in self.places]
+        """Those that this rank draws."""
+        return [self.prompts[place] for place in self._drawn]
 
     def run(self, step: int) -> dict[str, float]:
         """Draw and score them: writes samples/step-N.png; returns the means, on the main process,
@@ -85,7 +90,7 @@ class Validation:
         world = self.accelerator.num_processes
         seed_generators(self.config.seed, RESERVED_ITERATION, self.accelerator.process_index)
         try:
-            found = together(self.accelerator, lambda: self._sample() if self.places else None)
+            found = together(self.accelerator, lambda: self._sample() if self._drawn else None)
         except RewardError as error:
             raise RewardError(f"validation after step {step}: {error}") from error
         if not self.accelerator.is_main_process:
@@ -95,19 +100,21 @@ class Validation:
         order = torch.cat([order[first::world] for first in range(world)]).argsort()
         return self._write(step, torch.cat(images)[order], Scores.joined(scores).at(order))
 
-    def _sample(self) -> tuple[Tensor, Scores]:
+    def _sample(self) -> tuple[Tensor, Scores] | None:
         """What is shown of this rank's images, and their scores, on the host."""
         options, prompts = self.config.validation, self.mine
         device, max_batch = self.accelerator.device, self.config.train.max_batch
         latents = sample_latents(
             self.model,
             [prompt["prompt"] for prompt in prompts],
-            moved(prompt_ids(RESERVED_ITERATION, torch.tensor(self.places)), device),
+            moved(prompt_ids(RESERVED_ITERATION, torch.tensor(self._drawn)), device),
             Sampler(options.num_inference_steps, options.guidance_scale),
             seed=self.config.seed,
             max_batch=max_batch,
             poll=self.stop.poll,
-        )
+        )[: len(self.places)]
+        if not self.places:
+            return None
         shown = []
 
         def decoded(part: slice) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -1,0 +1,180 @@
+"""What test_sharding.py asks of two processes: split_program.py OUT CONFIGURATION ..."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as group
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+
+from flowkern.models.wan import Wan
+from flowkern.split import is_split, whole
+from flowkern.train.config import LoraConfig, from_dict
+from flowkern.train.copies import REFERENCE
+from flowkern.train.errors import RunError
+from flowkern.train.loop import Loop
+from flowkern.train.sharding import Sharded, shard
+from flowkern.train.trained import set_trained
+
+RANK = int(os.environ["RANK"])
+
+
+def weights_of(loop):
+    return {n: whole(p).detach() for n, p in loop.weights.modules["network"].named_parameters()}
+
+
+def velocity_of(loop, scale=1.0):
+    """Of the network as training asks it, at noise levels `scale` times .9 and .5."""
+    model = loop.task.model
+    conditioning = model.encode(["the digit 3", "a handwritten seven"])
+    x_t = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.velocity(x_t, scale * torch.tensor([0.9, 0.5]), conditioning)
+
+
+def trained(config, out):
+    """Two optimizer steps; the second once more by a run that is resumed. Returns the first."""
+    loop = Loop(config)
+    kinds = {type(module).__name__ for module in loop.processes._units}
+    assert any("TransformerBlock" in kind for kind in kinds) and len(loop.processes._units) == 3
+    assert all(is_split(p) for p in loop.task.model.network.parameters() if not p.requires_grad)
+    messages, reduce = [], group.all_reduce
+
+    def counted(tensor, *arguments, **more):
+        messages.append(tensor.numel())
+        return reduce(tensor, *arguments, **more)
+
+    group.all_reduce = counted
+    loop.step()
+    group.all_reduce = reduce
+    size = sum(p.numel() for p in loop.parameters)
+    if config.lora is not None:  # four backward passes, one message with all of their gradients
+        assert messages.count(size) == 1 and max(m for m in messages if m != size) < 100, messages
+    directory = out / "checkpoint"
+    if RANK == 0:
+        directory.mkdir(parents=True)
+    if RANK == 0 or not loop.processes.saves_alone:
+        loop.save(directory if RANK == 0 else None)
+    group.barrier()
+    loop.step()
+    again = Loop(config)
+    again.load(directory)
+    again.step()
+    one, other = weights_of(loop), weights_of(again)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    if RANK == 0:
+        save_file({name: value.contiguous() for name, value in one.items()}, out / "two_steps")
+    return loop
+
+
+def swaps(loop):
+    """The network computes with a copy's weights, whatever was gathered before."""
+    now = velocity_of(loop)
+    for option in (False, True):
+        loop.processes._unshards = option
+        with loop.processes.drawing():
+            assert torch.equal(velocity_of(loop), now)
+            with loop.weights.using(REFERENCE):
+                reference = velocity_of(loop)
+            assert torch.equal(velocity_of(loop), now)
+        assert (reference - now).abs().max() > 1e-4
+        assert torch.equal(velocity_of(Loop(loop.config)), reference)
+
+
+def gathers(loop):
+    """Blocks are gathered at every call, or once for all of them."""
+    name = "all_gather_single" if hasattr(group, "all_gather_single") else "all_gather_into_tensor"
+    seen, gather = [], getattr(group, name)
+
+    def counted(*arguments, **more):
+        seen.append(0)
+        return gather(*arguments, **more)
+
+    setattr(group, name, counted)
+    try:
+        for option, expected in ((False, [3, 3, 3]), (True, [3, 0, 0])):
+            loop.processes._unshards, counts = option, []
+            with loop.processes.drawing():
+                for _ in expected:
+                    seen.clear()
+                    velocity_of(loop)
+                    counts.append(len(seen))
+            assert counts == expected, (option, counts)
+    finally:
+        setattr(group, name, gather)
+
+
+def refuses(loop):
+    loop.processes.agree(3)
+    try:
+        loop.processes.agree(3 + RANK)
+    except RunError as error:
+        assert "process 1: would make 4 passes, and process 0 3" in str(error)
+    else:
+        raise AssertionError("it would wait for ever")
+
+
+def rounds_no_level(tree):
+    """Where weights are gathered in bfloat16."""
+    AcceleratorState._reset_state()
+    tree["train"] |= {"mixed_precision": "bf16"}
+    loop = Loop(from_dict(tree))
+    one, other = velocity_of(loop), velocity_of(loop, 1.001)
+    assert not torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+    assert loop.step()[0]["ratio_mean"] == 1
+    assert {p.dtype for p in loop.parameters} == {torch.float32}
+    AcceleratorState._reset_state()
+
+
+def stages(config, accelerator):
+    """The two networks of Wan 2.2, this process's rows all on one side."""
+    sys.path.append(str(Path(__file__).parents[1] / "models"))
+    import tiny
+
+    levels = [[0.95, 0.9], [0.5, 0.2]][RANK]
+    models = []
+    for is_whole in (True, False):
+        model = Wan(tiny.pipeline("wan_a14b"), height=32, width=64, num_frames=5)
+        torch.manual_seed(0)
+        lora = LoraConfig(rank=2, alpha=3)
+        set_trained(model, lora)
+        torch.manual_seed(1)
+        for p in model.network.parameters():
+            if p.requires_grad:
+                p.data.normal_(std=0.1)
+        if not is_whole:
+            config = config.model_copy(update={"lora": lora})
+            shard(model, config, accelerator)
+        models.append(model)
+    plain, split = models
+    processes = Sharded(config, accelerator, {"network": split.network})
+    torch.manual_seed(RANK)
+    given = torch.randn(2, *plain.latent_shape), torch.tensor(levels), plain.encode(["a", "b"])
+    expected = plain.velocity(*given)
+    with torch.no_grad():
+        assert torch.equal(split.velocity(*given), expected)
+    found = split.velocity(*given)
+    assert torch.equal(found, expected)
+    for velocity in (expected, found):
+        velocity.square().mean().backward()
+    here, there = ([p for p in m.network.parameters() if p.requires_grad] for m in models)
+    processes.join(there)
+    for one, other in zip(here, there, strict=True):
+        mean = one.grad
+        group.all_reduce(mean)
+        assert other.grad is not None and other.grad.any()
+        torch.testing.assert_close(other.grad, mean / 2, rtol=1e-6, atol=0)
+
+
+out, trees = Path(sys.argv[1]), json.loads(sys.argv[2])
+configs = {kind: from_dict(tree) for kind, tree in trees.items()}
+loops = {kind: trained(config, out / kind) for kind, config in configs.items()}
+for probe in (swaps, gathers, refuses):
+    probe(loops["full"])
+stages(configs["lora"], loops["lora"].accelerator)
+rounds_no_level(trees["full"])
+group.barrier()
+group.destroy_process_group()
