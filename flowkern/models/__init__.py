@@ -194,7 +194,7 @@ def pipeline_class(path: str | Path) -> str:
 def load_model(
     path: str | Path,
     dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Mapping[str, torch.device | str] = "cpu",
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -206,18 +206,19 @@ def load_model(
 
     path: a directory, or an id of the hub, OWNER/NAME, whose files are taken from the hub's cache
     and downloaded where they are not there. revision: of an id, its branch, tag or commit; None:
-    its main branch. dtype: of the network and the text encoders, as `Pipeline.from_pretrained`
-    says. height, width, num_frames: the size of all its latents and images, in pixels and frames;
-    None: the pipeline's own. text_encoders: False loads them, and downloads a hub's, when a prompt
-    is to be encoded that no cache has (`prepare`); until then they may lack. options: what the
-    family has beside; None counts as not given.
+    its main branch. dtype, device: of all, or of parts, as `Pipeline.from_pretrained` says. height,
+    width, num_frames: the size of all its latents and images, in pixels and frames; None: the
+    pipeline's own. text_encoders: False loads them, and downloads a hub's, when a prompt is to be
+    encoded that no cache has (`prepare`); until then they may lack. options: what the family has
+    beside; None counts as not given.
     Raises FileNotFoundError for no pipeline there, ValueError for a class without an adapter, an
     option that its adapter does not take, a size that it does not have, or a device that is not
     here; TypeError for an option of another type.
     """
     if not isinstance(path, str | Path):
         raise TypeError(f"path: got {path!r}, expected a directory, or an id of the hub")
-    device = _device(device)
+    named = device if isinstance(device, Mapping) else {"default": device}
+    device = {part: _device(one) for part, one in named.items()}
     commit, directory = None, Path(path)
     if is_hub_id(path):
         commit = hub.commit_of(str(path), revision)

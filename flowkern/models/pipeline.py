@@ -115,7 +115,7 @@ class Pipeline(Text):
         negative_prompt: str | None = None,
         vae_slicing: bool = False,
     ):
-        """pipeline: in memory and on its device. height, width: of images, in pixels.
+        """pipeline: in memory. height, width: of images, in pixels.
         max_sequence_length: tokens of a prompt. negative_prompt: what stands for no prompt. None:
         the pipeline's or the family's own. vae_slicing: decode one at a time, in the least memory.
 
@@ -153,7 +153,7 @@ class Pipeline(Text):
         path: str | Path,
         *,
         dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Mapping[str, torch.device | str] = "cpu",
         has_encoders: bool = True,
         **options: Any,
     ):
@@ -161,8 +161,9 @@ class Pipeline(Text):
 
         dtype: of the network and the text encoders, "default" if several are named; that of the
         "network" is the same then, and the "vae" float32, because a reward should not see its
-        rounding. has_encoders: False leaves the text encoders to `load_encoders`, until when they
-        may lack. options: of the constructor.
+        rounding. device: of all, or the "default" and that of the "network". has_encoders: False
+        leaves the text encoders to `load_encoders`, until when they may lack. options: of the
+        constructor.
         Raises FileNotFoundError without a model_index.json or a part that it names, ValueError for
         another pipeline class, a tokenizer made for another encoder, or weights that are not whole.
         """
@@ -187,7 +188,11 @@ class Pipeline(Text):
             **left_out(path),
         )
         check_whole(pipeline)
-        found = cls(pipeline.to(device), **options)
+        devices = dict(device) if isinstance(device, Mapping) else {"default": device}
+        found, device = cls(pipeline, **options), devices["default"]
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                part.to(devices.get("network", device) if name in found.parts else device)
         found.directory, found.text_dtype, found._left_out = Path(path), default, device
         if has_encoders:
             found.load_encoders()

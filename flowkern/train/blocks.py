@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,16 +21,16 @@ TRIED = ("compile", "quantization", "attention_backend")
 
 
 def set_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
-    """Choose the attention, quantize and compile the blocks of a network that has its adapter;
-    returns what was done, in lines.
+    """Quantize, choose the attention of and compile the blocks of a network that has its adapter,
+    and that `load_pipeline` loaded; returns what was done, in lines.
 
-    Raises ConfigError for what this network, this device or full weights do not have.
+    Raises ConfigError for what this network or this device does not have.
     """
     facts, options = [], config.model
+    if options.quantization is not None:
+        facts.append(_quantized(model, options.quantization, device))
     if (name := options.attention_backend) is not None:
         facts.append(set_attention(model, name, config.train.mixed_precision, device))
-    if options.quantization is not None:
-        facts.append(_quantized(model, config, device))
     if options.compile:
         if model.guidance.boundary:
             raise ConfigError(
@@ -40,8 +41,11 @@ def set_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
     return facts
 
 
-def _quantized(model: Model, config: Config, device: torch.device) -> str:
+def require_quantization(config: Config, device: torch.device) -> None:
+    """Raise ConfigError for one that full weights, this device or this installation do not have."""
     key, kind = "model.quantization", config.model.quantization
+    if kind is None:
+        return
     if config.lora is None:
         raise ConfigError(f"{key}: got {kind}, but lora is null: no weight is frozen")
     if kind == "float8" and not quantize.has_products(device):
@@ -49,16 +53,19 @@ def _quantized(model: Model, config: Config, device: torch.device) -> str:
             f"{key}: got {kind}, but {device.type} multiplies no float8; expected CUDA of compute "
             "capability 8.9"
         )
-    network = model.network
-    blocks, before = _blocks(model, "quantization", kind), quantize.frozen_bytes(network)
+    if kind == "nf4" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{key}: got {kind}, which takes bitsandbytes: pip install 'flowkern[quantization]'"
+        )
+
+
+def _quantized(model: Model, kind: str, device: torch.device) -> str:
+    network, blocks = model.network, _blocks(model, "quantization", kind)
+    before = quantize.frozen_bytes(network)
     try:
         count = quantize.quantize(blocks, kind, device)
     except ValueError as error:
-        raise ConfigError(f"{key}: got {kind}, but {error}") from error
-    except ImportError as error:
-        raise ConfigError(
-            f"{key}: got {kind}, which takes bitsandbytes: pip install 'flowkern[quantization]'"
-        ) from error
+        raise ConfigError(f"model.quantization: got {kind}, but {error}") from error
     network.to(device)
     after = quantize.frozen_bytes(network)
     return (

@@ -31,7 +31,7 @@ from flowkern.rollout.engine import Velocity, slices
 from flowkern.rollout.states import OnHost, moved
 from flowkern.train import distributed
 from flowkern.train.attention import require_attention
-from flowkern.train.blocks import is_tried, set_blocks, try_blocks
+from flowkern.train.blocks import is_tried, require_quantization, set_blocks, try_blocks
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import REFERENCE, Weights
 from flowkern.train.distributed import Laps
@@ -85,6 +85,7 @@ class FlowTask:
         self.config, self.recipe = config, config.algorithm
         self.accelerator, self.stop, self.device = accelerator, stop, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        require_quantization(config, self.device)
         self.prompts = read_prompts(
             config.data.train_prompts, "data.train_prompts", config.data.source
         )

@@ -25,6 +25,7 @@ from flowkern.rl.algorithms import names
 from flowkern.train.blocks import asking
 from flowkern.train.config import from_dict
 from flowkern.train.doctor import examine
+from flowkern.train.loading import load_pipeline
 from flowkern.train.loop import Loop
 
 EVERY = os.environ.get("FLOWKERN_EVERY_CELL") == "1"
@@ -290,10 +291,19 @@ def test_what_cannot_be_had_is_refused(options, message, loop_of):
 
 
 def test_nf4_says_what_it_takes(loop_of, monkeypatch):
-    from flowkern.models import small_weights
-
-    small_weights._bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     message = r"quantization: got nf4, which takes bitsandbytes: pip install 'flowkern\[quantiza"
     with pytest.raises(ConfigError, match=message):
         loop_of("sd3", {"quantization": "nf4"})
+
+
+def test_a_network_that_is_to_be_quantized_stays_on_the_host(directories, loop_of):
+    """A device may not hold all of it before: what is not the network goes there, to one of no
+    memory here."""
+    config = loop_of("sd3", {"quantization": "int8"}).config
+    path = {"path": str(directories("sd3"))}
+    for quantization, where in (("int8", "cpu"), (None, "meta")):
+        options = config.model.model_copy(update=path | {"quantization": quantization})
+        model = load_pipeline(config.model_copy(update={"model": options}), "meta")
+        assert {p.device.type for p in model.network.parameters()} == {where}
+        assert {p.device.type for p in model.pipeline.vae.parameters()} == {"meta"}
