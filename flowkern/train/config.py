@@ -169,6 +169,9 @@ class TrainConfig(Section):
     prompts_per_block: Annotated[int | None, count(2**16)] = None
     """Prompts that are sampled and scored together, at most, on each process: the latents of no
     others are on the device, and what training needs of them waits on the host. None: all."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    """torch's AdamW; the same in one kernel for all weights; or torchao's, for all weights (lora:
+    null), whose moments take 2 bytes of each instead of 8."""
     learning_rate: Annotated[float, Range(0, above=True, most=1e6)] = 3e-4
     """Of AdamW, at its highest."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"

@@ -27,7 +27,13 @@ from flowkern.train.config import Config
 from flowkern.train.copies import Copies, Weights
 from flowkern.train.errors import RunError, describe
 from flowkern.train.metrics import Experience, Progress, Sums
-from flowkern.train.optimizer import make_optimizer, make_schedule, restore, set_rate
+from flowkern.train.optimizer import (
+    make_optimizer,
+    make_schedule,
+    require_optimizer,
+    restore,
+    set_rate,
+)
 from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
 from flowkern.train.sharding import require, saves_alone, spread
@@ -114,6 +120,7 @@ class Loop:
         self.updates_done = 0  # optimizer steps of the rollout under way
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
+        require_optimizer(config)
         self.accelerator = distributed.make_accelerator(config)
         require(config, self.accelerator)
         task: Callable[..., Task] = load(config.algorithm.task, TASKS, "algorithm: task")

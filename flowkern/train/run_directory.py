@@ -29,6 +29,7 @@ FIXED = ("seed", "model.", "lora.", "algorithm.")
 """Keys, or their beginnings, that stay for the whole of a run."""
 FREE = ("output_dir", "train.resume_from_checkpoint", "train.overwrite_output_dir")
 """Keys that say how a process is started, and nothing about the run."""
+OPTIMIZER, EIGHT_BITS = "train.optimizer", "adamw_8bit"
 PROMPTS = "prompts.json"  # of a checkpoint
 
 
@@ -251,6 +252,11 @@ def refuse_other_run(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[An
             raise ConfigError(
                 f"{key}: got {new!r}, but the run that is resumed has {old!r}; expected the same, "
                 "or a new output_dir"
+            )
+        if key == OPTIMIZER and EIGHT_BITS in (old, new):
+            raise ConfigError(
+                f"{key}: got {new!r}, but the run that is resumed has {old or 'adamw'!r}, whose "
+                "moments have another form; expected the same, or a new output_dir"
             )
         taken[key] = (old, new)
     return taken
