@@ -191,6 +191,9 @@ class TrainConfig(Section):
     ema_decay: Annotated[float | None, BELOW_1] = None
     """Validate, and store in checkpoint-N/ema, a running mean of the weights with at most this
     decay, taken once per optimizer step; None: the weights themselves."""
+    offload_ema: bool = False
+    """Keep that mean in the host's memory: 4 bytes of each trained weight are free on the device,
+    and cross twice in an optimizer step. The numbers are the same."""
     mixed_precision: Precision = "no"
     """The network's dtype; weights that are trained, latents and the loss stay in float32."""
     sharding: Literal["fsdp2", "hsdp"] | None = None
@@ -217,6 +220,8 @@ class TrainConfig(Section):
                 f"lr_warmup_steps: got {self.lr_warmup_steps}, which train.lr_scheduler=constant "
                 "ignores; expected train.lr_scheduler=constant_with_warmup"
             )
+        if self.offload_ema and self.ema_decay is None:
+            raise ValueError("offload_ema: got true, but train.ema_decay is null: there is no mean")
         if self.rollout_unshard != "auto" and self.sharding is None:
             raise ValueError(
                 f"rollout_unshard: got {str(self.rollout_unshard).lower()}, which "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +27,16 @@ class Copies:
         parameters: Sequence[Tensor],
         names: Iterable[str],
         moved: Callable[[], None] = lambda: None,
+        on_host: Collection[str] = (),
     ) -> None:
-        """moved: told when the parameters have other values than their optimizer gave them."""
-        self._parameters, self._moved = list(parameters), moved
-        self._copies = {name: [p.detach().clone() for p in parameters] for name in names}
+        """moved: told when the parameters have other values than their optimizer gave them.
+        on_host: copies that lie in the host's memory, and are on the device a tensor at a time; of
+        weights that are not split."""
+        self._parameters, self._moved, self._on_host = list(parameters), moved, frozenset(on_host)
+        self._copies = {
+            name: [_hosted(p) if name in on_host else p.detach().clone() for p in parameters]
+            for name in names
+        }
         self._current = set(self._copies) - {REFERENCE}  # which is asked for what it is
 
     def __contains__(self, name: str) -> bool:
@@ -46,8 +52,14 @@ class Copies:
 
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
-        """copy = decay copy + (1 - decay) weights."""
-        torch_private.lerp_all(self._copies[name], self._parameters, 1 - decay)
+        """copy = decay copy + (1 - decay) weights, computed where the weights are."""
+        if name in self._on_host:
+            for weight, other in zip(self._parameters, self._copies[name], strict=True):
+                here = other.to(weight.device, non_blocking=True)
+                torch_private.lerp_all([here], [weight], 1 - decay)
+                other.copy_(here)
+        else:
+            torch_private.lerp_all(self._copies[name], self._parameters, 1 - decay)
         if decay == 0:
             self._current.add(name)
 
@@ -64,8 +76,9 @@ class Copies:
             self._swap(name)
 
     def _swap(self, name: str) -> None:
+        exchange = _swap_with_host if name in self._on_host else swap
         for weight, other in zip(self._parameters, self._copies[name], strict=True):
-            swap(weight, other)
+            exchange(weight, other)
         self._moved()
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,6 +100,18 @@ class Copies:
         for name, copy in here.items():
             for tensor, stored in zip(copy, stored_copies[name], strict=True):
                 tensor.copy_(part_of(stored, tensor))
+
+
+def _hosted(weight: Tensor) -> Tensor:
+    copy = weight.detach().to("cpu", copy=True)
+    return copy.pin_memory() if weight.is_cuda else copy
+
+
+@torch.no_grad()
+def _swap_with_host(weight: Tensor, other: Tensor) -> None:
+    here = other.to(weight.device, copy=True)
+    other.copy_(weight)
+    weight.data.copy_(here)
 
 
 @dataclass(frozen=True)

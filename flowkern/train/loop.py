@@ -138,7 +138,9 @@ class Loop:
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.parameters, config.train)
         self.lr_scheduler = make_schedule(optimizer, config.train)
-        self.copies = Copies(self.parameters, self._names_of_copies(), self.processes.moved)
+        on_host = [EVALUATED] if config.train.offload_ema else []
+        names = self._names_of_copies()
+        self.copies = Copies(self.parameters, names, self.processes.moved, on_host)
         wrapped = self.processes.wrap(modules)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.weights = Weights(modules, wrapped, self.copies, self.sampler)

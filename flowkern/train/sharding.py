@@ -78,6 +78,13 @@ def require(config: Config, accelerator: Accelerator) -> None:
             f"{KEY}: got {kind}, but model.quantization is {quantization}, whose weights are not "
             "split; expected one of the two"
         )
+    for option in ("offload_ema", "optimizer"):
+        value = getattr(config.train, option)
+        if config.lora is None and value in (True, "adamw_8bit"):
+            raise ConfigError(
+                f"{KEY}: got {kind}, but train.{option} is {value} and lora null: it takes whole "
+                "weights; expected one of the two"
+            )
     if config.lora is None and config.train.mixed_precision == "fp16":
         raise ConfigError(
             f"{KEY}: got {kind}, but train.mixed_precision is fp16 and lora null; all weights are "

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flowkern.checks import ConfigError
 from flowkern.train.copies import Copies
 
 
@@ -35,6 +36,36 @@ def test_a_network_runs_with_a_copy_and_gets_its_own_weights_back():
         assert torch.equal(layer(x), before + 1)
 
 
+def test_a_mean_on_the_host_has_the_same_numbers():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(7, 5) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    here, there = (
+        Copies(list(layer.parameters()), ["mean", "old"], on_host=on_host)
+        for layer, on_host in zip(layers, ([], ["mean"]), strict=True)
+    )
+    places = [p.data_ptr() for p in layers[1].parameters()]
+    x = torch.randn(3, 7)
+    for decay in (0.5, 0.9):
+        for layer, copies in zip(layers, (here, there), strict=True):
+            layer(x).square().sum().backward()
+            with torch.no_grad():
+                for p in layer.parameters():
+                    p -= 0.1 * p.grad
+            copies.weights_moved()
+            copies.update("mean", decay)
+    own = layers[1](x)
+    with here.using("mean"), there.using("mean"):
+        assert torch.equal(layers[0](x), layers[1](x)) and not torch.equal(layers[1](x), own)
+    assert torch.equal(layers[1](x), own) and torch.equal(layers[0](x), own)
+    # The weights stay where they are, as a device's would.
+    assert places == [p.data_ptr() for p in layers[1].parameters()]
+    states = [copies.state_dict()["copies"] for copies in (here, there)]
+    for name in ("mean", "old"):
+        assert all(map(torch.equal, states[0][name], states[1][name]))
+    there.load_state_dict({"copies": states[0], "current": []})
+
+
 def test_a_checkpoint_of_other_copies_is_refused():
     copies = Copies([torch.zeros(2)], ["old"])
     with pytest.raises(ValueError, match=r"weight copies \['ema'\], expected \['old'\]"):
@@ -47,7 +78,14 @@ def test_the_mean_that_is_evaluated_takes_one_step_per_optimizer_step(tiny):
     pytest.importorskip("peft")
     from flowkern.train.loop import EVALUATED, Loop
 
-    options = ("train.ema_decay=0.2", "algorithm.updates_per_rollout=2", "train.max_batch=5")
+    options = (
+        "train.ema_decay=0.2",
+        "train.offload_ema=true",
+        "algorithm.updates_per_rollout=2",
+        "train.max_batch=5",
+    )
+    with pytest.raises(ConfigError, match="^train.offload_ema: got true, but .* there is no mean"):
+        tiny("train.offload_ema=true")
     loop = Loop(tiny(*options))
     weights, update = [loop.parameters[1].detach().clone()], loop.update
 

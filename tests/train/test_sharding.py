@@ -114,6 +114,10 @@ def test_runs_are_those_of_one_process(tiny, tmp_path, lines, train_on, on_proce
         ("train.sharding=hsdp", r"got hsdp, .* are 4 with 4 on this node .*; expected fsdp2"),
         ("model.quantization=float8", "got fsdp2, but model.quantization is float8, whose weights"),
         (
+            "train.optimizer=adamw_8bit",
+            "got fsdp2, but train.optimizer is adamw_8bit and lora null",
+        ),
+        (
             "train.mixed_precision=fp16",
             "got fsdp2, but train.mixed_precision is fp16 and lora null",
         ),
