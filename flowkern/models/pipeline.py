@@ -87,7 +87,7 @@ class Pipeline(Text):
     blocks: Sequence[str] = ()
     """Classes of the blocks that repeat, of a network that does not say it (`_repeated_blocks`)."""
     dispatching: ClassVar[Mapping[type, type]] = {}
-    """By processors of attention that ask torch themselves, those that ask diffusers' dispatcher."""
+    """By processors of attention that ask torch, those that ask diffusers' dispatcher."""
     compiled: Compiled | None = None
     """How the network is called, where its blocks are compiled."""
 
