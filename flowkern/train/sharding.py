@@ -73,10 +73,10 @@ def require(config: Config, accelerator: Accelerator) -> None:
             f"least 2, but there are {world} with {node} on this node (LOCAL_WORLD_SIZE); expected "
             "fsdp2"
         )
-    if (quantization := getattr(config.model, "quantization", None)) is not None:
+    if getattr(config.model, "quantization", None) == "float8":
         raise ConfigError(
-            f"{KEY}: got {kind}, but model.quantization is {quantization}, whose weights are not "
-            "split; expected one of the two"
+            f"{KEY}: got {kind}, but model.quantization is float8, whose weights are not split; "
+            "expected int8, nf4 or null"
         )
     for option in ("offload_ema", "optimizer"):
         value = getattr(config.train, option)

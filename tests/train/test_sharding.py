@@ -20,7 +20,8 @@ from flowkern.train.sharding import require
 
 HERE = Path(__file__).parent
 KINDS = {"lora": (), "full": ("lora=null",)}
-FILES = {"lora": "adapter_model", "full": "transformer/diffusion_pytorch_model"}
+QUANTIZED = {kind: (f"model.quantization={kind}",) for kind in ("int8", "nf4")}
+FILES = {"full": "transformer/diffusion_pytorch_model"}
 SMALL = ("algorithm.kl_coef=0.1", "algorithm.num_inference_steps=2", "train.max_batch=4",
          "train.learning_rate=1e-3", "train.ema_decay=0.5", "train.steps=2")  # fmt: skip
 EVERY_CELL = pytest.mark.skipif(
@@ -55,11 +56,14 @@ def test_two_processes_train_what_one_does_and_leave_its_files(tiny, tmp_path, o
 
 
 @EVERY_CELL
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *QUANTIZED])
 def test_runs_are_those_of_one_process(tiny, tmp_path, lines, train_on, on_processes, kind):
     """With validations (of three prompts) and checkpoints after every step, a running mean, and two
     updates of a rollout: on two processes, by nodes of two on four, and resumed on other numbers.
     """
+
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
 
     def config(name, *more, origin=None):
         options = [
@@ -71,7 +75,7 @@ def test_runs_are_those_of_one_process(tiny, tmp_path, lines, train_on, on_proce
         options += ["algorithm.prompts_per_rollout=8"]
         if origin:
             options.append(f"train.resume_from_checkpoint={tmp_path / origin / 'checkpoint-2'}")
-        return tiny(*SMALL, *KINDS[kind], *options, *more, name=name)
+        return tiny(*SMALL, *(KINDS | QUANTIZED)[kind], *options, *more, name=name)
 
     split, whole = "train.sharding=fsdp2", "train.rollout_unshard=true"
     Loop(config("one")).run()
@@ -91,7 +95,8 @@ def test_runs_are_those_of_one_process(tiny, tmp_path, lines, train_on, on_proce
 
     def saved(name):
         folders = (tmp_path / name / "checkpoint-4" / folder for folder in ("", "ema"))
-        return [load_file(f"{folder / FILES[kind]}.safetensors") for folder in folders]
+        file = FILES.get(kind, "adapter_model")
+        return [load_file(f"{folder / file}.safetensors") for folder in folders]
 
     straight = saved("two")
     for name in ("one", "ddp", "two_two", "two_one", "four", "two_four"):
