@@ -54,7 +54,7 @@ sanitize: $(READY)
 	$(WATCHED_PYTHON) tests/fuzz --calls $$((2 * $(CALLS))) --seed 1 --no-check
 	$(WATCHED_PYTHON) -P -m pytest -q -p no:cacheprovider tests/ops/test_hazards.py -k "not compil"
 
-# On a CUDA device, with the Python that is there: PART=A kernels, B a large model, C tools, D a network call; docs/gpu.md. 22 minutes at most for all.
+# On a CUDA device, with the Python that is there: PART=A kernels, B a large model, C tools, D a network call, E FLUX.1-dev and Wan; docs/gpu.md. 26 minutes at most for all.
 # GPU_REHEARSE=1 walks the same way on the CPU at a tiny size.
 PART ?= all
 gpu:

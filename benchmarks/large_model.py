@@ -168,9 +168,8 @@ def clip_of(suffix: str, width: int, kind: type[nn.Module]) -> nn.Module:
 
 
 def t5_of(width: int, config: type = T5Config, kind: type[nn.Module] = T5EncoderModel) -> nn.Module:
-    found = config.from_pretrained(DEMO / "text_encoder_3")
-    found.d_model = width
-    return kind(found)
+    found = T5Config.from_pretrained(DEMO / "text_encoder_3").to_dict()
+    return kind(config(**found | {"d_model": width, "model_type": config.model_type}))
 
 
 def tokenizer(suffix: str, length: int):

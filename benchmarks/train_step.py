@@ -165,7 +165,8 @@ class Match:
         print(
             f"{at:5.1f} s  ({player.name}) {row['seconds']:.2f} s ({phases}), "
             f"{row['images_per_s']:.2f} images/s, {row['rows']}, {row['tflops']:.3g} TFLOP/s"
-            + (f", peak {memory:.1f} GB" if (memory := row["peak_memory_gb"]) else ""),
+            + (f", {used:.0%} of the peak" if (used := row["utilization"]) else "")
+            + (f", at most {memory:.1f} GB" if (memory := row["peak_memory_gb"]) else ""),
             flush=True,
         )
 

@@ -329,7 +329,7 @@ def test_contenders_are_timed_alone_and_one_that_fails_leaves_the_others(tmp_pat
     pytest.importorskip("diffusers")
     train_step = importlib.import_module("train_step")
     said = {"rows": {"learning": 1, "sampling": 2}, "seconds": 2.0, "phases": {}, "images_per_s": 1}
-    said |= {"peak_memory_gb": None}
+    said |= {"peak_memory_gb": None, "images": 8}
     log = []
 
     class Player:

@@ -1,11 +1,11 @@
-"""The kernels and the trainer on a CUDA device: make gpu PART=A | B | C | D | all.
+"""The kernels and the trainer on a CUDA device: make gpu PART=A | B | C | D | E | all.
 
     python scripts/gpu PART [PART...]
 
 A: versions, build, each call once, tests, timings. B: a whole iteration of a large model, and
 every algorithm's demo. C: memcheck, the profiler, tiles, the token loss, torch.compile. D: what a
-network call costs. Each part has a limit, and so has each of its steps; results go to the folder
-that FLOWKERN_RESULTS names, as they come.
+network call costs. E: whole iterations of FLUX.1-dev and of Wan. Each part has a limit, and so has
+each of its steps; results go to the folder that FLOWKERN_RESULTS names, as they come.
 GPU_REHEARSE=1 walks the same way on the CPU at a tiny size. Nothing is installed; wheels that
 scripts/gpu/wheels.py put into build/wheels are unpacked beside. docs/gpu.md says what to make of
 the results.
@@ -23,14 +23,20 @@ from pathlib import Path
 from steps import ROOT, Steps
 from wheels import unpack
 
-PARTS = {"A": ("part_a", 400), "B": ("part_b", 350), "C": ("part_c", 290), "D": ("part_d", 240)}
+PARTS = {
+    "A": ("part_a", 400),
+    "B": ("part_b", 350),
+    "C": ("part_c", 290),
+    "D": ("part_d", 240),
+    "E": ("part_e", 240),
+}
 
 
 def main(arguments: list[str]) -> int:
     names = [*PARTS] if arguments in ([], ["all"]) else arguments
     unknown = [name for name in names if name not in PARTS]
     if unknown:
-        print(f"PART: got {unknown[0]!r}, expected A, B, C, D or all", file=sys.stderr)
+        print(f"PART: got {unknown[0]!r}, expected A, B, C, D, E or all", file=sys.stderr)
         return 2
     # A limit from outside ends the steps, too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -13,7 +13,7 @@ def run(steps: Steps) -> None:
     contenders = "a,c,e" if IS_REHEARSAL else "a,c,d,e,b"  # d and b are parts of the three
     command += ["--contenders", contenders, "--json", steps.results / "e2e.json"]
     if IS_REHEARSAL:
-        command += ["--device", "cpu", "--rollouts", "0", "--images", "2"]
+        command += ["--device", "cpu", "--rollouts", "0", "--images", "2", "--steps", "4"]
     else:
         command += ["--rollouts", "1", "--limit", "195"]
     steps.run("e2e", 200, command)
