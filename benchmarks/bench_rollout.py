@@ -70,10 +70,10 @@ class Engine:
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """Empty where the trainer's dependencies are missing: the kernels need torch alone."""
-    return [_case(name, quick) for name in PROMPTS] if _is_ready() else []
+    return [_case(name, quick) for name in PROMPTS] if is_ready() else []
 
 
-def _is_ready() -> bool:
+def is_ready() -> bool:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         from diffusers.utils import logging as diffusers_logging
@@ -179,7 +179,7 @@ def _plain(trainer, name: str, batch_size: int, cost) -> Way:
 
 def main() -> int:
     options = _arguments()
-    if not _is_ready():
+    if not is_ready():
         print("needs the trainer's libraries (pip install '.[train]')", file=sys.stderr)
         return 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -111,6 +111,7 @@ def cases(result: dict) -> dict[str, list[dict]]:
         dtype = "" if row["dtype"] == "float32" else f" ({row['dtype']})"
         prefix = {
             "training_step": "training step: ",
+            "train_step": "training step: ",
             "policy_loss": "policy loss: ",
             "matching_loss": "matching loss: ",
         }.get(row["op"], "")

@@ -1,9 +1,10 @@
 """What flowkern buys on this machine, against eager PyTorch and torch.compile.
 
     python benchmarks/speed.py [--device cpu|cuda] [--quick] [--json PATH]
-        [--kernels] [--no-compile] [--only WORDS] [--leave-out OP:BACKEND,...] [--seconds S]
+        [--kernels] [--module NAME] [--no-compile] [--only WORDS] [--leave-out OP:BACKEND,...]
+        [--seconds S]
 
-Kernels, and one whole training step. Every timing is gated on correctness, contenders take turns,
+Kernels, and whole training steps. Every timing is gated on correctness, contenders take turns,
 and nothing in the table is typed by hand. Writes a JSON file after each case, into the folder that
 FLOWKERN_RESULTS names or benchmarks/results, and at the end a PNG chart beside it.
 """
@@ -23,6 +24,7 @@ from harness import describe_machine, measure_bandwidths, results_folder, run_ca
 SECTIONS = {
     "Kernels": ("bench_sde_step", "bench_guidance", "bench_policy_loss", "bench_matching_loss"),
     "One training step": ("bench_rollout",),
+    "One training step as released, a tiny Stable Diffusion 3.5": ("bench_train_step",),
 }
 
 
@@ -46,8 +48,11 @@ def main() -> int:
     for section, modules in SECTIONS.items():
         if options.kernels and section != "Kernels":
             continue
-        _print_section(section)
+        if options.module in (None, *modules):
+            _print_section(section)
         for module in modules:
+            if options.module not in (None, module):
+                continue
             found = importlib.import_module(module).cases(device, options.quick)
             if not found:
                 print(f"skipped: {module} needs the trainer's libraries (pip install '.[train]')")
@@ -77,7 +82,11 @@ def _arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="fewer cases, shorter timings: a smoke test"
     )
     parser.add_argument("--json", type=Path, help="where the results go; the chart goes beside")
-    parser.add_argument("--kernels", action="store_true", help="not the training step")
+    parser.add_argument("--kernels", action="store_true", help="no training step")
+    parser.add_argument(
+        "--module", choices=[m for modules in SECTIONS.values() for m in modules],
+        help="the cases of this file alone",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile")
     parser.add_argument("--only", default="", help="cases whose name has these words")
     parser.add_argument(
