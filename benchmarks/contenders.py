@@ -266,7 +266,7 @@ def operations(architecture: Architecture) -> dict[str, float]:
     """TFLOP of a row without a gradient and with one: the transformer's products and attention,
     counted by torch's flop counter; backward as LoRA on a frozen base needs it, and nothing that is
     computed again."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from flowkern.train.dry_run import dry_run_of_blocks
 
     model = architecture.build(torch.device("meta"), torch.bfloat16)
     add_lora(model, LoraConfig(rank=32, alpha=64))
@@ -277,13 +277,15 @@ def operations(architecture: Architecture) -> dict[str, float]:
         parts = {n: torch.empty(1, *shape) for n, shape in architecture.text.items()}
     given = (each.bfloat16() for each in (x, *parts.values()))
     x, parts = next(given), dict(zip(parts, given, strict=True))
-    found = []
-    for has_gradient in (False, True):
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(has_gradient):
-            out = model.call(model.network, x, sigma, parts)
-            if has_gradient:
-                out.float().sum().backward()
-        found.append(counter.get_total_flops() / 1e12)
+
+    def ask() -> None:
+        out = model.call(model.network, x, sigma, parts)
+        if out.requires_grad:
+            out.float().sum().backward()
+
+    network, blocks = model.network, model.repeated()
+    calls = torch.no_grad()(ask), ask
+    found = [dry_run_of_blocks(network, blocks, call).operations / 1e12 for call in calls]
     return dict(zip(("forward", "both"), found, strict=True))
 
 

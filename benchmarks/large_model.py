@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from flowkern.models.pipeline import Pipeline
+from flowkern.models.published import SD35_MEDIUM
 from flowkern.models.sd3 import SD3
 
 DEMO = Path(__file__).resolve().parents[1] / "assets/digits-sd3"
@@ -100,13 +101,7 @@ class Architecture:
 
 
 MEDIUM = Architecture(
-    transformer={
-        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
-        "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-        "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
-        "dual_attention_layers": tuple(range(13)),
-    },
+    transformer=SD35_MEDIUM,
     vae_channels=(128, 256, 512, 512), vae_layers=2, norm_groups=32,
     clip_widths=(768, 1280), options={"height": 512, "width": 512}, tokens=(77, 256),
 )  # fmt: skip

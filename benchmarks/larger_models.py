@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextModel, UMT5Config, UMT5EncoderModel
 
 from flowkern.models.flux import Flux
+from flowkern.models.published import FLUX1_DEV, WAN21_1B
 from flowkern.models.wan import Wan
 
 
@@ -81,11 +82,7 @@ class WanArchitecture(Architecture):
 
 
 FLUX_DEV = FluxArchitecture(
-    transformer={
-        "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
-        "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
-    },
+    transformer=FLUX1_DEV,
     vae_channels=(128, 256, 512, 512), vae_layers=2, norm_groups=32,
     clip_widths=(768,), options={"height": 512, "width": 512, "max_sequence_length": 512},
     tokens=(77, 512),
@@ -100,12 +97,7 @@ TINY_FLUX = FluxArchitecture(
     clip_widths=(64,), options={"height": 64, "width": 64, "max_sequence_length": 8}, tokens=(8, 8),
 )  # fmt: skip
 WAN_1B = WanArchitecture(
-    transformer={
-        "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128,
-        "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256,
-        "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-    },
+    transformer=WAN21_1B,
     vae_channels=(96, 192, 384, 384), vae_layers=2, norm_groups=0, clip_widths=(),
     options={"height": 480, "width": 832, "num_frames": 33, "max_sequence_length": 512},
     tokens=(0, 512),

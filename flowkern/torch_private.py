@@ -133,3 +133,12 @@ def scaled_product(small: Tensor, weight: Tensor, scale: Tensor, scale_weight: T
     return torch._scaled_mm(
         small, weight, scale, scale_weight, out_dtype=torch.bfloat16, use_fast_accum=True
     )
+
+
+def run_backward(loss: Tensor) -> None:
+    """What `loss.backward()` does, with function modes on while blocks are computed again."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip

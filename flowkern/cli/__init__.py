@@ -16,7 +16,8 @@ from flowkern.train.errors import RunError
 
 COMMANDS = (train, demo, doctor, sample, cost)
 """In the order of `flowkern --help`: each adds its parser, whose `command` runs it."""
-OPTIONS = ("help", "traceback", "config", "algorithm", "json")  # which are no keys
+VALUED = ("config", "algorithm", "json", "card")
+OPTIONS = ("help", "traceback", "estimate", *VALUED)  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
 EXTRAS |= {"pydantic", "rich", "tqdm", "transformers"}
@@ -72,7 +73,7 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
             out.append(name if is_key else argument)
             continue
         options.append(argument)
-        if argument in ("--config", "--algorithm", "--json"):
+        if argument.removeprefix("--") in VALUED:
             options += [value for value in [next(rest, None)] if value is not None]
     return [*out[:1], *options, *out[1:]]  # argparse takes no options between arguments
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from flowkern.checks import ConfigError
 from flowkern.cli.environment import environment, in_lines
+from flowkern.cli.estimate import show as show_estimate
 from flowkern.cli.train import OVERRIDE
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from flowkern.train.config import Config
     from flowkern.train.doctor import Report
 
 SAID = {
@@ -42,6 +44,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         nargs="*",
         help="as of train; none: what there is here",
     )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="memory and time, from configurations alone: no weights are read, and nothing is run",
+    )
+    parser.add_argument("--card", help="with --estimate: seconds on it, and does it fit? h200, ...")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, too")
     parser.set_defaults(command=run, fail=parser.error)
 
@@ -51,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
     overrides = [text for text in options.arguments if OVERRIDE.match(text)]
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {str(options.json.parent)!r}")
-    if not options.arguments:
+    if options.card is not None and not options.estimate:
+        raise ConfigError("--card: expected --estimate beside it")
+    if not options.arguments and not options.estimate:
         found = environment()
         print(*in_lines(found), sep="\n")
         _write(options.json, found)
@@ -61,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
     from flowkern.train.config import load_config
 
     config = load_config(files, overrides)
+    if options.estimate:
+        return _estimate(config, options)
     import torch
 
     from flowkern.train.doctor import doctor
@@ -77,6 +89,20 @@ def run(options: argparse.Namespace) -> int:
         show(report)
         _write(options.json, report.to_dict())
     return 0 if report.is_sound else 1
+
+
+def _estimate(config: Config, options: argparse.Namespace) -> int:
+    from flowkern.train.cards import CARDS
+    from flowkern.train.estimate import estimate
+
+    if options.card is not None and options.card not in CARDS:
+        known = ", ".join(CARDS)
+        raise ConfigError(f"--card: got {options.card!r}, expected one of {known}")
+    card = CARDS.get(options.card)
+    found = estimate(config, card)
+    show_estimate(found, options.card, card)
+    _write(options.json, found.to_dict())
+    return 1 if card is not None and found.peak > card.memory * 1e9 else 0
 
 
 def _write(path: Path | None, figures: dict[str, Any]) -> None:

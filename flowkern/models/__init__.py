@@ -234,19 +234,28 @@ def load_model(
         raise ValueError(f"path: {str(path)!r} is a {name}; expected one of {known}")
     family = load(name, MODELS)
     options |= {"height": height, "width": width, "num_frames": num_frames}
+    options = options_of(family, options)
+    found = family.from_pretrained(
+        directory, dtype=dtype, device=device, has_encoders=text_encoders, **options
+    )
+    found.base, found.revision = str(path), commit
+    return found
+
+
+def options_of(family: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an adapter's constructor that are given: None counts as not given.
+
+    Raises ValueError for one that it does not take, TypeError for one of another type.
+    """
     options = {option: value for option, value in options.items() if value is not None}
-    takes = _options(family)
+    takes, name = _options(family), family.kind.__name__
     for option, value in options.items():
         if option not in takes:
             raise ValueError(f"{option}: got {value!r}, but {name} takes {', '.join(takes)} only")
         kind = TYPES.get(option)
         if kind is not None and type(value) is not kind:
             raise TypeError(f"{option}: got {value!r}, expected {kind.__name__}")
-    found = family.from_pretrained(
-        directory, dtype=dtype, device=device, has_encoders=text_encoders, **options
-    )
-    found.base, found.revision = str(path), commit
-    return found
+    return options
 
 
 TYPES = dict.fromkeys(("height", "width", "num_frames", "max_sequence_length"), int)

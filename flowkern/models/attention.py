@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dense_gradients"]
+__all__ = ["dense_gradients", "plain"]
 
-_plain = F.scaled_dot_product_attention
+plain = F.scaled_dot_product_attention
 
 
 class _Dense(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _attention(*inputs: Any, **more: Any) -> Tensor:
-    out = _plain(*inputs, **more)
+    out = plain(*inputs, **more)
     return _Dense.apply(out) if out.is_cuda and out.requires_grad else out
 
 

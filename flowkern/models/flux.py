@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
@@ -32,6 +33,13 @@ class Flux(EmbeddedPipeline, PackedPipeline):
             list(prompts), None, max_sequence_length=length
         )
         return {"tokens": tokens, "pooled": pooled}
+
+    def blank(self) -> dict[str, Tensor]:
+        config, length = self.pipeline.transformer.config, self.max_sequence_length
+        return {
+            "tokens": torch.empty(1, length, config.joint_attention_dim, device="meta"),
+            "pooled": torch.empty(1, config.pooled_projection_dim, device="meta"),
+        }
 
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]

@@ -46,6 +46,10 @@ class Flux2(EmbeddedPipeline):
         tokens, _ = self.pipeline.encode_prompt(list(prompts), max_sequence_length=length)
         return {"tokens": tokens}
 
+    def blank(self) -> dict[str, Tensor]:
+        width = self.pipeline.transformer.config.joint_attention_dim
+        return {"tokens": torch.empty(1, self.max_sequence_length, width, device="meta")}
+
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:

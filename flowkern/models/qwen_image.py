@@ -66,6 +66,14 @@ class QwenImage(PackedPipeline):
             "mask": nn.functional.pad(mask.bool(), (0, missing)),
         }
 
+    def blank(self) -> dict[str, Tensor]:
+        width, length = (
+            self.pipeline.transformer.config.joint_attention_dim,
+            self.max_sequence_length,
+        )
+        mask = torch.ones(1, length, dtype=torch.bool, device="meta")
+        return {"tokens": torch.empty(1, length, width, device="meta"), "mask": mask}
+
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:

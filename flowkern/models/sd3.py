@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
@@ -61,6 +62,14 @@ class SD3(Pipeline):
             max_sequence_length=self.max_sequence_length,
         )
         return {"tokens": tokens, "pooled": pooled}
+
+    def blank(self) -> dict[str, Tensor]:
+        config = self.pipeline.transformer.config
+        length = self.pipeline.tokenizer.model_max_length + self.max_sequence_length
+        return {
+            "tokens": torch.empty(1, length, config.joint_attention_dim, device="meta"),
+            "pooled": torch.empty(1, config.pooled_projection_dim, device="meta"),
+        }
 
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]

@@ -76,6 +76,14 @@ class Text(ABC):
         """The tokens of each, where a network looks at no others; None: it looks at padding."""
         return None
 
+    def blank(self) -> dict[str, Tensor]:
+        """The parts of an encoded prompt of full length, (1, ...) each, without values: on the meta
+        device, but for what stays on the host.
+
+        Raises ValueError for a family that chooses by what is in them.
+        """
+        raise ValueError(f"path: a {type(self).__name__} chooses by the values of its text")
+
     @abstractmethod
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The parts of a `Conditioning`, (B, ...) each."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
@@ -81,6 +82,10 @@ class Wan(VideoPipeline):
             return network
         levels = sigma.tolist() if sigma_host is None else sigma_host
         return partial(network, is_low=[self.guidance.is_low(level) for level in levels])
+
+    def blank(self) -> dict[str, Tensor]:
+        width = self.pipeline.transformer.config.text_dim
+        return {"tokens": torch.empty(1, self.max_sequence_length, width, device="meta")}
 
     def call(
         self,

@@ -60,6 +60,11 @@ class ZImage(Pipeline):
             "length": torch.tensor([len(row) for row in rows]),
         }
 
+    def blank(self) -> dict[str, Tensor]:
+        width, length = self.pipeline.transformer.config.cap_feat_dim, self.max_sequence_length
+        tokens = torch.empty(1, length, width, device="meta")
+        return {"tokens": tokens, "length": torch.tensor([length])}
+
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -36,6 +36,7 @@ from flowkern.models.packing import positions  # noqa: E402
 from flowkern.models.pipeline import attention  # noqa: E402
 from flowkern.models.wan import Wan  # noqa: E402
 from flowkern.train.config import LoraConfig  # noqa: E402
+from flowkern.train.dry_run import dry_run_of_blocks  # noqa: E402
 from flowkern.train.lora import add_lora  # noqa: E402
 
 IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
@@ -201,11 +202,10 @@ def operations(family: str) -> SimpleNamespace:
     model.has_autocast = False
     for parameter in model.learned:
         parameter.data = parameter.data.to(torch.bfloat16)
-    found = []
-    for call in (torch.no_grad()(model.velocity), model.learn):
-        with FlopCounterMode(display=False) as counter:
-            call(1)
-        found.append(counter.get_total_flops() / 1e12)
+    found = [
+        dry_run_of_blocks(model.network, model.blocks, partial(call, 1)).operations / 1e12
+        for call in (torch.no_grad()(model.velocity), model.learn)
+    ]
     return SimpleNamespace(forward=found[0], both=found[1])
 
 

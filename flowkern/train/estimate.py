@@ -1,0 +1,334 @@
+"""What a run takes, before there is a card or a file of weights: memory by part, and seconds.
+
+The run's own adapter, layers, plan and objective, with modules that have shapes and no values
+(`models.on_meta`); its calls are dry runs (`dry_run`). One process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowkern.checks import ConfigError
+from flowkern.models import Conditioning, Model
+from flowkern.models.compiled import repeated
+from flowkern.models.on_meta import on_meta
+from flowkern.models.pipeline import DECODE_PIXELS
+from flowkern.rl.cost import network_calls
+from flowkern.rl.objectives import Objective
+from flowkern.rollout import Layout, Rollout, Source
+from flowkern.train.cards import COMPILED, DECODING, LAUNCH, OF_BANDWIDTH, OF_PEAK, Card
+from flowkern.train.config import Config
+from flowkern.train.copies import REFERENCE
+from flowkern.train.dry_run import Taken, dry_run, dry_run_of_blocks
+from flowkern.train.loading import DTYPES, OURS, VAE_DTYPES
+from flowkern.train.trained import set_trained
+
+__all__ = ["Estimate", "estimate"]
+
+BYTES_PER_WEIGHT = {"float8": 2, "int8": 1, "nf4": 0.5 + 4 / 64}
+"""Of a frozen linear layer in a block, by model.quantization: float8 for the way forward and back,
+nf4 with a scale for 64 weights."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory in bytes, seconds of an iteration."""
+
+    facts: Mapping[str, Any]
+    memory: Mapping[str, int]
+    """By part."""
+    phases: Mapping[str, int]
+    """At most, in each phase of a run."""
+    host: Mapping[str, int]
+    """Memory of the host, by part."""
+    rows: Mapping[str, float]
+    """Of the network in an iteration, by kind."""
+    seconds: Mapping[str, float] | None
+    """By phase; None: no card was named."""
+    tflop: float
+    """Of an iteration: products and attention."""
+    assumptions: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def estimate(config: Config, card: Card | None = None) -> Estimate:
+    """Of a configuration whose model's configurations are here, or published and known.
+
+    Raises ConfigError, naming the key, for what a training would refuse, and for a model of which
+    neither is known.
+    """
+    if config.algorithm.task != "flow":
+        raise ConfigError(
+            f"algorithm.name: its task is {config.algorithm.task!r}; --estimate knows "
+            "flow-matching models only"
+        )
+    return _Run(config).estimate(card)
+
+
+class _Run:
+    """A run whose model has no values."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.recipe = config, config.algorithm
+        asked = DTYPES[config.train.mixed_precision]
+        network = torch.float32 if config.lora is None else asked
+        vae = VAE_DTYPES[config.model.vae_dtype]
+        self.autocast = None if asked == torch.float32 else asked
+        options = config.model.model_dump(exclude=OURS)
+        try:
+            self.model: Model = on_meta(
+                config.model.path, {"default": asked, "network": network, "vae": vae}, **options
+            )
+            self.blocks = repeated(self.model.network, self.model.blocks)
+            self.loaded = _size(self.model.network)
+            self.parameters = sum(p.numel() for p in self.model.network.parameters())
+            self.trained = set_trained(self.model, config.lora)
+            self.blank = {name: part.to(asked) if part.is_floating_point() else part
+                          for name, part in self.model.blank().items()}  # fmt: skip
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"model.{' '.join(str(error).split())}") from error
+        try:
+            self.layout = Layout(self.recipe.plan(self.model.sigmas, 1, config.seed))
+        except ValueError as error:
+            raise ConfigError(f"algorithm.{error}") from error
+        self.weights = [p for p in self.model.network.parameters() if p.requires_grad]
+        self.objective: Objective = self.recipe.objective(self.recipe.guidance(0))
+        self.elements = torch.Size(self.model.latent_shape).numel()
+
+    # ---- rows ----
+
+    @property
+    def prompts(self) -> int:
+        return self.recipe.prompts_per_rollout
+
+    @property
+    def block(self) -> int:
+        """Prompts whose latents are on the device together."""
+        return min(self.prompts, self.config.train.prompts_per_block or self.prompts)
+
+    def rows(self) -> dict[str, float]:
+        """Of an iteration after the first, by kind."""
+        cost = self.layout.plan.cost()
+        sampling, updates = network_calls(self.recipe, cost, 1)
+        learning = self.prompts * cost.train * self.objective.together
+        return {
+            "sampling": sampling,
+            "learning": learning,
+            "not learning": max(0, sum(updates) - learning),
+            "images": self.prompts * cost.images,
+        }
+
+    def batches(self) -> dict[str, int]:
+        """Rows of a call, at most."""
+        most, halves = self.config.train.max_batch, 1 if self.recipe.guidance(0) is None else 2
+        widest = max(len(wave.sigma) for wave in self.layout.waves)
+        sampling = min(most // halves, widest * self.block) * halves
+        together = self.objective.together
+        if most < max(halves, together):
+            raise ConfigError(f"train.max_batch: got {most}, expected at least 2")
+        own = self.layout.sites * (self.prompts // self.recipe.updates_per_rollout)
+        calls = -(-own // (most // together))  # of nearly equal size
+        return {"sampling": max(halves, sampling), "learning": -(-own // calls) * together}
+
+    # ---- calls ----
+
+    def call(self, rows: int, learns: bool, is_checkpointed: bool) -> Taken:
+        """A call of the network, with its backward pass where it learns."""
+        model, shape = self.model, (rows, *self.model.latent_shape)
+        parts = {name: part.expand(rows, *part.shape[1:]) for name, part in self.blank.items()}
+        given = Conditioning(parts, model.stays)
+        with torch.device("meta"):
+            x_t, sigma = torch.empty(shape), torch.empty(rows)
+
+        def ask() -> None:
+            with torch.set_grad_enabled(learns):
+                v = model.velocity(x_t, sigma, given, sigma_host=[1.0] * rows)
+                if learns:
+                    v.float().square().sum().backward()
+
+        for weight in self.weights:  # as from the second call of an update on
+            weight.grad = torch.empty_like(weight) if learns else None
+        for module in model.network.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        if is_checkpointed:
+            base = model.network if self.config.lora is None else model.network.get_base_model()
+            base.enable_gradient_checkpointing()
+        return dry_run_of_blocks(model.network, self.blocks, ask, self.autocast)
+
+    def decoding(self) -> Taken:
+        """Of as many images as one call of the VAE takes, or one."""
+        rows = 1 if self.config.model.vae_slicing else max(1, DECODE_PIXELS // self.model.pixels)
+        rows = min(rows, self.config.train.max_batch, len(self.layout.plan.leaves) * self.block)
+        latents = torch.empty(rows, *self.model.latent_shape, device="meta")
+        taken = dry_run(partial(self.model.decode, latents))
+        self.decoded = rows
+        return taken
+
+    # ---- memory ----
+
+    def states(self) -> tuple[int, int]:
+        """What a rollout keeps of a block, and what its latents take while it is sampled."""
+        source = Source(0, torch.empty(self.block, dtype=torch.int64, device="meta"),
+                        self.model.latent_shape)  # fmt: skip
+        recipe, plan = self.recipe, self.layout.plan
+        keeps = recipe.updates_per_rollout > 1 or recipe.sampler is not None
+        kept = Rollout.empty(self.layout, source, keeps, None)
+        found = kept.states.nbytes + (0 if kept.velocity is None else kept.velocity.nbytes)
+        if self.objective.keeps_uncond and recipe.sampler is None:
+            width = (self.autocast or torch.float32).itemsize
+            prompts = self.block / recipe.updates_per_rollout
+            found += int(len(plan.origins) * prompts * self.elements * width)
+        waves = [len(wave.nodes) for wave in self.layout.waves]
+        moving = max(map(sum, zip(waves, [*waves[1:], 0], strict=True)))
+        return found, (moving + len(plan.leaves)) * self.block * self.elements * 4
+
+    def memory(self) -> dict[str, int]:
+        """What is there as long as a run is, by part."""
+        pipeline, trained = self.model.pipeline, _size(self.weights)
+        encoders = [part for name, part in pipeline.components.items() if "encoder" in name]
+        copies = len({*self.recipe.copies})
+        train = self.config.train
+        copies += train.ema_decay is not None and not train.offload_ema
+        needs = self.config.lora is None or self.config.model.compile
+        copies += needs and REFERENCE in self.objective.anchors
+        has_lora = self.config.lora is not None
+        row = sum(part.nbytes for part in self.blank.values())
+        return {
+            "network": self.frozen() if has_lora else 0,
+            "trained weights": trained,
+            "gradients": trained,
+            "optimizer": trained // 2 if train.optimizer == "adamw_8bit" else 2 * trained,
+            "copies of trained weights": copies * trained,
+            "vae": _size(pipeline.vae),
+            "text encoders": sum(map(_size, encoders)),
+            "prompts of a rollout": (self.prompts + 1) * row,
+        }
+
+    def frozen(self) -> int:
+        """The base under an adapter, as it is kept."""
+        if self.config.model.quantization is None:
+            return self.loaded
+        width = BYTES_PER_WEIGHT[self.config.model.quantization]
+        own = {id(p) for block in self.blocks for name, m in block.named_modules()
+               if isinstance(m, nn.Linear) and "norm" not in name and "lora" not in name
+               for p in (m.weight,) if not p.requires_grad}  # fmt: skip
+        of_blocks = [p for p in self.model.network.parameters() if id(p) in own]
+        kept = width * sum(p.numel() for p in of_blocks)
+        return self.loaded - _size(of_blocks) + int(kept)
+
+    def phases(
+        self, memory: dict[str, int], sampling: int, decode: int, learning: int
+    ) -> dict[str, int]:
+        kept, moving = self.states()
+        is_on_host = self.config.train.prompts_per_block is not None
+        always = sum(memory[part] for part in ("network", "trained weights", "vae"))
+        always += memory["copies of trained weights"]
+        after = always + memory["optimizer"] + memory["prompts of a rollout"]
+        pixels = 3 * self.model.pixels * 4 * self.decoded
+        return {
+            "encoding prompts": always + memory["text encoders"],
+            "sampling": after + kept + moving + sampling,
+            "decoding": after + kept + moving + pixels + decode,
+            "training": after + (0 if is_on_host else kept) + memory["gradients"] + learning,
+        }
+
+    # ---- all of it ----
+
+    def estimate(self, card: Card | None) -> Estimate:
+        config, rows, batches = self.config, self.rows(), self.batches()
+        is_checkpointed = config.model.gradient_checkpointing
+        sampling = self.call(batches["sampling"], False, False)
+        learning = {on: self.call(batches["learning"], True, on) for on in (False, True)}
+        decode, memory = self.decoding(), self.memory()
+        peak_of_decode = int(DECODING * decode.peak)
+        learn = learning[is_checkpointed]
+        phases = self.phases(memory, sampling.peak, peak_of_decode, learn.peak)
+        memory |= {
+            "states of a rollout": sum(self.states()),
+            "a call of sampling": sampling.peak,
+            "a call of training": learning[False].peak,
+            "the same, checkpointed": learning[True].peak,
+            "decoding": peak_of_decode,
+        }
+        forward = (rows["sampling"] + rows["not learning"]) / batches["sampling"]
+        tflop = forward * sampling.operations
+        tflop += rows["learning"] / batches["learning"] * learn.operations
+        taken = sampling, learn, decode
+        seconds = None if card is None else self.seconds(card, rows, batches, taken)
+        host = {"a prompt": sum(part.nbytes for part in self.blank.values())}
+        if config.train.prompts_per_block is not None:
+            host["states of a rollout"] = self.states()[0] * self.prompts // self.block
+        if config.train.offload_ema:
+            host["mean of the weights"] = _size(self.weights)
+        facts = {
+            "model": str(config.model.path),
+            "size": self.model.describe()["size"],
+            "parameters": self.parameters,
+            "training": self.trained,
+            "batches": batches,
+            "all weights in place of LoRA": 16 * self.parameters,
+        }
+        return Estimate(
+            facts, memory, phases, host, rows, seconds, tflop / 1e12, self.assumptions(card)
+        )
+
+    def seconds(
+        self, card: Card, rows: dict[str, float], batches: dict[str, int], taken: tuple
+    ) -> dict[str, float]:
+        sampling, learn, decode = taken
+        is_wide, faster = self.autocast is None, COMPILED if self.config.model.compile else 1
+        a_row = faster * card.seconds(sampling, is_wide) / batches["sampling"]
+        both = faster * card.seconds(learn, is_wide) / batches["learning"]
+        wide = self.config.model.vae_dtype == "fp32"
+        steps = self.recipe.updates_per_rollout * 7 * _size(self.weights) / card.bandwidth / 1e12
+        found = {
+            "sampling": rows["sampling"] * a_row,
+            "decoding": rows["images"] / self.decoded * DECODING * card.seconds(decode, wide),
+            "training, without gradient": rows["not learning"] * a_row,
+            "training, with gradient": rows["learning"] * both + steps,
+        }
+        return found | {"iteration": sum(found.values())}
+
+    def assumptions(self, card: Card | None) -> tuple[str, ...]:
+        said = [
+            "one process; memory as torch counts it: not the context (about .5 GB), nor what an "
+            "allocator loses between blocks",
+            "attention keeps no N x N scores; where autocast is on, norms and powers are float32",
+            f"a VAE's convolutions take {DECODING:g} times what is counted, as measured on an H200",
+            "prompts have their full length; rewards, their models and validation are not counted",
+        ]
+        if card is not None:
+            said += [
+                f"{card.peak:g} TFLOP/s and {card.bandwidth:g} TB/s by {card.source}; a kernel "
+                f"reaches {OF_PEAK:.0%} of the one or {OF_BANDWIDTH:.0%} of the other, and takes "
+                f"{LAUNCH * 1e6:.0f} us beside: chosen by calls measured on an H200",
+                "every prompt teaches: calls whose advantages are all zero are not left out",
+            ]
+            if self.config.model.compile:
+                said.append(f"compiled calls take {COMPILED:.0%} of eager ones, and as much memory")
+            if self.config.model.quantization:
+                said.append("quantized layers take as long as those that are not")
+        if self.config.train.sharding is not None:
+            said.append("train.sharding is left out: all weights are on the one card")
+        return tuple(said)
+
+
+def _size(part: nn.Module | list[Tensor] | None) -> int:
+    """In bytes; a parameter that two layers share is one."""
+    tensors = part.parameters() if isinstance(part, nn.Module) else part or []
+    return sum(tensor.nbytes for tensor in tensors)
