@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flowkern.ops.sde_step import sde_step
 from flowkern.rollout.layout import Layout, Points
-from flowkern.rollout.states import OnHost, Rollout, moved, picked
+from flowkern.rollout.moves import indices, moved, picked
+from flowkern.rollout.states import OnHost, Rollout
 from flowkern.schedules import Coefficients
 
 
@@ -106,18 +107,18 @@ def batch(
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
     points, source = rollout.layout.trained, rollout.source
     device = source.prompt_id.device
-    leaf, sigma = points.leaf[site], points.sigma[site]
-    where, leaf_of, step = (moved(value, device) for value in (prompt, leaf, site))
+    there = rollout.layout.tables(device, source.precision)
+    of_site, of_prompt, leaf = indices([site, prompt, points.leaf[site]], device)
     return PointBatch(
-        x0=picked(rollout.latents, prompt, leaf, device),
-        sigma=moved(sigma, device, source.precision),
-        on_host=OnHost(sigma.tolist(), prompt.tolist()),
-        prompt=where,
+        x0=picked(rollout.latents, of_prompt, leaf, device),
+        sigma=there.sigma[of_site.there],
+        on_host=OnHost(points.sigma[site].tolist(), prompt.tolist()),
+        prompt=of_prompt.there,
         advantage=moved(advantage[prompt, site], device, source.precision),
         key={
             "seed": source.seed,
-            "sample_id": source.prompt_id[where] + leaf_of,
-            "step": step,
+            "sample_id": source.prompt_id[of_prompt.there] + leaf.there,
+            "step": of_site.there,
         },
     )
 
@@ -132,35 +133,39 @@ def _steps(
     within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
     choice = edges.order[first[site][row] + within]
     place = torch.tensor([rollout.kept[i] for i in edges.origins])[site]
-    where, of_row = moved(prompt, device), moved(row, device)
-    noise = moved(edges.noise[choice], device)
+    places = [row, site, prompt, place, choice, prompt[row]]  # a kernel reads row, so it is first
+    if not rollout.is_redrawn:
+        places.append(torch.tensor([rollout.kept[i] for i in edges.ends])[choice])
+    of_row, of_site, of_prompt, place, of_choice, prompt_of_row, *end = indices(places, device)
+    there = rollout.layout.tables(device, source.precision)
+    noise = there.numbers[of_choice.there]
     key = {
         "seed": source.seed,
-        "sample_id": source.prompt_id[where[of_row]] + noise[:, 0],
+        "sample_id": source.prompt_id[prompt_of_row.there] + noise[:, 0],
         "step": noise[:, 1],
     }
-    table = Coefficients(moved(edges.table[choice], device, source.precision))
-    x_t = picked(rollout.states, place, prompt, device)
+    table = Coefficients(there.table[of_choice.there])
+    x_t = picked(rollout.states, place, of_prompt, device)
     old = uncond = x_next = None
     if rollout.velocity is not None and (rollout.is_redrawn or not is_on_policy):
-        old = picked(rollout.velocity, site, prompt, device)
+        old = picked(rollout.velocity, of_site, of_prompt, device)
     if not rollout.is_redrawn:
-        end = torch.tensor([rollout.kept[i] for i in edges.ends])[choice]
-        x_next = picked(rollout.states, end, prompt[row], device)
+        x_next = picked(rollout.states, *end, prompt_of_row, device)
     elif is_on_policy:  # it has its bits from the old velocity, and nothing else has
-        drawn = sde_step(x_t[of_row], old[of_row], table, **key, backend=rollout.backend)
-        x_next, old = drawn[0], None
+        of = of_row.there
+        x_next = sde_step(x_t[of], old[of], table, **key, backend=rollout.backend)[0]
+        old = None
     if is_on_policy and rollout.uncond is not None and int(prompt.max()) < rollout.uncond.shape[1]:
-        uncond = picked(rollout.uncond, site, prompt, device)
+        uncond = picked(rollout.uncond, of_site, of_prompt, device)
     return StepBatch(
         x_t=x_t,
-        sigma=moved(edges.sigma[site], device, source.precision),
+        sigma=there.sigma[of_site.there],
         on_host=OnHost(edges.sigma[site].tolist(), prompt.tolist()),
-        prompt=where,
-        row=None if len(row) == len(site) else of_row,
+        prompt=of_prompt.there,
+        row=None if len(row) == len(site) else of_row.there,
         coefficients=table,
         advantage=moved(advantage[prompt[row], choice], device, source.precision),
-        weight=moved(edges.weight[choice], device, source.precision),
+        weight=there.weight[of_choice.there],
         x_next=x_next,
         old_velocity=old,
         uncond=uncond,

@@ -5,6 +5,7 @@ P prompts, *D one latent; L leaves of a plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from flowkern.rollout.engine import slices
 from flowkern.rollout.states import Rollout, Source
+
+WAITS = 2**21
+"""Bytes of a latent beyond which what training needs of it waits on the host, also without blocks:
+an image of 1024 x 1024 has 1 MiB of them or 2, and a video of 33 frames in 480p 3.6."""
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Blocks:
     """Of all P prompts."""
     size: int | None
     """Prompts of a block, at most; what training needs of them then waits on the host. None: all,
-    and it stays on the device."""
+    and it stays on the device up to `WAITS`."""
     keep_uncond: int = 0
     """As in `run`, of all P prompts."""
     rollout: Rollout | None = None
@@ -41,8 +46,15 @@ class Blocks:
             yield block.start, leaves
             del leaves
 
+    @property
+    def waits(self) -> bool:
+        """Does what training needs wait on the host, and come back batch by batch?"""
+        source = self.source
+        is_large = math.prod(source.shape) * source.dtype.itemsize > WAITS
+        return self.size is not None or (is_large and source.prompt_id.device.type != "cpu")
+
     def _keep(self, found: Rollout) -> None:
-        if self.size is None:
+        if not self.waits:
             self.rollout = found
             return
         if self.rollout is None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from flowkern.ops._common.philox import philox_normal
 from flowkern.ops.sde_step import ode_step, reference, sde_step
-from flowkern.rollout.layout import Launch, Layout, Wave
+from flowkern.rollout.layout import Launch, Layout, Wave, WaveTables
+from flowkern.rollout.moves import moved
 from flowkern.rollout.plan import Plan
-from flowkern.rollout.states import OnHost, Rollout, Source, moved
+from flowkern.rollout.states import OnHost, Rollout, Source
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 Velocity = Callable[[Tensor, Tensor, Tensor, OnHost], Tensor]
@@ -78,16 +79,17 @@ def run(
         raise ValueError(f"max_batch: got {max_batch}, expected at least {per_node}")
     rollout = Rollout.empty(layout, source, keep_velocity, backend)
     keep_uncond = 0 if guidance is None else min(keep_uncond, source.prompts)
-    x = _roots(layout.plan, layout.waves[0], source, backend)
+    there = layout.tables(source.prompt_id.device, source.precision)
+    x = _roots(there.roots, source, backend)
     memory: list[Tensor] = []  # clean predictions of this wave, of the one before it, ...
-    for wave, following in pairwise([*layout.waves, None]):
+    for i, (wave, following) in enumerate(pairwise([*layout.waves, None])):
         rollout.record(wave, x)
         if following is None:
             break
         x_next = source.empty(len(following.nodes), source.prompts)
         fresh = source.empty(int((wave.memory >= 0).sum()), source.prompts)
         memory = [fresh, *memory[: MAX_HISTORY - 1]]
-        tables = _tables(wave, source, backend)
+        tables = _tables(wave, there.waves[i], source, backend)
         for part in slices(len(wave.sigma) * source.prompts, max_batch // per_node):
             batch = _ask(tables, part, x.flatten(0, 1)[part], velocity, guidance)
             if keep_uncond and rollout.uncond is None:  # its dtype is the network's
@@ -109,10 +111,9 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def _roots(plan: Plan, wave: Wave, source: Source, backend: str | None) -> Tensor:
-    """(W, P, *D): pure noise."""
-    member = torch.tensor([plan.nodes[node].member for node in wave.nodes])
-    ids = source.prompt_id + member.to(source.prompt_id.device)[:, None]
+def _roots(member: Tensor, source: Source, backend: str | None) -> Tensor:
+    """(W, P, *D): pure noise, of members (W,)."""
+    ids = source.prompt_id + member[:, None]
     shape = (ids.numel(), *source.shape)
     x = philox_normal(shape, source.seed, ids.flatten(), 0, "init", backend=backend)
     return x.to(source.dtype).view(*ids.shape, *source.shape)
@@ -120,8 +121,8 @@ def _roots(plan: Plan, wave: Wave, source: Source, backend: str | None) -> Tenso
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the batches of a wave index, for every row (W * P) or edge of a prompt (C * P): on the
-    device once per rollout, so that a batch copies next to nothing from the host.
+    """What the batches of a wave index, for every row (W * P) or edge of a prompt (C * P), made on
+    the device of what is there once per rollout.
     """
 
     wave: Wave
@@ -153,29 +154,30 @@ class _Batch:
     """The guidance arguments of a step; none without guidance."""
 
 
-def _tables(wave: Wave, source: Source, backend: str | None) -> _Tables:
+def _tables(wave: Wave, there: WaveTables, source: Source, backend: str | None) -> _Tables:
     device, prompts = source.prompt_id.device, source.prompts
 
     def each(value: Tensor) -> Tensor:
-        return moved(value, device, source.precision).repeat_interleave(prompts, 0)
+        return value.repeat_interleave(prompts, 0)
 
-    def ids(launch: Launch) -> Tensor | None:
-        if launch.member is None:
-            return None
-        return (source.prompt_id + moved(launch.member, device)[:, None]).flatten()
+    def ids(member: Tensor | None) -> Tensor | None:
+        return None if member is None else (source.prompt_id + member[:, None]).flatten()
 
     return _Tables(
         wave,
         source,
         backend,
-        sigma=each(wave.sigma),
+        sigma=each(there.sigma),
         prompt=(torch.arange(prompts, device=device) + source.first).repeat(len(wave.sigma)),
-        to_clean=each(wave.to_clean.table),
+        to_clean=each(there.to_clean),
         on_host=OnHost(
             wave.sigma.repeat_interleave(prompts).tolist(),
             [*range(source.first, source.first + prompts)] * len(wave.sigma),
         ),
-        launches=[(launch, each(launch.table.table), ids(launch)) for launch in wave.launches],
+        launches=[
+            (launch, each(table), ids(member))
+            for launch, (table, member) in zip(wave.launches, there.launches, strict=True)
+        ],
     )
 
 

@@ -9,10 +9,12 @@ advantage (trained edges, or points to match at); of a launch, C edges.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowkern.rollout.moves import together
 from flowkern.rollout.plan import Node, Plan
 from flowkern.schedules import Coefficients, edge_coefficients
 
@@ -97,6 +99,34 @@ class Points:
     """(C,)"""
 
 
+@dataclass(frozen=True)
+class WaveTables:
+    """What a wave's batches index, on a device."""
+
+    sigma: Tensor
+    """(I,)"""
+    to_clean: Tensor
+    """(I, columns)"""
+    launches: tuple[tuple[Tensor, Tensor | None], ...]
+    """Of each the coefficients, (C, columns), and whose noise, (C,)."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that sampling and training index of a plan, on a device."""
+
+    roots: Tensor
+    """(W,): whose noise the roots are."""
+    waves: tuple[WaveTables, ...]
+    sigma: Tensor
+    """(S,): of the sites."""
+    numbers: Tensor
+    """Of `Edges` their noise, of `Points` their leaves."""
+    table: Tensor | None = None
+    """Of `Edges`, as their weight."""
+    weight: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """`Layout(plan)`: what sampling and training ask of a plan, which is whole by then.
@@ -108,12 +138,19 @@ class Layout:
     waves: tuple[Wave, ...] = field(init=False)
     """From the roots on."""
     trained: Edges | Points = field(init=False)
+    _there: dict[Any, Tables] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         plan = self.plan
         plan.check()
         trained = _points(plan) if plan.points else _edges(plan)
         vars(self).update(waves=_waves(plan), trained=trained)
+
+    def tables(self, device: torch.device, dtype: torch.dtype) -> Tables:
+        """On a device, in the dtype of coefficients; moved once, for all blocks of a rollout."""
+        if (device, dtype) not in self._there:
+            self._there[device, dtype] = _tables(self, device, dtype)
+        return self._there[device, dtype]
 
     @property
     def sites(self) -> int:
@@ -124,6 +161,33 @@ class Layout:
     def origins(self) -> tuple[int, ...]:
         """The nodes that trained edges leave; none where points are matched."""
         return self.trained.origins if isinstance(self.trained, Edges) else ()
+
+
+def _tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
+    """In two copies, of numbers and of whole numbers."""
+    trained, nodes = layout.trained, layout.plan.nodes
+    real = [trained.sigma] + ([trained.table, trained.weight] if isinstance(trained, Edges) else [])
+    whole = [torch.tensor([nodes[node].member for node in layout.waves[0].nodes])]
+    whole.append(trained.noise if isinstance(trained, Edges) else trained.leaf)
+    for wave in layout.waves:
+        real += [wave.sigma, wave.to_clean.table, *(each.table.table for each in wave.launches)]
+        whole += [each.member for each in wave.launches if each.member is not None]
+    real, whole = iter(together(real, device, dtype)), iter(together(whole, device))
+    own = {"sigma": next(real)}
+    if isinstance(trained, Edges):
+        own |= {"table": next(real), "weight": next(real)}
+    own |= {"roots": next(whole), "numbers": next(whole)}
+    waves = tuple(
+        WaveTables(
+            next(real),
+            next(real),
+            tuple(
+                (next(real), None if each.member is None else next(whole)) for each in wave.launches
+            ),
+        )
+        for wave in layout.waves
+    )
+    return Tables(waves=waves, **own)
 
 
 def _points(plan: Plan) -> Points:

@@ -205,16 +205,3 @@ class Rollout:
         """Until everything that is on the host has come there."""
         if self.copied is not None:
             self.copied.synchronize()
-
-
-def picked(kept: Tensor, place: Tensor, prompt: Tensor, device: torch.device) -> Tensor:
-    """(R, *D) of kept (first, second, *D), wherever it lies, at (R,) places each on the host."""
-    if kept.device == device:
-        return kept[moved(place, device), moved(prompt, device)]
-    found = kept[place, prompt]
-    return moved(found.pin_memory() if device.type == "cuda" else found, device)
-
-
-def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """From the host; converted there, so that the copy waits for nothing on the device."""
-    return value.to(dtype or value.dtype).to(device, non_blocking=True)

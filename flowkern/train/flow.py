@@ -28,7 +28,8 @@ from flowkern.rollout import (
 )
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
-from flowkern.rollout.states import OnHost, moved
+from flowkern.rollout.moves import moved
+from flowkern.rollout.states import OnHost
 from flowkern.train import distributed
 from flowkern.train.attention import require_attention
 from flowkern.train.blocks import is_tried, require_quantization, set_blocks, try_blocks

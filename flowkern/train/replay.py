@@ -22,7 +22,8 @@ from flowkern.rollout import Layout, Rollout, StepBatch
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, guided, slices
 from flowkern.rollout.layout import Points
-from flowkern.rollout.states import OnHost, moved, picked
+from flowkern.rollout.moves import indices, moved, picked
+from flowkern.rollout.states import OnHost
 from flowkern.train.flow import NETWORK
 from flowkern.train.loop import Loop
 
@@ -183,7 +184,7 @@ class Replay:
         row, device = call.row[is_row], x_t.device
         kept, origins = self.rollout.kept, self.rollout.layout.origins
         places = torch.tensor([kept[origins[site]] for site in self.site[row].tolist()])
-        states = picked(self.rollout.states, places, self.prompt[row], device)
+        states = picked(self.rollout.states, *indices([places, self.prompt[row]], device), device)
         here = moved(is_row.nonzero().flatten(), device)
         for half in range(len(x_t) // len(is_row)):
             x_t[here + half * len(is_row)] = states.to(x_t.dtype)

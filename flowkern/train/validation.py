@@ -15,7 +15,8 @@ from flowkern.models import Model, guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
 from flowkern.rollout.engine import slices
-from flowkern.rollout.states import ITERATION_BITS, OnHost, moved
+from flowkern.rollout.moves import moved
+from flowkern.rollout.states import ITERATION_BITS, OnHost
 from flowkern.train import tracking
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.distributed import seed_generators, together

@@ -1,5 +1,7 @@
 """A rollout by blocks of prompts is the same rollout, and takes the memory of one block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -54,6 +56,33 @@ def test_blocks_are_the_whole_bit_for_bit(name):
     if "uncond" in kept:
         assert whole.rollout.uncond.shape[1] == ON_POLICY
         assert whole.rollout.uncond.dtype == torch.bfloat16, "as the network gave it"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_video_leaves_waits_on_the_host(name, monkeypatch):
+    """From a number of bytes on, where there is a device; nothing of it is another."""
+    whole, ids = blocks_of(name, None), prompt_ids(0, torch.arange(PROMPTS))
+    for shape, dtype, waits in (
+        ((16, 128, 128), torch.float32, False),  # an image of 1024 x 1024
+        ((128, 64, 64), torch.float32, False),  # FLUX.2's
+        ((16, 9, 60, 104), torch.float32, True),  # Wan, 33 frames in 480p
+        ((16, 9, 60, 104), torch.bfloat16, False),
+    ):
+        source = Source(11, ids.to("meta"), shape, dtype)
+        assert replace(whole, source=source).waits == waits
+        assert not replace(whole, source=replace(source, prompt_id=ids)).waits, "it is the host"
+    ((_, leaves),) = whole
+    monkeypatch.setattr(Blocks, "waits", True)
+    hosted = blocks_of(name, None)
+    ((_, others),) = hosted
+    assert torch.equal(leaves, others) and hosted.rollout.states is not whole.rollout.states
+    sites = torch.arange(min(3, whole.rollout.layout.sites))
+    advantage = torch.ones(PROMPTS, len(whole.rollout.layout.trained.site))
+    asked = sites, torch.arange(len(sites)), advantage
+    one, other = (batch(each.rollout, *asked) for each in (whole, hosted))
+    for key, value in vars(one).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(other, key)), key
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "tempflow_grpo"])
