@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from flowkern.checks import ConfigError
 from flowkern.models import Model
-from flowkern.models.compiled import repeated
 from flowkern.models.stages import Stages
 from flowkern.split import is_split, part_of
 from flowkern.train.config import Config
@@ -49,7 +48,7 @@ def shard(model: Model, config: Config, accelerator: Accelerator) -> None:
     # read them (in saving) without the others.
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": kept}
     options["reshard_after_forward"] = True
-    for block in (*repeated(network, model.blocks), network):
+    for block in (*model.repeated(), network):
         fully_shard(block, **options)
     for module in network.modules():
         if isinstance(module, Stages):
@@ -73,7 +72,7 @@ def require(config: Config, accelerator: Accelerator) -> None:
             f"least 2, but there are {world} with {node} on this node (LOCAL_WORLD_SIZE); expected "
             "fsdp2"
         )
-    if getattr(config.model, "quantization", None) == "float8":
+    if getattr(config.model, "quantization", None) == "float8":  # in buffers
         raise ConfigError(
             f"{KEY}: got {kind}, but model.quantization is float8, whose weights are not split; "
             "expected int8, nf4 or null"

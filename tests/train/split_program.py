@@ -3,15 +3,19 @@
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as group
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from flowkern.models.wan import Wan
+from flowkern.lookup import load
+from flowkern.models import MODELS, compiled
 from flowkern.split import is_split, whole
+from flowkern.train.blocks import set_blocks
 from flowkern.train.config import LoraConfig, from_dict
 from flowkern.train.copies import REFERENCE
 from flowkern.train.errors import RunError
@@ -68,6 +72,25 @@ def trained(config, out):
     if RANK == 0:
         save_file({name: value.contiguous() for name, value in one.items()}, out / "two_steps")
     return loop
+
+
+def copied(tree):
+    """All weights on each process: an optimizer step's four backward passes send one gradient."""
+    tree["train"] |= {"sharding": None}
+    loop, sent = Loop(from_dict(tree)), []
+    wrapped = loop.weights.trained["network"]
+    assert not (wrapped.find_unused_parameters or wrapped.broadcast_buffers)
+    assert wrapped.gradient_as_bucket_view
+
+    def hook(_, bucket):
+        sent.append(bucket.buffer().numel())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, hook)
+    for count in (1, 2):
+        loop.step()
+        assert sum(sent) == count * sum(p.numel() for p in loop.parameters), sent
+    return {name: p.detach().clone() for name, p in loop.task.model.network.named_parameters()}
 
 
 def swaps(loop):
@@ -129,44 +152,62 @@ def rounds_no_level(tree):
     AcceleratorState._reset_state()
 
 
-def stages(config, accelerator):
-    """The two networks of Wan 2.2, this process's rows all on one side."""
+def alike(kind, config, accelerator, levels):
+    """A tiny pipeline says and learns the same whether or not its frozen weights are split; its
+    rows are at these levels on this process."""
     sys.path.append(str(Path(__file__).parents[1] / "models"))
     import tiny
 
-    levels = [[0.95, 0.9], [0.5, 0.2]][RANK]
+    lora, size = LoraConfig(rank=2, alpha=3), {"height": 32, "width": 64}
+    config = config.model_copy(update={"lora": lora})
     models = []
-    for is_whole in (True, False):
-        model = Wan(tiny.pipeline("wan_a14b"), height=32, width=64, num_frames=5)
+    for is_parted in (False, True):
+        model = load(MODELS[type(tiny.pipeline(kind)).__name__], {}, "model")(
+            tiny.pipeline(kind), **size | ({"num_frames": 5} if kind == "wan_a14b" else {})
+        )
         torch.manual_seed(0)
-        lora = LoraConfig(rank=2, alpha=3)
         set_trained(model, lora)
-        torch.manual_seed(1)
         for p in model.network.parameters():
             if p.requires_grad:
                 p.data.normal_(std=0.1)
-        if not is_whole:
-            config = config.model_copy(update={"lora": lora})
+        set_blocks(model, config, accelerator.device)
+        if is_parted:
             shard(model, config, accelerator)
+            processes = Sharded(config, accelerator, {"network": model.network})
         models.append(model)
-    plain, split = models
-    processes = Sharded(config, accelerator, {"network": split.network})
     torch.manual_seed(RANK)
-    given = torch.randn(2, *plain.latent_shape), torch.tensor(levels), plain.encode(["a", "b"])
-    expected = plain.velocity(*given)
-    with torch.no_grad():
-        assert torch.equal(split.velocity(*given), expected)
-    found = split.velocity(*given)
-    assert torch.equal(found, expected)
-    for velocity in (expected, found):
-        velocity.square().mean().backward()
+    x_t, sigma = torch.randn(2, *models[0].latent_shape), torch.tensor(levels)
+    found = []
+    for model in models:
+        given = x_t, sigma, model.encode(["a cat", "a dog"])
+        with torch.no_grad():
+            before = model.velocity(*given)
+        found.append(model.velocity(*given))
+        assert torch.equal(found[-1], before), kind
+        found[-1].square().mean().backward()
+    assert torch.equal(*found), kind
     here, there = ([p for p in m.network.parameters() if p.requires_grad] for m in models)
     processes.join(there)
     for one, other in zip(here, there, strict=True):
-        mean = one.grad
-        group.all_reduce(mean)
-        assert other.grad is not None and other.grad.any()
-        torch.testing.assert_close(other.grad, mean / 2, rtol=1e-6, atol=0)
+        group.all_reduce(one.grad)
+        assert other.grad.any(), kind
+        torch.testing.assert_close(other.grad, one.grad / 2, rtol=1e-5, atol=1e-9)
+
+
+def on_one_side(config, accelerator):
+    """The two networks of Wan 2.2, each process's rows all at the levels of one of them."""
+    alike("wan_a14b", config, accelerator, [[0.95, 0.9], [0.5, 0.2]][RANK])
+
+
+def with_blocks(config, accelerator):
+    """Which are quantized, and compiled."""
+    compiled.BACKEND = "eager"
+    options = [{"quantization": "int8"}, {"compile": True}]
+    if find_spec("bitsandbytes"):
+        options.append({"quantization": "nf4"})
+    for option in options:
+        model = config.model.model_copy(update=option)
+        alike("sd3", config.model_copy(update={"model": model}), accelerator, [0.9, 0.5])
 
 
 out, trees = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -174,7 +215,11 @@ configs = {kind: from_dict(tree) for kind, tree in trees.items()}
 loops = {kind: trained(config, out / kind) for kind, config in configs.items()}
 for probe in (swaps, gathers, refuses):
     probe(loops["full"])
-stages(configs["lora"], loops["lora"].accelerator)
+on_one_side(configs["lora"], loops["lora"].accelerator)
+same = copied(trees["lora"])
+assert all((same[n] - p).abs().max() <= 5e-6 for n, p in weights_of(loops["lora"]).items())
+if os.environ.get("FLOWKERN_EVERY_CELL"):
+    with_blocks(configs["lora"], loops["lora"].accelerator)
 rounds_no_level(trees["full"])
 group.barrier()
 group.destroy_process_group()
