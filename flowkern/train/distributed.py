@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 import warnings
@@ -32,8 +33,11 @@ def make_accelerator(config: Config) -> Accelerator:
     if tracker is not None and tracker not in LoggerType.list():
         known = ", ".join(LoggerType.list())
         raise ConfigError(f"train.report_to: got {tracker!r}, expected one of {known}")
+    # Of torchrun's processes without a GPU accelerate makes as many runs of one, if not told.
+    is_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     with warnings.catch_warnings(action="ignore"):  # of that tracker, in two lines
         accelerator = Accelerator(
+            cpu=is_on_cpu,
             mixed_precision=config.train.mixed_precision,
             log_with=tracker,
             project_dir=config.output_dir,

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,11 +39,18 @@ def velocity_of(loop, scale=1.0):
 
 
 def trained(config, out):
-    """Two optimizer steps; the second once more by a run that is resumed. Returns the first."""
+    """Two optimizer steps; the second once more by a run that is resumed. Returns the first,
+    and what it said before."""
     loop = Loop(config)
+    first = velocity_of(loop)
     kinds = {type(module).__name__ for module in loop.processes._units}
     assert any("TransformerBlock" in kind for kind in kinds) and len(loop.processes._units) == 3
-    assert all(is_split(p) for p in loop.task.model.network.parameters() if not p.requires_grad)
+    parts = [p for p in loop.task.model.network.parameters() if is_split(p)]
+    assert parts and all(
+        is_split(p) for p in loop.task.model.network.parameters() if not p.requires_grad
+    )
+    here, total = (sum(p.numel() for p in some) for some in ([p.to_local() for p in parts], parts))
+    assert abs(here - total / 2) < 0.01 * total
     messages, reduce = [], group.all_reduce
 
     def counted(tensor, *arguments, **more):
@@ -71,7 +77,7 @@ def trained(config, out):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     if RANK == 0:
         save_file({name: value.contiguous() for name, value in one.items()}, out / "two_steps")
-    return loop
+    return loop, first
 
 
 def copied(tree):
@@ -87,13 +93,11 @@ def copied(tree):
         return default_hooks.allreduce_hook(None, bucket)
 
     wrapped.register_comm_hook(None, hook)
-    for count in (1, 2):
-        loop.step()
-        assert sum(sent) == count * sum(p.numel() for p in loop.parameters), sent
-    return {name: p.detach().clone() for name, p in loop.task.model.network.named_parameters()}
+    loop.step()
+    assert sum(sent) == sum(p.numel() for p in loop.parameters), sent
 
 
-def swaps(loop):
+def swaps(loop, first):
     """The network computes with a copy's weights, whatever was gathered before."""
     now = velocity_of(loop)
     for option in (False, True):
@@ -103,8 +107,7 @@ def swaps(loop):
             with loop.weights.using(REFERENCE):
                 reference = velocity_of(loop)
             assert torch.equal(velocity_of(loop), now)
-        assert (reference - now).abs().max() > 1e-4
-        assert torch.equal(velocity_of(Loop(loop.config)), reference)
+        assert (reference - now).abs().max() > 1e-4 and torch.equal(reference, first)
 
 
 def gathers(loop):
@@ -199,27 +202,22 @@ def on_one_side(config, accelerator):
     alike("wan_a14b", config, accelerator, [[0.95, 0.9], [0.5, 0.2]][RANK])
 
 
-def with_blocks(config, accelerator):
-    """Which are quantized, and compiled."""
+def with_compiled_blocks(config, accelerator):
     compiled.BACKEND = "eager"
-    options = [{"quantization": "int8"}, {"compile": True}]
-    if find_spec("bitsandbytes"):
-        options.append({"quantization": "nf4"})
-    for option in options:
-        model = config.model.model_copy(update=option)
-        alike("sd3", config.model_copy(update={"model": model}), accelerator, [0.9, 0.5])
+    model = config.model.model_copy(update={"compile": True})
+    alike("sd3", config.model_copy(update={"model": model}), accelerator, [0.9, 0.5])
 
 
 out, trees = Path(sys.argv[1]), json.loads(sys.argv[2])
 configs = {kind: from_dict(tree) for kind, tree in trees.items()}
 loops = {kind: trained(config, out / kind) for kind, config in configs.items()}
-for probe in (swaps, gathers, refuses):
-    probe(loops["full"])
-on_one_side(configs["lora"], loops["lora"].accelerator)
-same = copied(trees["lora"])
-assert all((same[n] - p).abs().max() <= 5e-6 for n, p in weights_of(loops["lora"]).items())
+swaps(*loops["full"])
+for probe in (gathers, refuses):
+    probe(loops["full"][0])
+on_one_side(configs["lora"], loops["lora"][0].accelerator)
+copied(trees["lora"])
 if os.environ.get("FLOWKERN_EVERY_CELL"):
-    with_blocks(configs["lora"], loops["lora"].accelerator)
+    with_compiled_blocks(configs["lora"], loops["lora"][0].accelerator)
 rounds_no_level(trees["full"])
 group.barrier()
 group.destroy_process_group()
