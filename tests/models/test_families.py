@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import flowkern as fk
 from flowkern.checks import ConfigError
 from flowkern.models import MODELS, Conditioning, load_model
+from flowkern.models.compiled import repeated
 from flowkern.models.directory import check_vocabulary
 from flowkern.models.flux2 import Flux2Klein
 from flowkern.schedules import step_coefficients
@@ -241,16 +242,21 @@ def test_activations_that_are_recomputed_change_nothing(name, load):
     model = load(name)
     network = add_lora(model, LoraConfig(rank=2, alpha=4))
     rows, x_t, sigma = model.encode(PROMPTS), latents(model), torch.tensor([0.9, 0.3])
-    found = []
+    found, seen, blocks = [], [], repeated(network, model.blocks)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, _: seen.append(block))
     for is_recomputed in (False, True):
         if is_recomputed:
             network.enable_gradient_checkpointing()
+            seen.clear()
         pair = [model.velocity(x_t, sigma, rows[order]) for order in ([0, 1], [1, 0])]
         sum(each.square().mean() for each in pair).backward()
         gradients = [p.grad for p in network.parameters() if p.requires_grad]
         found.append([each.detach() for each in (*pair, *gradients)])
         network.zero_grad()
     assert all(map(torch.equal, *found))
+    once_more = [b for b in blocks if type(b).__name__.endswith("TransformerBlock")]
+    assert once_more and all(seen.count(b) == 2 * len(pair) for b in once_more), "block by block"
 
 
 @every_family
