@@ -8,10 +8,6 @@ otherwise: docs/log.md.)
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -101,8 +97,9 @@ def _(gradient, small, scale, kind, shape):
 def _kept(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What is kept of a weight (N, K), and its scales."""
     if kind == "nf4":
-        functions = _bitsandbytes().functional
-        small, state = functions.quantize_4bit(weight, blocksize=BLOCK, quant_type=kind)
+        from bitsandbytes import functional
+
+        small, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type=kind)
         return small, state.absmax
     weight = weight.float()
     scale = weight.abs().amax(1, keepdim=True) / LEVELS
@@ -113,18 +110,10 @@ def _kept(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _whole(small: Tensor, scale: Tensor, kind: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The weight (N, K) again."""
     if kind == "nf4":
-        functions = _bitsandbytes().functional
-        state = functions.QuantState(
+        from bitsandbytes import functional
+
+        state = functional.QuantState(
             scale, torch.Size(shape), blocksize=BLOCK, quant_type=kind, dtype=dtype
         )
-        return functions.dequantize_4bit(small, state)
+        return functional.dequantize_4bit(small, state)
     return torch.mul(small, scale, out=torch.empty(shape, dtype=dtype, device=small.device))
-
-
-@cache
-def _bitsandbytes() -> ModuleType:
-    # It warns of a kernel that it has not found, which nothing here asks for.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes
-
-    return bitsandbytes
