@@ -4,6 +4,9 @@ H200.
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from flowkern.cli import main
 from flowkern.models import load_model
 from flowkern.models.on_meta import on_meta
 from flowkern.models.published import PUBLISHED
+from flowkern.train import tree
 from flowkern.train.cards import CARDS
 from flowkern.train.config import load_config
 from flowkern.train.dry_run import dry_run, dry_run_of_blocks
@@ -227,3 +231,45 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(CARDS, "abacus", CARDS["h200"].__class__(1e-3, 1, 1, "beads"))
     assert main(["doctor", *config, "--estimate", "--card", "abacus"]) == 1
     assert "too large: " in capsys.readouterr().out
+
+
+# ---- configs/hardware ----
+
+RUNS = {"flow_grpo_sd35m_geneval": (24, 48, 80, 141), "flow_grpo_flux_pickscore": (48, 80, 141)}
+"""The runs of configs/papers that each card's file is said to be for."""
+
+
+def on_card(run, card):
+    rewards = tree.read([ROOT / f"configs/papers/{run}.yaml"])["reward"]
+    files = [ROOT / f"configs/papers/{run}.yaml", ROOT / f"configs/hardware/{card}gb.yaml"]
+    return load_config(files, [f"reward.{name}.kind=mine:Reward" for name in rewards])
+
+
+def test_every_card_has_its_file():
+    """It composes with the runs that it is for, and says of each what is estimated."""
+    files = {
+        int(path.stem.removesuffix("gb")): path for path in (ROOT / "configs/hardware").glob("*")
+    }
+    assert sorted(files) == sorted({card for cards in RUNS.values() for card in cards})
+    for run, cards in RUNS.items():
+        for card in cards:
+            own = on_card(run, card)
+            assert own.train.max_batch == tree.read([files[card]])["train"]["max_batch"]
+            assert run in files[card].read_text()
+
+
+@pytest.mark.skipif(not EVERY, reason="a minute")
+@pytest.mark.parametrize("run, card", [(run, card) for run in RUNS for card in RUNS[run]])
+def test_a_file_of_hardware_fits_its_card(run, card):
+    found = _Run(on_card(run, card)).estimate(None)
+    assert found.peak <= 0.9 * card * 1e9
+    said = (ROOT / f"configs/hardware/{card}gb.yaml").read_text().replace("\n# ", " ")
+    peaks = {found.peak, max(v for k, v in found.phases.items() if k != "encoding prompts")}
+    told = re.search(rf"{run}[^(]*?([\d.]+)( GB|\s\()", said)[1]
+    assert float(told) in {round(peak / 1e9, 1) for peak in peaks}
+
+
+@pytest.mark.skipif(not EVERY, reason="minutes")
+def test_the_table_of_what_fits_is_what_its_command_writes():
+    done = subprocess.run([sys.executable, ROOT / "scripts/what_fits.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0
