@@ -11,7 +11,7 @@ import torch
 from bench_rollout import is_ready
 from harness import Case, Contender
 
-MODEL, ITERATION, ROWS = "tiny", 150, 16
+MODEL, ROWS = "tiny", 16
 QUICK = ("flow_grpo", "awm")
 
 
@@ -30,17 +30,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 def _case(name: str, device: torch.device, quick: bool, of_a_row: dict[str, float]) -> Case:
     from contenders import WAYS
     from contenders import Contender as Way
+    from counting import MIDDLE, tflop
     from settings import IMAGES, Setting
 
-    setting = Setting(MODEL, name, IMAGES.get(name, 8), ROWS, str(device), ITERATION)
+    setting = Setting(MODEL, name, IMAGES.get(name, 8), ROWS, str(device), MIDDLE)
     plain = Way(WAYS["a"], setting.released_batch())
     ways = {"flowkern": Way(WAYS["c"], setting), "plain PyTorch, as released": plain}
-    tflop, made = {}, {}
+    cost, made = {}, {}
     for label, way in ways.items():
-        rows = way.rollout(is_first=True)["rows"]
-        learning = rows.get("learning", 0)
-        other = sum(rows.values()) - learning
-        tflop[label] = learning * of_a_row["both"] + other * of_a_row["forward"]
+        cost[label] = tflop(way.rollout(is_first=True)["rows"], of_a_row)
         made[label] = (way.found["gradient"].clone(),)
     truth = made["plain PyTorch, as released"][0]
 
@@ -53,12 +51,12 @@ def _case(name: str, device: torch.device, quick: bool, of_a_row: dict[str, floa
     contenders = [
         Contender(
             label, run(way), made=made[label],
-            note=f"counted {tflop[label] / tflop['flowkern']:.2f} times, rows {dict(way.rows)}",
+            note=f"counted {cost[label] / cost['flowkern']:.2f} times, rows {dict(way.rows)}",
         )
         for label, way in ways.items()
     ]  # fmt: skip
     allowed = 1e-3 if device.type == "cpu" else 0.1  # bfloat16 there
-    counted = tflop["plain PyTorch, as released"] / tflop["flowkern"]
+    counted = cost["plain PyTorch, as released"] / cost["flowkern"]
     shape = (plain.images, *plain.model.latent_shape)
     title = f"{name}, tiny, by counting {counted:.2f} x"
     rounds = 1 if quick else 7

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from counting import KINDS
 from large_model import Architecture
 from plain_loops import LOOPS
 from settings import IS_REHEARSAL, Setting
@@ -29,10 +30,6 @@ from flowkern.train.blocks import asked_twice, asking
 from flowkern.train.config import LoraConfig, from_dict
 from flowkern.train.loop import Loop
 from flowkern.train.lora import add_lora
-
-KINDS = ("sampling", "learning", "not learning")
-"""Of rows: in a rollout; in training with a gradient; in training without, which are references,
-copies and halves of guidance that do not learn."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Contender:
         if IS_REHEARSAL:  # a compiler that makes no code; products that a CPU's torch does not have
             compiled.BACKEND, quantize.has_products = "eager", lambda device: True
         self.folder = tempfile.TemporaryDirectory()
-        dtype = {"bf16": torch.bfloat16, "no": torch.float32}[setting.precision]
+        dtype = {"bf16": torch.bfloat16, "no": torch.float32}[setting.mixed_precision]
         model = (architecture or setting.architecture).build(self.device, dtype)
         more = {} if way.is_plain else {"compile": way.is_compiled, "quantization": way.base}
         rows = 2 if way.is_plain else setting.batch  # the plain loop does not look at it
@@ -201,7 +198,7 @@ class Contender:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.rows.clear()
         self.batches, self.plain.gradient, self.plain.phase = 0, None, "rollout"
-        begin, record = now(self.device), {}
+        begin, used, record = now(self.device), time.process_time(), {}
         if self.way.is_plain:
             self.plain.step()
             phases = dict(self.plain.seconds)
@@ -212,12 +209,12 @@ class Contender:
         else:
             (record,) = trainer.step()
             phases = {n: record[f"timing_s/{n}"] for n in ("rollout", "reward", "train")}
-        seconds = now(self.device) - begin
+        seconds, used = now(self.device) - begin, time.process_time() - used
         phases.setdefault("rollout", seconds - sum(phases.values()))
         images = self.images
         is_cuda = self.device.type == "cuda"
         return {
-            "seconds": seconds, "phases": phases, "images": images,
+            "seconds": seconds, "processor_s": used, "phases": phases, "images": images,
             "images_per_s": images / seconds, "rows": dict(self.rows),
             "network_batches": self.batches, "max_batch": self.batch,
             "ratio_mean": record.get("ratio_mean"),

@@ -12,6 +12,9 @@ from large_model import MEDIUM, TINY, Architecture
 from larger_models import FLUX_DEV, TINY_FLUX, TINY_WAN, WAN_1B
 from plain_loops import LOOPS
 
+from flowkern.rl.recipe import Recipe
+from flowkern.train.config import from_dict
+
 IS_REHEARSAL = os.environ.get("GPU_REHEARSE") == "1"
 MODELS: dict[str, Architecture] = {
     "sd35m": MEDIUM, "flux1": FLUX_DEV, "wan21-1.3b": WAN_1B,
@@ -47,15 +50,16 @@ class Setting:
     steps: int | None = None
     """Of the rollout; None: the paper's."""
     checkpointing: bool = False
+    precision: str | None = None
+    """bf16, or no; None: bf16, but on a CPU, which computes as fast in no other than float32."""
 
     @property
     def architecture(self) -> Architecture:
         return MODELS[self.model]
 
     @property
-    def precision(self) -> str:
-        """A CPU computes as fast in no other."""
-        return "bf16" if self.device != "cpu" or IS_REHEARSAL else "no"
+    def mixed_precision(self) -> str:
+        return self.precision or ("bf16" if self.device != "cpu" or IS_REHEARSAL else "no")
 
     @property
     def has_few(self) -> bool:
@@ -66,6 +70,9 @@ class Setting:
         """With as many samples a call as the released loop has on this family."""
         found = LOOPS[self.algorithm].released_batch.get(self.architecture.kind.__name__, 1)
         return replace(self, batch=min(found, self.images))
+
+    def recipe(self) -> Recipe:
+        return from_dict(self.config("unused", self.batch)).algorithm
 
     def config(self, folder: str, rows: int, **model: Any) -> dict[str, Any]:
         """Of a run; rows: of a network call. model: more of its section."""
@@ -84,5 +91,5 @@ class Setting:
             "reward": {"contenders:brightness": {"weight": 1.0}},
             "algorithm": algorithm,
             "lora": {"rank": 32, "alpha": 64},
-            "train": {"steps": 1000, "max_batch": rows, "mixed_precision": self.precision},
+            "train": {"steps": 1000, "max_batch": rows, "mixed_precision": self.mixed_precision},
         }

@@ -14,7 +14,8 @@ process of its own and takes turns, in the order in which they are named: a warm
 iterations. They begin when all have compiled, which they do by networks of a few blocks, or when
 half of --limit is gone; what still compiles then is stopped while another is timed, so that nothing
 else computes. With --limit: ends then, and fills what is left with more turns. The file is written
-after each turn. Out of memory: the batch is halved.
+after each turn. Out of memory: the batch is halved. Ways are compared by seconds, on a CPU by those
+that the processor worked for them, which what else the machine does hardly changes.
 
 counted: how many times as fast one would be than another if a TFLOP took all the same time.
 model_tflop: products and attention of the rows that a way asks, as torch's flop counter counts them
@@ -44,6 +45,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from contenders import WAYS, operations  # noqa: E402
+from counting import MIDDLE, tflop  # noqa: E402
 from harness import can_fork, describe_machine, results_folder  # noqa: E402
 from plain_loops import LOOPS  # noqa: E402
 from players import Player, way_of  # noqa: E402
@@ -96,7 +98,7 @@ class Match:
         batch = options.max_batch
         if way.is_compiled:  # no row is there to fill a batch up
             batch = options.compiled_batch or images
-        asked = options.iteration, options.steps, options.checkpointing
+        asked = options.iteration, options.steps, options.checkpointing, options.precision
         setting = Setting(options.model, algorithm, images, batch, options.device, *asked)
         return setting.released_batch() if way.is_plain else setting
 
@@ -183,15 +185,12 @@ class Match:
                 other.signal(signal.SIGCONT)
 
     def rate(self, row: dict[str, Any]) -> dict[str, Any]:
-        of_a_row, rows = self.result["tflop_of_a_row"], row["rows"]
-        with_gradient = rows.get("learning", 0)
-        tflop = with_gradient * of_a_row["both"]
-        tflop += (sum(rows.values()) - with_gradient) * of_a_row["forward"]
+        cost = tflop(row["rows"], self.result["tflop_of_a_row"])
         name = self.result["machine"].get("gpu", "")
         peak = next((peak for card, peak in PEAKS.items() if card in name), None)
-        rate = tflop / row["seconds"]
+        rate = cost / row["seconds"]
         return {
-            "model_tflop": tflop, "tflops": rate, "utilization": rate / peak if peak else None
+            "model_tflop": cost, "tflops": rate, "utilization": rate / peak if peak else None
         }  # fmt: skip
 
     def compare(self) -> None:
@@ -226,9 +225,10 @@ class Match:
     def seconds(self) -> dict[str, list[float]]:
         """Of the timed turns, for an image, ascending."""
         found: dict[str, list[float]] = {}
+        clock = "processor_s" if self.options.device == "cpu" else "seconds"
         for row in self.result["rollouts"]:
             if not row["is_warm_up"]:
-                found.setdefault(row["way"], []).append(row["seconds"] / row["images"])
+                found.setdefault(row["way"], []).append(row[clock] / row["images"])
         return {name: sorted(took) for name, took in found.items()}
 
     def ratios(self) -> dict[str, float]:
@@ -299,8 +299,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, help="of the one prompt; branches of a state, where there are such"
     )
-    parser.add_argument("--iteration", type=int, default=150, help="of a run: windows move")
+    parser.add_argument("--iteration", type=int, default=MIDDLE, help="of a run: windows move")
     parser.add_argument("--steps", type=int, help="of a rollout, in place of the paper's")
+    parser.add_argument("--precision", choices=("bf16", "no"), help="bf16; on a CPU no")
     parser.add_argument("--checkpointing", action="store_true", help="of all contenders")
     parser.add_argument("--rollouts", type=int, default=2, help="timed ones, after a warm-up")
     parser.add_argument("--max-batch", type=int, default=16, help="rows of a call of (c)")

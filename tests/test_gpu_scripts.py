@@ -355,7 +355,12 @@ def test_contenders_are_timed_alone_and_one_that_fails_leaves_the_others(tmp_pat
         Player("d", [None] * 4 + [ready, said, said | {"seconds": 1.0}]),
     ]
     match = object.__new__(train_step.Match)
-    options = {"limit": float("inf"), "rollouts": 1, "contenders": ["a", "c", "d"]}
+    options = {
+        "device": "cuda",
+        "limit": float("inf"),
+        "rollouts": 1,
+        "contenders": ["a", "c", "d"],
+    }
     match.options, match.players = SimpleNamespace(**options), players
     match.folder, match.path = tmp_path, tmp_path / "e2e.json"
     match.result = {"tflop_of_a_row": {"forward": 1.0, "both": 2.0}, "errors": {}, "rollouts": []}
