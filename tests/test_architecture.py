@@ -113,6 +113,7 @@ KNOW_ALGORITHMS = {
     "flowkern/ops/matching_loss": "one of its losses is called after the algorithm it was made for",
     "scripts/draw_plans.py": "draws the pictures of docs/algorithms.md",
     "scripts/gpu/part_b.py": "says which is timed on a model of real size",
+    "scripts/gpu/part_e.py": "the same, on larger ones",
 }
 KNOW_FAMILIES = {
     "flowkern/models": "their room",
@@ -121,6 +122,7 @@ KNOW_FAMILIES = {
     "scripts/gpu/network_models.py": "builds the published networks that are timed",
     "scripts/gpu/network_cases.py": "says which of them are timed, and how",
     "scripts/gpu/part_d.py": "rehearses one of them",
+    "scripts/gpu/part_e.py": "says which are timed in whole iterations",
 }
 
 

@@ -17,10 +17,10 @@ def run(steps: Steps) -> None:
         few = ["--device", "cpu", "--rollouts", "0", "--images", "2", "--steps", "2"]
         iterations(steps, "wan", 110, ["--model", "tiny-wan21", *few])
         return
-    flux = ["--model", "flux1", "--images", "4", "--rollouts", "1", "--limit", "120"]
-    iterations(steps, "flux", 125, flux)
-    wan = ["--model", "wan21-1.3b", "--images", "2", "--rollouts", "1", "--limit", "105"]
-    iterations(steps, "wan", 110, [*wan, "--steps", "4", "--max-batch", "4"])
+    image = ["--model", "flux1", "--images", "4", "--rollouts", "1", "--limit", "120"]
+    iterations(steps, "flux", 125, image)
+    video = ["--model", "wan21-1.3b", "--images", "2", "--rollouts", "1", "--limit", "105"]
+    iterations(steps, "wan", 110, [*video, "--steps", "4", "--max-batch", "4"])
 
 
 def iterations(steps: Steps, name: str, limit: int, options: list[str]) -> None:
