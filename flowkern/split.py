@@ -44,7 +44,8 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    # A part of its own: a view would keep the whole.
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 @torch.no_grad()

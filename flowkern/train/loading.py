@@ -20,8 +20,8 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Mode
     """The adapter of model.path, in the precision, the size and with the text tokens that are
     configured. A network whose own weights are trained is in float32, whatever it computes in; for
     drawing it is as others are. Where a training has a cache of prompts, text encoders are loaded
-    when it lacks one. A network that is to be quantized stays on the host: not all of it may fit
-    elsewhere before.
+    when it lacks one. A network that is to be quantized or split stays on the host: not all of
+    it may fit elsewhere before.
 
     Raises ConfigError, naming the key, for a directory that cannot be used, whatever its loader
     raises, and for a size that the model does not have.
@@ -29,7 +29,8 @@ def load_pipeline(config: Config | Sampling, device: torch.device | str) -> Mode
     options, dtype = config.model, DTYPES[config.train.mixed_precision]
     trains_all = config.lora is None and isinstance(config, Config)
     network = torch.float32 if trains_all else dtype
-    is_large = options.quantization is not None and isinstance(config, Config)
+    is_small_there = options.quantization is not None or config.train.sharding is not None
+    is_large = is_small_there and isinstance(config, Config)
     has_cache = options.prompt_cache is not None and isinstance(config, Config)
     try:
         return load_model(

@@ -32,7 +32,8 @@ FITS = 0.5
 
 
 def shard(model: Model, config: Config, accelerator: Accelerator) -> None:
-    """Split the weights of a network that has its adapter and is compiled, as configured."""
+    """Split the weights of a network that has its adapter and is compiled, as configured; block by
+    block they leave the host, where `load_pipeline` has them."""
     kind = config.train.sharding
     if kind is None:
         return
@@ -44,6 +45,8 @@ def shard(model: Model, config: Config, accelerator: Accelerator) -> None:
         # What comes in is not cast: levels of noise would be rounded.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     kept = set() if config.lora is None else {p for p in network.parameters() if p.requires_grad}
+    for p in kept:
+        p.data = p.data.to(accelerator.device)
     # The root, too: between two calls every process then has its parts alone, and one of them may
     # read them (in saving) without the others.
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": kept}

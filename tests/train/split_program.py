@@ -84,6 +84,10 @@ def steps_twice(loop, directory):
     loop.step()
     again = Loop(loop.config)
     again.load(directory)
+    for moment in (
+        v.to_local() for s in again.optimizer.state.values() for v in s.values() if v.dim()
+    ):
+        assert moment.untyped_storage().nbytes() == 4 * moment.numel()
     again.step()
     other = weights_of(again)
     assert all(torch.equal(value, other[name]) for name, value in weights_of(loop).items())
