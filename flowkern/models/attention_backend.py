@@ -8,6 +8,7 @@ of it is looked at: processors that ask torch by themselves ignore it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,31 +94,37 @@ def set_backend(networks: Sequence[Any], name: str, ours: Mapping[type, type]) -
 
 
 def try_backend(name: str, device: torch.device, dtype: torch.dtype, is_trained: bool) -> None:
-    """Its values, and its gradients where it is_trained, against torch's in float32.
+    """Its values, and its gradients where it is_trained, against torch's in float32; under a mask,
+    too, which it may refuse but not pass over.
 
     Raises ValueError where it cannot be had on this device, in this dtype, or is another function.
     """
     generator = torch.Generator(device).manual_seed(0)
     drawn = [torch.randn(TRIED, device=device, generator=generator) for _ in range(4)]
     *given, gradient = (x.to(dtype) for x in drawn)
+    ask = partial(dispatch_attention_fn, backend=AttentionBackendName(name))
     with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(is_trained):
         right = _answers(_plain, [x.float() for x in given], gradient.float())
         try:
-            found = _answers(
-                lambda *inputs: dispatch_attention_fn(*inputs, backend=AttentionBackendName(name)),
-                given,
-                gradient,
-            )
+            found = _answers(ask, given, gradient)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a library's own
             where = f"on {device.type}, in {str(dtype).removeprefix('torch.')}: "
             raise ValueError(_refused(name, error, where)) from error
-    for what, expected, got in zip(("answer", *"qkv"), right, found, strict=False):
-        off = ((got.float() - expected).norm() / expected.norm()).item()
-        if not off <= ALLOWED:
-            said = what if what == "answer" else f"gradient of {what}"
-            raise ValueError(f"attention_backend: got {name!r}, whose {said} is off by {off:.2g}")
+    for what, *both in zip(("answer", *"qkv"), right, found, strict=False):
+        _compare(name, what if what == "answer" else f"gradient of {what}", *both)
+    rows, tokens = TRIED[:2]
+    mask = torch.arange(tokens, device=device) < torch.tensor([[tokens], [tokens // 2]]).to(device)
+    mask = mask.view(rows, 1, 1, tokens)
+    with torch.no_grad():
+        try:
+            masked = ask(*given, attn_mask=mask)
+        except Exception:  # as a network that has one will hear
+            return
+        _compare(
+            name, "answer under a mask", _plain(*(x.float() for x in given), mask=mask), masked
+        )
 
 
 def is_of_backend(error: BaseException) -> bool:
@@ -130,8 +137,15 @@ def is_of_backend(error: BaseException) -> bool:
     return False
 
 
-def _plain(*inputs: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+def _compare(name: str, what: str, right: Tensor, found: Tensor) -> None:
+    off = ((found.float() - right).norm() / right.norm()).item()
+    if not off <= ALLOWED:
+        raise ValueError(f"attention_backend: got {name!r}, whose {what} is off by {off:.2g}")
+
+
+def _plain(*inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in inputs)
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
 
 
 def _answers(ask: Any, given: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:

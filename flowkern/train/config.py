@@ -168,7 +168,8 @@ class TrainConfig(Section):
     """Network calls that run as one batch, at most, in sampling and training, on each process."""
     prompts_per_block: Annotated[int | None, count(2**16)] = None
     """Prompts that are sampled and scored together, at most, on each process: the latents of no
-    others are on the device, and what training needs of them waits on the host. None: all."""
+    others are on the device, and what training needs of them waits on the host. None: all; a
+    video's wait there, too."""
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
     """torch's AdamW; the same in one kernel for all weights; or torchao's, for all weights (lora:
     null), whose moments take 2 bytes of each instead of 8."""
