@@ -77,10 +77,12 @@ def inputs(rows=ROWS):
     return x, sigma, {"text": text}
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # torch's own
 def test_sampling_and_learning_run_one_graph(network):
     right, names = network(*inputs()), list(network.state_dict())
     blocks = Compiled(repeated(network), ROWS)
     assert list(network.state_dict()) == names
+    assert torch._dynamo.config.recompile_limit == compiled.RECOMPILES
     with torch.no_grad():
         sampled = blocks.ask(network, *inputs())
     # Nothing that asks for a gradient enters the first, and the last is another.

@@ -233,6 +233,7 @@ def test_a_run_with_all_that_reads_the_network(kind, loop_of):
     assert len(said) == 1
 
 
+@pytest.mark.skipif(not EVERY, reason="FLOWKERN_EVERY_CELL=1: seconds; a float8 base is compiled")
 def test_compiled_it_says_the_same_with_a_gradient(kind, loop_of, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     torch._dynamo.reset()
