@@ -27,6 +27,8 @@ from flowkern.train.distributed import Replicas
 from flowkern.train.errors import RunError
 
 KEY = "train.sharding"
+PLUGINS = "FSDP", "DEEPSPEED", "MEGATRON_LM"
+"""Of accelerate, which split networks in their own ways; on a CPU it leaves them out silently."""
 FITS = 0.5
 """Of a device's free memory, what all weights may take of it while samples are drawn."""
 
@@ -61,6 +63,12 @@ def shard(model: Model, config: Config, accelerator: Accelerator) -> None:
 def require(config: Config, accelerator: Accelerator) -> None:
     """Raises ConfigError where weights cannot be split as configured, before there are any."""
     kind = config.train.sharding
+    for plugin in PLUGINS:
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
+            raise ConfigError(
+                f"{KEY}: got {kind or 'null'}, and accelerate's configuration asks for {plugin}; "
+                "expected its distributed_type to be MULTI_GPU: how weights are split is said here"
+            )
     if kind is None:
         return
     world, node = accelerator.num_processes, _of_this_node(accelerator)

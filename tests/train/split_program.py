@@ -169,8 +169,8 @@ def rounds_no_level(tree):
 
 
 def alike(kind, config, accelerator, levels):
-    """A tiny pipeline says and learns the same whether or not its frozen weights are split; its
-    rows are at these levels on this process."""
+    """A tiny pipeline, checkpointed, says and learns the same whether or not its frozen weights are
+    split; its rows are at these levels on this process."""
     sys.path.append(str(Path(__file__).parents[1] / "models"))
     import tiny
 
@@ -182,6 +182,7 @@ def alike(kind, config, accelerator, levels):
             tiny.pipeline(kind), **size | ({"num_frames": 5} if kind == "wan_a14b" else {})
         )
         torch.manual_seed(0)
+        model.network.enable_gradient_checkpointing()
         set_trained(model, lora)
         for p in model.network.parameters():
             if p.requires_grad:

@@ -135,6 +135,14 @@ def test_what_cannot_be_split_is_refused(tiny, option, message):
         require(config, SimpleNamespace(num_processes=world))
 
 
+def test_a_plugin_of_accelerates_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        ConfigError, match="^train.sharding: got null, and accelerate's .* for FSDP"
+    ):
+        require(tiny(), SimpleNamespace(num_processes=2))
+
+
 def test_an_option_of_split_weights_is_refused_without_them(tiny):
     with pytest.raises(ConfigError, match="^train.rollout_unshard: got true, which .*null ignores"):
         tiny("train.rollout_unshard=true")
