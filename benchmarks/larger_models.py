@@ -31,7 +31,7 @@ class FluxArchitecture(Architecture):
     vae_factors: ClassVar[tuple[float, float]] = (0.3611, 0.1159)
     few: ClassVar[tuple[dict[str, Any], ...]] = (
         {"num_layers": 2, "num_single_layers": 2},
-        {"num_layers": 0, "num_single_layers": 2},
+        {"num_layers": 1, "num_single_layers": 2},
     )
 
     @property

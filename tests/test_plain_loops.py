@@ -14,10 +14,14 @@ pytest.importorskip("diffusers")
 import counting  # noqa: E402
 import part_b  # noqa: E402
 import part_e  # noqa: E402
+import torch  # noqa: E402
 import train_step  # noqa: E402
 from contenders import WAYS, Contender, operations  # noqa: E402
 from plain_loops import LOOPS  # noqa: E402
 from settings import MODELS, Setting  # noqa: E402
+
+from flowkern.train.config import LoraConfig  # noqa: E402
+from flowkern.train.lora import add_lora  # noqa: E402
 
 EVERY = os.environ.get("FLOWKERN_EVERY_CELL") == "1"
 # Each formula, each way through the network, and each family once.
@@ -82,6 +86,23 @@ def test_iterations_that_a_card_is_asked_for_can_be_asked_for(part, monkeypatch,
         options = train_step._arguments()
         assert options.algorithm == "flow_grpo" and not options.model.startswith("tiny")
         assert options.contenders[:2] == ["a", "c"]
+
+
+@pytest.mark.parametrize("name", ["sd35m", "flux1", "wan21-1.3b"])
+def test_what_is_compiled_ahead_has_the_blocks_of_the_whole(name):
+    """Every sort of them, with adapters; or the last alone, beside which others may miss."""
+
+    def sorts_of(architecture):
+        model = architecture.build(torch.device("meta"), torch.bfloat16)
+        add_lora(model, LoraConfig(rank=32, alpha=64))
+        blocks = model.repeated()
+        names = [tuple(n for n, _ in block.named_parameters()) for block in blocks]
+        return set(zip(map(type, blocks), names, strict=True)), len(blocks)
+
+    whole, count = sorts_of(MODELS[name])
+    for sorts in (1, 2):
+        few, less = sorts_of(MODELS[name].smaller(sorts))
+        assert few <= whole and less < count / 4 and (sorts == 1 or few == whole)
 
 
 @pytest.mark.skipif(not EVERY, reason="FLOWKERN_EVERY_CELL=1: half a minute each")
