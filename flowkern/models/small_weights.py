@@ -26,8 +26,8 @@ class SmallLinear(nn.Module):
     autocast's.
 
     int8: with a float32 scale for each of the N rows. nf4: with one for every 64 weights; takes
-    bitsandbytes. Raises ValueError for weights of no floating dtype of 16 or 32 bits, or that are
-    no numbers; ImportError without bitsandbytes.
+    bitsandbytes. The weight is in one of DTYPES. Raises ValueError where it is not finite,
+    ImportError without bitsandbytes.
     """
 
     def __init__(self, layer: nn.Linear, kind: str) -> None:
@@ -35,9 +35,6 @@ class SmallLinear(nn.Module):
         weight, self.bias, self.kind = layer.weight.detach(), layer.bias, kind
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.dtype = weight.dtype
-        if self.dtype not in DTYPES:
-            name = str(self.dtype).removeprefix("torch.")
-            raise ValueError(f"weights are in {name}, expected bfloat16, float16 or float32")
         if not weight.isfinite().all():
             raise ValueError("weights are not finite")
         small, scale = _kept(kind, weight)

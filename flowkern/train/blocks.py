@@ -60,6 +60,8 @@ def require_quantization(config: Config, device: torch.device) -> None:
 
 
 def _quantized(model: Model, kind: str, device: torch.device) -> str:
+    # After the adapter: peft's layer for a linear one calls whatever its base is by then. Before it
+    # peft would choose a layer by the library that quantized, and there is none of it here.
     network, blocks = model.network, _blocks(model, "quantization", kind)
     before = quantize.frozen_bytes(network)
     try:
@@ -70,7 +72,7 @@ def _quantized(model: Model, kind: str, device: torch.device) -> str:
     after = quantize.frozen_bytes(network)
     return (
         f"{count} frozen layers in {kind}: what is frozen of the network takes {after / 1e6:,.2f} "
-        f"MB, were {before / 1e6:,.2f}"
+        f"MB, {before / 1e6:,.2f} before"
     )
 
 
