@@ -6,9 +6,10 @@ P prompts, *D one latent; L leaves of a plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowkern.rollout.engine import slices
@@ -17,6 +18,11 @@ from flowkern.rollout.states import Rollout, Source
 WAITS = 2**21
 """Bytes of a latent beyond which what training needs of it waits on the host, also without blocks:
 an image of 1024 x 1024 has 1 MiB of them or 2, and a video of 33 frames in 480p 3.6."""
+
+
+def is_large(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> bool:
+    """Has such a latent more than `WAITS` bytes?"""
+    return math.prod(shape) * dtype.itemsize > WAITS
 
 
 @dataclass
@@ -50,8 +56,8 @@ class Blocks:
     def waits(self) -> bool:
         """Does what training needs wait on the host, and come back batch by batch?"""
         source = self.source
-        is_large = math.prod(source.shape) * source.dtype.itemsize > WAITS
-        return self.size is not None or (is_large and source.prompt_id.device.type != "cpu")
+        is_elsewhere = source.prompt_id.device.type != "cpu"
+        return self.size is not None or (is_elsewhere and is_large(source.shape, source.dtype))
 
     def _keep(self, found: Rollout) -> None:
         if not self.waits:

@@ -22,6 +22,7 @@ from flowkern.models.pipeline import DECODE_PIXELS
 from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Objective
 from flowkern.rollout import Layout, Rollout, Source
+from flowkern.rollout.blocks import is_large
 from flowkern.train.cards import COMPILED, DECODING, LAUNCH, OF_BANDWIDTH, OF_PEAK, Card
 from flowkern.train.config import Config
 from flowkern.train.copies import REFERENCE
@@ -181,6 +182,11 @@ class _Run:
 
     # ---- memory ----
 
+    @property
+    def waits(self) -> bool:
+        """Does what training needs of a rollout wait on the host?"""
+        return self.config.train.prompts_per_block is not None or is_large(self.model.latent_shape)
+
     def states(self) -> tuple[int, int]:
         """What a rollout keeps of a block, and what its latents take while it is sampled."""
         source = Source(0, torch.empty(self.block, dtype=torch.int64, device="meta"),
@@ -235,7 +241,6 @@ class _Run:
         self, memory: dict[str, int], sampling: int, decode: int, learning: int
     ) -> dict[str, int]:
         kept, moving = self.states()
-        is_on_host = self.config.train.prompts_per_block is not None
         always = sum(memory[part] for part in ("network", "trained weights", "vae"))
         always += memory["copies of trained weights"]
         after = always + memory["optimizer"] + memory["prompts of a rollout"]
@@ -244,7 +249,7 @@ class _Run:
             "encoding prompts": always + memory["text encoders"],
             "sampling": after + kept + moving + sampling,
             "decoding": after + kept + moving + pixels + decode,
-            "training": after + (0 if is_on_host else kept) + memory["gradients"] + learning,
+            "training": after + (0 if self.waits else kept) + memory["gradients"] + learning,
         }
 
     # ---- all of it ----
@@ -271,7 +276,7 @@ class _Run:
         taken = sampling, learn, decode
         seconds = None if card is None else self.seconds(card, rows, batches, taken)
         host = {"a prompt": sum(part.nbytes for part in self.blank.values())}
-        if config.train.prompts_per_block is not None:
+        if self.waits:
             host["states of a rollout"] = self.states()[0] * self.prompts // self.block
         if config.train.offload_ema:
             host["mean of the weights"] = _size(self.weights)
