@@ -114,6 +114,7 @@ KNOW_ALGORITHMS = {
     "scripts/draw_plans.py": "draws the pictures of docs/algorithms.md",
     "scripts/gpu/part_b.py": "says which is timed on a model of real size",
     "scripts/gpu/part_e.py": "the same, on larger ones",
+    "scripts/what_fits.py": "says of which its table is",
 }
 KNOW_FAMILIES = {
     "flowkern/models": "their room",

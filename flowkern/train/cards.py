@@ -2,8 +2,8 @@
 
 A kernel takes the longer of its operations at a share of the peak and its bytes at a share of the
 bandwidth, and LAUNCH beside: what eager PyTorch takes between kernels, and kernels too small to
-fill a card. The three shares were chosen so that six calls of networks measured on an H200 come out
-within a seventh (docs/doctor.md); of other cards nothing was measured.
+fill a card. These three were chosen so that six calls of networks measured on an H200 come out
+within 12 % (docs/doctor.md); of other cards nothing was measured.
 """
 
 from __future__ import annotations

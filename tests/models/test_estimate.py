@@ -111,7 +111,7 @@ def test_blocks_that_repeat_are_as_the_whole(is_checkpointed, dtype):
 # ---- sizes ----
 
 
-@pytest.mark.parametrize("family", ["sd3", "wan_a14b", "klein"])
+@pytest.mark.parametrize("family", tiny.PIPELINES if EVERY else ["sd3", "klein"])
 def test_sizes_are_those_of_what_is_loaded(family, tmp_path):
     """T5's words are one table for its two layers, Qwen's the first and the last layer."""
     tiny.pipeline(family).save_pretrained(tmp_path)
@@ -140,7 +140,7 @@ BILLIONS = {
 """Of the transformer, the text encoders, the VAE, as docs/models.md has them; and GB in all."""
 
 
-@pytest.mark.parametrize("name", PUBLISHED if EVERY else BILLIONS)
+@pytest.mark.parametrize("name", PUBLISHED if EVERY else [*BILLIONS][:1])
 def test_published_sizes(name):
     pipeline = on_meta(name, BF16, None).pipeline
     modules = {n: p for n, p in pipeline.components.items() if isinstance(p, nn.Module)}
@@ -186,7 +186,8 @@ def test_stable_diffusion_is_what_was_measured():
 
 
 def test_flux_is_what_was_measured():
-    """A call of two rows, forward and backward, eager: 44.1 GB, 406 ms."""
+    """A call of two rows, forward and backward, eager: 44.1 GB, 406 ms; the frozen weights' GB as
+    docs/models.md has them."""
     cases = json.loads((H200 / "network.json").read_text())
     measured = cases["flux compiled, emulated casts"]["eager bfloat16"]
     run = _Run(config_of("flux1_dev", "algorithm.guidance_scale=1"))
@@ -194,6 +195,10 @@ def test_flux_is_what_was_measured():
     assert (run.loaded + taken.peak) / 1e9 == pytest.approx(measured["both_peak_gb"], rel=0.05)
     seconds = CARDS["h200"].seconds(taken)
     assert 1e3 * seconds == pytest.approx(measured["both_2_ms"], rel=0.1)
+    for kind, kept in {None: 23.8, "float8": 23.8, "int8": 15.2, "nf4": 11.4}.items():
+        model = run.config.model.model_copy(update={"quantization": kind})
+        run.config = run.config.model_copy(update={"model": model})
+        assert round(run.frozen() / 1e9, 1) == kept
 
 
 # ---- the command ----
