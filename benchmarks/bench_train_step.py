@@ -49,15 +49,12 @@ def _case(name: str, device: torch.device, quick: bool, of_a_row: dict[str, floa
         return lambda: (way.rollout()["seconds"],)
 
     contenders = [
-        Contender(
-            label, run(way), made=made[label],
-            note=f"counted {cost[label] / cost['flowkern']:.2f} times, rows {dict(way.rows)}",
-        )
+        Contender(label, run(way), f"rows {dict(way.rows)}", True, made[label])
         for label, way in ways.items()
-    ]  # fmt: skip
-    allowed = 1e-3 if device.type == "cpu" else 0.1  # bfloat16 there
+    ]
+    dtype, allowed = ("float32", 1e-3) if device.type == "cpu" else ("bfloat16", 0.1)
     counted = cost["plain PyTorch, as released"] / cost["flowkern"]
     shape = (plain.images, *plain.model.latent_shape)
     title = f"{name}, tiny, by counting {counted:.2f} x"
     rounds = 1 if quick else 7
-    return Case("train_step", title, shape, "float32", contenders, check, allowed, rounds=rounds)
+    return Case("train_step", title, shape, dtype, contenders, check, allowed, rounds=rounds)

@@ -244,10 +244,11 @@ class Match:
     def table(self) -> str:
         """The ways, and how many times as fast one is as another: measured, and by counting."""
         lines, ratios, counted = [], self.ratios(), self.counted()
+        unit = "images/s" + (" of the processor" if self.options.device == "cpu" else "")
         for name, took in self.seconds().items():
             least, median, most = (took[i] for i in (0, len(took) // 2, -1))
             lines.append(
-                f"({name}) {says(name)}: {1 / median:.2f} images/s ({1 / most:.2f} to "
+                f"({name}) {says(name)}: {1 / median:.2f} {unit} ({1 / most:.2f} to "
                 f"{1 / least:.2f} in {len(took)} turns)"
             )
         for pair, ratio in ratios.items():
@@ -312,8 +313,8 @@ def _arguments() -> argparse.Namespace:
     named = options.contenders or ("a,c,d,b" if options.device == "cpu" else "a,c,d,e,b")
     options.contenders = named.split(",")
     for name in options.contenders:
-        letter, _, other = name.partition(":")
-        if letter not in WAYS or (other and (letter != "a" or other not in LOOPS)):
+        letter, colon, other = name.partition(":")
+        if letter not in WAYS or (colon and (letter != "a" or other not in LOOPS)):
             parser.error(
                 f"--contenders: got {name!r}, expected letters of {', '.join(WAYS)}, or a:ALGORITHM"
             )

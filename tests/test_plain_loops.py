@@ -71,7 +71,7 @@ def test_ways_are_compared_image_by_image(monkeypatch):
     match.result = {"rollouts": [*turns("c", 8, 5.0, 4.0, 8.0), *turns("a:g2rpo", 96, 240.0)]}
     assert match.ratios() == {"c to a:g2rpo": 240 / 96 / (5 / 8)}
     assert match.counted() == {"c to a:g2rpo": 8 / 96}
-    assert "(c) flowkern: 1.60 images/s (1.00 to 2.00 in 3 turns)" in match.table()
+    assert "(c) flowkern: 1.60 images/s of the processor (1.00 to 2.00 in 3 turns)" in match.table()
 
 
 @pytest.mark.parametrize("part", [part_b, part_e])
