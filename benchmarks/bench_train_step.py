@@ -36,9 +36,9 @@ def _case(name: str, device: torch.device, quick: bool, of_a_row: dict[str, floa
     setting = Setting(MODEL, name, IMAGES.get(name, 8), ROWS, str(device), MIDDLE)
     plain = Way(WAYS["a"], setting.released_batch())
     ways = {"flowkern": Way(WAYS["c"], setting), "plain PyTorch, as released": plain}
-    cost, made = {}, {}
+    rows, made = {}, {}
     for label, way in ways.items():
-        cost[label] = tflop(way.rollout(is_first=True)["rows"], of_a_row)
+        rows[label] = way.rollout(is_first=True)["rows"]
         made[label] = (way.found["gradient"].clone(),)
     truth = made["plain PyTorch, as released"][0]
 
@@ -49,12 +49,12 @@ def _case(name: str, device: torch.device, quick: bool, of_a_row: dict[str, floa
         return lambda: (way.rollout()["seconds"],)
 
     contenders = [
-        Contender(label, run(way), f"rows {dict(way.rows)}", True, made[label])
+        Contender(label, run(way), f"rows {rows[label]}", True, made[label])
         for label, way in ways.items()
     ]
     dtype, allowed = ("float32", 1e-3) if device.type == "cpu" else ("bfloat16", 0.1)
-    counted = cost["plain PyTorch, as released"] / cost["flowkern"]
+    ours, theirs = (tflop(each, of_a_row) for each in rows.values())
     shape = (plain.images, *plain.model.latent_shape)
-    title = f"{name}, tiny, by counting {counted:.2f} x"
+    title = f"{name}, tiny, by counting {theirs / ours:.2f} x"
     rounds = 1 if quick else 7
     return Case("train_step", title, shape, dtype, contenders, check, allowed, rounds=rounds)

@@ -29,7 +29,8 @@ CASES = [("tiny", name) for name in ("awm", "diffusion_nft", "grpo_guard", "danc
 CASES += [("tiny", "tempflow_grpo"), ("tiny-flux1", "flow_grpo_fast"), ("tiny-wan21", "flow_grpo")]
 if EVERY:
     CASES = [(model, name) for model in ("tiny", "tiny-flux1", "tiny-wan21") for name in LOOPS]
-STEPS = {"g2rpo": 9}  # of others 6: as few as hold a window
+# As few as hold a window; Flash has a step after it from so many on (released: else none).
+STEPS = {"g2rpo": 9, "mixgrpo_flash": 25, "mixgrpo_flash_star": 25}
 
 
 @pytest.mark.parametrize("model, name", CASES)
