@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from flowkern.train.config import ConfigError, to_dict
+from flowkern.train.errors import RunError
 from flowkern.train.loop import Loop
 from flowkern.train.sharding import require
 
@@ -133,6 +134,22 @@ def test_what_cannot_be_split_is_refused(tiny, option, message):
     world = 1 if "one process" in message else 4
     with pytest.raises(ConfigError, match=f"^train.sharding: {message}"):
         require(config, SimpleNamespace(num_processes=world))
+
+
+def test_after_an_exception_the_last_checkpoint_of_all_parts_stands(tiny, monkeypatch):
+    """The other processes may be elsewhere: nothing is asked of them."""
+    loop = Loop(tiny("train.steps=3", "data.test_prompts=null"))
+    loop.processes.saves_alone, collect = False, loop.task.collect
+
+    def fails(iteration):
+        return collect(iteration) if iteration == 0 else 1 / 0
+
+    monkeypatch.setattr(loop.task, "collect", fails)
+    with pytest.raises(
+        RunError, match="step 2: .*; the last checkpoint stands, .* has a part of it"
+    ):
+        loop.run()
+    assert not list(Path(loop.config.output_dir).glob("checkpoint-*"))
 
 
 def test_a_plugin_of_accelerates_is_refused(tiny, monkeypatch):
