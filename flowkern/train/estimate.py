@@ -19,6 +19,7 @@ from flowkern.models import Conditioning, Model
 from flowkern.models.compiled import repeated
 from flowkern.models.on_meta import on_meta
 from flowkern.models.pipeline import DECODE_PIXELS
+from flowkern.models.quantize import frozen_bytes
 from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Objective
 from flowkern.rollout import Layout, Rollout, Source
@@ -93,7 +94,6 @@ class _Run:
                 config.model.path, {"default": asked, "network": network, "vae": vae}, **options
             )
             self.blocks = repeated(self.model.network, self.model.blocks)
-            self.loaded = _size(self.model.network)
             self.parameters = sum(p.numel() for p in self.model.network.parameters())
             self.trained = set_trained(self.model, config.lora)
             self.blank = {name: part.to(asked) if part.is_floating_point() else part
@@ -212,10 +212,9 @@ class _Run:
         copies += train.ema_decay is not None and not train.offload_ema
         needs = self.config.lora is None or self.config.model.compile
         copies += needs and REFERENCE in self.objective.anchors
-        has_lora = self.config.lora is not None
         row = sum(part.nbytes for part in self.blank.values())
         return {
-            "network": self.frozen() if has_lora else 0,
+            "network": self.frozen(),
             "trained weights": trained,
             "gradients": trained,
             "optimizer": trained // 2 if train.optimizer == "adamw_8bit" else 2 * trained,
@@ -226,16 +225,19 @@ class _Run:
         }
 
     def frozen(self) -> int:
-        """The base under an adapter, as it is kept."""
+        """What is not trained, as it is kept: the base under an adapter, tables of positions."""
+        whole = frozen_bytes(self.model.network)
         if self.config.model.quantization is None:
-            return self.loaded
+            return whole
         width = BYTES_PER_WEIGHT[self.config.model.quantization]
-        own = {id(p) for block in self.blocks for name, m in block.named_modules()
-               if isinstance(m, nn.Linear) and "norm" not in name and "lora" not in name
-               for p in (m.weight,) if not p.requires_grad}  # fmt: skip
-        of_blocks = [p for p in self.model.network.parameters() if id(p) in own]
-        kept = width * sum(p.numel() for p in of_blocks)
-        return self.loaded - _size(of_blocks) + int(kept)
+        named = [pair for block in self.blocks for pair in block.named_modules()]
+        own = {
+            id(m.weight): m.weight
+            for name, m in named
+            if isinstance(m, nn.Linear) and "norm" not in name and "lora" not in name
+        }
+        weights = [weight for weight in own.values() if not weight.requires_grad]
+        return whole - _size(weights) + int(width * sum(w.numel() for w in weights))
 
     def phases(
         self, memory: dict[str, int], sampling: int, decode: int, learning: int

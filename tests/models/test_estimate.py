@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from flowkern.cli import main
 from flowkern.models import load_model
 from flowkern.models.on_meta import on_meta
-from flowkern.models.published import PUBLISHED
 from flowkern.train import tree
 from flowkern.train.cards import CARDS
 from flowkern.train.config import load_config
@@ -124,6 +123,10 @@ def test_sizes_are_those_of_what_is_loaded(family, tmp_path):
             mine = empty.pipeline.components[name]
             assert sizes(mine) == sizes(part), name
             assert all(p.is_meta for p in mine.parameters())
+    if family in ("chroma", "ltx", "hunyuan_video"):
+        with pytest.raises(ValueError, match="chooses by the values of its text"):
+            empty.blank()
+        return
     rows = loaded.encode(["a red cat"]).parts
     assert {n: p.shape for n, p in empty.blank().items()} == {n: p.shape for n, p in rows.items()}
 
@@ -133,25 +136,28 @@ def sizes(module):
 
 
 BILLIONS = {
-    "stabilityai/stable-diffusion-3.5-medium": (2.243, 0.124 + 0.695 + 4.762, 0.084, 16.0),
-    "black-forest-labs/FLUX.2-klein-base-4B": (3.876, 4.022, 0.084, 16.1),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (5.000, 5.681, 0.705, 24.2),
+    "stabilityai/stable-diffusion-3.5-medium": (2.243, 5.581, 0.084),
+    "stabilityai/stable-diffusion-3.5-large": (8.057, 5.581, 0.084),
+    "black-forest-labs/FLUX.1-dev": (11.901, 4.886, 0.084),
+    "black-forest-labs/FLUX.2-klein-base-4B": (3.876, 4.022, 0.084),
+    "black-forest-labs/FLUX.2-klein-base-9B": (9.079, 8.191, 0.084),
+    "Qwen/Qwen-Image": (20.430, 8.292, 0.127),
+    "Tongyi-MAI/Z-Image": (6.155, 4.022, 0.084),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.419, 5.681, 0.127),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (5.000, 5.681, 0.705),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.288, 5.681, 0.127),
 }
-"""Of the transformer, the text encoders, the VAE, as docs/models.md has them; and GB in all."""
+"""Of the transformer, the text encoders, the VAE; tied words counted once."""
 
 
-@pytest.mark.parametrize("name", PUBLISHED if EVERY else [*BILLIONS][:1])
+@pytest.mark.parametrize("name", BILLIONS if EVERY else [*BILLIONS][:1])
 def test_published_sizes(name):
-    pipeline = on_meta(name, BF16, None).pipeline
+    pipeline = on_meta(name, BF16).pipeline
     modules = {n: p for n, p in pipeline.components.items() if isinstance(p, nn.Module)}
     counts = {n: sum(p.numel() for p in part.parameters()) / 1e9 for n, part in modules.items()}
-    gigabytes = sum(p.nbytes for part in modules.values() for p in part.parameters()) / 1e9
-    if name in BILLIONS:
-        encoders = sum(count for part, count in counts.items() if "encoder" in part)
-        found = counts["transformer"], encoders, counts["vae"], gigabytes
-        assert found == pytest.approx(BILLIONS[name], abs=0.051, rel=0.001)
-    page = (ROOT / "docs/models.md").read_text()
-    assert f"{gigabytes:.1f}" in page
+    encoders = sum(count for part, count in counts.items() if "encoder" in part)
+    found = counts["transformer"], encoders, counts["vae"]
+    assert found == pytest.approx(BILLIONS[name], abs=0.0011)
 
 
 # ---- what was measured ----
@@ -170,7 +176,7 @@ def config_of(model, *overrides):
 
 
 def test_stable_diffusion_is_what_was_measured():
-    """Peaks within a twentieth, seconds within a tenth, rows and operations exactly."""
+    """Peaks within 3 %, seconds within a tenth, rows and operations exactly."""
     rows = json.loads((H200 / "train_step.json").read_text())["rollouts"]
     (measured,) = [r for r in rows if r["way"] == "c" and r["rollout"] == 1]
     run = _Run(config_of("sd35_medium"))
@@ -178,11 +184,11 @@ def test_stable_diffusion_is_what_was_measured():
     asked = {kind: measured["rows"][kind] for kind in ("sampling", "learning", "not learning")}
     assert {kind: found.rows[kind] for kind in asked} == asked
     assert found.tflop == pytest.approx(measured["model_tflop"], rel=1e-3)
-    assert found.peak / 1e9 == pytest.approx(measured["peak_memory_gb"], rel=0.05)
+    assert found.peak / 1e9 == pytest.approx(measured["peak_memory_gb"], rel=0.03)
     assert found.seconds["iteration"] == pytest.approx(measured["seconds"], rel=0.1)
     # 17.1 GB with calls of four rows: docs/gpu.md.
     rest = found.peak - found.memory["a call of training"]
-    assert (rest + run.call(4, True, False).peak) / 1e9 == pytest.approx(17.1, rel=0.05)
+    assert (rest + run.call(4, True, False).peak) / 1e9 == pytest.approx(17.1, rel=0.03)
 
 
 def test_flux_is_what_was_measured():
@@ -192,7 +198,7 @@ def test_flux_is_what_was_measured():
     measured = cases["flux compiled, emulated casts"]["eager bfloat16"]
     run = _Run(config_of("flux1_dev", "algorithm.guidance_scale=1"))
     taken = run.call(2, True, False)
-    assert (run.loaded + taken.peak) / 1e9 == pytest.approx(measured["both_peak_gb"], rel=0.05)
+    assert (run.frozen() + taken.peak) / 1e9 == pytest.approx(measured["both_peak_gb"], rel=0.03)
     seconds = CARDS["h200"].seconds(taken)
     assert 1e3 * seconds == pytest.approx(measured["both_2_ms"], rel=0.1)
     for kind, kept in {None: 23.8, "float8": 23.8, "int8": 15.2, "nf4": 11.4}.items():
