@@ -315,14 +315,14 @@ def load_sampling(path: str | Path) -> Sampling:
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """The configuration of nested mappings, checked as `load_config` says."""
-    return build(_sections_of(tree), tree)
+    return build(sections(tree), tree)
 
 
 CONFIGS = {"flow": Config, "planner": "flowkern.train.planner_config:PlannerConfig"}
 """By the task of a recipe, the sections of its configuration; of another task, those of images."""
 
 
-def _sections_of(tree: Mapping[str, Any]) -> type[Config]:
+def sections(tree: Mapping[str, Any]) -> type[Config]:
     """Of the algorithm that the configuration names; what is wrong with it is said later."""
     algorithm = tree.get("algorithm")
     name = algorithm.get("name") if isinstance(algorithm, Mapping) else None

@@ -214,7 +214,7 @@ def build(kind: type[SectionT], tree: Any) -> SectionT:
         raise ConfigError(_line(errors[0], kind, alike)) from None
 
 
-BRANCH = re.compile(r"list\[|function-")
+BRANCH = re.compile(r"list\[|literal\[|function-")
 """What pydantic puts into a place for each type that a field may be of."""
 
 
@@ -223,12 +223,15 @@ def _place_of(error: ErrorDetails) -> list[int | str]:
     loc, kind = error["loc"], error["type"]
     if kind == "invalid_key" or loc[-1:] == ("[key]",):
         loc = loc[:-1] if kind == "invalid_key" else loc[:-2]
+    if kind == "bool_type" and loc[-1:] == ("bool",):
+        loc = loc[:-1]
     return [part for part in loc if isinstance(part, int) or not BRANCH.match(part)]
 
 
 def _wanted(error: ErrorDetails) -> str:
     if error["type"] == "literal_error":
-        return "one of " + error["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        expected = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        return f"one of {expected}" if ", " in expected else expected
     return error["msg"] if error["type"] == "wanted" else WANTED.get(error["type"], error["msg"])
 
 

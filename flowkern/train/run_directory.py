@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from flowkern.rl.algorithms import recipe
 from flowkern.train import checkpoint, distributed, durable, tracking
 from flowkern.train import tree as trees
-from flowkern.train.config import Config, ConfigError, to_dict
+from flowkern.train.config import Config, ConfigError, LoraConfig, sections, to_dict
 from flowkern.train.lock import Lock
 from flowkern.train.tracking import flat
 
@@ -30,6 +31,7 @@ FIXED = ("seed", "model.", "lora.", "algorithm.")
 FREE = ("output_dir", "train.resume_from_checkpoint", "train.overwrite_output_dir")
 """Keys that say how a process is started, and nothing about the run."""
 OPTIMIZER, EIGHT_BITS = "train.optimizer", "adamw_8bit"
+MEAN = "train.ema_decay"
 PROMPTS = "prompts.json"  # of a checkpoint
 
 
@@ -100,7 +102,7 @@ class RunDirectory:
         if found is not None:
             self.say(f"resumed from {found}")
             for key, (old, new) in self._taken.items():
-                self.say(f"  {key}: {old} until step {step}, {new} from there")
+                self.say(f"  {key}: {_shown(old)} until step {step}, {_shown(new)} from there")
 
     def _is_mine(self, found: Path) -> bool:
         """Is it a checkpoint of this directory, and not of a run that is taken further here?"""
@@ -247,11 +249,18 @@ def refuse_other_run(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[An
                 "output_dir"
             )
         if key == FIXED[0] or key.startswith(FIXED[1:]):
-            if old is None or new is None:
+            if old is None:  # the run is older than the option
+                old = _default(key, tree)
+            if new in (None, old):
                 continue
             raise ConfigError(
-                f"{key}: got {new!r}, but the run that is resumed has {old!r}; expected the same, "
-                "or a new output_dir"
+                f"{key}: got {_shown(new, repr)}, but the run that is resumed has "
+                f"{_shown(old, repr)}; expected the same, or a new output_dir"
+            )
+        if key == MEAN and "null" in (_shown(old), _shown(new)):
+            raise ConfigError(
+                f"{key}: got {_shown(new)}, but the run that is resumed has {_shown(old)}: a mean "
+                "is kept from a run's beginning; expected the same, or a new output_dir"
             )
         if key == OPTIMIZER and EIGHT_BITS in (old, new):
             raise ConfigError(
@@ -260,3 +269,20 @@ def refuse_other_run(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[An
             )
         taken[key] = (old, new)
     return taken
+
+
+def _default(key: str, tree: Mapping[str, Any]) -> Any:
+    """Of an option of the model, the adapter or the recipe of `tree`, as `flat` has it."""
+    section, _, name = key.partition(".")
+    if section == "algorithm":
+        value = getattr(recipe(tree["algorithm"]["name"]), name, None)
+    else:
+        kinds = {"model": sections(tree).model_fields["model"].annotation, "lora": LoraConfig}
+        field = kinds[section].model_fields.get(name) if section in kinds else None
+        value = field and field.get_default(call_default_factory=True)
+    return flat({name: value})[name]
+
+
+def _shown(value: Any, of: Callable[[Any], str] = str) -> str:
+    """A value of `flat`, as it is written in a configuration."""
+    return "null" if value in (None, str(None)) else of(value)

@@ -55,6 +55,10 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("zzz=1", "zzz: unknown key; known are output_dir, seed"),
         ("train.steps=1.5", "train.steps: got 1.5, expected an integer"),
         ("train.steps=true", "train.steps: got True, expected an integer"),
+        (
+            "train.rollout_unshard=Auto",
+            "train.rollout_unshard: got 'Auto', expected auto or a bool",
+        ),
         ("train.steps=0", "train.steps: got 0, expected a number above 0"),
         ("train.learning_rate=fast", "train.learning_rate: got 'fast', expected a finite number"),
         ("train.learning_rate=.nan", "train.learning_rate: got nan, expected a finite number"),

@@ -262,21 +262,38 @@ def test_where_files_have_no_locks_the_process_is_asked_for(tmp_path, monkeypatc
     Lock(tmp_path).release()
 
 
+MODEL = {"path": "here", "quantization": None, "height": 64}
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"seed": 1}, "seed: got 1, but the run that is resumed has 0"),
         ({"lora": {"rank": 8}}, "lora.rank: got 8, .* has 4"),
         ({"algorithm": {"name": "awm"}}, "algorithm.name: got 'awm', .* has 'flow_grpo'"),
-        ({"model": {"path": "/elsewhere"}}, "model.path: got '/elsewhere', .* has '.*here'"),
+        (
+            {"model": MODEL | {"path": "/elsewhere"}},
+            "model.path: got '/elsewhere', .* has '.*here'",
+        ),
+        (
+            {"model": MODEL | {"quantization": "int8"}},
+            "model.quantization: got 'int8', .* has null",
+        ),
+        ({"model": MODEL | {"height": None}}, "model.height: got null, .* has 64"),
+        ({"model": MODEL | {"attention_backend": "native"}}, "backend: got 'native', .* has null"),
+        ({"model": MODEL | {"compile": True}}, "model.compile: got True, .* has False"),
+        ({"algorithm": {"name": "flow_grpo", "kl_coef": 9.0}}, "kl_coef: got 9.0, .* has 0"),
+        ({"train": {"ema_decay": 0.9}}, "train.ema_decay: got 0.9, .* has null"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused_by_key(tmp_path, changed, message):
-    tree = {**TREE, "algorithm": {"name": "flow_grpo"}, "model": {"path": "here"}}
+    """The last two of the model and the algorithm's are options that came after the run."""
+    tree = {**TREE, "algorithm": {"name": "flow_grpo"}, "model": MODEL}
     (tmp_path / "config.yaml").write_text(run_directory.dump(tree))
     with pytest.raises(ConfigError, match=message):
         run_directory.refuse_other_run(tmp_path, tree | changed)
-    same = tree | {"model": {"path": str(Path("here").resolve())}, "output_dir": "other"}
+    later = {"path": str(Path("here").resolve()), "attention_backend": None, "compile": False}
+    same = tree | {"model": MODEL | later, "output_dir": "other"}
     assert run_directory.refuse_other_run(tmp_path, same) == {}
     taken = tree | {"train": {"learning_rate": 2e-3, "steps": 8}}
     assert run_directory.refuse_other_run(tmp_path, taken) == {"train.learning_rate": (1e-3, 2e-3)}
