@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ def try_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
     """Ask for the velocity of train.max_batch rows, without a gradient and with one; returns what
     was compiled meanwhile, in lines.
 
-    Raises ConfigError where the two are not the same, which would make the first ratio another than
-    1, or where no gradient arrives.
+    Raises ConfigError where they are no numbers, where the two are not the same, which would make
+    the first ratio another than 1, or where no gradient arrives.
     """
     options, compiled = config.model, model.compiled
     given = {name: getattr(options, name) for name in TRIED}
@@ -106,6 +107,11 @@ def try_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
         if not private.is_of_compiler(error):
             raise
         raise ConfigError(f"model.compile: {' '.join(str(error).split())[:300]}") from error
+    if not isfinite(off):
+        raise ConfigError(
+            f"{key}: the network's velocity is not finite; expected weights of numbers "
+            "(model.path), and a train.mixed_precision that holds what the network computes"
+        )
     if off != 0:
         raise ConfigError(
             f"{key}: the network says otherwise with a gradient than without, by {off:.3g}: the "

@@ -194,6 +194,14 @@ def test_what_cannot_be_had_is_refused(family, name, message, loop_of):
         loop_of(family, attention_backend=name).task.begin(0)
 
 
+def test_weights_that_are_no_numbers_are_not_said_to_be_the_backends(loop_of):
+    loop = loop_of("sd3", attention_backend="native")
+    with torch.no_grad():
+        next(iter(loop.task.model.network.parameters())).fill_(float("nan"))
+    with pytest.raises(ConfigError, match=r"velocity is not finite; .*\(model.path\)"):
+        loop.task.begin(0)
+
+
 def test_nothing_is_asked_of_another_network(load, asked):
     """Qwen-Image's processors follow the default of the process, which another's choice leaves."""
     other = load("qwen_image")

@@ -112,6 +112,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
         ("train.learning_rate=1e300", r"train.learning_rate: got 1e\+300, .* at most"),
         ("kl_beta=1", "kl_beta: unknown key; did you mean 'algorithm.kl_coef'?"),
         ("train.bs=1", "train.bs: unknown key; did you mean 'train.max_batch'?"),
+        ("model.attn_implementation=flash", "did you mean 'model.attention_backend'?"),
         ("epochs=1", "epochs: unknown key; did you mean 'train.steps'?"),
         ("algorithm.name=awm", "algorithm.clip_range: unknown key; known are "),
         ("group_size=8", "group_size: unknown key; did you mean 'algorithm.group_size'?"),
