@@ -371,7 +371,10 @@ class Loop:
         elif self.directory.saved == step:
             kept = "continue with train.resume_from_checkpoint=latest"
         else:
-            kept = f"the last checkpoint stands, the state of step {step} is lost{lost}"
+            stands = (
+                "the last checkpoint stands" if self.directory.saved else "no checkpoint is there"
+            )
+            kept = f"{stands}, the state of step {step} is lost{lost}"
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.stop.signal:  # other processes may have gone already, and their work then fails

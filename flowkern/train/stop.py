@@ -81,7 +81,7 @@ class StopRequest:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             # No unwinding: a process group would wait for ranks that are gone.
-            os.write(2, b"\nstopped at once; the last checkpoint stands\n")
+            os.write(2, b"\nstopped at once; what was saved before stands\n")
             os._exit(128 + number)
         if self.signal is None:
             self.signal = number

@@ -223,7 +223,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half(tiny, line
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(RunError, match=r"checkpoint-2 cannot be written: .*") as caught:
+        with pytest.raises(
+            RunError, match=r"checkpoint-2 cannot be written: .*; no checkpoint is there, "
+        ) as caught:
             loop.run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
