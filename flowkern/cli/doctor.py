@@ -12,6 +12,7 @@ from flowkern.checks import ConfigError
 from flowkern.cli.environment import environment, in_lines
 from flowkern.cli.estimate import show as show_estimate
 from flowkern.cli.train import OVERRIDE
+from flowkern.lookup import nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,8 +97,10 @@ def _estimate(config: Config, options: argparse.Namespace) -> int:
     from flowkern.train.estimate import estimate
 
     if options.card is not None and options.card not in CARDS:
+        near = nearest(options.card.lower(), CARDS)
+        hint = f"; did you mean {near!r}?" if near else ""
         known = ", ".join(CARDS)
-        raise ConfigError(f"--card: got {options.card!r}, expected one of {known}")
+        raise ConfigError(f"--card: got {options.card!r}, expected one of {known}{hint}")
     card = CARDS.get(options.card)
     found = estimate(config, card)
     show_estimate(found, options.card, card)

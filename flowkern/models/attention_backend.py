@@ -19,7 +19,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-__all__ = ["Dispatching", "is_of_backend", "modules", "require", "set_backend", "try_backend"]
+__all__ = [
+    "Dispatching",
+    "is_of_backend",
+    "modules",
+    "require",
+    "require_name",
+    "set_backend",
+    "try_backend",
+]
 
 TRIED, ALLOWED = (2, 32, 2, 64), 0.1
 """(B, N, H, D) by which one is tried, and how far off it may be, by norms: 8 bits err by some
@@ -30,6 +38,17 @@ def require(name: str, is_trained: bool = False) -> None:
     """Raise ValueError, of one line, for a name that there is not, one that is not installed here,
     or sage attention where it is_trained: it has no gradient. A kernel of the hub is downloaded.
     """
+    require_name(name, is_trained)
+    try:
+        _ask_for(name)
+    except Exception as error:  # of whatever kind a download raises
+        known = sorted(each.value for each in AttentionBackendName)
+        here = ", ".join(each for each in known if _is_installed(each))
+        raise ValueError(f"{_refused(name, error)}; installed here: {here}") from error
+
+
+def require_name(name: str, is_trained: bool = False) -> None:
+    """As `require`, on any machine: nothing is said of what is installed."""
     known = sorted(each.value for each in AttentionBackendName)
     if name not in known:
         raise ValueError(f"attention_backend: got {name!r}, expected one of {', '.join(known)}")
@@ -38,11 +57,6 @@ def require(name: str, is_trained: bool = False) -> None:
             f"attention_backend: got {name!r}, which has no gradient: it serves `flowkern sample "
             f"--attention-backend {name}`; expected another for a training"
         )
-    try:
-        _ask_for(name)
-    except Exception as error:  # of whatever kind a download raises
-        here = ", ".join(each for each in known if _is_installed(each))
-        raise ValueError(f"{_refused(name, error)}; installed here: {here}") from error
 
 
 def _ask_for(name: str) -> None:

@@ -15,14 +15,17 @@ from flowkern.train.loading import DTYPES
 KEY = "model.attention_backend"
 
 
-def require_attention(options: ModelConfig) -> None:
-    """Raise ConfigError for a backend that a training cannot have, or that is not installed."""
+def require_attention(options: ModelConfig, is_here: bool = True) -> None:
+    """Raise ConfigError for a backend that a training cannot have, or that is not installed.
+
+    is_here: training would be on this machine; otherwise what is installed does not matter.
+    """
     if options.attention_backend is None:
         return
-    from flowkern.models.attention_backend import require  # imports diffusers
+    from flowkern.models.attention_backend import require, require_name  # imports diffusers
 
     try:
-        require(options.attention_backend, is_trained=True)
+        (require if is_here else require_name)(options.attention_backend, is_trained=True)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
 

@@ -24,6 +24,7 @@ from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Objective
 from flowkern.rollout import Layout, Rollout, Source
 from flowkern.rollout.blocks import is_large
+from flowkern.train.attention import require_attention
 from flowkern.train.cards import COMPILED, DECODING, LAUNCH, OF_BANDWIDTH, OF_PEAK, Card
 from flowkern.train.config import Config
 from flowkern.train.copies import REFERENCE
@@ -76,6 +77,7 @@ def estimate(config: Config, card: Card | None = None) -> Estimate:
             f"algorithm.name: its task is {config.algorithm.task!r}; --estimate knows "
             "flow-matching models only"
         )
+    require_attention(config.model, is_here=False)
     return _Run(config).estimate(card)
 
 
