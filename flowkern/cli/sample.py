@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ def _draw(options: argparse.Namespace, config: Any, directory: Path, sampler: An
     )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = options.attention_backend or config.model.attention_backend
+    attention = options.attention_backend
+    if attention is None:
+        attention = config.model.attention_backend
+    if (kind := config.model.quantization) is not None:
+        print(f"model.quantization: {kind} was for training; drawn unquantized", file=sys.stderr)
     model = load_pipeline(config, device)
     require_guidance(model, sampler.guidance_scale, "--guidance-scale")
     if attention is not None:

@@ -70,16 +70,20 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     own = (saved / "config.yaml").read_text()
     for name, run, begins, ends in (
         ("sage", "native", "--attention-backend: got 'sage', but Sage Att", "flex, native"),
+        ("", "native", "--attention-backend: got '', expected one of", "xformers"),
         (None, "_native_cudnn", "model.attention_backend: got '_n", "NAME draws through another"),
         ("_native_math", "_native_cudnn", None, None),
     ):
         changed = own.replace("attention_backend: native", f"attention_backend: {run}")
+        changed = changed.replace("quantization: null", "quantization: int8")
         (saved / "config.yaml").write_text(changed)
         (saved / "manifest.json").unlink()
         checkpoint._seal(saved)
         flag = [] if name is None else ["--attention-backend", name]
         assert main([*arguments, *flag]) == (2 if begins else 0)
-        error = capsys.readouterr().err.strip().split("\n")[-1]
+        said = capsys.readouterr().err.strip()
+        assert "model.quantization: int8 was for training; drawn unquantized" in said
+        error = said.split("\n")[-1]
         assert not begins or (error.startswith(f"flowkern: {begins}") and error.endswith(ends))
     (saved / "config.yaml").write_text(own)
     weights = load_file(saved / "adapter_model.safetensors")
