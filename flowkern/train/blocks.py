@@ -42,13 +42,16 @@ def set_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
     return facts
 
 
-def require_quantization(config: Config, device: torch.device) -> None:
-    """Raise ConfigError for one that full weights, this device or this installation do not have."""
+def require_quantization(config: Config, device: torch.device | None) -> None:
+    """Raise ConfigError for one that full weights, this device or this installation do not have;
+    without a device, for one that full weights do not have anywhere."""
     key, kind = "model.quantization", config.model.quantization
     if kind is None:
         return
     if config.lora is None:
         raise ConfigError(f"{key}: got {kind}, but lora is null: no weight is frozen")
+    if device is None:
+        return
     if kind == "float8" and not quantize.has_products(device):
         raise ConfigError(
             f"{key}: got {kind}, but {device.type} multiplies no float8; expected CUDA of compute "

@@ -25,6 +25,7 @@ from flowkern.rl.objectives import Objective
 from flowkern.rollout import Layout, Rollout, Source
 from flowkern.rollout.blocks import is_large
 from flowkern.train.attention import require_attention
+from flowkern.train.blocks import require_quantization
 from flowkern.train.cards import COMPILED, DECODING, LAUNCH, OF_BANDWIDTH, OF_PEAK, Card
 from flowkern.train.config import Config
 from flowkern.train.copies import REFERENCE
@@ -78,6 +79,7 @@ def estimate(config: Config, card: Card | None = None) -> Estimate:
             "flow-matching models only"
         )
     require_attention(config.model, is_here=False)
+    require_quantization(config, None)
     return _Run(config).estimate(card)
 
 

@@ -235,6 +235,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         ([*config, "model.path=nobody/nothing", "--estimate"], "model.path: 'nobody/nothing' is"),
         ([*config, "--estimate", "--card", "abacus"], "--card: got 'abacus', expected one of"),
         ([*config, "model.attention_backend=flish", "--estimate"], "model.attention_backend: got"),
+        ([*config, "lora=null", "model.quantization=int8", "--estimate"], "but lora is null"),
         ([*config, "--estimate", "--card", "RTX-4090"], "did you mean 'rtx4090'?"),
         ([*config, "--card", "h200"], "--card: expected --estimate beside it"),
     ]:
