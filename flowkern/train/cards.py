@@ -16,7 +16,8 @@ __all__ = ["CARDS", "Card"]
 
 OF_PEAK, OF_BANDWIDTH, LAUNCH = 0.75, 0.85, 12e-6
 COMPILED = 0.62
-"""Of an eager call's time with model.compile: measured on an H200, .53 to .72 (docs/gpu.md)."""
+"""Of an eager call's time with model.compile: on an H200 three iterations took
+.54, .63 and .81 of it, single calls .47 to .61 (docs/gpu.md)."""
 
 DECODING = 2.1
 """Times what is counted, memory and seconds of a VAE: its convolutions need room of the library's.
