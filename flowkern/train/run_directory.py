@@ -257,6 +257,8 @@ def refuse_other_run(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[An
                 f"{key}: got {_shown(new, repr)}, but the run that is resumed has "
                 f"{_shown(old, repr)}; expected the same, or a new output_dir"
             )
+        if _shown(old) == _shown(new):  # the run is older than an option that is null
+            continue
         if key == MEAN and "null" in (_shown(old), _shown(new)):
             raise ConfigError(
                 f"{key}: got {_shown(new)}, but the run that is resumed has {_shown(old)}: a mean "

@@ -295,7 +295,7 @@ def test_what_would_make_it_another_run_is_refused_by_key(tmp_path, changed, mes
     later = {"path": str(Path("here").resolve()), "attention_backend": None, "compile": False}
     same = tree | {"model": MODEL | later, "output_dir": "other"}
     assert run_directory.refuse_other_run(tmp_path, same) == {}
-    taken = tree | {"train": {"learning_rate": 2e-3, "steps": 8}}
+    taken = tree | {"train": {"learning_rate": 2e-3, "steps": 8, "ema_decay": None}}
     assert run_directory.refuse_other_run(tmp_path, taken) == {"train.learning_rate": (1e-3, 2e-3)}
 
 
