@@ -71,6 +71,7 @@ def draw(groups: dict[str, list[dict]], machine: dict, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.8 * min(1, *factors), 1.5 * max(factors))
     axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter("")  # the ends of a decade are enough
     axes.set_yticks([y for y, _ in labels], [title for _, title in labels], fontsize=9)
     axes.invert_yaxis()
     axes.margins(y=0.01)
