@@ -252,8 +252,24 @@ def _line(error: ErrorDetails, root: type[BaseModel], alike: Sequence[ErrorDetai
         return f"{key}: missing, and has no default"
     if kind == "value_error":  # of a section as a whole: says which field
         return f"{'' if isinstance(context['error'], ConfigError) else path}{context['error']}"
-    expected = " or ".join(dict.fromkeys(map(_wanted, alike)))
-    return f"{key or 'config'}: got {shown(error['input'])}, expected {expected}"
+    wanted = [*map(_wanted, alike), *(["null"] if _may_be_null(root, parts) else [])]
+    expected = " or ".join(dict.fromkeys(wanted))
+    came = "null" if error["input"] is None else shown(error["input"])
+    return f"{key or 'config'}: got {came}, expected {expected}"
+
+
+def _may_be_null(root: type[BaseModel], parts: Sequence[int | str]) -> bool:
+    """May the field at a place be? Of an algorithm's, whose class is not known here, it is not
+    said."""
+    kinds: tuple[Any, ...] = (root,)
+    for part in parts:
+        types = [each for each in kinds if isinstance(each, type)]
+        sections = [each for each in types if issubclass(each, BaseModel)]
+        field = next((x.model_fields[part] for x in sections if part in x.model_fields), None)
+        if field is None:
+            return False
+        kinds = (field.annotation, *typing.get_args(field.annotation))
+    return type(None) in kinds
 
 
 def _meant(key: str, path: str, known: Iterable[str], root: type[BaseModel]) -> str:
