@@ -25,7 +25,7 @@ from flowkern.train.loop import Loop
 PROMPTS = ["a red cat", "an old photo of the small blue dog on a seven"]
 FRAMES = {"wan": 5, "wan_a14b": 5, "wan_ti2v": 5, "ltx": 9, "hunyuan_video": 5}
 FEW = ("sd3", "flux", "qwen_image", "wan", "hunyuan_video")
-EVERY = os.environ.get("FLOWKERN_EVERY_CELL")
+EVERY = os.environ.get("FLOWKERN_EVERY_CELL") == "1"
 MASKED = {"qwen_image", "z_image", "chroma", "ltx", "hunyuan_video"}
 
 

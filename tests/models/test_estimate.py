@@ -272,7 +272,7 @@ def test_every_card_has_its_file():
             assert run in files[card].read_text()
 
 
-@pytest.mark.skipif(not EVERY, reason="a minute")
+@pytest.mark.skipif(not EVERY, reason="FLOWKERN_EVERY_CELL=1: a minute")
 @pytest.mark.parametrize("run, card", [(run, card) for run in RUNS for card in RUNS[run]])
 def test_a_file_of_hardware_fits_its_card(run, card):
     found = _Run(on_card(run, card)).estimate(None)
@@ -283,7 +283,7 @@ def test_a_file_of_hardware_fits_its_card(run, card):
     assert float(told) in {round(peak / 1e9, 1) for peak in peaks}
 
 
-@pytest.mark.skipif(not EVERY, reason="minutes")
+@pytest.mark.skipif(not EVERY, reason="FLOWKERN_EVERY_CELL=1: minutes")
 def test_the_table_of_what_fits_is_what_its_command_writes():
     done = subprocess.run([sys.executable, ROOT / "scripts/what_fits.py", "--check"], cwd=ROOT)
     assert done.returncode == 0

@@ -233,10 +233,10 @@ for probe in (gathers, refuses):
     probe(loops["full"][0])
 on_one_side(configs["lora"], loops["lora"][0].accelerator)
 copied(trees["lora"])
-if os.environ.get("FLOWKERN_EVERY_CELL"):
+if os.environ.get("FLOWKERN_EVERY_CELL") == "1":
     with_compiled_blocks(configs["lora"], loops["lora"][0].accelerator)
 rounds_no_level(trees["full"])  # weights are gathered in it
-if os.environ.get("FLOWKERN_EVERY_CELL"):
+if os.environ.get("FLOWKERN_EVERY_CELL") == "1":
     assert torch.bfloat16 in {p.dtype for p in rounds_no_level(trees["lora"]).values()}
     trees["full"]["train"]["optimizer"] = "adamw_fused"
     fused, plain = Loop(from_dict(trees["full"])), load_file(out / "full/two_steps")

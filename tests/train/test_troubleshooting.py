@@ -43,7 +43,9 @@ def test_a_command_is_one(command):
         load_config([ROOT / file for file in files], [w for w in options.arguments if "=" in w])
 
 
-@pytest.mark.skipif(os.environ.get("FLOWKERN_EVERY_CELL") != "1", reason="minutes")
+@pytest.mark.skipif(
+    os.environ.get("FLOWKERN_EVERY_CELL") != "1", reason="FLOWKERN_EVERY_CELL=1: minutes"
+)
 def test_every_command_runs(tmp_path):
     for name in ("configs", "assets"):
         (tmp_path / name).symlink_to(ROOT / name)
