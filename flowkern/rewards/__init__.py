@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-__all__ = ["REWARDS", "Reward", "RewardError", "Values", "load_reward", "require_reward"]
+__all__ = [
+    "REWARDS",
+    "Reward",
+    "RewardError",
+    "Unscored",
+    "Values",
+    "load_reward",
+    "require_reward",
+]
 
 Values: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 """One real number per image: (B,) of any dtype, or a list."""
@@ -25,6 +33,12 @@ Values: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 
 class RewardError(ValueError):
     """A reward failed, or gave what is no score; the message begins with its key."""
+
+
+class Unscored(RewardError):
+    """A batch that could not be scored, for a reason outside of this process: a server that does
+    not answer. Its images have no score, which is not the score 0; the run goes on without them.
+    """
 
 
 class Reward(Protocol):

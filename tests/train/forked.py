@@ -68,6 +68,7 @@ def group(count: int, file: str, *arguments: str) -> bool:
         children.remove(pid)
         if status and is_good:
             is_good = False
+            print(f"ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
             for other in children:
                 os.kill(other, signal.SIGKILL)
     return is_good
@@ -75,8 +76,11 @@ def group(count: int, file: str, *arguments: str) -> bool:
 
 def child(file: str, *arguments: str) -> None:
     """Ends the process, without what of its parent an exit would tidy away."""
+    import faulthandler
     import traceback
 
+    faulthandler.enable()  # a signal such as SIGSEGV says where it came
+    faulthandler.register(signal.SIGALRM, chain=True)  # and one that waits for ever, where it does
     status = 1
     try:
         sys.argv = [file, *arguments]
