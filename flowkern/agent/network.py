@@ -8,10 +8,7 @@ that has ended cannot be closed.
 from __future__ import annotations
 
 import asyncio
-import datetime
-import email.utils
 import json
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +16,25 @@ from typing import Annotated, Any, TypeVar
 
 import httpx2
 
-from flowkern.checks import ABOVE_0, AT_LEAST_0, ConfigError, Range, check_fields, count
+from flowkern.checks import ABOVE_0, AT_LEAST_0, Range, check_fields, count
+from flowkern.web import bearer, checked_url, line, retry_after, token
+
+__all__ = [
+    "Caller",
+    "FailedCall",
+    "Patience",
+    "ask",
+    "bearer",
+    "checked_url",
+    "line",
+    "parsed",
+    "refusal",
+    "retry_after",
+    "token",
+    "transport",
+    "web_client",
+    "why",
+]
 
 T = TypeVar("T")
 
@@ -36,12 +51,6 @@ class FailedCall(RuntimeError):
     def __init__(self, reason: str, again: bool = False, wait_s: float | None = None) -> None:
         super().__init__(line(reason))
         self.again, self.wait_s = again, wait_s
-
-
-def line(text: str, most: int = 300) -> str:
-    """What a message has room for of a text that another wrote."""
-    words = " ".join(text[: 4 * most].split())
-    return words if len(words) <= most else f"{words[: most - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -165,37 +174,6 @@ class _Limited(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-def token(name: str | None, key: str) -> str | None:
-    """The secret in the environment variable `name`; None: none is asked for.
-
-    Raises ConfigError naming `key` where the variable is not set.
-    """
-    if name is None:
-        return None
-    value = os.environ.get(name, "").strip()
-    if not value:
-        raise ConfigError(f"{key}: the environment variable {name} is not set")
-    return value
-
-
-def bearer(secret: str | None) -> dict[str, str]:
-    return {} if secret is None else {"authorization": f"Bearer {secret}"}
-
-
-def checked_url(url: Any, key: str) -> str:
-    """An http or https address without a slash at its end; raises ConfigError naming `key`."""
-    try:
-        parsed = httpx2.URL(url)
-        is_one = parsed.scheme in ("http", "https") and bool(parsed.host)
-    except (httpx2.InvalidURL, TypeError):
-        is_one = False
-    if is_one and parsed.userinfo:
-        raise ConfigError(f"{key}: has a name or password in it; give it by token_env")
-    if not is_one:
-        raise ConfigError(f"{key}: got {url!r}, expected http://HOST:PORT or https://HOST")
-    return str(url).rstrip("/")
-
-
 def why(error: BaseException) -> FailedCall:
     """The reason of an error of httpx2 (or of what is built on it), and whether to try again."""
     if isinstance(error, FailedCall):
@@ -214,21 +192,6 @@ def refusal(status: int, headers: Mapping[str, str], body: str = "") -> FailedCa
     said = f": {line(body, 160)}" if body.strip() else ""
     again = status in AGAIN
     return FailedCall(f"answered {status}{said}", again, retry_after(headers) if again else None)
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, given as a number or as a date; None: it does not."""
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(value)
-        except (ValueError, TypeError):
-            return None
-        zone = date.tzinfo or datetime.UTC
-        seconds = (date.replace(tzinfo=zone) - datetime.datetime.now(zone)).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else None
 
 
 async def ask(client: httpx2.AsyncClient, method: str, url: str, **request: Any) -> bytes:
