@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowkern.rewards import Reward, RewardError, load_reward
+from flowkern.rewards.scores import real_numbers, scores_and_info
 from flowkern.rl.advantage import LARGEST
 from flowkern.train.config import ConfigError, Rewards
 from flowkern.train.prompts import Prompt
@@ -124,11 +123,9 @@ def evaluate(
             raise RewardError(late) from None
         except (Exception, SystemExit) as error:
             raise RewardError(f"{reward.key}: {_line(error)}") from error
-        entries: Mapping[Any, Any] = {}
-        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping):
-            found, entries = found
+        found, entries = scores_and_info(found)
         try:
-            scores[name] = _numbers(found, len(images)).to(images.device)
+            scores[name] = real_numbers(found, len(images)).to(images.device)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             what = " ".join(str(error).split())
             raise RewardError(
@@ -136,7 +133,7 @@ def evaluate(
             ) from error
         for entry, value in entries.items():
             try:
-                info[f"{name}/{entry}"] = _numbers(value, len(images)).to(images.device)
+                info[f"{name}/{entry}"] = real_numbers(value, len(images)).to(images.device)
             except (ValueError, TypeError, RuntimeError, OverflowError):
                 warnings.warn(
                     f"{reward.key}: info {entry!r} is not one real number per image, and not "
@@ -226,33 +223,6 @@ def require_drawn(finite: Tensor, prompts: Sequence[str]) -> None:
             f"{prompts[bad[0]]!r:.80}; expected weights of numbers, and a "
             "train.mixed_precision that holds what the network computes (bf16 where fp16 overflows)"
         )
-
-
-def _numbers(found: Any, count: int) -> Tensor:
-    """(count,) float64 of a tensor, an array or a list, never its own memory.
-
-    Raises ValueError saying what it is instead.
-    """
-    if isinstance(found, list | tuple):
-        items = [item.item() if hasattr(item, "item") else item for item in found]
-        for i, item in enumerate(items):
-            if not isinstance(item, Real):
-                raise ValueError(f"{item!r:.80} in place {i} of a {type(found).__name__}")
-        value = torch.tensor([float(item) for item in items], dtype=torch.float64)
-    elif isinstance(found, Tensor):
-        value = found.detach()
-        if value.is_complex():
-            raise ValueError(f"a tensor of {value.dtype}")
-    elif hasattr(found, "__array__"):
-        array = np.asarray(found)
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"an array of {array.dtype}")
-        value = torch.from_numpy(array.astype(np.float64))
-    else:
-        raise ValueError("None" if found is None else f"a {type(found).__name__}")
-    if value.shape != (count,):
-        raise ValueError(f"shape {tuple(value.shape)}")
-    return value.to(torch.float64, copy=True)
 
 
 def _check(key: str, value: Tensor, prompts: Sequence[Prompt]) -> None:
