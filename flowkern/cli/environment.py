@@ -15,6 +15,7 @@ PACKAGES = {
     "train": ("accelerate", "diffusers", "matplotlib", "peft", "pillow", "pydantic", "pyyaml",
               "rich", "safetensors", "tqdm", "transformers"),
     "agent": ("bm25s", "httpx2", "jinja2", "openai"),
+    "rewards": ("rapidocr", "onnxruntime"),
     "others": ("math-verify", "mcp", "sandlock", "wasmtime", "bitsandbytes", "flash-attn",
                "kernels", "torchao", "wandb", "xformers"),
 }  # fmt: skip

@@ -59,6 +59,9 @@ REWARDS = {
     "digits_classifier": "flowkern.rewards.digits:DigitsClassifier",
     "digits_judge": "flowkern.rewards.digits:DigitsJudge",
     "distance_to_real": "flowkern.rewards.digits:DistanceToReal",
+    "jpeg_compressibility": "flowkern.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "flowkern.rewards.jpeg:JpegIncompressibility",
+    "ocr": "flowkern.rewards.ocr:Ocr",
 }
 """Short names; the modules behind them are imported only when asked for."""
 
