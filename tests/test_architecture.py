@@ -111,6 +111,7 @@ def test_imports_run_downhill(path):
 KNOW_ALGORITHMS = {
     "flowkern/rl/algorithms": "their room",
     "flowkern/compat": "its modules are called after projects",
+    "flowkern/rewards": "its scales and rules are called after projects",
     "flowkern/ops/matching_loss": "one of its losses is called after the algorithm it was made for",
     "scripts/draw_plans.py": "draws the pictures of docs/algorithms.md",
     "scripts/gpu/part_b.py": "says which is timed on a model of real size",
