@@ -59,6 +59,7 @@ REWARDS = {
     "digits_classifier": "flowkern.rewards.digits:DigitsClassifier",
     "digits_judge": "flowkern.rewards.digits:DigitsJudge",
     "distance_to_real": "flowkern.rewards.digits:DistanceToReal",
+    "geneval": "flowkern.rewards.geneval:GenEval",
     "jpeg_compressibility": "flowkern.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "flowkern.rewards.jpeg:JpegIncompressibility",
     "ocr": "flowkern.rewards.ocr:Ocr",
