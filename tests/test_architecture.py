@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "rollout": {"schedules", "ops"},
     "rl": {"schedules", "ops", "rollout"},
     "models": {"schedules", "ops"},
-    "rewards": set(),
+    "rewards": {"models.hub"},
     "agent": {"schedules", "ops", "rl", "rewards.judge"},
     "compat": {"schedules", "ops"},
     "train": {"schedules", "ops", "rollout", "rl", "models", "rewards", "agent"},

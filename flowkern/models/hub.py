@@ -1,10 +1,10 @@
-"""Pipelines of the Hugging Face hub, OWNER/NAME: which commit a revision is, and its directory in
-the hub's cache. With HF_HUB_OFFLINE, or without a network, the cache alone is asked.
+"""Models of the Hugging Face hub, OWNER/NAME: which commit a revision is, and its directory in the
+hub's cache. With HF_HUB_OFFLINE, or without a network, the cache alone is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,10 +44,22 @@ def directory_of(name: str, commit: str, *, has_encoders: bool = True) -> Path:
     return Path(_asked(name, commit, lambda: snapshot_download(name, **options)))
 
 
+def folder_of(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """The directory, in the hub's cache, of a revision's files that `wanted` names: the first is
+    a file that there must be, the others are patterns. Raises as `commit_of`.
+    """
+    from huggingface_hub import snapshot_download
+
+    commit = commit_of(name, revision, wanted[0])
+    options = {"revision": commit, "allow_patterns": list(wanted)}
+    return Path(_asked(name, commit, lambda: snapshot_download(name, **options), wanted[0]))
+
+
 def _asked(name: str, revision: str | None, ask: Callable[[], Found], index: str = INDEX) -> Found:
     from huggingface_hub import constants, errors
 
-    kind = "pipeline" if index == INDEX else "model of transformers"
+    kinds = {INDEX: "pipeline", "config.json": "model of transformers"}
+    kind = kinds.get(index, f"model with {index}")
 
     try:
         return ask()

@@ -1,0 +1,81 @@
+"""The files of a reward's network: a directory, or an id of the hub; read without running them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowkern.lookup import is_hub_id
+from flowkern.models import hub
+
+__all__ = ["DTYPES", "dtype_of", "file_of", "folder_of", "read_state"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Names of the option dtype."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Raises ValueError, naming dtype, for one that is none of DTYPES."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def folder_of(path: str, revision: str | None, wanted: Sequence[str], key: str = "path") -> Path:
+    """A directory here, or that of an id in the hub's cache, where what is not there yet is
+    downloaded.
+
+    wanted: a file that there must be, then patterns of others. key: the option that has the path.
+    Raises FileNotFoundError or OSError, of one line that begins with the option, where there is no
+    such model, and ValueError for a directory with a revision.
+    """
+    if is_hub_id(path):
+        try:
+            return hub.folder_of(path, revision, wanted)
+        except OSError as error:
+            option, _, why = str(error).partition(": ")
+            raise type(error)(f"{key if option == 'path' else option}: {why}") from None
+    if revision is not None:
+        raise ValueError(
+            f"revision: got {revision!r}, but {path!r} is a directory; expected an id of the hub"
+        )
+    if not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"{key}: {path!r} is no directory here and no id of the hub, OWNER/NAME"
+        )
+    if not (Path(path) / wanted[0]).is_file():
+        raise FileNotFoundError(f"{key}: {path!r} has no {wanted[0]}")
+    return Path(path)
+
+
+def file_of(path: str, revision: str | None, name: str, key: str = "path") -> Path:
+    """`path` itself where it is a file, else the file `name` of that directory or id. Raises as
+    `folder_of`.
+    """
+    if Path(path).is_file() and revision is None:
+        return Path(path)
+    return folder_of(path, revision, [name], key) / name
+
+
+def read_state(file: Path, key: str = "path") -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save wrote, on the CPU; those under
+    "state_dict", where the file has that. A pickle that names more than tensors is refused.
+
+    Raises ValueError, of one line that begins with the option `key`, for a file of another kind.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of every kind, and of many lines
+        why = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{key}: {str(file)!r} holds no weights: {why:.200}") from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"{key}: {str(file)!r} holds no tensors by their names")
+    return found
