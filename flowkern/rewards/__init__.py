@@ -63,6 +63,7 @@ REWARDS = {
     "jpeg_compressibility": "flowkern.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "flowkern.rewards.jpeg:JpegIncompressibility",
     "ocr": "flowkern.rewards.ocr:Ocr",
+    "vlm_judge": "flowkern.rewards.judge:VlmJudge",
 }
 """Short names; the modules behind them are imported only when asked for."""
 

@@ -1,0 +1,168 @@
+"""A judge behind OpenAI's chat completions: what is read of answers, and what is asked."""
+
+import base64
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flowkern.rewards import RewardError, Unscored, load_reward
+from flowkern.rewards.answers import expected_value, stated_score
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Final Score: 4", 4),
+        ("**Final Score** (1-5): **3.5**", 3.5),
+        ("**Final Score:** 4", 4),
+        ("### final score = `2`\n", 2),
+        ("FINAL  SCORE\n4.", 4),
+        ("Final Score: [3]", 3),
+        ("Final Score: 1, no: Final Score: 5", 5),
+        ("<think>Final Score: 1?</think>\n__Final Score__: 4/5", 4),
+        ("Final Score: 10", NAN),
+        ("Final Score: 5.9", NAN),
+        ("Final Score: -3", NAN),
+        ("Final Score: 4, then Final Score: -3", NAN),
+        ("Final Score: 4/10", NAN),
+        ("Final Score: 4e2", NAN),
+        ("Semifinal Score: 4", NAN),
+        ("Final", NAN),
+        ("", NAN),
+        ("Final Score: N/A", NAN),
+        ("4", NAN),
+    ],
+)
+def test_a_stated_score_survives_markdown_and_is_held_to_its_range(text, expected):
+    assert stated_score(text, ["Final Score"], 1, 5) == pytest.approx(expected, nan_ok=True)
+
+
+def test_several_labels_are_averaged_without_those_that_do_not_apply():
+    labels = ["Alignment", "Coherence", "Style"]
+    text = "**Alignment**: 4\n**Coherence Score**: 1\nCoherence: 3\n- Style (1-5): {}"
+    assert stated_score(text.format("2.5"), labels, 1, 5) == pytest.approx((4 + 3 + 2.5) / 3)
+    assert stated_score(text.format("N/A"), labels, 1, 5) == 3.5
+    assert math.isnan(stated_score(text.format("good"), labels, 1, 5))
+
+
+def test_expected_value_is_a_mean_over_the_tokens_that_count():
+    digits = {str(k): float(k) for k in range(1, 6)}
+    top = [("4", math.log(0.5)), (" 5", math.log(0.3)), ("The", math.log(0.2)), ("1", -9999.0)]
+    assert expected_value(top, digits) == pytest.approx((4 * 0.5 + 5 * 0.3) / 0.8)
+    assert math.isnan(expected_value(top[1:], digits)), "0.3 of the probability"
+    assert math.isnan(expected_value([("4", NAN), ("x", 0.0)], digits))
+    assert math.isnan(expected_value([("1", -9999.0)], digits, least=0)), "no division by 0"
+    yes = [("Yes", math.log(0.4)), (" yes", math.log(0.2)), ("NO", math.log(0.2))]
+    assert expected_value(yes, {"yes": 1, "no": 0}) == pytest.approx(0.6 / 0.8)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    def made(text="Rate {prompt} as {json: 1}", **options):
+        file = tmp_path / "judge.txt"
+        file.write_text(text)
+        defaults = {"url": "http://judge:8000/v1", "model": "vlm", "prompt_file": str(file)}
+        return load_reward("vlm_judge", **defaults | options)
+
+    return made
+
+
+def said(text):
+    return {"choices": [{"message": {"content": text}}]}
+
+
+def test_what_is_asked_and_what_is_made_of_it(judge, served):
+    from PIL import Image
+
+    reward = judge(size=6, extra_body={"seed": 3}, max_tokens_key="max_completion_tokens")
+    seen = {}
+
+    def answer(body):
+        image, text = body["messages"][0]["content"]
+        kind, _, data = image["image_url"]["url"].partition(",")
+        assert kind == "data:image/png;base64", "strict servers refuse one without a type"
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))))
+        seen[text["text"]] = pixels, body
+        caption = text["text"].split()[1]
+        return 200, said({"a": "**Final Score**: 4", "{b}": "I cannot say."}[caption])
+
+    images = torch.stack([torch.full((3, 4, 8), 0.5), torch.zeros(3, 4, 8)])
+    requests = served(reward, answer)
+    with pytest.warns(UserWarning, match="1 of 2 answers have no score .*I cannot say"):
+        scores, info = reward(images, ["a", "{b}"], [{}, {}])
+    assert scores.tolist() == pytest.approx([4, NAN], nan_ok=True)
+    assert info["unread"].tolist() == [0, 1]
+    pixels, body = seen["Rate a as {json: 1}"]
+    assert pixels.shape == (6, 6, 3) and (pixels == 128).all()
+    assert body["seed"] == 3 and body["temperature"] == 0 and body["model"] == "vlm"
+    assert body["max_completion_tokens"] == 1024 and "max_tokens" not in body
+    assert "logprobs" not in body
+    assert requests[0].url == "http://judge:8000/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "expected"),
+    [
+        ({"answer": "logprob"}, "4", 4),
+        ({"answer": "yes_no"}, " Yes", 1),
+        ({"answer": "logprob", "levels": {"Excellent": 5, "bad": 1}, "max_tokens": 3}, "bad", 1),
+    ],
+)
+def test_scores_by_log_probability(judge, served, options, token, expected):
+    reward = judge(**options)
+
+    def answer(body):
+        assert body["logprobs"] is True and body["top_logprobs"] == 20
+        assert body["max_tokens"] == options.get("max_tokens", 1)
+        places = [{"token": token, "top_logprobs": [{"token": token, "logprob": -0.1}]}]
+        if body["max_tokens"] > 1:
+            places.insert(0, {"token": "\n", "top_logprobs": [{"token": "\n", "logprob": 0.0}]})
+        return 200, {"choices": [{"logprobs": {"content": places}}]}
+
+    served(reward, answer)
+    assert reward(torch.zeros(1, 3, 4, 4), ["a"])[0].tolist() == [expected]
+
+
+def test_what_a_judge_fails_at_has_no_score_and_a_refusal_ends(judge, served, monkeypatch):
+    reward = judge(retries=0)
+    images = torch.zeros(3, 3, 4, 4)
+    replies = {"a": (200, said("Final Score: 2")), "b": (500, {}), "c": (200, {"choices": []})}
+    served(reward, lambda body: replies[body["messages"][0]["content"][1]["text"].split()[1]])
+    scores, info = reward(images, list("abc"))
+    assert scores.tolist() == pytest.approx([2, NAN, NAN], nan_ok=True)
+    assert info["unread"].tolist() == pytest.approx([0, NAN, NAN], nan_ok=True)
+    with pytest.raises(Unscored, match="answered 500"):
+        reward(images[:1], ["b"])
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
+    reward = judge(token_env="JUDGE_TOKEN")
+    asked = served(reward, lambda body: (401, {"error": "s3cret is wrong"}))
+    with pytest.raises(RewardError, match="answered 401.*the token") as refused:
+        reward(images[:1], ["a"])
+    assert not isinstance(refused.value, Unscored) and len(asked) == 1
+    assert asked[0].headers["authorization"] == "Bearer s3cret"
+
+
+def test_options_are_held_to(judge):
+    for options, what in (
+        ({"answer": "score"}, "answer: got 'score', expected one of text"),
+        ({"max_tokens_key": "tokens"}, "max_tokens_key: got"),
+        ({"prompt_file": "nowhere.txt"}, "prompt_file: 'nowhere.txt' cannot be read"),
+        ({"text": "Rate it"}, "has no {prompt}, where the caption goes"),
+        ({"high": 1}, "high: expected more than low"),
+        ({"labels": []}, "labels: got"),
+        ({"levels": {"a": 1, "b": 2}}, "levels: are read by answer: logprob alone"),
+        ({"levels": {"a": 1}, "answer": "logprob"}, "levels: got"),
+        ({"high": 100, "answer": "logprob"}, "levels: missing; low to high"),
+        ({"concurrency": 0}, "concurrency: expected a whole number"),
+        ({"url": "judge"}, "url: got 'judge'"),
+        ({"token_env": "NO_SUCH_VARIABLE"}, "token_env: the environment variable"),
+        ({"max_token": 3}, "did you mean 'reward.vlm_judge.max_tokens'"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            judge(**options)
+    assert judge("Rate it", placeholder=None)
