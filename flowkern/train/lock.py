@@ -81,3 +81,16 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def owner_of(output_dir: Path) -> str | None:
+    """Who writes the directory now, as far as the file says: a host, or None for nobody. Of another
+    host it is not known whether that process lives.
+    """
+    try:
+        owner = json.loads((output_dir / NAME).read_bytes())
+        host, pid = str(owner["host"]), int(owner["pid"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
+    is_here = host == socket.gethostname()
+    return None if is_here and not (pid == os.getpid() or _is_alive(pid)) else host

@@ -305,7 +305,7 @@ class Loop:
                     self.advance()
                 except BaseException as error:
                     return self.leave(error)
-            self.directory.say(f"done: {self.global_step} steps in {self.directory.path}")
+            self.directory.say(f"done: {self.global_step} steps in {self.directory.path}", "done")
             distributed.finish(self.accelerator)
             return 0
         finally:
@@ -379,10 +379,11 @@ class Loop:
             tracker.finish()
         if self.stop.signal:  # other processes may have gone already, and their work then fails
             name = signal.Signals(self.stop.signal).name
-            self.directory.say(f"stopped after step {step} by {name}; {kept}")
+            self.directory.say(f"stopped after step {step} by {name}; {kept}", "stopped")
             return self.stop.status
         if "step " not in message:
             message = f"step {step + 1}: {message}"
+        self.directory.note("failed", f"{message}; {kept}")
         raise RunError(f"{message}; {kept}") from error
 
     def keep(self, is_agreed: bool) -> None:

@@ -19,9 +19,10 @@ import yaml
 from accelerate import Accelerator
 
 from flowkern.rl.algorithms import recipe
-from flowkern.train import checkpoint, distributed, durable, tracking
+from flowkern.train import checkpoint, distributed, durable, events, tracking
 from flowkern.train import tree as trees
 from flowkern.train.config import Config, ConfigError, LoraConfig, sections, to_dict
+from flowkern.train.events import EVENTS
 from flowkern.train.lock import Lock
 from flowkern.train.tracking import flat
 
@@ -99,10 +100,17 @@ class RunDirectory:
             is_restart = options.resume_from_checkpoint == "latest"
             begin(self.path, options.overwrite_output_dir, is_restart)
         durable.replace(self.path / CONFIG, dump(tree))
+        taken = [
+            f"{key}: {_shown(old)} until step {step}, {_shown(new)} from there"
+            for key, (old, new) in self._taken.items()
+        ]
         if found is not None:
-            self.say(f"resumed from {found}")
-            for key, (old, new) in self._taken.items():
-                self.say(f"  {key}: {_shown(old)} until step {step}, {_shown(new)} from there")
+            self.say("\n  ".join([f"resumed from {found}", *taken]))
+        self.note(
+            "begun" if found is None else "resumed",
+            "; ".join(taken),
+            environment=events.environment(self.accelerator),
+        )
 
     def _is_mine(self, found: Path) -> bool:
         """Is it a checkpoint of this directory, and not of a run that is taken further here?"""
@@ -161,9 +169,17 @@ class RunDirectory:
             optimized = self.config.reward.weights
             tracking.save_curves(self.path / "reward_curve.png", *lines, optimized=optimized)
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, event: str | None = None) -> None:
+        """event: kept under that name, too."""
         if self.is_main:
             print(message, file=sys.stderr, flush=True)
+            if event is not None:
+                self.note(event, message)
+
+    def note(self, event: str, said: str, **more: Any) -> None:
+        """A line of what happened to the run; see `events`."""
+        if self.is_main:
+            events.note(self.path, event, self.logged, said, **more)
 
 
 def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
@@ -184,7 +200,14 @@ def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
         )
     checkpoint.discard(output_dir)
     shutil.rmtree(output_dir / SAMPLES, ignore_errors=True)
-    for pattern in (METRICS, VALIDATION, "config-*.yaml", "reward_curve.png", "report.html"):
+    for pattern in (
+        METRICS,
+        VALIDATION,
+        EVENTS,
+        "config-*.yaml",
+        "reward_curve.png",
+        "report.html",
+    ):
         for path in output_dir.glob(pattern):
             path.unlink()
 

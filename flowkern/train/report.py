@@ -1,0 +1,388 @@
+"""A run as one page of HTML, of what its directory has, whether it is over or under way.
+
+The configuration is read as plain values: it may be another version's, and nothing that it names is
+imported. Whatever comes from the run is text to the template, which escapes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flowkern import __version__
+from flowkern.checks import ConfigError
+from flowkern.lookup import is_hub_id
+from flowkern.train import charts, durable
+from flowkern.train import tree as trees
+from flowkern.train.charts import Chart, Series, short
+from flowkern.train.events import EVENTS
+from flowkern.train.lock import owner_of
+from flowkern.train.prompts import read_prompts
+
+METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
+TEMPLATES = Path(__file__).parent / "templates"
+MARK = '<meta name="generator" content="flowkern report">'
+MOST_PICTURES = 24
+FAULTS = ("stopped", "failed", "resumed")
+
+TOGETHER = {
+    r"ratio_(mean|min|max)": "Ratio of probabilities",
+    r"pg_clipfrac_\w+": "Share that is clipped",
+    r"kl(_\w+)?": "KL to the reference",
+    r"timing_s/(?!step$).+": "Seconds per phase",
+    r"nfe/(naive_)?sample": "Network rows, sampling",
+    r"nfe/(naive_)?train": "Network rows, training",
+}
+"""What shares a chart, by patterns of whole names, and its title."""
+FIRST = ("loss", "policy", "kl", "ratio", "pg_clipfrac", "grad_norm", "lr", "zero_std_ratio")
+"""Beginnings of names, in the order that they are shown in."""
+COST = ("timing_s/", "nfe/", "throughput/", "memory/")
+"""Beginnings of names that stand beside the tables of time and rows."""
+
+
+class Run(NamedTuple):
+    """What a directory has."""
+
+    path: Path
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    validation: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    broken: Mapping[str, int]
+    """Lines that are no records, by file."""
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Raises ConfigError for what is no run."""
+        if not path.is_dir():
+            raise ConfigError(f"run: there is no folder {str(path)!r}; expected an output_dir")
+        if not any((path / name).is_file() for name in (CONFIG, METRICS)):
+            raise ConfigError(
+                f"run: {str(path)!r} has neither {CONFIG} nor {METRICS}; expected the output_dir "
+                "of a training"
+            )
+        lines = {n: durable.read_lines(path / n) for n in (METRICS, VALIDATION, EVENTS)}
+        counts = {
+            name: sum(bool(line.strip()) for line in (path / name).read_bytes().split(b"\n"))
+            for name in lines
+            if (path / name).is_file()
+        }
+        broken = {n: count - len(lines[n]) for n, count in counts.items() if count > len(lines[n])}
+        config = trees.read_file(path / CONFIG) if (path / CONFIG).is_file() else {}
+        return cls(path, config, *lines.values(), broken)
+
+    @property
+    def step(self) -> int:
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    def option(self, key: str) -> Any:
+        """Of a dotted key; None where there is none."""
+        found: Any = self.config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the rewards, by name: 0 for a judge."""
+        rewards = self.option("reward") or {}
+        options = {name: one if isinstance(one, Mapping) else {} for name, one in rewards.items()}
+        return {name: one.get("weight", 1.0) for name, one in options.items()}
+
+
+def write(run_dir: Path, output: Path) -> None:
+    """The page of a run. Raises ConfigError for what is no run, and for an output that is something
+    else already; OSError where it cannot be written.
+    """
+    run = Run.read(run_dir)
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output: got {str(output)!r}, expected a name in .html")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {str(output.parent)!r}")
+    if output.is_dir() or (output.exists() and MARK.encode() not in output.read_bytes()[:4096]):
+        raise ConfigError(f"--output: {str(output)!r} is there, and no report; expected another")
+    content = page(run)
+    try:
+        durable.replace(output, content)
+    except OSError as error:
+        raise OSError(f"{output} cannot be written: {error.strerror or error}") from error
+
+
+def page(run: Run) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short"] = short
+    others = other_charts(run)
+    return environment.get_template("report.html.jinja").render(
+        name=run.path.resolve().name,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        algorithm=run.option("algorithm.name"),
+        model=base_name(run.option("model.path")),
+        state=state(run),
+        figures=figures(run),
+        rewards=reward_charts(run),
+        learning=[one for key, one in others if not key.startswith(COST)],
+        cost=[one for key, one in others if key.startswith(COST)],
+        phases=phases(run),
+        rows=rows(run),
+        pictures=pictures(run),
+        prompts=prompts(run),
+        config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True),
+        earlier=earlier(run),
+        environment=where(run),
+        faults=faults(run),
+        size=charts,
+    )
+
+
+# ---- in short ----
+
+
+def base_name(path: Any) -> str | None:
+    """Of a model: its id on the hub, or the last folder of where it lay."""
+    if not isinstance(path, str):
+        return None
+    return path if is_hub_id(path) else Path(path).name
+
+
+def state(run: Run) -> str:
+    last = run.events[-1].get("event") if run.events else None
+    of = f"{run.step:,} of {run.option('train.steps') or run.step:,} optimizer steps"
+    owner = owner_of(run.path)
+    if owner is not None:
+        return f"under way on {owner}: {of}"
+    if last in ("begun", "resumed"):
+        return f"ended without a word (killed?) after {of}"
+    return f"{last} after {of}" if last else of
+
+
+def figures(run: Run) -> list[tuple[str, str, str]]:
+    """(what, value, beside it)."""
+    found = []
+    for name, weight in ({"mean": 1.0} | run.weights).items():
+        key, records = f"reward/{name}", run.validation
+        drawn = numbers(records, key) or numbers(run.metrics, key)
+        if drawn and not (name == "mean" and is_single(run)):
+            kind = "held-out prompts" if numbers(records, key) else "training rollouts"
+            role = f", {_role(weight)}" if name != "mean" else ", weighted sum"
+            (_, first), (_, last) = drawn[0], drawn[-1]
+            found.append((name.replace("_", " "), f"{first:.3g} → {last:.3g}", kind + role))
+    seconds = sum(value for _, value in numbers(run.metrics, "timing_s/step"))
+    found.append(("time of steps", duration(seconds), "validation and checkpoints not counted"))
+    if table := rows(run):
+        _, here, released = table[-1]
+        beside = f"{here / released:.2f} times the released loop's" if released else "in all"
+        found.append(("network rows", f"{here:,}", beside))
+    return found
+
+
+def is_single(run: Run) -> bool:
+    """Is the mean one reward, weighted?"""
+    return sum(bool(weight) for weight in run.weights.values()) == 1
+
+
+def _role(weight: float) -> str:
+    return f"optimized, weight {weight:g}" if weight else "only reported"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# ---- curves ----
+
+
+def numbers(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of what is a number."""
+    found = [(record["step"], record.get(name)) for record in records]
+    return [
+        (step, value)
+        for step, value in found
+        if type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(step)
+    ]
+
+
+def names(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of all records, in the order that they come in."""
+    found = dict.fromkeys(key for record in records for key in record)
+    return [name for name in found if name != "step" and numbers(records, name)]
+
+
+def reward_charts(run: Run) -> list[Chart]:
+    found = []
+    for key in dict.fromkeys(names(run.metrics) + names(run.validation)):
+        if not key.startswith("reward/") or (key == "reward/mean" and is_single(run)):
+            continue
+        name = key.removeprefix("reward/")
+        weight = run.weights.get(name.partition("/")[0])
+        note = "the weighted sum" if name == "mean" else ""
+        series = [
+            Series("training rollouts", numbers(run.metrics, key)),
+            Series("held-out prompts", numbers(run.validation, key), is_dots=True),
+        ]
+        series = [one for one in series if one.points]
+        note = note if weight is None else _role(weight)
+        found.append(Chart(name.replace("_", " "), series, note))
+    return sorted(found, key=lambda chart: "only reported" in chart.note)
+
+
+def other_charts(run: Run) -> list[tuple[str, Chart]]:
+    """(name of its first, chart) of all that is recorded and no reward."""
+    groups: dict[str, list[str]] = {}
+    for key in dict.fromkeys(names(run.metrics) + names(run.validation)):
+        if not key.startswith("reward/"):
+            titles = (title for like, title in TOGETHER.items() if re.fullmatch(like, key))
+            groups.setdefault(next(titles, key), []).append(key)
+    found = []
+    for title, keys in groups.items():
+        drawn = [Series(legend(key), numbers(run.metrics, key)) for key in keys]
+        drawn += [Series(legend(k), numbers(run.validation, k), is_dots=True) for k in keys]
+        found.append((keys[0], Chart(title, [one for one in drawn if one.points])))
+    return sorted(found, key=lambda one: _place(one[0]))
+
+
+def _place(key: str) -> int:
+    return next((i for i, first in enumerate(FIRST) if key.startswith(first)), len(FIRST))
+
+
+def legend(key: str) -> str:
+    """A name in a chart of several."""
+    if key.startswith("nfe/"):
+        return "released loop" if "naive" in key else "here"
+    return key.removeprefix("timing_s/")
+
+
+# ---- time and network rows ----
+
+
+def phases(run: Run) -> list[tuple[str, float, float]]:
+    """(phase, seconds, share), over all optimizer steps."""
+    keys = [n for n in names(run.metrics) if n.startswith("timing_s/") and n != "timing_s/step"]
+    sums = {key: sum(value for _, value in numbers(run.metrics, key)) for key in keys}
+    total = sum(sums.values()) or 1.0
+    return [(key.removeprefix("timing_s/"), value, value / total) for key, value in sums.items()]
+
+
+def rows(run: Run) -> list[tuple[str, int, int]]:
+    """(phase, here, in the released loop), the sum last; 0 where that is not counted."""
+    found = []
+    for phase in ("sample", "train"):
+        here, naive = (
+            int(sum(value for _, value in numbers(run.metrics, f"nfe/{kind}{phase}")))
+            for kind in ("", "naive_")
+        )
+        if here:
+            found.append(({"sample": "sampling", "train": "training"}[phase], here, naive))
+    if len(found) == 2:
+        found.append(("both", found[0][1] + found[1][1], found[0][2] + found[1][2]))
+    return found
+
+
+# ---- pictures ----
+
+
+def pictures(run: Run) -> list[tuple[int, str]]:
+    """(step, a data URL) of some of samples/, from the first to the last."""
+    matches = [re.fullmatch(r"step-(\d+)\.png", p.name) for p in (run.path / SAMPLES).glob("*.png")]
+    steps = sorted(int(match[1]) for match in matches if match)
+    count = min(len(steps), MOST_PICTURES)
+    chosen = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+    found = [(step, _data_url(run.path / SAMPLES / f"step-{step}.png")) for step in chosen]
+    return [(step, url) for step, url in found if url]
+
+
+def _data_url(path: Path) -> str | None:
+    """None for what is no picture."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(buffer, "WEBP", quality=85)
+    except OSError:
+        return None
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def prompts(run: Run) -> list[str]:
+    """Those of the pictures, where their file is still there."""
+    path, count = run.option("data.test_prompts"), run.option("validation.num_images")
+    if not isinstance(path, str) or type(count) is not int:
+        return []
+    try:
+        return [prompt["prompt"] for prompt in read_prompts(path)[:count]]
+    except ConfigError:
+        return []
+
+
+# ---- where, and what happened ----
+
+
+def earlier(run: Run) -> list[tuple[int, list[str]]]:
+    """(step, what a configuration had otherwise until it), of config-N.yaml."""
+    matches = [re.fullmatch(r"config-(\d+)\.yaml", path.name) for path in run.path.iterdir()]
+    found, following = [], run.config
+    for step in sorted((int(match[1]) for match in matches if match), reverse=True):
+        try:
+            old = trees.read_file(run.path / f"config-{step}.yaml")
+        except ConfigError:
+            continue
+        found.append((step, list(_differences(old, following))))
+        following = old
+    return found[::-1]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""):
+    for key in dict.fromkeys([*old, *new]):
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}: {one}, then {other}"
+
+
+def where(run: Run) -> dict[str, Any]:
+    """Of the last process that trained."""
+    found = [e["environment"] for e in run.events if isinstance(e.get("environment"), Mapping)]
+    return dict(found[-1]) if found else {}
+
+
+def faults(run: Run) -> list[tuple[str, int, str, str]]:
+    """(event, step, said, when)."""
+    found, before = [], None
+    for event in run.events:
+        kind = str(event.get("event"))
+        step, at = int(event["step"]), str(event.get("at", ""))
+        if kind == "resumed" and before in ("begun", "resumed"):
+            found.append(("killed", step, "ended without a word before this resume", at))
+        if kind in FAULTS:
+            found.append((kind, step, str(event.get("said", "")), at))
+        before = kind
+    for key in names(run.metrics):
+        total = sum(value for _, value in numbers(run.metrics, key))
+        if re.search(r"fail|unscored|dropped", key) and total:
+            found.append(("rewards", run.step, f"{key}: {short(total)} in all", ""))
+    for key in dict.fromkeys(key for record in run.metrics for key in record):
+        count = sum(key in record and record[key] is None for record in run.metrics)
+        if count:
+            found.append(("no number", run.step, f"{key} was not finite in {count} steps", ""))
+    for name, count in run.broken.items():
+        found.append(("records", run.step, f"{name}: {count} lines are no records", ""))
+    return found
