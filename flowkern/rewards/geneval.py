@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,78 +17,79 @@ from flowkern.rewards import Unscored
 from flowkern.rewards.asking import ask_all, server
 from flowkern.rewards.clauses import Thing, Verdict, check_clauses, judge
 from flowkern.rewards.files import pictures, png_base64
-from flowkern.rewards.pixels import check_layout
+from flowkern.rewards.frames import FrameReward
+from flowkern.rewards.http import Http
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["GenEval"]
 
-SCORES = {"scores": "score", "rewards": "correct", "strict_rewards": "strict"}
+GRADES = {"scores": "score", "rewards": "correct", "strict_rewards": "strict"}
 """By the names that flow_grpo's server has for them."""
 MOST = 16
 """Things of a class that are looked at, the surest."""
+AT_A_TIME = 4
+"""Requests."""
 COUNTING = "counting"
 """The tag of prompts that take a surer detector: doubtful boxes would be counted."""
 
 
-class GenEval:
-    """How well an image has the things that its prompt asks for.
+@dataclass(kw_only=True, eq=False)
+class GenEval(FrameReward):
+    """How well an image has the things that its prompt asks for, in metadata's `include` and, if
+    it has that, `exclude`; NaN where the detector did not answer. "correct" and "strict" beside,
+    and the latter per `tag`, as "strict_colors".
 
-    url: of the detector; token_env: the environment variable of its token. score: "scores" (what
-    flow_grpo trains on: a mean over the clauses, see `Verdict`), "rewards" (the benchmark's rule)
-    or "strict_rewards". threshold, counting_threshold: how sure the detector has to be of a box,
-    and of one in a prompt of the tag "counting". batch: images of a request; retries,
-    request_timeout: of a request.
+    Raises ValueError that begins with the option at fault; called, for metadata without clauses,
+    and Unscored where there was no answer at all.
     """
 
     may_fail: ClassVar[bool] = True
-    scales: ClassVar[Mapping[str, tuple[float, float]]] = {"raw": (1.0, 0.0)}
-    default_scale: ClassVar[str] = "raw"
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        token_env: str | None = None,
-        score: str = "scores",
-        threshold: float = 0.3,
-        counting_threshold: float = 0.9,
-        batch: int = 16,
-        retries: int = 4,
-        request_timeout: float | None = None,
-    ) -> None:
-        if score not in SCORES:
-            raise ValueError(f"score: got {shown(score)}, expected one of {', '.join(SCORES)}")
-        thresholds = {"threshold": threshold, "counting_threshold": counting_threshold}
-        for key, value in thresholds.items():
-            finite_number(key, value, "0 to 1", lambda t: 0 <= t <= 1)
-        finite_number("batch", batch, "a whole number above 0", lambda n: n >= 1)
-        self.score, self.batch = score, batch
-        self.threshold, self.counting_threshold = threshold, counting_threshold
-        self.server = server(url, token_env, retries, request_timeout, max_bytes=16 * 2**20)
+    url: str
+    """Of the detector."""
+    token_env: str | None = None
+    """The environment variable that holds its token."""
+    grade: str = "scores"
+    """"scores" is what flow_grpo trains on, a mean over the clauses (see `Verdict`), "rewards" the
+    benchmark's rule, "strict_rewards" asks for exact numbers."""
+    threshold: float = 0.3
+    """How sure the detector has to be of a box."""
+    counting_threshold: float = 0.9
+    """The same in prompts of the tag "counting"."""
+    batch: int = 16
+    """Images of a request."""
+    retries: int = 4
+    request_timeout: float | None = None
+    """Seconds of a request, its retries included; null: 60, and 3 for each MiB."""
+
+    server: Http = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grade not in GRADES:
+            got = shown(self.grade)
+            raise ValueError(f"grade: got {got}, expected one of {', '.join(GRADES)}")
+        for key in ("threshold", "counting_threshold"):
+            finite_number(key, getattr(self, key), "0 to 1", lambda t: 0 <= t <= 1)
+        finite_number("batch", self.batch, "a whole number above 0", lambda n: n >= 1)
+        patience = self.retries, self.request_timeout
+        self.server = server(self.url, self.token_env, *patience, max_bytes=16 * 2**20)
         self.version = "a detector that was not asked yet"
 
-    def __call__(
+    def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images (B, 3, H, W) in [0, 1], metadata with `include`, and if they have it `exclude` and
-        `tag` -> (B,), NaN where the detector did not answer; "correct" and "strict" beside, and the
-        latter per tag, "strict_colors", NaN for images of another.
-
-        Raises ValueError for metadata without clauses, and Unscored where there was no answer at
-        all.
-        """
-        check_layout(images, prompts)
-        for i, row in enumerate(metadata):
+        for prompt, row in zip(prompts, metadata, strict=True):
             try:
                 check_clauses(row)
             except ValueError as error:
-                raise ValueError(f"{error}, in image {i}, prompt {prompts[i]!r:.80}") from None
+                raise ValueError(f"{error}, of prompt {prompt!r:.80}") from None
         drawn = list(zip(pictures(images), metadata, strict=True))
         parts = [drawn[i : i + self.batch] for i in range(0, len(drawn), self.batch)]
         verdicts: list[Verdict | None] = []
-        for part, answer in zip(parts, ask_all(self._judged, parts, 4), strict=True):
+        for part, answer in zip(parts, ask_all(self._judged, parts, AT_A_TIME), strict=True):
             verdicts += answer or [None] * len(part)
 
         def column(name: str) -> Tensor:
@@ -99,7 +101,7 @@ class GenEval:
         for tag in sorted({str(row["tag"]) for row in metadata if "tag" in row}):
             is_of = torch.tensor([str(row.get("tag")) == tag for row in metadata])
             info[f"strict_{tag}"] = strict.masked_fill(~is_of, torch.nan)
-        return column(SCORES[self.score]), info
+        return column(GRADES[self.grade]), info
 
     def _judged(self, part: Sequence[tuple[Image, Mapping[str, Any]]]) -> list[Verdict]:
         """Of the images of one request."""

@@ -19,8 +19,8 @@ from flowkern.rewards import Unscored
 from flowkern.rewards.answers import expected_value, stated_score
 from flowkern.rewards.asking import ask_all, server
 from flowkern.rewards.files import pictures, png_base64
+from flowkern.rewards.frames import FrameReward
 from flowkern.rewards.http import Http
-from flowkern.rewards.pixels import check_layout
 from flowkern.web import line
 
 if TYPE_CHECKING:
@@ -33,15 +33,17 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 YES_NO = {"yes": 1.0, "no": 0.0}
 
 
-@dataclass(eq=False)
-class VlmJudge:
+@dataclass(kw_only=True, eq=False)
+class VlmJudge(FrameReward):
     """What a judge makes of an image and its caption, on the scale of the answer.
 
     answer: "text" reads the number behind a label; "logprob" is the mean of a score under the
     probabilities of the first token, which tells images apart that get the same score; "yes_no" is
-    the probability of yes. Both ask for one token. An answer that cannot be read has no score.
+    the probability of yes. Both ask for one token. NaN where there was no answer or it cannot be
+    read; "unread" beside: 1 for the latter.
 
-    Raises ValueError that begins with an option.
+    Raises ValueError that begins with the option at fault; called, Unscored where no image had an
+    answer.
     """
 
     may_fail: ClassVar[bool] = True
@@ -53,7 +55,6 @@ class VlmJudge:
     }
     """Of UnifiedReward: a fifth of 1 to 5, and 1 to 5 as 0 to 1; of RationalRewards, 1 to 4 as
     0 to 1."""
-    default_scale: ClassVar[str] = "raw"
 
     url: str
     """As OpenAI's clients take it, with its /v1."""
@@ -97,6 +98,7 @@ class VlmJudge:
     server: Http = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = (("answer", ANSWERS), ("max_tokens_key", LIMITS))
         for key, known in choices:
             if getattr(self, key) not in known:
@@ -153,13 +155,9 @@ class VlmJudge:
             )
         return text
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] = ()
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images (B, 3, H, W) in [0, 1] -> (B,), NaN where there was no answer or it cannot be
-        read; "unread": 1 for the latter. Raises Unscored where no image had an answer.
-        """
-        check_layout(images, prompts)
         items = list(zip(pictures(images), prompts, strict=True))
         answers = ask_all(self._asked, items, self.concurrency)
         scores = [math.nan if answer is None else answer[0] for answer in answers]

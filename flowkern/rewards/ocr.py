@@ -8,15 +8,16 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowkern.checks import ConfigError, finite_number, shown
 from flowkern.lookup import load
-from flowkern.rewards.pixels import as_bytes, check_layout
+from flowkern.rewards.frames import FrameReward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,62 +31,52 @@ RULES = ("flow_grpo", "verl_omni", "cosmos_rl")
 UNQUOTED = ("nan", "prompt")
 
 
-class Ocr:
-    """1 where the text of the prompt can be read in the image, down to 0 by the edit distance.
+@dataclass(kw_only=True, eq=False)
+class Ocr(FrameReward):
+    """1 where the text of the prompt can be read in the image, down to 0 by the edit distance; NaN
+    where a prompt asks for none. "exact" beside: 1 where all of it can be read.
 
-    rule: what counts, see `text_match`. unquoted: what a prompt without quotes asks for: "nan"
-    leaves it without a score, "prompt" takes all of it, as Flow-Factory does. text_score: lines the
-    engine is less sure of are not read. engine: "rapidocr" (its models are in its wheel, so nothing
-    is downloaded), or "module:attribute", or a callable, of the form of `Engine`. threads: of
-    rapidocr, on the CPU.
-
-    Scores of two engines, or of two versions of one, are not to be compared: `version` says which
-    it was.
+    The text is metadata's "text" where that has it, else what stands first in quotes. Scores of two
+    engines, or of two versions of one, are not to be compared: `version` says which it was.
+    Raises ValueError that begins with the option at fault.
     """
 
-    scales: ClassVar[Mapping[str, tuple[float, float]]] = {"raw": (1.0, 0.0)}
-    default_scale: ClassVar[str] = "raw"
+    rule: str = "flow_grpo"
+    """What counts: see `text_match`."""
+    unquoted: str = "nan"
+    """What a prompt without quotes asks for: "nan" leaves it without a score, "prompt" takes all of
+    it, as Flow-Factory does."""
+    text_score: float = 0.5
+    """Lines that the engine is less sure of are not read."""
+    engine: Any = "rapidocr"
+    """Its models are in its wheel, nothing is downloaded; or "module:attribute", or a callable, of
+    the form of `Engine`."""
+    threads: int | None = None
+    """Of rapidocr, on the CPU; null: 1."""
 
-    def __init__(
-        self,
-        *,
-        rule: str = "flow_grpo",
-        unquoted: str = "nan",
-        text_score: float = 0.5,
-        engine: Any = "rapidocr",
-        threads: int | None = None,
-    ) -> None:
-        for key, value, known in (("rule", rule, RULES), ("unquoted", unquoted, UNQUOTED)):
-            if value not in known:
-                raise ValueError(f"{key}: got {shown(value)}, expected one of {', '.join(known)}")
-        self.text_score = finite_number("text_score", text_score, "0 to 1", lambda s: 0 <= s <= 1)
-        if threads is not None:
-            finite_number("threads", threads, "a whole number above 0", lambda n: n >= 1)
-            if engine != "rapidocr":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, known in (("rule", RULES), ("unquoted", UNQUOTED)):
+            if getattr(self, key) not in known:
+                got = shown(getattr(self, key))
+                raise ValueError(f"{key}: got {got}, expected one of {', '.join(known)}")
+        finite_number("text_score", self.text_score, "0 to 1", lambda s: 0 <= s <= 1)
+        if self.threads is not None:
+            finite_number("threads", self.threads, "a whole number above 0", lambda n: n >= 1)
+            if self.engine != "rapidocr":
                 raise ValueError("threads: says how rapidocr runs, and engine is another")
-        self.rule, self.unquoted = rule, unquoted
-        self._threads = threads or 1
-        self._engine: Engine | None = None
-        if engine == "rapidocr":
-            self.version = _installed()
-        else:
-            self._engine = _own(engine)
-            self.version = shown(engine)
+        self._read: Engine | None = None if self.engine == "rapidocr" else _own(self.engine)
+        self.version = _installed() if self._read is None else shown(self.engine)
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] = ()
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images (B, 3, H, W) in [0, 1]; the text is metadata's "text" where that has it, else
-        what stands first in quotes in the prompt -> (B,) in [0, 1], NaN where nothing was asked
-        for; "exact": 1 where all of it can be read.
-        """
-        check_layout(images, prompts)
-        if self._engine is None:
-            self._engine, self.version = _rapidocr(self._threads)
-        pixels = as_bytes(images).flip(-3).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        if self._read is None:
+            self._read, self.version = _rapidocr(self.threads or 1)
+        pixels = images.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         scores = []
-        for i, (image, prompt) in enumerate(zip(pixels, prompts, strict=True)):
-            target = asked_text(prompt, metadata[i] if metadata else {}, self.unquoted)
+        for image, prompt, row in zip(pixels, prompts, metadata, strict=True):
+            target = asked_text(prompt, row, self.unquoted)
             if target is None:
                 warnings.warn(
                     f"ocr: no score without a text to look for; expected metadata['text'], or one "
@@ -94,7 +85,7 @@ class Ocr:
                 )
                 scores.append(math.nan)
                 continue
-            read = "".join(line for line, sure in self._engine(image) if sure >= self.text_score)
+            read = "".join(line for line, sure in self._read(image) if sure >= self.text_score)
             scores.append(text_match(read, target, self.rule))
         values = torch.tensor(scores, dtype=torch.float64)
         exact = torch.where(values.isnan(), values, (values == 1).double())

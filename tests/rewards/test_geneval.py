@@ -137,7 +137,7 @@ def test_a_detector_over_http(served):
     assert scores.tolist() == [1, 1, 1] == info["correct"].tolist()
     assert info["strict_counting"].nan_to_num(-1).tolist() == [-1, 1, -1]
     assert reward.version == "stand-in 1"
-    with pytest.raises(ValueError, match="include.*in image 1, prompt 'b'"):
+    with pytest.raises(ValueError, match="include.*of prompt 'b'"):
         reward(images, ["a", "b", "c"], [ROWS[0], {}, {}])
 
 
@@ -169,7 +169,7 @@ def test_options_are_held_to(monkeypatch):
     monkeypatch.delenv("DETECTOR_TOKEN", raising=False)
     for options, said in (
         ({"url": "detector"}, "url: got 'detector', expected http"),
-        ({"score": "mean"}, "score: got 'mean', expected one of scores"),
+        ({"grade": "mean"}, "grade: got 'mean', expected one of scores"),
         ({"threshold": 3}, "threshold: expected 0 to 1"),
         ({"token_env": "DETECTOR_TOKEN"}, "token_env: the environment variable DETECTOR_TOKEN"),
         ({"retries": -1}, "retries: expected a whole number"),
