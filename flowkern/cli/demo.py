@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowkern.checks import ConfigError
+from flowkern.cli.train import start
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -52,9 +53,7 @@ def run(options: argparse.Namespace) -> int:
     places = [f"{key}={json.dumps(str(data() / 'assets' / part))}" for key, part in assets.items()]
     given = [one for one in options.overrides if "=" in one]
     config = load_config(chosen, [*places, *given])  # refused before the imports
-    from flowkern.train.loop import Loop
-
-    return Loop(config).run()
+    return start(config)
 
 
 def _of_agent() -> tuple[Path, dict[str, str]]:

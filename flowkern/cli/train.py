@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowkern.train.config import Config
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w:-]+)*=")
 
@@ -39,6 +42,13 @@ def run(options: argparse.Namespace) -> int:
     if not files:
         options.fail("train: expected a CONFIG.yaml, as in configs/")
     config = load_config(files, overrides)  # what is wrong there shows before the imports
-    from flowkern.train.loop import Loop
+    return start(config)
 
+
+def start(config: Config) -> int:
+    """Train; returns the exit status."""
+    from flowkern.train.loop import Loop
+    from flowkern.train.quiet import quiet
+
+    quiet()
     return Loop(config).run()

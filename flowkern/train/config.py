@@ -18,7 +18,17 @@ from flowkern.rewards import require_reward
 from flowkern.rl.algorithms import name_of, recipe
 from flowkern.rl.recipe import Levels
 from flowkern.train import tree as trees
-from flowkern.train.fields import Algorithm, Origin, Phrase, Place, Section, Text, build
+from flowkern.train.fields import (
+    Algorithm,
+    Collection,
+    Origin,
+    Phrase,
+    Place,
+    Section,
+    Text,
+    build,
+    is_file,
+)
 
 __all__ = ["Config", "ConfigError", "Sampling", "from_dict", "load_config", "to_dict"]
 
@@ -78,13 +88,36 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train_prompts: Place
-    """Prompts to train on: lines of .txt, or each with metadata for the rewards as .jsonl, .json or
-    .csv."""
-    test_prompts: Place | None = None
+    train_prompts: Collection
+    """Prompts to train on: lines of .txt, or each with metadata for the rewards as .jsonl, .json,
+    .csv or .parquet; or a data set of the hub, OWNER/NAME, or a directory of one's files, as
+    `datasets` reads them."""
+    test_prompts: Collection | None = None
     """Held-out prompts, in the same formats; None: no validation."""
+    prompt_column: Text | None = None
+    """Which column, or key, has the prompt; None: "prompt", or "caption" where there is none."""
+    metadata_columns: list[Text] | None = None
+    """Which ones rewards are given as metadata; None: all others."""
+    dataset_config_name: Text | None = None
+    """Of a data set that has several; None: its default."""
+    train_split: Text | None = None
+    """Of a data set, as `datasets` writes it: train, train[:1000]; None: train."""
+    test_split: Text | None = None
+    """Of data.test_prompts; None: test."""
+    revision: Text | None = None
+    """Of a data set on the hub: a branch, a tag or a commit; None: its main branch."""
     source: Text | None = None
     """Where these files are published; said where one is not there."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        paths = {"train_split": [self.train_prompts], "test_split": [self.test_prompts]}
+        both = [self.train_prompts, self.test_prompts]
+        for name in ("train_split", "test_split", "dataset_config_name", "revision"):
+            value, places = getattr(self, name), paths.get(name, both)
+            if value is not None and all(place is None or is_file(place) for place in places):
+                raise ValueError(f"{name}: got {value!r}, which a file of prompts has not")
+        return self
 
 
 class RewardConfig(Section, extra="allow"):

@@ -24,11 +24,12 @@ from flowkern.rl.recipe import Recipe
 from flowkern.train import distributed, tracking
 from flowkern.train.causes import Cause, causes_at_equal_batches, causes_at_other_batches
 from flowkern.train.config import Config
+from flowkern.train.data import prompts_of
 from flowkern.train.flow import FlowTask
 from flowkern.train.loading import DTYPES
 from flowkern.train.loop import Loop
 from flowkern.train.lora import layers
-from flowkern.train.prompts import draw_prompts, read_prompts
+from flowkern.train.prompts import draw_prompts
 from flowkern.train.replay import Compared, Replay
 
 ELEMENTS = 65_536
@@ -101,8 +102,8 @@ def doctor(config: Config) -> Report:
             f"algorithm.name: its task is {config.algorithm.task!r}; doctor knows flow-matching "
             "models only"
         )
-    data, count = config.data, config.algorithm.prompts_per_rollout
-    prompts = read_prompts(data.train_prompts, "data.train_prompts", data.source)
+    count = config.algorithm.prompts_per_rollout
+    prompts = prompts_of(config.data, "train_prompts")
     draw_prompts(len(prompts), count, config.seed, 0)  # refuses too many, as training does
     world = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say, before there is a group
     distributed.share(count, 0, world, config.algorithm.updates_per_rollout)

@@ -60,6 +60,22 @@ def _origin(value: Any) -> str:
     return value if is_hub_id(value) else place
 
 
+def _collection(value: Any) -> str:
+    place = _place(value)
+    is_id = is_hub_id(value) and not os.path.exists(place) and not is_file(value)
+    return value if is_id else place
+
+
+SUFFIXES = {".txt", ".jsonl", ".ndjson", ".json", ".csv", ".parquet"}
+"""Of a file of prompts: what ends so is one, there or not."""
+
+
+def is_file(path: str) -> bool:
+    """Is it one of prompts, and not a directory or a data set?"""
+    is_data_set = os.path.isdir(path) or is_hub_id(path)
+    return os.path.splitext(path)[1].lower() in SUFFIXES or not is_data_set
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Phrase = Annotated[str, AfterValidator(_phrase)]
 """What a text encoder takes: also nothing."""
@@ -68,6 +84,10 @@ Place = Annotated[str, BeforeValidator(_place)]
 anywhere."""
 Origin = Annotated[str, BeforeValidator(_origin)]
 """A directory as a `Place`, or the id of a model on the hub, OWNER/NAME, as it is."""
+
+
+Collection = Annotated[str, BeforeValidator(_collection)]
+"""A file or a directory as a `Place`, or the id of a data set on the hub, OWNER/NAME, as it is."""
 
 
 class Section(BaseModel):

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Model, guide_of
+from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Outcome
 from flowkern.rollout import (
     Blocks,
@@ -35,11 +36,12 @@ from flowkern.train.attention import require_attention
 from flowkern.train.blocks import is_tried, require_quantization, set_blocks, try_blocks
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.copies import REFERENCE, Weights
+from flowkern.train.data import prompts_of
 from flowkern.train.distributed import Laps
 from flowkern.train.loading import load_pipeline
 from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
-from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
+from flowkern.train.prompts import Prompt, draw_prompts
 from flowkern.train.scoring import Scores, load_rewards, score
 from flowkern.train.sharding import shard
 from flowkern.train.stop import StopRequest
@@ -87,9 +89,7 @@ class FlowTask:
         self.accelerator, self.stop, self.device = accelerator, stop, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         require_quantization(config, self.device)
-        self.prompts = read_prompts(
-            config.data.train_prompts, "data.train_prompts", config.data.source
-        )
+        self.prompts = prompts_of(config.data, "train_prompts")
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
         self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
         draw_prompts(len(self.prompts), count, config.seed, 0)  # refuses too many, before loading
@@ -184,6 +184,16 @@ class FlowTask:
         return {NETWORK: self.model.network}
 
     # ---- collecting ----
+
+    @property
+    def calls(self) -> int:
+        return self.model.calls
+
+    def planned(self, iteration: int) -> dict[str, float]:
+        """Calls of the network on this rank, those that turn out to teach nothing included."""
+        cost = self.recipe.plan(self.model.sigmas, iteration, self.config.seed).cost()
+        sampling, training = network_calls(self.recipe, cost, iteration)
+        return {"sampling": sampling / self.world, "training": sum(training) / self.world}
 
     def collect(self, iteration: int) -> FlowExperience:
         """A rollout of all the prompts of an iteration, scored."""

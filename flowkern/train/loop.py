@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 
 from flowkern.lookup import load
 from flowkern.split import gathered, whole
-from flowkern.train import distributed, metrics, tracking
+from flowkern.train import banner, distributed, metrics, tracking
 from flowkern.train.checkpoint import taking
 from flowkern.train.config import Config
 from flowkern.train.copies import Copies, Weights
+from flowkern.train.display import Display
 from flowkern.train.errors import RunError, describe
-from flowkern.train.metrics import Progress, Sums
+from flowkern.train.metrics import Experience, Progress, Sums
 from flowkern.train.optimizer import (
     make_optimizer,
     make_schedule,
@@ -64,9 +66,13 @@ class Loop:
         self.config, self.recipe = config, config.algorithm
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.stop = StopRequest(acts_alone=self.accelerator.is_main_process and saves_alone(config))
+        is_main = self.accelerator.is_main_process
+        self.stop = StopRequest(is_main and saves_alone(config), is_main)
         self.directory = RunDirectory(config, self.accelerator)
         self.task = task(config, self.accelerator, self.stop, model)
+        calls = partial(getattr, self.task, "calls", 0)
+        self.display = Display(config.train.steps, is_main, calls)
+        self.stop.watch = self.display.tick
         modules = self.task.modules()
         self.processes = spread(config, self.accelerator, modules)
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
@@ -103,29 +109,41 @@ class Loop:
         """A rollout and its optimizer steps, or those that are left of them after a resume, which
         draws the rollout again; returns the metrics of each.
         """
+        updates = self.recipe.updates_per_rollout
         decays = {name: decay(self.iteration + 1) for name, decay in self.recipe.copies.items()}
         distributed.seed_generators(self.config.seed, self.iteration, self.rank)
         if SAMPLED in self.copies and self.updates_done == 0:
             self.copies.update(SAMPLED, 0.0)
-        with self.weights.using(self.sampler), self.processes.drawing():
-            experience = self.task.collect(self.iteration)
+        self.display.begin(updates - self.updates_done, self._planned)
+        with self.display.phase("sampling"):
+            with self.weights.using(self.sampler), self.processes.drawing():
+                experience = self.task.collect(self.iteration)
         self.progress = Progress(experience, is_first=self.updates_done == 0)
-        for update in range(self.updates_done, self.recipe.updates_per_rollout):
-            self.stop.poll()
-            batches, sums = self.task.batches(experience, update), Sums()
-            self.processes.agree(len(batches))
-            for i, batch in enumerate(batches):
-                with self.processes.joining(is_last=i == len(batches) - 1):
-                    out = self.task.loss(batch, self.weights)
-                    self.accelerator.backward(out.loss / batch.total)
-                sums.add(out)
-            self.progress.updates.append(self.update(sums, batches[-1]))
-            experience.laps.mark()
+        with self.display.phase("training"):
+            for update in range(self.updates_done, updates):
+                self.learn(experience, update)
         with self.changing():
             self.iteration, self.updates_done = self.iteration + 1, 0
             for name, decay in decays.items():
                 self.copies.update(name, decay)
         return self.report()
+
+    def learn(self, experience: Experience, update: int) -> None:
+        """One optimizer step of a rollout."""
+        self.stop.poll()
+        batches, sums = self.task.batches(experience, update), Sums()
+        self.processes.agree(len(batches))
+        for i, batch in enumerate(batches):
+            with self.processes.joining(is_last=i == len(batches) - 1):
+                out = self.task.loss(batch, self.weights)
+                self.accelerator.backward(out.loss / batch.total)
+            sums.add(out)
+        self.progress.updates.append(self.update(sums, batches[-1]))
+        experience.laps.mark()
+
+    def _planned(self) -> dict[str, float]:
+        """What people are shown the way through an iteration by."""
+        return getattr(self.task, "planned", lambda iteration: {})(self.iteration)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -253,14 +271,12 @@ class Loop:
                 self.load(found)
         self.task.begin(self.iteration)
         self.directory.prepare(found, self.global_step)
-        for fact in (*self.task.facts, *self.processes.facts):
-            self.directory.say(fact)
+        for line in (*banner.lines(self), *self.processes.facts):
+            self.directory.say(line)
 
     def advance(self) -> None:
         options = self.config.train
-        is_main = self.accelerator.is_main_process
-        bar = tracking.progress_bar(options.steps, self.global_step, is_main)
-        with bar:
+        with self.display.running(self.global_step):
             before = self.global_step - self.recipe.updates_per_rollout
             if self.updates_done == 0 and not self.directory.is_validated(self.global_step):
                 self.validate_if_due(before)
@@ -269,15 +285,14 @@ class Loop:
                 before = self.global_step - self.updates_done
                 records = self.step()
                 self.directory.log(records)
-                bar.update(len(records))
-                if "reward/mean" in records[0]:
-                    bar.set_postfix(reward=f"{records[0]['reward/mean']:.3f}")
+                self.display.log(records)
                 self.stop.poll()
                 self.validate_if_due(before)
                 if self.is_due(options.checkpointing_steps, before):
-                    self.checkpoint()
-                    self.directory.draw_curves()
-                    self.accelerator.wait_for_everyone()
+                    with self.display.phase("saving"):
+                        self.checkpoint()
+                        self.directory.draw_curves()
+                        self.accelerator.wait_for_everyone()
 
     def is_due(self, every: int, before: int) -> bool:
         """Has the iteration that began at `before` passed a multiple of `every`, or the end?"""
@@ -287,10 +302,11 @@ class Loop:
     def validate_if_due(self, before: int) -> None:
         if not self.is_due(self.config.validation.steps, before):
             return
-        with self.weights.using(self.evaluated), self.processes.drawing():
-            found = self.task.evaluate(self.global_step)
-        self.directory.log_validation(self.global_step, found)
-        self.directory.draw_curves()
+        with self.display.phase("validation"):
+            with self.weights.using(self.evaluated), self.processes.drawing():
+                found = self.task.evaluate(self.global_step)
+            self.directory.log_validation(self.global_step, found)
+            self.directory.draw_curves()
 
     def leave(self, error: BaseException) -> int:
         """Save what is finished. Returns the status that a signal asks for, or raises RunError."""

@@ -28,7 +28,9 @@ from flowkern.lookup import load
 from flowkern.ops.token_loss import token_weights
 from flowkern.rl.objectives import Outcome
 from flowkern.train import distributed
+from flowkern.train.config import DataConfig
 from flowkern.train.copies import REFERENCE, Weights
+from flowkern.train.data import prompts_of
 from flowkern.train.distributed import Laps
 from flowkern.train.language import (
     load_language,
@@ -39,7 +41,7 @@ from flowkern.train.language import (
 from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
 from flowkern.train.planner_config import PlannerConfig
-from flowkern.train.prompts import Prompt, draw_prompts, read_prompts
+from flowkern.train.prompts import Prompt, draw_prompts
 from flowkern.train.stop import StopRequest
 from flowkern.train.turn_figures import Told, evaluated, figures
 
@@ -105,12 +107,10 @@ class PlannerTask:
         self.slots = distributed.share(count, self.rank, self.world, updates).tolist()
         data, agent, recipe = config.data, config.agent, self.recipe
         engine_kind = load(agent.engine.kind, ENGINES, "agent.engine.kind")
-        self.questions = read_questions(data.train_prompts, "data.train_prompts", data.source)
+        self.questions = read_questions(data, "train_prompts")
         draw_prompts(len(self.questions), count, config.seed, 0)  # refuses too many
-        self.held_out: list[Prompt] = []
-        if data.test_prompts is not None:
-            found = read_questions(data.test_prompts, "data.test_prompts", data.source)
-            self.held_out = found[: config.validation.num_prompts]
+        found = read_questions(data, "test_prompts")
+        self.held_out = found[: config.validation.num_prompts]
         self.rewards = {
             name: load_answer(one.kind or name, name, **one.options)
             for name, one in config.reward.root.items()
@@ -158,9 +158,13 @@ class PlannerTask:
 
     # ---- collecting ----
 
+    @property
+    def calls(self) -> int:
+        return self.flow.engine.calls + self.trained_rows
+
     def collect(self, iteration: int) -> TurnExperience:
         """A rollout of all the questions of an iteration, rewarded."""
-        laps = Laps(self.device, lambda: self.flow.engine.calls + self.trained_rows)
+        laps = Laps(self.device, lambda: self.calls)
         self.stop.poll()
         drawn = draw_prompts(
             len(self.questions), self.recipe.prompts_per_rollout, self.config.seed, iteration
@@ -367,12 +371,13 @@ class PlannerTask:
         load_language_weights(self.policy.model, directory)
 
 
-def read_questions(path: str, key: str, source: str | None) -> list[Prompt]:
-    """As `read_prompts`. Raises ConfigError for a question without an answer."""
-    found = read_prompts(path, key, source)
+def read_questions(data: DataConfig, which: str) -> list[Prompt]:
+    """As `prompts_of`. Raises ConfigError for a question without an answer."""
+    found = prompts_of(data, which)
     for number, one in enumerate(found, 1):
         if not isinstance(one.get("answer"), str | int | float):
-            raise ConfigError(f'{key}: question {number} of {path} has no "answer"')
+            path = getattr(data, which)
+            raise ConfigError(f'data.{which}: question {number} of {path} has no "answer"')
     return found
 
 

@@ -12,7 +12,7 @@ from flowkern.agent.system import SYSTEMS
 from flowkern.checks import ABOVE_0, ConfigError, count
 from flowkern.lookup import locate
 from flowkern.train.config import Config, DataConfig, Rewards, Steps, TrainConfig
-from flowkern.train.fields import Origin, Place, Section, Text, TurnAlgorithm
+from flowkern.train.fields import Collection, Origin, Place, Section, Text, TurnAlgorithm
 
 
 class PlannerModel(Section):
@@ -27,10 +27,10 @@ class PlannerModel(Section):
 
 
 class QuestionConfig(DataConfig):
-    train_prompts: Place
-    """Questions to train on: objects with "prompt", "answer" and metadata, as .jsonl, .json or
-    .csv."""
-    test_prompts: Place | None = None
+    train_prompts: Collection
+    """Questions to train on: objects with "prompt", "answer" and metadata, as .jsonl, .json,
+    .csv or .parquet, or a data set of the hub."""
+    test_prompts: Collection | None = None
     """Held-out questions, in the same formats; None: no evaluation."""
 
 

@@ -6,7 +6,6 @@ names of checkpoints, the newest first; then their bytes; then the lines that sp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,12 +21,13 @@ from flowkern.rl.algorithms import recipe
 from flowkern.train import checkpoint, distributed, durable, events, tracking
 from flowkern.train import tree as trees
 from flowkern.train.config import Config, ConfigError, LoraConfig, sections, to_dict
+from flowkern.train.data import SPLITS, digest_of
 from flowkern.train.events import EVENTS
 from flowkern.train.lock import Lock
 from flowkern.train.tracking import flat
 
 METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
-FIXED = ("seed", "model.", "lora.", "algorithm.")
+FIXED = ("seed", "model.", "lora.", "algorithm.", "data.prompt_column")
 """Keys, or their beginnings, that stay for the whole of a run."""
 FREE = ("output_dir", "train.resume_from_checkpoint", "train.overwrite_output_dir")
 """Keys that say how a process is started, and nothing about the run."""
@@ -117,13 +117,8 @@ class RunDirectory:
         return found.resolve().parent == self.path.resolve()
 
     def _prompts(self) -> dict[str, str | None]:
-        """A digest of each file of prompts, wherever it lies."""
-        data = self.config.data
-        paths = {"data.train_prompts": data.train_prompts, "data.test_prompts": data.test_prompts}
-        return {
-            key: path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            for key, path in paths.items()
-        }
+        """A digest of each file of prompts, or data set, wherever it lies."""
+        return {f"data.{which}": digest_of(self.config.data, which) for which in SPLITS}
 
     # ---- what is written ----
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,11 +26,14 @@ class StopRequest:
     the one that saves is gone.
     """
 
-    def __init__(self, acts_alone: bool = True) -> None:
+    def __init__(self, acts_alone: bool = True, speaks: bool = True) -> None:
+        """speaks: this process says what it does about a signal."""
+        self.watch: Callable[[bool], None] = lambda is_scoring: None
+        """Told whenever it is asked, and whether that is for a reward."""
         self.signal: int | None = None
         self.is_agreed = False
         """Does every process know of it?"""
-        self._acts_alone, self._in_reward = acts_alone, False
+        self._acts_alone, self._speaks, self._in_reward = acts_alone, speaks, False
         self._previous: dict[int, object] = {}
         self._interrupts = 0
 
@@ -41,6 +44,7 @@ class StopRequest:
 
     def poll(self) -> None:
         """To be asked wherever nothing is half changed. Raises Stop."""
+        self.watch(False)
         if self.signal and (self._acts_alone or self.is_agreed):
             raise Stop
 
@@ -50,6 +54,7 @@ class StopRequest:
         handler itself raises Stop there.
         """
         self.poll()
+        self.watch(True)
         self._in_reward = self._acts_alone
         try:
             yield
@@ -85,6 +90,7 @@ class StopRequest:
             os._exit(128 + number)
         if self.signal is None:
             self.signal = number
-            os.write(2, b"\nsaving the last finished step; Ctrl-C again exits at once\n")
+            if self._speaks:
+                os.write(2, b"\nsaving the last finished step; Ctrl-C again exits at once\n")
             if self._in_reward:
                 raise Stop

@@ -1,4 +1,4 @@
-"""What a run leaves for people: a progress bar, sample grids, reward curves."""
+"""What a run leaves for people: sample grids, reward curves."""
 
 from __future__ import annotations
 
@@ -48,12 +48,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             plain = isinstance(value, bool | int | float | str)
             out[prefix + key] = value if plain else str(value)
     return out
-
-
-def progress_bar(total: int, initial: int, is_main: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, disable=not is_main, desc="train", unit="step")
 
 
 def picture_format(path: Path, key: str = "path", is_video: bool = False) -> str:

@@ -19,8 +19,9 @@ from flowkern.rollout.moves import moved
 from flowkern.rollout.states import ITERATION_BITS, OnHost
 from flowkern.train import tracking
 from flowkern.train.config import Config, ConfigError
+from flowkern.train.data import prompts_of
 from flowkern.train.distributed import seed_generators, together
-from flowkern.train.prompts import Prompt, read_prompts
+from flowkern.train.prompts import Prompt
 from flowkern.train.scoring import KeyedReward, Scores, are_finite, require_drawn, score
 from flowkern.train.stop import StopRequest
 
@@ -30,10 +31,7 @@ RESERVED_ITERATION, SAMPLE_ITERATION = 2**ITERATION_BITS - 1, 2**ITERATION_BITS 
 
 def held_out(config: Config) -> list[Prompt]:
     """The prompts of a configuration's validation: none where it has no file of them."""
-    data, count = config.data, config.validation.num_prompts
-    if data.test_prompts is None:
-        return []
-    return read_prompts(data.test_prompts, "data.test_prompts", data.source)[:count]
+    return prompts_of(config.data, "test_prompts")[: config.validation.num_prompts]
 
 
 def require_guidance(model: Model, scale: float, key: str) -> None:

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
-from flowkern.train.config import ConfigError
-from flowkern.train.prompts import read_prompts
+from flowkern.train.config import ConfigError, DataConfig
+from flowkern.train.data import digest_of, prompts_of
+from flowkern.train.distributed import share
+from flowkern.train.prompts import Columns, draw_prompts, read_prompts
 
 ODD = "form\x0cfeed, sep\x1carator, line\u2028s, par\u2029s, next\x85line, \x0bv, lone\rreturn"
 
@@ -81,8 +84,8 @@ def test_files_that_hold_no_prompts_are_refused_by_key_file_and_line(tmp_path, n
 
 
 def test_paths_that_are_no_such_file_are_refused(tmp_path):
-    for name in ("a", "a.txt.gz", "a.parquet"):
-        with pytest.raises(ConfigError, match=rf"/{name}', expected .txt, .jsonl, .* or .csv"):
+    for name in ("a", "a.txt.gz", "a.xlsx"):
+        with pytest.raises(ConfigError, match=rf"/{name}', expected .txt, .jsonl, .* or .parquet"):
             read(tmp_path, name, b"a")
     (tmp_path / "folder.txt").mkdir()
     for name, reason in (("folder.txt", "Is a directory"), ("none.txt", "No such file")):
@@ -92,3 +95,118 @@ def test_paths_that_are_no_such_file_are_refused(tmp_path):
         read_prompts(tmp_path / "none.txt", "data.x", "the shop")
     with pytest.raises(ConfigError, match="Is a directory$"):  # there, and no such file
         read_prompts(tmp_path / "folder.txt", "data.x", "the shop")
+
+
+# ---- columns, parquet, data sets ----
+
+ROWS = [{"text": "a cat", "n": 1, "tag": "x"}, {"text": "a dog", "n": 2, "tag": "y"}]
+
+
+def mapped(path, prompt="text", metadata=None):
+    return read_prompts(path, "data.train_prompts", columns=Columns(prompt, metadata))
+
+
+def test_a_column_is_the_prompt_and_others_are_metadata(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "a.csv").write_text("text,n,tag\na cat,1,x\na dog,2,y\n")
+    for name in ("a.jsonl", "a.json", "a.csv"):
+        number = str if name == "a.csv" else int
+        found = mapped(tmp_path / name)
+        assert found[1] == {"n": number(2), "tag": "y", "prompt": "a dog"}
+        found = mapped(tmp_path / name, metadata=["tag"])
+        assert found == [{"tag": "x", "prompt": "a cat"}, {"tag": "y", "prompt": "a dog"}]
+        for wrong in ({"prompt": "title"}, {"metadata": ["seed"]}):
+            missing = "title" if "prompt" in wrong else "seed"
+            with pytest.raises(ConfigError, match=rf"^data.train_prompts: .*{name}', .*{missing}"):
+                mapped(tmp_path / name, **wrong)
+    (tmp_path / "a.txt").write_text("a cat")
+    with pytest.raises(ConfigError, match="has lines and no columns; expected data.prompt_col"):
+        mapped(tmp_path / "a.txt")
+
+
+def test_parquet_has_the_same_prompts_and_no_bytes(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pixels = [{"bytes": b"\x89PNG", "path": "0.png"}] * 2
+    rows = [row | {"image": image} for row, image in zip(ROWS, pixels, strict=True)]
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert mapped(tmp_path / "a.parquet") == mapped_rows(ROWS)
+    assert mapped(tmp_path / "a.parquet", metadata=[]) == [{"prompt": "a cat"}, {"prompt": "a dog"}]
+    parquet.write_table(
+        table.rename_columns(["caption", "n", "tag", "image"]), tmp_path / "b.parquet"
+    )
+    assert read_prompts(tmp_path / "b.parquet")[0]["prompt"] == "a cat"
+    for rows, message in (
+        ([{"prompt": "a"}, {"prompt": None}], "row 2: got {'prompt': None}, expected a string"),
+        ([{"words": "a"}], r"got columns \['words'\], expected a \"prompt\""),
+        ([{"prompt": "a"}][:0], "no prompts in it|expected a"),
+    ):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+        with pytest.raises(ConfigError, match=f"^data.test_prompts: '.*/c.parquet', {message}"):
+            read_prompts(tmp_path / "c.parquet", "data.test_prompts")
+    with pytest.raises(ConfigError, match="^data.test_prompts: '.*/d.parquet', .*Parquet"):
+        read(tmp_path, "d.parquet", b"no parquet at all")
+
+
+def mapped_rows(rows):
+    return [{"n": row["n"], "tag": row["tag"], "prompt": row["text"]} for row in rows]
+
+
+def test_a_data_set_is_read_by_split_and_columns_and_has_a_digest(tmp_path, monkeypatch):
+    """A directory in place of the hub's: what `datasets` does with either is the same then."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = tmp_path / "set"
+    place.mkdir()
+    for split, rows in (("train", ROWS), ("test", ROWS[:1])):
+        (place / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"prompt_column": "text", "metadata_columns": ["tag"]}
+    data = DataConfig(train_prompts=str(place), test_prompts=str(place), **options)
+    assert prompts_of(data, "train_prompts") == mapped(place / "train.jsonl", metadata=["tag"])
+    assert prompts_of(data, "test_prompts") == [{"tag": "x", "prompt": "a cat"}]
+    first = data.model_copy(update={"train_split": "train[:1]"})
+    assert prompts_of(first, "train_prompts") == prompts_of(data, "test_prompts")
+    digests = [digest_of(d, w) for d in (data, first) for w in ("train_prompts", "test_prompts")]
+    assert digests[1] == digests[2] == digests[3] != digests[0]
+    none = data.model_copy(update={"train_split": "dev"})
+    with pytest.raises(ConfigError, match=r"^data.train_prompts: '.*/set', split 'dev': .*dev"):
+        prompts_of(none, "train_prompts")
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        raise ConnectionError("no cache, and no hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = DataConfig(train_prompts="someone/prompts", revision="v2", dataset_config_name="short")
+    assert hub.train_prompts == "someone/prompts", "no path"
+    with pytest.raises(ConfigError, match="'someone/prompts', split 'train': .*no cache, and no h"):
+        prompts_of(hub, "train_prompts")
+    assert asked == [(("someone/prompts", "short"), {"split": "train", "revision": "v2"})]
+    with monkeypatch.context() as patch:
+        patch.setattr("flowkern.train.data.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"takes datasets: pip install 'flowkern\[data\]'"):
+            prompts_of(hub.model_copy(update={"revision": "v3"}), "train_prompts")
+
+
+def test_options_of_a_data_set_are_refused_for_files():
+    for name in ("train_split", "test_split", "revision", "dataset_config_name"):
+        with pytest.raises(ValueError, match=f"{name}: got 'x', which a file of prompts has not"):
+            DataConfig(train_prompts="some/train.txt", **{name: "x"})
+    assert DataConfig(train_prompts="some/train.txt").train_prompts.endswith("/some/train.txt")
+
+
+def test_groups_are_the_same_for_any_number_of_processes():
+    """Of each optimizer step: the same prompts, and the same slots, whose noise they name."""
+    for seed, iteration, updates in ((0, 0, 1), (3, 7, 2), (5, 2, 3)):
+        drawn = draw_prompts(50, 24, seed, iteration)
+        assert len({*drawn}) == 24
+        steps = []
+        for world in (1, 2, 4):
+            slots = [share(24, rank, world, updates) for rank in range(world)]
+            ranks = [mine.tensor_split(updates) for mine in slots]
+            steps.append([{*torch.cat([r[i] for r in ranks]).tolist()} for i in range(updates)])
+        assert steps[0] == steps[1] == steps[2]
+        assert [drawn[slot] for part in steps[0] for slot in sorted(part)] == drawn
