@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import ChromaPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +35,14 @@ class Chroma(PackedPipeline):
             max_sequence_length=self.max_sequence_length,
         )
         return {"tokens": tokens, "mask": mask}
+
+    def blank(self) -> dict[str, Tensor]:
+        width, length = (
+            self.pipeline.transformer.config.joint_attention_dim,
+            self.max_sequence_length,
+        )
+        tokens = torch.empty(1, length, width, device="meta")
+        return {"tokens": tokens, "mask": torch.empty(1, length, device="meta")}
 
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]

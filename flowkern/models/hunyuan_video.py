@@ -46,6 +46,14 @@ class HunyuanVideo(EmbeddedPipeline, VideoPipeline):
         )
         return {"tokens": tokens, "mask": mask, "pooled": pooled}
 
+    def blank(self) -> dict[str, Tensor]:
+        config, length = self.pipeline.transformer.config, self.max_sequence_length
+        return {
+            "tokens": torch.empty(1, length, config.text_embed_dim, device="meta"),
+            "mask": torch.empty(1, length, dtype=torch.int64, device="meta"),
+            "pooled": torch.empty(1, config.pooled_projection_dim, device="meta"),
+        }
+
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:

@@ -55,6 +55,11 @@ class LTX(VideoPipeline):
         )
         return {"tokens": tokens, "mask": mask}
 
+    def blank(self) -> dict[str, Tensor]:
+        width, length = self.pipeline.transformer.config.caption_channels, self.max_sequence_length
+        mask = torch.empty(1, length, dtype=torch.bool, device="meta")
+        return {"tokens": torch.empty(1, length, width, device="meta"), "mask": mask}
+
     def call(
         self, network: nn.Module, x_t: Tensor, sigma: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:

@@ -102,6 +102,31 @@ QWEN25_VL = Part(
     },
 )  # fmt: skip
 
+LLAMA = Part(
+    "LlamaModel",
+    {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128320,
+    },
+)  # fmt: skip
+"""Llama 3 of 8 B without its last layer, as LLaVA has it: with 64 tokens more."""
+MISTRAL = Part(
+    "Mistral3ForConditionalGeneration",
+    {
+        "text_config": {
+            "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768,
+            "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 128, "vocab_size": 131072,
+        },
+        "vision_config": {
+            "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096,
+            "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
+        },
+        "tie_word_embeddings": False,
+    },
+)  # fmt: skip
+"""Mistral Small 3.1 of 24 B."""
+
 
 def _vae(scaling: float, shift: float) -> Part:
     return Part("AutoencoderKL", {
@@ -170,6 +195,45 @@ _QWEN = Published(
     },
     {"tokenizer": 1024}, {},
 )  # fmt: skip
+_LTX = Published(
+    "LTXPipeline",
+    {
+        "transformer": Part("LTXVideoTransformer3DModel", {}),
+        "vae": Part("AutoencoderKLLTXVideo", {}), "text_encoder": T5,
+        "scheduler": Part(EULER, SHIFTED | {
+            "base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024,
+            "shift_terminal": 0.1,
+        }),
+    },
+    {"tokenizer": 128}, {},
+)  # fmt: skip
+"""As Lightricks/LTX-Video's own diffusers_config_mapping.py has it."""
+_HUNYUAN_VIDEO = Published(
+    "HunyuanVideoPipeline",
+    {
+        "transformer": Part("HunyuanVideoTransformer3DModel", {}),
+        "vae": Part("AutoencoderKLHunyuanVideo", {}), "scheduler": Part(EULER, {"shift": 7.0}),
+        "text_encoder": LLAMA, "text_encoder_2": replace(CLIP_L, kind="CLIPTextModel"),
+    },
+    {"tokenizer": 256, "tokenizer_2": 77}, {},
+)  # fmt: skip
+_CHROMA = Published(
+    "ChromaPipeline",
+    {
+        "transformer": Part("ChromaTransformer2DModel", {}), "vae": _vae(0.3611, 0.1159),
+        "text_encoder": T5, "scheduler": Part(EULER, {}),
+    },
+    {"tokenizer": 512}, {},
+)  # fmt: skip
+"""By the class's defaults: its file has their 17.8 GB. Its grid of levels was not seen."""
+_FLUX2_DEV = Published(
+    "Flux2Pipeline",
+    {
+        "transformer": Part("Flux2Transformer2DModel", {}), "text_encoder": MISTRAL,
+        "vae": Part("AutoencoderKLFlux2", {}), "scheduler": Part(EULER, SHIFTED),
+    },
+    {"tokenizer": 512}, {},
+)  # fmt: skip
 _Z_IMAGE = Published(
     "ZImagePipeline",
     {
@@ -187,6 +251,10 @@ PUBLISHED = {
     "black-forest-labs/FLUX.1-Krea-dev": _FLUX1,
     "black-forest-labs/FLUX.2-klein-base-4B": _klein(KLEIN_4B, _qwen3(2560, 9728, True)),
     "black-forest-labs/FLUX.2-klein-base-9B": _klein(KLEIN_9B, _qwen3(4096, 12288, False)),
+    "black-forest-labs/FLUX.2-dev": _FLUX2_DEV,
+    "Lightricks/LTX-Video": _LTX,
+    "lodestones/Chroma1-HD": _CHROMA,
+    "hunyuanvideo-community/HunyuanVideo": _HUNYUAN_VIDEO,
     "Qwen/Qwen-Image": _QWEN,
     "Tongyi-MAI/Z-Image": _Z_IMAGE,
     "Tongyi-MAI/Z-Image-Turbo": _Z_IMAGE,
@@ -199,4 +267,3 @@ PUBLISHED = {
         _WAN21_14B, parts=_WAN21_14B.parts | _A14B, options={"boundary_ratio": 0.875}
     ),
 }
-"""FLUX.2 dev, LTX-Video, HunyuanVideo and Chroma are not among them."""

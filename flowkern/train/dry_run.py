@@ -1,8 +1,9 @@
 """What calls take on a device, found without one: on the meta device every tensor has a shape and
 no values, so a network of any size is asked and differentiated, and its kernels are looked at.
 
-Attention is one fused kernel that keeps no N x N scores, and autocast is as CUDA has it, whose
-rules the meta device has not: what is multiplied is of 16 bits, norms and powers are float32.
+Attention is one fused kernel that keeps no N x N scores, but for torch's "math", and autocast is as
+CUDA has it, whose rules the meta device has not: what is multiplied is of 16 bits, norms and powers
+are float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry
@@ -50,10 +52,13 @@ class Taken:
         return sum(kernel.operations * count for kernel, count in self.kernels.items())
 
 
-def dry_run(call: Callable[[], Any], dtype: torch.dtype | None = None) -> Taken:
-    """Run a call whose tensors are on the meta device. dtype: of autocast; None: there is none."""
+def dry_run(
+    call: Callable[[], Any], dtype: torch.dtype | None = None, keeps_scores: bool = False
+) -> Taken:
+    """Run a call whose tensors are on the meta device. dtype: of autocast; None: there is none.
+    keeps_scores: attention is torch's "math", in many kernels, which keeps them."""
     ledger = _Ledger()
-    with ledger, _Precision(dtype):
+    with ledger, _Precision(dtype, keeps_scores):
         found = call()
         del found
     return Taken(ledger.kernels, ledger.peak)
@@ -64,26 +69,28 @@ def dry_run_of_blocks(
     blocks: Sequence[nn.Module],
     call: Callable[[], Any],
     dtype: torch.dtype | None = None,
+    keeps_scores: bool = False,
 ) -> Taken:
-    """The same, of a network whose `blocks` repeat: one of each sort is run, and for every sort
-    another, from which the others follow."""
+    """The same, of a network whose `blocks` repeat: two of each sort are run, and for every sort a
+    third, from which the others follow. Not from the second: what comes into a network's first
+    block needs no gradient, so less of it is kept."""
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and {*m} & {*blocks}]
     sorts: dict[Any, list[nn.Module]] = {}
     for each in lists:
         for block in each:
             sizes = tuple(tuple(p.shape) for p in block.parameters())
             sorts.setdefault((id(each), type(block), sizes), []).append(block)
-    first = {alike[0] for alike in sorts.values()}
+    first = {block for alike in sorts.values() for block in alike[:KEPT]}
 
     def run(more: set[nn.Module]) -> Taken:
         with _cut(network, lists, first | more):
-            return dry_run(call, dtype)
+            return dry_run(call, dtype, keeps_scores)
 
     base = run(set())
     kernels, peak = Counter(base.kernels), base.peak
     for alike in sorts.values():
-        if (others := len(alike) - 1) > 0:
-            more = run({alike[1]})
+        if (others := len(alike) - KEPT) > 0:
+            more = run({alike[KEPT]})
             peak += others * (more.peak - base.peak)
             for kernel in {*more.kernels, *base.kernels}:
                 kernels[kernel] += others * (more.kernels[kernel] - base.kernels[kernel])
@@ -104,6 +111,10 @@ def _cut(network: nn.Module, lists: list[nn.ModuleList], kept: set[nn.Module]) -
         for each, blocks in whole:
             each._modules.clear()
             each._modules.update(blocks)
+
+
+KEPT = 2
+"""Blocks of a sort that are run by themselves."""
 
 
 class _Ledger(TorchDispatchMode):
@@ -187,27 +198,31 @@ PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, Tensor.matmul,
 PRODUCTS |= {Tensor.__matmul__, torch.baddbmm, attention.plain}
 EXACT = {F.layer_norm, F.group_norm, F.softmax, F.mse_loss, torch.softmax, torch.pow, torch.rsqrt}
 EXACT |= {torch.sum, Tensor.softmax, Tensor.pow, Tensor.sum}
+HAS_EXACT_RMS = TorchVersion(torch.__version__) >= (2, 12)
+"""Does autocast have rms_norm in float32, as from torch 2.12 on (pytorch/pytorch#174824)?"""
 
 
 class _Precision(TorchFunctionMode):
     """Autocast, and attention as one kernel."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, keeps_scores: bool) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.keeps_scores = dtype, keeps_scores
         self.weights: dict[Tensor, Tensor] = {}
         """Those that learn, cast once."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, is_rms = kwargs or {}, func is F.rms_norm
         if func is Tensor.backward:  # within which blocks may be computed again
             with self:
                 return private.run_backward(args[0])
         if self.dtype is not None and func in PRODUCTS:
             args, kwargs = tree_map(self._narrow, (args, kwargs))
-        elif self.dtype is not None and func in EXACT:
+        elif self.dtype is not None and (func in EXACT or (is_rms and HAS_EXACT_RMS)):
             args, kwargs = tree_map(_wide, (args, kwargs))
-        return _attention(*args, **kwargs) if func is attention.plain else func(*args, **kwargs)
+        if func is attention.plain:
+            return (_scores if self.keeps_scores else _attention)(*args, **kwargs)
+        return (_rms_norm if is_rms else func)(*args, **kwargs)
 
     def _narrow(self, x: Any) -> Any:
         if not _has_floats(x) or x.dtype == self.dtype:
@@ -229,3 +244,18 @@ def _has_floats(x: Any) -> bool:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor, *masks: Any, **more: Any) -> Tensor:
+    """In float32 whatever comes in."""
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, *masks, **more)[0]
+
+
+def _rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """One kernel that keeps what came in, as CUDA has it, where input and weight are of one dtype:
+    a layer norm reads, writes and keeps as much. The meta device would do it in eight."""
+    if weight is not None and weight.dtype != x.dtype:
+        return F.rms_norm(x, shape, weight, eps)
+    return torch.native_layer_norm(x, shape, weight, None, eps or 0.0)[0]

@@ -29,7 +29,7 @@ from flowkern.train.blocks import require_quantization
 from flowkern.train.cards import COMPILED, DECODING, LAUNCH, OF_BANDWIDTH, OF_PEAK, Card
 from flowkern.train.config import Config
 from flowkern.train.copies import REFERENCE
-from flowkern.train.dry_run import Taken, dry_run, dry_run_of_blocks
+from flowkern.train.dry_run import HAS_EXACT_RMS, Taken, dry_run, dry_run_of_blocks
 from flowkern.train.loading import DTYPES, OURS, VAE_DTYPES
 from flowkern.train.trained import set_trained
 
@@ -151,6 +151,11 @@ class _Run:
 
     # ---- calls ----
 
+    @property
+    def keeps_scores(self) -> bool:
+        """Are the N x N scores of attention kept?"""
+        return self.config.model.attention_backend == "_native_math"
+
     def call(self, rows: int, learns: bool, is_checkpointed: bool) -> Taken:
         """A call of the network, with its backward pass where it learns."""
         model, shape = self.model, (rows, *self.model.latent_shape)
@@ -173,7 +178,7 @@ class _Run:
         if is_checkpointed:
             base = model.network if self.config.lora is None else model.network.get_base_model()
             base.enable_gradient_checkpointing()
-        return dry_run_of_blocks(model.network, self.blocks, ask, self.autocast)
+        return dry_run_of_blocks(model.network, self.blocks, ask, self.autocast, self.keeps_scores)
 
     def decoding(self) -> Taken:
         """Of as many images as one call of the VAE takes, or one."""
@@ -319,7 +324,10 @@ class _Run:
         said = [
             "one process; memory as torch counts it: not the context (about .5 GB), nor what an "
             "allocator loses between blocks",
-            "attention keeps no N x N scores; where autocast is on, norms and powers are float32",
+            f"attention keeps {'its' if self.keeps_scores else 'no'} N x N scores; where autocast "
+            "is on, norms and powers are float32",
+            f"nn.RMSNorm is one kernel, under autocast in {32 if HAS_EXACT_RMS else 16} bits, as "
+            f"in torch {torch.__version__.partition('+')[0]} (from 2.12 on 32)",
             f"a VAE's convolutions take {DECODING:g} times what is counted, as measured on an H200",
             "prompts have their full length; rewards, their models and validation are not counted",
         ]
