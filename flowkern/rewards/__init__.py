@@ -86,6 +86,8 @@ def _places(kind: str, name: str | None) -> tuple[str, str]:
     return key, f"{key}.kind" if name not in (None, kind) else key
 
 
+OPTIONS = ("weight", "kind", "timeout", "scale", "allow_nan")
+"""Of every reward in a configuration: not its constructor's."""
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -124,7 +126,7 @@ def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any
     required = [p.name for p in parameters.values() if p.default is p.empty and p.kind in NAMED]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {"name": name, **options} if "name" in required else dict(options)
-    known = ["weight", "kind", "timeout", *(p.name for p in parameters.values() if p.kind in NAMED)]
+    known = [*OPTIONS, *(p.name for p in parameters.values() if p.kind in NAMED)]
     for option in given:
         if option not in known and not takes_all:
             near = nearest(option, known)

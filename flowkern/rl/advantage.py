@@ -3,6 +3,9 @@
 A = clamp((r - mean of its group) / (std + eps), -limit, limit), and 0 where std < min_std: what is
 left there is rounding, and dividing by eps would make it a direction.
 
+A leaf without a score (NaN) is as if it had never been sampled: it counts in no mean, std, group or
+rank, and what leads to no other leaf takes no part in training.
+
 P prompts, L leaves of each, C choices that are trained (edges, or points over the leaves).
 """
 
@@ -15,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowkern.rl.recipe import RewardAggregation
 from flowkern.rollout.plan import Plan
 
 LARGEST = 1e150
@@ -41,9 +45,8 @@ class Credit:
     """The share of a group, its lowest rewards, that mean and std leave out."""
     best_of: int | None = None
     """Train on this many of a group, half of them the best, half the worst; None: on all."""
-    mix: Literal["reward", "advantage", "sum"] = "reward"
-    """Several rewards: one advantage of their weighted sum, or the weighted mean (weights over the
-    sum of their sizes, so that a negative one stays a penalty) or sum of their own."""
+    multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
+    """Several rewards: see there."""
     over_leaves: Literal["sum", "mean"] = "sum"
     """A choice gets the sum or the mean of the advantages of the leaves it leads to."""
 
@@ -52,49 +55,69 @@ class Credit:
     ) -> Tensor:
         """Advantages (P, C) float64 of rewards (P, L) by name; the weighted ones count.
 
-        Raises what `group_advantage` does.
+        NaN stands for no score, and then for no advantage: of a choice that leads to no scored
+        leaf, which is not the advantage 0. Raises what `group_advantage` does.
         """
         group = _groups(plan, len(scores[next(iter(weights))]))
-        leaf = sum(
-            weight * _normalised(reward, group.flatten(), self)[0]
-            for weight, reward in self._compared(scores, weights)
-        )
-        kept = torch.ones_like(leaf)
+        compared, there = self._compared(scores, weights)
+        of = group.flatten()[there]
+        scored = sum(weight * _normalised(reward, of, self)[0] for weight, reward in compared)
+        leaf = scored.new_zeros(group.numel())
+        kept = leaf.masked_fill(there, 1.0)
         if self.best_of is not None:
-            kept = keep_extremes(leaf, group.flatten(), self.best_of)
-        leaf, kept = (leaf * (kept > 0)).view(group.shape), kept.view(group.shape)
+            kept[there] = self._extremes(scored, of, _size(group.flatten())[there])
+        leaf = leaf.masked_scatter(there, scored * (kept[there] > 0)).view(group.shape)
+        kept, there = kept.view(group.shape), there.view(group.shape).to(leaf)
         if plan.points:
-            leaf_of = [leaf_of for leaf_of, _ in plan.points]
-            choice, kept = leaf[:, leaf_of], kept[:, leaf_of]
+            of_point = [position for position, _ in plan.points]
+            choice, kept, leads = leaf[:, of_point], kept[:, of_point], there[:, of_point]
         else:
             below = plan.below().to(leaf).T
-            mean = below / below.sum(0)
-            choice = leaf @ (mean if self.over_leaves == "mean" else below)
+            leads = there @ below
+            choice = leaf @ below
+            if self.over_leaves == "mean":
+                choice = choice / leads.clamp(min=1)
             # Of a choice's leaves, those that are kept speak for it.
             kept = (kept @ below) / ((kept > 0).to(leaf) @ below).clamp(min=1)
-        return choice.clamp(-self.limit, self.limit) * self.scale * kept
+        choice = choice.clamp(-self.limit, self.limit) * self.scale * kept
+        return choice.masked_fill(leads == 0, torch.nan)
+
+    def _extremes(self, advantage: Tensor, group: Tensor, size: Tensor) -> Tensor:
+        """`keep_extremes`, and all of a group that has lost so many of its `size` that no more are
+        left than are kept."""
+        kept, left = torch.ones_like(advantage), _size(group)
+        asked = (left >= self.best_of) | (left == size)
+        kept[asked] = keep_extremes(advantage[asked], group[asked], self.best_of)
+        return kept
 
     def zero_std_ratio(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
     ) -> float:
-        """The share of groups that teach nothing: no reward that is compared has a std in them."""
-        group = _groups(plan, len(scores[next(iter(weights))])).flatten()
-        is_flat = torch.stack(
-            [_normalised(reward, group, self)[1] for _, reward in self._compared(scores, weights)]
-        ).all(0)
+        """The share of groups that teach nothing: no reward that is compared has a std in them. Of
+        the groups in which something has a score; 1 where there is none.
+        """
+        compared, there = self._compared(scores, weights)
+        group = _groups(plan, len(scores[next(iter(weights))])).flatten()[there]
+        is_flat = torch.stack([_normalised(r, group, self)[1] for _, r in compared]).all(0)
         keys, index = torch.unique(group, return_inverse=True)
+        if not len(keys):
+            return 1.0
         return float(is_flat.new_zeros(len(keys)).index_put((index,), is_flat).double().mean())
 
     def _compared(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float]
-    ) -> list[tuple[float, Tensor]]:
-        """What groups are compared by: rewards (P * L,), and what their advantages count."""
+    ) -> tuple[list[tuple[float, Tensor]], Tensor]:
+        """What groups are compared by: rewards (B,) and what their advantages count; and which of
+        the P * L leaves these are of, (P * L,) bool: those that no weighted reward left out."""
         weights = {name: weight for name, weight in weights.items() if weight}
         rewards = {name: _real(scores[name]).flatten() for name in weights}
-        if self.mix == "reward":
-            return [(1.0, sum(weight * rewards[name] for name, weight in weights.items()))]
-        total = sum(map(abs, weights.values())) if self.mix == "advantage" else 1.0
-        return [(weight / total, rewards[name]) for name, weight in weights.items()]
+        there = ~torch.stack(list(rewards.values())).isnan().any(0)
+        rewards = {name: reward[there] for name, reward in rewards.items()}
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            return [(1.0, sum(weights[name] * reward for name, reward in rewards.items()))], there
+        is_mean = self.multi_objective_aggregation == "normalize_then_mean"
+        total = sum(map(abs, weights.values())) if is_mean else 1.0
+        return [(weights[name] / total, reward) for name, reward in rewards.items()], there
 
 
 def group_advantage(

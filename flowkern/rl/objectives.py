@@ -27,6 +27,11 @@ class Outcome:
     statistics: Mapping[str, Tensor]
     """(B,) each, detached, by the name that their mean is reported under."""
 
+    def nothing(self) -> Outcome:
+        """Of no choice, for a call of the network that is made because other processes make one:
+        wrappers see its gradient, which is zero."""
+        return Outcome(self.loss * 0, {name: x[:0] for name, x in self.statistics.items()})
+
 
 def _statistics(ratio: Tensor, higher: Tensor, lower: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """Of every objective of this room, in the order of a record."""

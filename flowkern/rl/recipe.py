@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, Range, check_fields, count
@@ -28,11 +28,21 @@ __all__ = [
     "MatchingRecipe",
     "PolicyRecipe",
     "Recipe",
+    "RewardAggregation",
     "shared_random",
 ]
 
 Grid = Callable[[int], "Tensor"]
 """Number of steps -> the model's noise levels (S + 1,), from 1 to 0."""
+
+RewardAggregation: TypeAlias = Literal[
+    "sum_then_normalize", "normalize_then_sum", "normalize_then_mean"
+]
+"""How several rewards become one advantage, by TRL's words. sum_then_normalize: that of their
+weighted sum, as in Flow-GRPO's code; normalize_then_sum: the weighted sum of each reward's own
+advantages, as in GDPO (arXiv 2601.05242) and G2RPO's code; normalize_then_mean: over the sum of the
+sizes of the weights, so that a negative one stays a penalty, as MixGRPO's --multi_reward_mix
+advantage_aggr."""
 
 Levels = Annotated[int, count(1000)]
 """A number of noise levels; models are trained on a thousand."""
@@ -74,6 +84,10 @@ class Recipe(AnyRecipe, ABC):
     """Classifier-free guidance; up to 1 is none."""
     adv_clip_max: Annotated[float, ABOVE_0] = 5.0
     """Advantages are clamped to +-this."""
+    multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
+    """How several rewards are mixed: by value (sum_then_normalize, as Flow-GRPO does), or by
+    advantage, as a sum (normalize_then_sum: GDPO, arXiv 2601.05242) or as a mean
+    (normalize_then_mean: MixGRPO's code)."""
 
     task: ClassVar[str] = "flow"
 
@@ -95,7 +109,9 @@ class Recipe(AnyRecipe, ABC):
         have.
         """
         kind = kind or rl.Credit
-        return kind(limit=self.adv_clip_max, min_std=self.min_std, **options)
+        mix = self.multi_objective_aggregation
+        common = {"limit": self.adv_clip_max, "min_std": self.min_std}
+        return kind(**common, multi_objective_aggregation=mix, **options)
 
     @abstractmethod
     def objective(self, guidance: rollout.Guidance | None) -> rl.Objective:
@@ -182,9 +198,8 @@ class EvenGridRecipe(PolicyRecipe):
 
     shift: Annotated[float | None, Range(0, above=True, most=1000)] = 3.0
     """Of the grid of equal steps; None: the model's own grid."""
-    mix: Literal["reward", "advantage", "sum"] = "advantage"
-    """Several rewards: one advantage of their weighted sum, or the weighted mean or sum of their
-    own."""
+    multi_objective_aggregation: RewardAggregation = "normalize_then_mean"
+    """As in MixGRPO's code; see `Recipe`."""
     best_of: Annotated[int | None, ABOVE_0] = None
     """Train on this many of a group, half of them the best, half the worst; None: on all."""
     trimmed_ratio: Annotated[float, BELOW_1] = 0.0
@@ -220,9 +235,7 @@ class EvenGridRecipe(PolicyRecipe):
 
     def credit(self) -> rl.Credit:
         trimmed, best_of = self.trimmed_ratio, self.best_of
-        return self.group_credit(
-            eps=1e-8, unbiased=True, trimmed_ratio=trimmed, best_of=best_of, mix=self.mix
-        )
+        return self.group_credit(eps=1e-8, unbiased=True, trimmed_ratio=trimmed, best_of=best_of)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
-    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches
+    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches, takes_part
     from flowkern.rollout.blocks import Blocks
     from flowkern.rollout.engine import Guidance, Guide, run
     from flowkern.rollout.layout import Layout
@@ -29,6 +29,7 @@ __all__ = [
     "network_batches",
     "prompt_ids",
     "run",
+    "takes_part",
 ]
 
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "StepBatch": "flowkern.rollout.batches",
     "batch": "flowkern.rollout.batches",
     "network_batches": "flowkern.rollout.batches",
+    "takes_part": "flowkern.rollout.batches",
     "prompt_ids": "flowkern.rollout.states",
     "run": "flowkern.rollout.engine",
 }

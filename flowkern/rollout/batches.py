@@ -2,7 +2,7 @@
 
 P prompts, S sites of a plan (the nodes that trained edges leave, or the points to match at), C
 choices that get an advantage (trained edges, or points), R rows of one batch, a network call each,
-B choices in it.
+B choices in it. A choice whose advantage is NaN takes no part: it has no score, and is in no batch.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ def network_batches(
 
     advantage: (ranks, P, C), on the host, of the prompts that every rank trains on in this step.
     needs_all: the loss does not vanish with the advantage. Otherwise calls whose advantages are all
-    zero are left out; but every rank gets as many batches as every other, and at least one.
+    zero are left out; but every rank gets as many batches as every other, and at least one. A batch
+    that came back for that, of a call in which nothing takes part, has no other call.
     """
-    site, sites = layout.trained.site, layout.sites
-    size = advantage.new_zeros(*advantage.shape[:2], sites)
-    is_live = (size.index_add(2, site, advantage.abs()) > 0) | needs_all
+    sites = layout.sites
+    teaches = ~advantage.isnan() if needs_all else advantage.nan_to_num() != 0
+    is_live = _of_sites(layout, teaches)
     live = [each.flatten().nonzero().flatten() for each in is_live]
     batches = max(1, *(math.ceil(len(each) / max_batch) for each in live))
     mine = live[rank]
@@ -90,10 +91,23 @@ def network_batches(
     return [(part % sites, part // sites) for part in parts]
 
 
+def takes_part(layout: Layout, advantage: Tensor, site: Tensor, prompt: Tensor) -> bool:
+    """Does anything in a batch (site, prompt), both (R,)? Of advantages (P, C)."""
+    is_there = _of_sites(layout, ~advantage[None].isnan())[0]
+    return bool(is_there[prompt, site].any())
+
+
+def _of_sites(layout: Layout, choices: Tensor) -> Tensor:
+    """(ranks, P, S) bool, of (ranks, P, C): some choice of the site is."""
+    count = torch.zeros(*choices.shape[:2], layout.sites, dtype=torch.int64)
+    return count.index_add(2, layout.trained.site, choices.long()) > 0
+
+
 def batch(
     rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor, is_on_policy: bool = False
 ) -> StepBatch | PointBatch:
     """What the calls (site, prompt), both (R,), learn from; on the host as is advantage (P, C).
+    Where nothing `takes_part`, advantages are 0, and what is made of it is not to count.
 
     is_on_policy: the weights are those that sampled. Then the ratio is 1 and no old velocity is
     compared with; and what sampling kept of the unconditional half is handed on.
@@ -114,7 +128,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
         sigma=there.sigma[of_site.there],
         on_host=OnHost(points.sigma[site].tolist(), prompt.tolist()),
         prompt=of_prompt.there,
-        advantage=moved(advantage[prompt, site], device, source.precision),
+        advantage=moved(advantage[prompt, site].nan_to_num(), device, source.precision),
         key={
             "seed": source.seed,
             "sample_id": source.prompt_id[of_prompt.there] + leaf.there,
@@ -132,6 +146,9 @@ def _steps(
     row = torch.arange(len(site)).repeat_interleave(count[site])
     within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
     choice = edges.order[first[site][row] + within]
+    is_there = ~advantage[prompt[row], choice].isnan()
+    if is_there.any():  # else the batch is a call that nothing takes part in, and is as it would be
+        row, choice = row[is_there], choice[is_there]
     place = torch.tensor([rollout.kept[i] for i in edges.origins])[site]
     places = [row, site, prompt, place, choice, prompt[row]]  # a kernel reads row, so it is first
     if not rollout.is_redrawn:
@@ -164,7 +181,7 @@ def _steps(
         prompt=of_prompt.there,
         row=None if len(row) == len(site) else of_row.there,
         coefficients=table,
-        advantage=moved(advantage[prompt[row], choice], device, source.precision),
+        advantage=moved(advantage[prompt[row], choice].nan_to_num(), device, source.precision),
         weight=there.weight[of_choice.there],
         x_next=x_next,
         old_velocity=old,

@@ -36,6 +36,8 @@ class Blocks:
     """Samples the prompts of a source, as `run` does."""
     source: Source
     """Of all P prompts."""
+    leaves: int
+    """L."""
     size: int | None
     """Prompts of a block, at most; what training needs of them then waits on the host. None: all,
     and it stays on the device up to `WAITS`."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, RootModel, model_validator
 
 from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, count
 from flowkern.lookup import load
@@ -28,6 +28,7 @@ from flowkern.train.fields import (
     Text,
     build,
     is_file,
+    wanted,
 )
 
 __all__ = ["Config", "ConfigError", "Sampling", "from_dict", "load_config", "to_dict"]
@@ -120,6 +121,12 @@ class DataConfig(Section):
         return self
 
 
+def _scale(value: Any) -> Any:
+    if isinstance(value, int | float) and not 0 < abs(value) <= 1e100:
+        raise wanted("a number from -1e100 to 1e100 that is not 0, or a name")
+    return value
+
+
 class RewardConfig(Section, extra="allow"):
     weight: Annotated[float, Range(-1e100, 1e100)] = 1.0  # times a score beyond, it is no number
     """In the sum that is optimized; 0: only reported, a judge of what the optimized ones miss."""
@@ -129,6 +136,13 @@ class RewardConfig(Section, extra="allow"):
         None
     )
     """Seconds that a call of it may take, which then ends the run; None: as many as it likes."""
+    scale: Annotated[
+        float | Text | None, AfterValidator(_scale), Field(exclude_if=lambda scale: scale is None)
+    ] = None
+    """What its scores are multiplied by before they count: a number, or the name of a scaling that
+    the reward has. Records have raw scores. None: the reward's own default, or 1."""
+    allow_nan: Annotated[bool, Field(exclude_if=lambda allowed: not allowed)] = False
+    """May it give NaN, of an image that it cannot score? Nothing is then learned from that one."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -244,6 +258,9 @@ class TrainConfig(Section):
     """A checkpoint directory, or "latest" of output_dir."""
     overwrite_output_dir: bool = False
     """Start anew in an output_dir that holds a run, and delete that run."""
+    max_failed_rewards: Annotated[float, Range(0, 1)] = 0.05
+    """Of the images of the last ten rollouts, the share that may have no score, for reasons outside
+    of the run; beyond it the run stops. It stops at once where a rollout has no score at all."""
     report_to: Text | None = None
     """A tracker of accelerate beside metrics.jsonl: "tensorboard", "wandb", ..."""
 

@@ -202,6 +202,8 @@ ALIASES = {
     "cfg": "algorithm.guidance_scale",
     "cfg_scale": "algorithm.guidance_scale",
     "guidance": "algorithm.guidance_scale",
+    "mix": "algorithm.multi_objective_aggregation",
+    "multi_reward_mix": "algorithm.multi_objective_aggregation",
     "num_generations": "algorithm.group_size",
     "num_image_per_prompt": "algorithm.group_size",
     "num_steps": "algorithm.num_inference_steps",

@@ -26,6 +26,7 @@ from flowkern.rollout import (
     network_batches,
     prompt_ids,
     run,
+    takes_part,
 )
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
@@ -42,7 +43,7 @@ from flowkern.train.loading import load_pipeline
 from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
 from flowkern.train.prompts import Prompt, draw_prompts
-from flowkern.train.scoring import Scores, load_rewards, score
+from flowkern.train.scoring import MEAN, Scores, load_rewards, score
 from flowkern.train.sharding import shard
 from flowkern.train.stop import StopRequest
 from flowkern.train.trained import load_trained, save_trained, set_trained
@@ -58,7 +59,7 @@ class FlowExperience(Experience):
     conditioning: Conditioning
     """Of the P prompts, and of none in the last row."""
     advantage: Tensor
-    """(ranks, P, C) of all ranks, on the host."""
+    """(ranks, P, C) of all ranks, on the host; NaN: takes no part."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class FlowBatch(Batch):
     site: Tensor
     """(R,): where the network is called, on the host; so is prompt."""
     prompt: Tensor
+    counts: bool
+    """False: the network is called because other processes call it, and nothing is learned."""
 
 
 class FlowTask:
@@ -204,7 +207,8 @@ class FlowTask:
         blocks = self.sample(iteration, conditioning)
         found = self.score(blocks, prompts, laps)
         rollout, plan = blocks.rollout, blocks.rollout.plan
-        scores = {name: value.view(-1, len(plan.leaves)) for name, value in found.rewards.items()}
+        scaled = {name: one.scaled(found.rewards[name]) for name, one in self.rewards.items()}
+        scores = {name: value.view(-1, len(plan.leaves)) for name, value in scaled.items()}
         advantage = self.credit(scores, plan)
         laps.mark(REWARD)
         weights = self.config.reward.weights
@@ -216,6 +220,8 @@ class FlowTask:
             laps=laps,
             samples=len(found),
             unit="images",
+            left_out=found.failed()[MEAN],
+            reasons=found.explained(weights),
             rollout=rollout,
             conditioning=conditioning,
             advantage=advantage,
@@ -250,7 +256,8 @@ class FlowTask:
             )
 
         source = Source(seed, ids, self.model.latent_shape)
-        return Blocks(walk, source, self.config.train.prompts_per_block, self.keep_uncond)
+        size = self.config.train.prompts_per_block
+        return Blocks(walk, source, len(layout.plan.leaves), size, self.keep_uncond)
 
     @property
     def keep_uncond(self) -> int:
@@ -272,8 +279,9 @@ class FlowTask:
                 del latents  # before the next block is sampled
                 laps.mark(REWARD)
 
+        group = self.slots.repeat_interleave(blocks.leaves).tolist()
         found = distributed.together(
-            self.accelerator, lambda: score(self.rewards, batches(), self.stop.in_reward)
+            self.accelerator, lambda: score(self.rewards, batches(), self.stop.in_reward, group)
         )
         return Scores.joined(found)
 
@@ -296,13 +304,19 @@ class FlowTask:
         """Which sites of which prompts go through the network together: never siblings apart."""
         shares = torch.arange(len(self.slots)).tensor_split(self.recipe.updates_per_rollout)
         share, needs_all = shares[update], self.objective.needs_all
-        advantage = experience.advantage[:, share]
+        advantage, layout = experience.advantage[:, share], experience.rollout.layout
         max_batch = self.config.train.max_batch // self.objective.together
-        parts = network_batches(
-            experience.rollout.layout, advantage, self.rank, max_batch, needs_all
-        )
-        total, teaches = advantage[self.rank].numel(), needs_all or bool(advantage.any())
-        return [FlowBatch(total, teaches, experience, site, share[p]) for site, p in parts]
+        parts = network_batches(layout, advantage, self.rank, max_batch, needs_all)
+        there = ~advantage.isnan()
+        total = max(1, int(there.sum())) / self.world
+        teaches = bool((there & (needs_all | (advantage != 0))).any())
+        return [
+            FlowBatch(
+                total, teaches, experience, site, share[prompt],
+                takes_part(layout, advantage[self.rank], site, prompt),
+            )
+            for site, prompt in parts
+        ]  # fmt: skip
 
     def loss(self, batch: FlowBatch, weights: Weights) -> Outcome:
         experience = batch.experience
@@ -313,7 +327,8 @@ class FlowTask:
         # No copy that is known to equal the weights.
         names = [name for name in self.objective.anchors if not weights.is_current(name)]
         anchors = {name: self.anchor(name, experience.conditioning, weights) for name in names}
-        return self.objective(trained, learn, anchors)
+        out = self.objective(trained, learn, anchors)
+        return out if batch.counts else out.nothing()
 
     def velocity(self, conditioning: Conditioning, network: nn.Module | None = None) -> Velocity:
         """Of prompts by their places, through the network that is asked; None: the model's own."""

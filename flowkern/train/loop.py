@@ -25,6 +25,7 @@ from flowkern.train.config import Config
 from flowkern.train.copies import Copies, Weights
 from flowkern.train.display import Display
 from flowkern.train.errors import RunError, describe
+from flowkern.train.failures import Failures
 from flowkern.train.metrics import Experience, Progress, Sums
 from flowkern.train.optimizer import (
     make_optimizer,
@@ -56,6 +57,7 @@ class Loop:
         self.updates_done = 0  # optimizer steps of the rollout under way
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
+        self.failures = Failures(config.train.max_failed_rewards)
         require_optimizer(config)
         self.accelerator = distributed.make_accelerator(config)
         require(config, self.accelerator)
@@ -118,6 +120,7 @@ class Loop:
         with self.display.phase("sampling"):
             with self.weights.using(self.sampler), self.processes.drawing():
                 experience = self.task.collect(self.iteration)
+        self.failures.note(self.iteration, experience)
         self.progress = Progress(experience, is_first=self.updates_done == 0)
         with self.display.phase("training"):
             for update in range(self.updates_done, updates):
@@ -164,10 +167,8 @@ class Loop:
         if batch.teaches:
             self.processes.join(self.parameters)
             norm = whole(self.accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm))
-        reduced = [means]
-        if self.world > 1:
-            reduced += [self.stop.flags(self.device), means.new_tensor(calls)]
-        reduced = self.accelerator.reduce(torch.cat(reduced), "mean")
+        several = [self.stop.flags(self.device), means.new_tensor(calls)] if self.world > 1 else []
+        reduced = self.accelerator.reduce(torch.cat([means, *several]), "mean")
         grad_norm, *values = torch.cat([norm.reshape(1).to(means), reduced]).tolist()
         values, others = values[: len(means)], values[len(means) :]
         if others:
@@ -223,6 +224,7 @@ class Loop:
             "updates_done": self.updates_done,
             "optimizer": gathered(self.optimizer.state_dict(), is_written),
             "copies": gathered(self.copies.state_dict(), is_written),
+            "failures": self.failures.state_dict(),
         } | ({"scaler": scaler.state_dict()} if scaler else {})
         if is_written:
             with (directory / "state.pt").open("wb") as file:
@@ -235,8 +237,9 @@ class Loop:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_split)
         self.copies.load_state_dict(state["copies"])
         self.task.load(directory)
-        self.global_step, self.iteration = state["step"], state["iteration"]
-        self.updates_done = state["updates_done"]
+        numbers = state["step"], state["iteration"], state["updates_done"]
+        self.global_step, self.iteration, self.updates_done = numbers
+        self.failures.load_state_dict(state.get("failures", {}))  # older ones have none
         moments = self.processes.parts(state["optimizer"], self.parameters)
         restore(self.optimizer, self.lr_scheduler, moments, self.global_step)
         self.processes.moved()

@@ -57,6 +57,10 @@ class Experience:
     """What was made, on all ranks."""
     unit: str
     """Of `samples`: "images"."""
+    left_out: int = field(default=0, kw_only=True)
+    """Of `samples`, those that no reward could be had of, and nothing is learned from."""
+    reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Why, by reward."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from flowkern.agent.answers import require_answer
 from flowkern.agent.engines import ENGINES
 from flowkern.agent.system import SYSTEMS
-from flowkern.checks import ABOVE_0, ConfigError, count
+from flowkern.checks import ABOVE_0, ConfigError, count, shown
 from flowkern.lookup import locate
 from flowkern.train.config import Config, DataConfig, Rewards, Steps, TrainConfig
 from flowkern.train.fields import Collection, Origin, Place, Section, Text, TurnAlgorithm
@@ -42,13 +42,19 @@ class AnswerRewards(Rewards):
         require_answer(kind, name)
 
     @model_validator(mode="after")
-    def _have_no_timeout(self) -> Self:
+    def _have_no_options_of_images(self) -> Self:
         for name, one in self.root.items():
             if one.timeout is not None:
                 raise ConfigError(
                     f"reward.{name}.timeout: got {one.timeout:g}, but of an agent's calls "
                     "agent.seconds says what each may take"
                 )
+            for option in ("scale", "allow_nan"):
+                if (value := getattr(one, option)) not in (None, False):
+                    raise ConfigError(
+                        f"reward.{name}.{option}: got {shown(value)}, but a reward of answers is "
+                        "taken as it is; expected none"
+                    )
         return self
 
 
@@ -98,11 +104,16 @@ class PlannerTrain(TrainConfig):
     """Rows, each a prompt and a turn, that are trained together, at most, on each process."""
 
     @model_validator(mode="after")
-    def _has_no_blocks(self) -> Self:
+    def _has_no_options_of_images(self) -> Self:
         if self.prompts_per_block is not None:
             raise ConfigError(
                 f"train.prompts_per_block: got {self.prompts_per_block}, but a planner's rollout "
                 "has no blocks; agent.engine.max_batch says how many turns are drawn together"
+            )
+        if self.max_failed_rewards != type(self).model_fields["max_failed_rewards"].default:
+            raise ConfigError(
+                f"train.max_failed_rewards: got {self.max_failed_rewards:g}, but an answer without "
+                "a reward ends a planner's run; expected it left out"
             )
         return self
 

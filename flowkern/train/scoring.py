@@ -1,44 +1,26 @@
-"""The rewards of a run: loaded by their keys, called with arguments of their own, checked.
+"""The rewards of a run: loaded by their keys, asked batch by batch, mixed and reported.
 
-B images, or B videos. Whatever a reward does wrong becomes a RewardError whose message begins with
-its key.
+B images, or B videos. What a reward cannot score for a reason outside of this process is NaN here,
+and so is the weighted sum of that image: it is as if it had never been sampled.
 """
 
 from __future__ import annotations
 
-import copy
-import signal
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from flowkern.rewards import Reward, RewardError, load_reward
-from flowkern.rewards.scores import real_numbers, scores_and_info
+from flowkern.rewards import RewardError, load_reward
 from flowkern.rl.advantage import LARGEST
-from flowkern.train.config import ConfigError, Rewards
+from flowkern.train.config import ConfigError, RewardConfig, Rewards
 from flowkern.train.prompts import Prompt
+from flowkern.train.reward_calls import AHEAD, Answer, Begun, Call, KeyedReward, Threads, line
 
-
-@dataclass(frozen=True)
-class KeyedReward:
-    """A reward, and where the configuration has it; called, it is that reward."""
-
-    key: str
-    weight: float
-    """In the weighted sum; 0: only reported."""
-    reward: Reward
-    timeout: float | None = None
-    """Seconds of a call."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Prompt]) -> Any:
-        return self.reward(images, prompts, metadata)
+MEAN = "mean"
+"""What is optimized: the weighted sum of scaled scores."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +28,13 @@ class Scores:
     """What the rewards say of B images: (B,) float64 by name, on the host."""
 
     rewards: dict[str, Tensor]
-    """Finite; "mean", the weighted sum, comes first."""
+    """As the rewards gave them, NaN for none; MEAN, what is optimized, comes first."""
     info: dict[str, Tensor]
     """What rewards report beside, as "reward/entry"; NaN where an image has none."""
+    may_fail: frozenset[str] = frozenset()
+    """The rewards that may leave images out."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Of those that left a whole batch out, the first one's."""
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
@@ -61,23 +47,45 @@ class Scores:
                 entry: torch.cat([p.info.get(entry, n) for p, n in zip(parts, none, strict=True)])
                 for entry in entries
             },
+            parts[0].may_fail,
+            {n: why for part in reversed(parts) for n, why in part.reasons.items()},
         )
 
     def at(self, place: Tensor) -> Scores:
         """Of the images there."""
-        return Scores(
-            {name: value[place] for name, value in self.rewards.items()},
-            {entry: value[place] for entry, value in self.info.items()},
+        return replace(
+            self,
+            rewards={name: value[place] for name, value in self.rewards.items()},
+            info={entry: value[place] for entry, value in self.info.items()},
         )
 
     def __len__(self) -> int:
-        return len(self.rewards["mean"])
+        return len(self.rewards[MEAN])
+
+    def failed(self) -> dict[str, int]:
+        """How many images have no score, by reward; MEAN: how many are left out of training."""
+        return {name: int(value.isnan().sum()) for name, value in self.rewards.items()}
+
+    def explained(self, weights: Mapping[str, float]) -> dict[str, str]:
+        """Of the rewards that count and left images out, why, or how many."""
+        return {
+            name: self.reasons.get(name, f"reward.{name}: NaN for {count} of {len(self)} images")
+            for name, count in self.failed().items()
+            if count and name in weights
+        }
 
     def means(self) -> dict[str, float]:
-        """As a record has them: "reward/name", and of the images that have it "info/name/entry"."""
-        means = {f"reward/{name}": value.mean().item() for name, value in self.rewards.items()}
-        known = {entry: v[v.abs() <= LARGEST] for entry, v in self.info.items()}
-        return means | {f"info/{e}": v.mean().item() for e, v in known.items() if len(v)}
+        """As a record has them, each of the images that have it: "reward/name" and
+        "info/name/entry"; and "failed_rewards/name", the images that have no score, of rewards that
+        may leave some out, with "failed_rewards", those that are left out of training.
+        """
+        scores = {f"reward/{name}": value for name, value in self.rewards.items()}
+        info = {f"info/{entry}": value for entry, value in self.info.items()}
+        known = {key: v[v.abs() <= LARGEST] for key, v in (scores | info).items()}
+        failed = self.failed()
+        left_out = {f"failed_rewards/{n}": float(failed[n]) for n in failed if n in self.may_fail}
+        left_out |= {"failed_rewards": float(failed[MEAN])} if left_out else {}
+        return {key: v.mean().item() for key, v in known.items() if len(v)} | left_out
 
 
 def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
@@ -94,119 +102,162 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
             raise
         except (Exception, SystemExit) as error:
             is_said = isinstance(error, ValueError | TypeError | FileNotFoundError)
-            message = " ".join(str(error).split()) if is_said else _line(error)
+            message = " ".join(str(error).split()) if is_said else line(error)
             is_option = message.partition(":")[0] in one.options
             raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
-        found[name] = KeyedReward(key, one.weight, reward, one.timeout)
+        may_be_nan = one.allow_nan or bool(getattr(reward, "may_fail", False))
+        scale = _scale(f"{key}.scale", one, reward)
+        found[name] = KeyedReward(key, one.weight, reward, one.timeout, scale, may_be_nan)
     return found
 
 
-def evaluate(
-    rewards: Mapping[str, KeyedReward], images: Tensor, prompts: Sequence[Prompt]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every reward of every image, by name, and what they report beside, as "reward/entry": (B,)
-    float64 each, on the device of the images; nothing waits for it.
+def _scale(key: str, one: RewardConfig, reward: object) -> tuple[float, float]:
+    """Factor and offset. Raises ConfigError for a name that the reward has not."""
+    known = dict(getattr(reward, "scales", {}))
+    name = getattr(reward, "default_scale", None) if one.scale is None else one.scale
+    if not isinstance(name, str):
+        return 1.0 if name is None else float(name), 0.0
+    if name not in known:
+        among = f"one of {', '.join(known)}, or a number" if known else "a number: it names none"
+        raise ConfigError(f"{key}: got {name!r}, expected {among}")
+    factor, offset = known[name]
+    return float(factor), float(offset)
 
-    Every reward gets images, texts and metadata of its own, to write into as it likes.
-    Raises RewardError for a reward that fails, leaves (sys.exit), does not return in its time or
-    not one real number per image. Whether they are finite is for `score` to see.
-    """
-    scores, info = {}, {}
-    for name, reward in rewards.items():
-        try:
-            mine = [copy.deepcopy(prompt) for prompt in prompts]  # siblings share one
-            texts = [prompt["prompt"] for prompt in prompts]
-            with torch.no_grad(), _at_most(reward.timeout):
-                found = reward(images.clone(), texts, mine)
-        except _Late:
-            late = f"{reward.key}: did not return within {reward.timeout:g} s, its timeout"
-            raise RewardError(late) from None
-        except (Exception, SystemExit) as error:
-            raise RewardError(f"{reward.key}: {_line(error)}") from error
-        found, entries = scores_and_info(found)
-        try:
-            scores[name] = real_numbers(found, len(images)).to(images.device)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            what = " ".join(str(error).split())
-            raise RewardError(
-                f"{reward.key}: returned {what}; expected {len(images)} real numbers, one per image"
-            ) from error
-        for entry, value in entries.items():
-            try:
-                info[f"{name}/{entry}"] = real_numbers(value, len(images)).to(images.device)
-            except (ValueError, TypeError, RuntimeError, OverflowError):
-                warnings.warn(
-                    f"{reward.key}: info {entry!r} is not one real number per image, and not "
-                    "reported",
-                    stacklevel=2,
-                )
-    return scores, info
+
+class _Round:
+    """The calls of one rollout: what rewards say of all its images, in order."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, KeyedReward],
+        around: Callable[[], AbstractContextManager[None]],
+        group: Sequence[int] | None,
+    ) -> None:
+        self.rewards, self.around, self.group = rewards, around, group
+        self.prompts: list[Prompt] = []
+        self.drawn: list[Tensor] = []
+        """Of each batch, which images `are_finite`."""
+        self.answers: dict[str, list[Answer | Begun]] = {name: [] for name in rewards}
+        self.threads = Threads()
+        self._held: list[Tensor] = []
+        """Images from `_first` on, for rewards that see whole groups."""
+        self._first = 0
+        self._begun: list[Begun] = []
+
+    def add(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
+        first = len(self.prompts)
+        self.prompts += prompts
+        self.drawn.append(are_finite(images))
+        self._ask([n for n, r in self.rewards.items() if not r.by_group], images, first)
+        by_group = [name for name, reward in self.rewards.items() if reward.by_group]
+        if by_group:
+            self._held.append(images)
+            count = self._whole() - self._first
+            images = torch.cat(self._held)
+            self._held = [images[count:]]
+            if count:
+                self._ask(by_group, images[:count], self._first)
+                self._first += count
+
+    def _whole(self) -> int:
+        """How many images there are whose groups are whole."""
+        end, group = len(self.prompts), self.group
+        while group is not None and self._first < end < len(group) and group[end] == group[end - 1]:
+            end -= 1
+        return end
+
+    def _ask(self, names: Sequence[str], images: Tensor, first: int) -> None:
+        """Of images from number `first` on."""
+        prompts = self.prompts[first : first + len(images)]
+        places = range(first, first + len(images))
+        for name in names:
+            reward = self.rewards[name]
+            seen = images.cpu() if reward.overlaps else images  # they leave for elsewhere
+            group = [i if self.group is None else self.group[i] for i in places]
+            call = Call.of(reward, seen, prompts, group if reward.by_group else None)
+            with self.around():
+                if reward.overlaps:
+                    self._begin(name, call)
+                else:
+                    self.answers[name].append(call.ask())
+
+    def _begin(self, name: str, call: Call) -> None:
+        if len(self._begun) >= AHEAD:
+            self._begun.pop(0).wait()
+        self._begun.append(self.threads.begin(call))
+        self.answers[name].append(self._begun[-1])
+
+    def end(self) -> dict[str, list[Answer]]:
+        """All answers."""
+        with self.around():
+            return {
+                name: [one.wait() if isinstance(one, Begun) else one for one in answers]
+                for name, answers in self.answers.items()
+            }
+
+    def on_host(
+        self, answers: Mapping[str, Sequence[Answer]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores by name, and what is reported beside by "name/entry". The only place where the
+        device is waited for; raises RewardError for images that are not finite."""
+        columns = {None: torch.cat(self.drawn).double()}
+        columns |= {n: torch.cat([part.scores for part in parts]) for n, parts in answers.items()}
+        for name, parts in answers.items():
+            for entry in dict.fromkeys(entry for part in parts for entry in part.info):
+                of = [p.info.get(entry, torch.full_like(p.scores, torch.nan)) for p in parts]
+                columns[name, entry] = torch.cat(of)
+        device = columns[None].device
+        host = dict(
+            zip(columns, torch.stack([x.to(device) for x in columns.values()]).cpu(), strict=True)
+        )
+        texts = [prompt["prompt"] for prompt in self.prompts]
+        require_drawn(host[None].bool(), texts)
+        scores = {name: host[name] for name in answers}
+        return scores, {"/".join(key): x for key, x in host.items() if isinstance(key, tuple)}
+
+    def require_drawn(self) -> None:
+        texts = [prompt["prompt"] for prompt in self.prompts]
+        require_drawn(torch.cat(self.drawn), texts)
 
 
 def score(
     rewards: Mapping[str, KeyedReward],
     batches: Iterable[tuple[Tensor, Sequence[Prompt]]],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    group: Sequence[int] | None = None,
 ) -> Scores:
-    """`evaluate` of batches (images, prompts), one after another, and the weighted sum.
+    """Every reward of the images of batches (images, prompts), and what is optimized.
 
-    around: makes what each call of `evaluate` runs in.
-    The host waits once, in the end. Raises what `evaluate` does, and RewardError for images that
-    are not finite, and for a score that is not or is above 1e150 in size, naming the image by its
-    place in all batches.
+    A reward that says that it overlaps is asked in other threads while the next batches are made,
+    with images on the host; all others one after another. Every reward gets images, texts and
+    metadata of its own, to write into as it likes. around: makes what each call runs in. group: a
+    number for each image, all of one number in a row: rewards that take it see whole groups.
+
+    The host waits in the end. Raises what `Call.ask` does, and RewardError for images that are not
+    finite, and for a score that is above 1e150 in size or, unless its reward may leave an image
+    out, not finite, naming the image by its place in all batches.
     """
-    prompts: list[Prompt] = []
-    parts, drawn = [], []
-    for images, some in batches:
-        prompts += some
-        drawn.append(are_finite(images))
-        try:
-            with around():
-                parts.append(evaluate(rewards, images, some))
-        except RewardError:
-            texts = [prompt["prompt"] for prompt in prompts]
-            require_drawn(torch.cat(drawn), texts)  # then it is not the reward's fault
-            raise
-    names = list(rewards)
-    entries = list(dict.fromkeys(entry for _, info in parts for entry in info))
-    columns = []
-    for (values, info), finite in zip(parts, drawn, strict=True):
-        none = torch.full_like(values[names[0]], torch.nan)
-        shown = [info.get(entry, none) for entry in entries]
-        columns.append(torch.stack([finite.to(none), *(values[n] for n in names), *shown]))
-    finite, *found = torch.cat(columns, dim=1).cpu()
-    require_drawn(finite.bool(), [prompt["prompt"] for prompt in prompts])
-    values = dict(zip(names, found, strict=False))
-    for name, reward in rewards.items():
-        _check(reward.key, values[name], prompts)
-    mean = sum(reward.weight * values[name] for name, reward in rewards.items() if reward.weight)
-    _check("reward: the weighted sum", mean, prompts)
-    return Scores({"mean": mean} | values, dict(zip(entries, found[len(names) :], strict=True)))
-
-
-class _Late(BaseException):
-    """Leaves a reward wherever it is, as Stop does: no `except Exception` of its own holds it."""
-
-
-@contextmanager
-def _at_most(seconds: float | None) -> Iterator[None]:
-    """Raises _Late where the interpreter is when the time is over: not inside of a call of C that
-    does not come back. In the main thread alone; None: no limit.
-    """
-    if seconds is None:
-        yield
-        return
-
-    def is_over(*_) -> None:
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, is_over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    asked = _Round(rewards, around, group)
     try:
-        yield
+        for images, prompts in batches:
+            asked.add(images, prompts)
+        answers = asked.end()
+    except RewardError:
+        asked.require_drawn()  # then it is not the reward's fault
+        raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        asked.threads.close()
+    values, info = asked.on_host(answers)
+    reasons = {n: p.reason for n, parts in answers.items() for p in reversed(parts) if p.reason}
+    may_fail = frozenset(n for n, reward in rewards.items() if reward.may_be_nan or n in reasons)
+    for name, reward in rewards.items():
+        whole = [torch.full((len(p.scores),), p.reason is not None) for p in answers[name]]
+        _check(reward.key, values[name], asked.prompts, torch.cat(whole) | reward.may_be_nan)
+    optimized = {name: reward for name, reward in rewards.items() if reward.weight}
+    mean = sum(reward.weight * reward.scaled(values[n]) for n, reward in optimized.items())
+    has_none = torch.stack([values[name] for name in optimized]).isnan().any(0)
+    _check("reward: the weighted sum", mean, asked.prompts, has_none)
+    return Scores({MEAN: mean} | values, info, may_fail, reasons)
 
 
 def are_finite(images: Tensor) -> Tensor:
@@ -225,8 +276,10 @@ def require_drawn(finite: Tensor, prompts: Sequence[str]) -> None:
         )
 
 
-def _check(key: str, value: Tensor, prompts: Sequence[Prompt]) -> None:
-    bad = (~(value.abs() <= LARGEST)).nonzero().flatten().tolist()
+def _check(key: str, value: Tensor, prompts: Sequence[Prompt], may_be_none: Tensor) -> None:
+    """may_be_none: (B,) bool, where NaN is no mistake."""
+    is_fine = (value.abs() <= LARGEST) | (value.isnan() & may_be_none)
+    bad = (~is_fine).nonzero().flatten().tolist()
     if bad:
         others = f", and of {len(bad) - 1} others" if bad[1:] else ""
         first, text = value[bad[0]].item(), prompts[bad[0]]["prompt"]
@@ -234,10 +287,3 @@ def _check(key: str, value: Tensor, prompts: Sequence[Prompt]) -> None:
             f"{key}: {first:g} for image {bad[0]} of {len(value)}, prompt {text!r:.80}{others}; "
             f"expected finite numbers up to {LARGEST:g} in size"
         )
-
-
-def _line(error: BaseException) -> str:
-    """What was raised and where, on one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{text:.300} (at {Path(frames[-1].filename).name}:{frames[-1].lineno})"

@@ -26,9 +26,9 @@ class Batch:
     Task's own has more. It is light: what it takes on the device is gathered in `Task.loss`.
     """
 
-    total: int
-    """Choices of this process in the optimizer step, those that are left out included: what the
-    summed loss is divided by."""
+    total: float
+    """What the summed loss is divided by: the choices of this process in the optimizer step, those
+    that teach nothing included; of those that take part, where some do not, a process's share."""
     teaches: bool
     """Does the step move the weights? Of all processes: it does not where every advantage is zero
     and nothing else pulls."""

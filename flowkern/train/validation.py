@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from flowkern.train.config import Config, ConfigError
 from flowkern.train.data import prompts_of
 from flowkern.train.distributed import seed_generators, together
 from flowkern.train.prompts import Prompt
-from flowkern.train.scoring import KeyedReward, Scores, are_finite, require_drawn, score
+from flowkern.train.scoring import MEAN, KeyedReward, Scores, are_finite, require_drawn, score
 from flowkern.train.stop import StopRequest
 
 # Never a training rollout's: of validation, and of the sample command.
@@ -80,7 +81,7 @@ class Validation:
 
     def run(self, step: int) -> dict[str, float]:
         """Draw and score them: writes samples/step-N.png; returns the means, on the main process,
-        and nothing where there are no prompts.
+        each of the images that have it, and nothing where there are no prompts.
 
         Raises RewardError as `scoring.score` does, naming the step.
         """
@@ -122,19 +123,23 @@ class Validation:
             return images, prompts[part]
 
         batches = map(decoded, slices(len(latents), max_batch))
-        scores = score(self.rewards, batches, self.stop.in_reward)
+        # A prompt has one image here: a reward of groups has nothing to compare it with.
+        alone = {name: reward for name, reward in self.rewards.items() if not reward.by_group}
+        asked = alone if any(one.weight for one in alone.values()) else self.rewards
+        scores = score(asked, batches, self.stop.in_reward)
         return torch.cat(shown), scores
 
     def _write(self, step: int, images: Tensor, scores: Scores) -> dict[str, float]:
         directory, means = Path(self.config.output_dir), scores.means()
+        mean, failed = means.get(f"reward/{MEAN}", math.nan), scores.failed()[MEAN]
+        of = f"{len(images) - failed} of {len(images)}" if failed else len(images)
         shown = images[: self.config.validation.num_images]
         tracking.save_grid(
             directory / "samples" / f"step-{step}.png",
             shown,
             [prompt["prompt"] for prompt in self.prompts[: len(shown)]],
-            scores.rewards["mean"][: len(shown)].tolist(),
-            f"held-out prompts after {step} optimizer steps, "
-            f"mean reward {means['reward/mean']:.2f} over {len(images)}",
+            scores.rewards[MEAN][: len(shown)].tolist(),
+            f"held-out prompts after {step} optimizer steps, mean reward {mean:.2f} over {of}",
         )
         return means
 

@@ -1,5 +1,7 @@
 """Credit: group statistics against numpy, and how leaves' advantages reach what is trained."""
 
+import typing
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from flowkern.rl.advantage import Credit, group_advantage, keep_extremes
 from flowkern.rl.algorithms import names, recipe
+from flowkern.rl.recipe import RewardAggregation
 from flowkern.rollout import Plan
 from flowkern.schedules import sd3_sigmas
 
@@ -194,9 +197,11 @@ def test_rewards_are_mixed_before_or_after_they_are_compared():
     weights = {"small": 3.0, "large": 1.0}
     by_reward = advantages(scores, weights)
     assert torch.equal(by_reward, torch.tensor([[2.0, 1, -2, -1]])), "the large one decides"
-    by_advantage = advantages(scores, weights, mix="advantage")
+    by_advantage = advantages(scores, weights, multi_objective_aggregation="normalize_then_mean")
     assert torch.equal(by_advantage, torch.tensor([[-1.0, -0.5, 1, 0.5]])), "3/4 against 1/4"
-    summed = advantages(scores, weights, mix="sum", limit=50.0)
+    summed = advantages(
+        scores, weights, multi_objective_aggregation="normalize_then_sum", limit=50.0
+    )
     assert torch.equal(summed, 4 * torch.tensor([[-1.0, -0.5, 1, 0.5]]))
 
 
@@ -232,7 +237,7 @@ def test_credit_keeps_the_extremes_of_groups():
 
 
 def test_groups_without_a_spread_are_counted_and_get_exactly_nothing():
-    plan, ratio = tree(), Credit(mix="advantage").zero_std_ratio
+    plan, ratio = tree(), Credit(multi_objective_aggregation="normalize_then_mean").zero_std_ratio
     reward = torch.tensor([[1.0, 5, 1, 6], [2, 3, 2, 3], [0.1, 0, 0.1 + 9e-7, 1]])
     reward = reward.double()
     scores = {"a": reward, "b": reward * torch.tensor([[1.0], [0], [0]]), "c": reward.flip(1)}
@@ -272,12 +277,14 @@ def chain(members: int) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("mix", ["reward", "advantage", "sum"])
-def test_a_negative_weight_is_a_penalty(mix):
+@pytest.mark.parametrize("how", typing.get_args(RewardAggregation))
+def test_a_negative_weight_is_a_penalty(how):
     scores = {"good": [[0.0, 0, 1, 1]], "bad": [[0.0, 1, 2, 3]]}
-    alone = advantages(scores, {"bad": -1.0}, plan=chain(4), mix=mix)
+    alone = advantages(scores, {"bad": -1.0}, plan=chain(4), multi_objective_aggregation=how)
     assert alone[0, 0] > alone[0, 1] > alone[0, 3]
-    mixed = advantages(scores, {"good": 1.0, "bad": -1.0}, plan=chain(4), mix=mix)
+    mixed = advantages(
+        scores, {"good": 1.0, "bad": -1.0}, plan=chain(4), multi_objective_aggregation=how
+    )
     assert mixed[0, 2] > mixed[0, 3] and torch.isfinite(mixed).all()
 
 

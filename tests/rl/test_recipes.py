@@ -508,7 +508,7 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
     kept = {member for member, a in zip(steps, advantage[0].tolist(), strict=True) if a}
     assert kept == {0, 1, 10, 11}
     assert recipe("mixgrpo")(trimmed_ratio=0.25).credit().trimmed_ratio == 0.25
-    assert recipe("mixgrpo")().credit().mix == "advantage"
+    assert recipe("mixgrpo")().credit().multi_objective_aggregation == "normalize_then_mean"
 
 
 # ---- options are checked by name ----

@@ -36,7 +36,7 @@ def blocks_of(name, size, shape=(2, 4, 4), prompts=PROMPTS, max_batch=4):
         scale = Guidance(2.5, PROMPTS)
         return run(layout, field, part, max_batch, scale, keep_velocity=True, keep_uncond=left)
 
-    return Blocks(walk, source, size, keep)
+    return Blocks(walk, source, len(layout.plan.leaves), size, keep)
 
 
 @pytest.mark.parametrize("name", SMALL)

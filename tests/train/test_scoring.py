@@ -27,7 +27,8 @@ from flowkern.train.distributed import together
 from flowkern.train.errors import RunError
 from flowkern.train.fields import build
 from flowkern.train.prompts import read_prompts
-from flowkern.train.scoring import KeyedReward, Scores, evaluate, load_rewards, score
+from flowkern.train.reward_calls import Call, KeyedReward
+from flowkern.train.scoring import Scores, load_rewards, score
 
 KEY = "reward.mine:reward"
 ASKED = [{"prompt": f"a {word}", "deep": {"tags": ["x"]}} for word in ("cat", "dog", "newt")]
@@ -37,6 +38,11 @@ IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 def named(**functions):
     """Rewards by name, each counting with weight 1."""
     return {name: KeyedReward(f"reward.{name}", 1.0, f) for name, f in functions.items()}
+
+
+def evaluate(rewards, images, prompts):
+    """Scores by name, of one call each."""
+    return {n: Call.of(reward, images, prompts).ask().scores for n, reward in rewards.items()}
 
 
 def giving(value):
@@ -64,7 +70,7 @@ def test_no_reward_spoils_what_the_next_one_sees():
 
     mine, prompts = IMAGES.clone(), [ASKED[0], ASKED[0], ASKED[1]]  # siblings share one
     before = copy.deepcopy(prompts)
-    found = [evaluate(named(a=vandal, b=recycler, c=vandal), mine, prompts)[0] for _ in range(2)]
+    found = [evaluate(named(a=vandal, b=recycler, c=vandal), mine, prompts) for _ in range(2)]
     assert len(seen) == 4 and all(str(each) == str(seen[0]) for each in seen)
     assert torch.equal(mine, IMAGES) and prompts == before
     assert found[0]["b"].tolist() == [1] * 3 and found[1]["b"].tolist() == [2] * 3, (
@@ -85,7 +91,7 @@ def test_no_reward_spoils_what_the_next_one_sees():
     ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
 )  # fmt: skip
 def test_scores_of_any_real_kind_are_taken_in_float64(value):
-    (found,) = evaluate(giving(value), IMAGES, ASKED)[0].values()
+    (found,) = evaluate(giving(value), IMAGES, ASKED).values()
     assert torch.equal(found, torch.tensor([1.0, 0, 2], dtype=torch.float64))
     assert not found.requires_grad
 
@@ -172,7 +178,7 @@ def test_a_reward_that_never_returns_is_named():
     (made,) = load_rewards(build(Rewards, {"digits_judge": {"timeout": 60}})).values()
     assert made.timeout == 60
     in_time = {"f": KeyedReward("reward.f", 1.0, lambda *_: [1, 2, 3], made.timeout)}
-    assert evaluate(in_time, IMAGES, ASKED)[0]["f"].tolist() == [1, 2, 3]
+    assert evaluate(in_time, IMAGES, ASKED)["f"].tolist() == [1, 2, 3]
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(signal.SIGALRM) == before
 
@@ -288,12 +294,12 @@ def test_options_go_to_what_makes_the_reward(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     kind, tree = "served:Served", {"digits_judge": {"weight": 0}}
     tree |= {"a": {"kind": kind, "url": "u"}, "b": {"kind": kind, "url": "u", "name": "x"}}
-    tree |= {"served:Named": {"scale": 1}, "digits_classifier": {"kind": "served:plain"}}
+    tree |= {"served:Named": {"size": 1}, "digits_classifier": {"kind": "served:plain"}}
     found = load_rewards(build(Rewards, tree))
     assert list(found) == list(tree) and [r.weight for r in found.values()] == [0, 1, 1, 1, 1]
     assert found["a"].reward.told == ("u", "a", 16), "a name that is required is the key"
     assert found["b"].reward.told == ("u", "x", 16)
-    assert found["served:Named"].reward.told == ("its own", {"scale": 1})
+    assert found["served:Named"].reward.told == ("its own", {"size": 1})
     assert found["digits_classifier"].reward.__name__ == "plain", "kind wins"
     for options, message in (
         ({"kind": kind}, "reward.a.url: missing, and has no default"),
@@ -309,8 +315,8 @@ def test_options_go_to_what_makes_the_reward(tmp_path, monkeypatch):
         ({"kind": kind, "url": 3}, "reward.a.url: got 3, expected a string"),
         ({"kind": kind, "url": "u", "batch": True}, "batch: got True, expected a whole number"),
         (
-            {"kind": "served:plain", "scale": 1},
-            "reward.a.scale: .* a function takes no options: make it a class",
+            {"kind": "served:plain", "size": 1},
+            "reward.a.size: .* a function takes no options: make it a class",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from flowkern import rl, rollout
-from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels
+from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels, RewardAggregation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class G2RPO(EvenGridRecipe):
     group_size: int = 12
     prompts_per_rollout: int = 16
     noise_level: float = 0.7
-    mix: Literal["reward", "advantage", "sum"] = "sum"
+    multi_objective_aggregation: RewardAggregation = "normalize_then_sum"
+    """As released."""
     branch_steps: Levels = 8
     """The trunk's first states, that many, have branches."""
     granularities: list[int] = field(default_factory=lambda: [1, 2])

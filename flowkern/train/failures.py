@@ -1,0 +1,43 @@
+"""Images that rewards could not score: how many of the last rollouts' a run goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flowkern.train.errors import RunError
+from flowkern.train.metrics import Experience
+
+ROLLOUTS = 10
+
+
+class Failures:
+    """Of the last `ROLLOUTS` rollouts, by their numbers: the same on every rank, and saved."""
+
+    def __init__(self, most: float) -> None:
+        """most: the share of all their images that may be left out."""
+        self.most = most
+        self._rollouts: dict[int, tuple[int, int]] = {}
+
+    def note(self, iteration: int, experience: Experience) -> None:
+        """A rollout, again where it is drawn again. Raises RunError where too much is left out."""
+        left_out, samples = experience.left_out, experience.samples
+        rollouts = self._rollouts | {iteration: (left_out, samples)}
+        self._rollouts = dict(sorted(rollouts.items())[-ROLLOUTS:])
+        count, total = map(sum, zip(*self._rollouts.values(), strict=True))
+        if left_out and left_out == samples:
+            share = f"none of the {samples} {experience.unit} of a rollout has a score"
+        elif count > self.most * total:
+            share = (
+                f"{count} of the {total} {experience.unit} of the last {len(self._rollouts)} "
+                f"rollouts have no score, {count / total:.1%}, and train.max_failed_rewards is "
+                f"{self.most:g}"
+            )
+        else:
+            return
+        raise RunError("; ".join([share, *experience.reasons.values()]))
+
+    def state_dict(self) -> dict[int, tuple[int, int]]:
+        return self._rollouts
+
+    def load_state_dict(self, state: Mapping[int, tuple[int, int]]) -> None:
+        self._rollouts = dict(state)

@@ -1,0 +1,255 @@
+"""One call of a reward: with arguments of its own, in its time, checked; in this thread or, where a
+reward waits for another machine, in one of a few beside it.
+
+B images, or B videos. Whatever a reward does wrong becomes a RewardError whose message begins with
+its key; what it could not score for a reason outside of this process is NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import queue
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkern.rewards import Reward, RewardError, Unscored
+from flowkern.rewards.scores import real_numbers, scores_and_info
+from flowkern.train.prompts import Prompt
+
+THREADS = 4
+AHEAD = 2 * THREADS
+"""Calls that may be under way or wait, beyond which sampling waits: each has images."""
+
+
+@dataclass(frozen=True)
+class KeyedReward:
+    """A reward, and where the configuration has it; called, it is that reward."""
+
+    key: str
+    weight: float
+    """In what is optimized; 0: only reported."""
+    reward: Reward
+    timeout: float | None = None
+    """Seconds of a call."""
+    scale: tuple[float, float] = (1.0, 0.0)
+    """Factor and offset: what is optimized is score * factor + offset."""
+    may_be_nan: bool = False
+    """Is NaN an image without a score, and not a mistake of the reward's?"""
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Prompt], **more: Any
+    ) -> Any:
+        return self.reward(images, prompts, metadata, **more)
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """What is optimized, of raw scores."""
+        factor, offset = self.scale
+        return scores * factor + offset
+
+    @property
+    def overlaps(self) -> bool:
+        """Does it wait for others, and lets sampling go on meanwhile?"""
+        return bool(getattr(self.reward, "overlaps", False))
+
+    @property
+    def by_group(self) -> bool:
+        """Is it to see whole groups, and told which image is of which?"""
+        is_code = inspect.isfunction(self.reward) or inspect.ismethod(self.reward)
+        call = self.reward if is_code else type(self.reward).__call__
+        try:
+            return "group" in inspect.signature(call).parameters
+        except (TypeError, ValueError):  # of C
+            return False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a reward says of B images: (B,) float64 each."""
+
+    scores: Tensor
+    """NaN: none."""
+    info: dict[str, Tensor]
+    """By entry."""
+    reason: str | None = None
+    """Why there are no scores at all, beginning with the reward's key."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Of a reward, with what is its own to write into."""
+
+    reward: KeyedReward
+    images: Tensor
+    prompts: list[str]
+    metadata: list[Prompt]
+    more: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        reward: KeyedReward,
+        images: Tensor,
+        prompts: Sequence[Prompt],
+        group: Sequence[int] | None = None,
+    ) -> Call:
+        """group: of each image; given to a reward that takes it."""
+        return cls(
+            reward,
+            images.clone(),
+            [prompt["prompt"] for prompt in prompts],
+            [copy.deepcopy(prompt) for prompt in prompts],  # siblings share one
+            {} if group is None else {"group": list(group)},
+        )
+
+    def ask(self) -> Answer:
+        """Here. Raises RewardError for a reward that fails, leaves (sys.exit), does not return in
+        its time or not one real number per image. Whether they are finite is for others to see.
+        """
+        with _at_most(self.reward.timeout, self.reward.key):
+            return self.answer()
+
+    def answer(self) -> Answer:
+        """As `ask`, however long it takes."""
+        reward, count, device = self.reward, len(self.images), self.images.device
+        try:
+            with torch.no_grad():
+                found = reward(self.images, self.prompts, self.metadata, **self.more)
+        except Unscored as error:
+            none = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
+            return Answer(none, {}, f"{reward.key}: {' '.join(str(error).split())}")
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"{reward.key}: {line(error)}") from error
+        found, entries = scores_and_info(found)
+        try:
+            scores = real_numbers(found, count).to(device)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            what = " ".join(str(error).split())
+            raise RewardError(
+                f"{reward.key}: returned {what}; expected {count} real numbers, one per image"
+            ) from error
+        info = {}
+        for entry, value in entries.items():
+            try:
+                info[str(entry)] = real_numbers(value, count).to(device)
+            except (ValueError, TypeError, RuntimeError, OverflowError):
+                warnings.warn(
+                    f"{reward.key}: info {entry!r} is not one real number per image, and not "
+                    "reported",
+                    stacklevel=2,
+                )
+        return Answer(scores, info)
+
+
+# ---- beside what goes on ----
+
+
+class Begun:
+    """A call in another thread."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, self._future = call, Future[Answer]()
+        self._since: float | None = None
+
+    def work(self) -> None:
+        """In that thread."""
+        self._since = time.monotonic()
+        try:
+            self._future.set_result(self.call.answer())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def wait(self) -> Answer:
+        """Its answer; raises what `Call.ask` does. Time counts from where the call began."""
+        limit = self.call.reward.timeout
+        while True:
+            left = None
+            if limit is not None:
+                left = 0.05 if self._since is None else self._since + limit - time.monotonic()
+            try:
+                return self._future.result(left if left is None else max(0, left))
+            except TimeoutError:
+                if self._since is not None and time.monotonic() - self._since >= limit:
+                    raise _late(self.call.reward.key, limit) from None
+
+
+class Threads:
+    """A few, in which calls are begun one after another, as they were given. They keep no process
+    from ending, so that one that never returns does not."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, call: Call) -> Begun:
+        begun = Begun(call)
+        if len(self._threads) < THREADS:
+            self._threads.append(threading.Thread(target=self._run, daemon=True))
+            self._threads[-1].start()
+        self._calls.put(begun)
+        return begun
+
+    def _run(self) -> None:
+        while (begun := self._calls.get()) is not None:
+            begun.work()
+
+    def close(self) -> None:
+        """What has not begun never will; what has is not waited for."""
+        with suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
+        for _ in self._threads:
+            self._calls.put(None)
+
+
+# ---- time ----
+
+
+class _Late(BaseException):
+    """Leaves a reward wherever it is, as Stop does: no `except Exception` of its own holds it."""
+
+
+def _late(key: str, seconds: float) -> RewardError:
+    return RewardError(f"{key}: did not return within {seconds:g} s, its timeout")
+
+
+@contextmanager
+def _at_most(seconds: float | None, key: str) -> Iterator[None]:
+    """Raises RewardError where the interpreter is when the time is over: not inside of a call of C
+    that does not come back. In the main thread alone; None: no limit.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def is_over(*_) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, is_over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Late:
+        raise _late(key, seconds) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def line(error: BaseException) -> str:
+    """What was raised and where, on one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text:.300} (at {Path(frames[-1].filename).name}:{frames[-1].lineno})"
