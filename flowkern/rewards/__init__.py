@@ -56,13 +56,18 @@ class Reward(Protocol):
 
 
 REWARDS = {
+    "aesthetic": "flowkern.rewards.aesthetic:Aesthetic",
+    "clipscore": "flowkern.rewards.clipscore:ClipScore",
     "digits_classifier": "flowkern.rewards.digits:DigitsClassifier",
     "digits_judge": "flowkern.rewards.digits:DigitsJudge",
     "distance_to_real": "flowkern.rewards.digits:DistanceToReal",
+    "diversity": "flowkern.rewards.diversity:Diversity",
     "geneval": "flowkern.rewards.geneval:GenEval",
+    "hpsv2": "flowkern.rewards.hpsv2:HpsV2",
     "jpeg_compressibility": "flowkern.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "flowkern.rewards.jpeg:JpegIncompressibility",
     "ocr": "flowkern.rewards.ocr:Ocr",
+    "pickscore": "flowkern.rewards.pickscore:PickScore",
     "vlm_judge": "flowkern.rewards.judge:VlmJudge",
 }
 """Short names; the modules behind them are imported only when asked for."""
@@ -118,6 +123,17 @@ def load_reward(kind: str, name: str | None = None, /, **options: Any) -> Reward
             f"{key}: {kind!r} is asynchronous; expected a function that returns scores"
         )
     return found
+
+
+def option_of(kind: str, message: str) -> str | None:
+    """The option of a built-in reward that an error's message begins with, also where it has its
+    default.
+    """
+    option, colon, _ = message.partition(": ")
+    if not colon or kind not in REWARDS:
+        return None
+    parameters = inspect.signature(load(kind, REWARDS)).parameters
+    return option if option in parameters else None
 
 
 def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkern.lookup import is_hub_id
 from flowkern.models import hub
 
-__all__ = ["DTYPES", "dtype_of", "file_of", "folder_of", "read_state"]
+__all__ = ["DTYPES", "device_of", "dtype_of", "file_of", "folder_of", "linear_layers", "read_state"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Names of the option dtype."""
@@ -79,3 +79,44 @@ def read_state(file: Path, key: str = "path") -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{key}: {str(file)!r} holds no tensors by their names")
     return found
+
+
+def device_of(name: str | None) -> torch.device | None:
+    """Raises ValueError, naming device, for one that is none, or not here. None: no choice."""
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"device: got {name!r}, which is not here: {why:.120}") from None
+
+
+def linear_layers(state: Mapping[str, Tensor], prefix: str, width: int, key: str) -> nn.Sequential:
+    """A head that is linear layers one after another, as they are numbered in a checkpoint; what
+    lay between in training (dropout) does nothing here. Float32, frozen.
+
+    Raises ValueError, naming the option `key`, for other layers, or ones that do not go from
+    `width` values to one.
+    """
+    numbers = sorted(
+        int(name[len(prefix) : -len(".weight")])
+        for name, value in state.items()
+        if name.startswith(prefix) and name.endswith(".weight") and value.ndim == 2
+    )
+    found = nn.Sequential()
+    wide = width
+    for number in numbers:
+        weight = state[f"{prefix}{number}.weight"]
+        bias = state.get(f"{prefix}{number}.bias")
+        if weight.shape[1] != wide or bias is None:
+            break
+        wide = len(weight)
+        layer = nn.Linear(*weight.T.shape, dtype=torch.float32)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        found.append(layer)
+    if len(found) < max(len(numbers), 1) or wide != 1:
+        raise ValueError(
+            f"{key}: its layers {prefix}N do not go from {width} values of a feature to one score"
+        )
+    return found.eval().requires_grad_(False)

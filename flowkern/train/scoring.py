@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flowkern.rewards import RewardError, load_reward
+from flowkern.rewards import RewardError, load_reward, option_of
 from flowkern.rl.advantage import LARGEST
 from flowkern.train.config import ConfigError, RewardConfig, Rewards
 from flowkern.train.prompts import Prompt
@@ -101,9 +101,10 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
         except ConfigError:
             raise
         except (Exception, SystemExit) as error:
+            text = " ".join(str(error).split())
+            is_option = text.partition(":")[0] in one.options or option_of(one.kind or name, text)
             is_said = isinstance(error, ValueError | TypeError | FileNotFoundError)
-            message = " ".join(str(error).split()) if is_said else line(error)
-            is_option = message.partition(":")[0] in one.options
+            message = text if is_said or is_option else line(error)
             raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
         may_be_nan = one.allow_nan or bool(getattr(reward, "may_fail", False))
         scale = _scale(f"{key}.scale", one, reward)

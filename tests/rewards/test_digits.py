@@ -71,7 +71,7 @@ def test_assets_are_small():
 
 def test_load_reward_takes_any_function_and_says_what_it_wants(held_out):
     assert load_reward("flowkern.rewards.digits:to_pixels").__name__ == "to_pixels"
-    with pytest.raises(ValueError, match="reward.beauty: got .*, expected one of digits_cla"):
+    with pytest.raises(ValueError, match="reward.beauty: got .*, expected one of aesthetic, "):
         load_reward("beauty")
     with pytest.raises(FileNotFoundError, match="directory: no judge.safetensors in"):
         load_reward("digits_judge", directory="/nonexistent")

@@ -84,7 +84,7 @@ def test_overrides_reach_every_type_and_the_recipe_keeps_the_papers_defaults():
             r"digits_judge.weight: got 1e\+300, .* 1e\+100",
         ),
         ("reward.digit_judge={}", "reward.digit_judge: got .*; did you mean 'digits_judge'?"),
-        ("reward.mine.kind=jugde", "reward.mine.kind: got 'jugde', expected one of digits_cl"),
+        ("reward.mine.kind=jugde", "reward.mine.kind: got 'jugde', expected one of aesthetic"),
         ("reward.digits_judge.timeout=0", "reward.digits_judge.timeout: got 0.0, .* above 0"),
         ("reward.mean.kind=a:b", "reward.mean: cannot be told apart"),
         ("model.path=3", "model.path: got 3, expected a path"),

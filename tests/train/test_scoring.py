@@ -247,7 +247,7 @@ def test_one_ranks_failure_is_every_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("beauty", "got 'beauty', expected one of digits_classifier.*; 'beauty' is not built in: "),
+    ("beauty", "got 'beauty', expected one of aesthetic.*; 'beauty' is not built in: "),
     ("digits_judg", "got 'digits_judg', expected .*; did you mean 'digits_judge'\\?$"),
     ("no_such_module:f", "got .* there is no module no_such_module"),
     ("math:no_such", "got 'math:no_such', but math has no 'no_such'"),
