@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ def server(model):
     """
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment["TOKENIZERS_PARALLELISM"] = "false"  # no threads where it forks
     said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
     process = subprocess.Popen(
         [sys.executable, __file__, model], env=os.environ | environment, text=True,
@@ -45,23 +47,28 @@ def server(model):
 
 def group(count: int, file: str, *arguments: str) -> bool:
     """Whether all ended well; where one did not, the others, which wait for it, are ended. The
-    store that they meet at is here, on a port that is free.
+    store that they meet at is here, on a port that is free; its thread begins when they are there,
+    since a fork takes along what a thread holds at that moment, for ever.
     """
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    children = set()
-    for rank in range(count):
-        pid = os.fork()
-        children.add(pid)
-        if pid == 0:
-            os.environ |= {k: str(v) for k, v in {**shared, "RANK": rank}.items()}
-            os.environ["LOCAL_RANK"] = str(rank)
-            os.dup2(2, 1)  # the answer is the parent's
-            signal.alarm(420)
-            child(file, *arguments)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        children = set()
+        for rank in range(count):
+            pid = os.fork()
+            children.add(pid)
+            if pid == 0:
+                door.close()
+                os.environ |= {k: str(v) for k, v in {**shared, "RANK": rank}.items()}
+                os.environ["LOCAL_RANK"] = str(rank)
+                os.dup2(2, 1)  # the answer is the parent's
+                signal.alarm(420)
+                child(file, *arguments)
+        options = {"is_master": True, "wait_for_workers": False}
+        store = TCPStore("127.0.0.1", port, **options, master_listen_fd=os.dup(door.fileno()))
     is_good = True
     while children:
         pid, status = os.wait()
@@ -71,6 +78,7 @@ def group(count: int, file: str, *arguments: str) -> bool:
             print(f"ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
             for other in children:
                 os.kill(other, signal.SIGKILL)
+    del store
     return is_good
 
 
@@ -102,6 +110,7 @@ if __name__ == "__main__":
     from conftest import CONFIG, TINY, without_drawing
     from loaded_once import LoadedOnce, read_once
     from torch import device
+    from tqdm import tqdm
 
     import flowkern.models.sd3
     import flowkern.train.flow
@@ -109,6 +118,7 @@ if __name__ == "__main__":
     from flowkern.train.config import load_config
     from flowkern.train.prompts import draw_prompts, read_prompts
 
+    tqdm.monitor_interval = 0  # is a thread
     without_drawing(setattr)
     read_once(setattr, Path(sys.argv[1]), LoadedOnce())
     config = load_config(CONFIG, [*TINY, f"model.path={sys.argv[1]}"])
