@@ -281,18 +281,20 @@ def pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
 def advantages(
     rewards: Table, groups: Sequence[int], eps: float, unbiased: bool = False, all_std: bool = False
 ) -> Table:
-    """(r - mean) / (std + eps) within the groups of each prompt.
+    """(r - mean) / (std + eps) within the groups of each prompt; NaN: an image without a reward.
 
     all_std: the std of all rewards there are.
     """
     spread = statistics.stdev if unbiased else statistics.pstdev
-    everything, out = [r for row in rewards for r in row], []
+    everything, out = [r for row in rewards for r in row if r == r], []
     for row in rewards:
         out.append([])
         for reward, group in zip(row, groups, strict=True):
-            mates = [r for r, g in zip(row, groups, strict=True) if g == group]
-            std = spread(everything if all_std else mates)
-            out[-1].append((reward - statistics.fmean(mates)) / (std + eps))
+            mates = [r for r, g in zip(row, groups, strict=True) if g == group and r == r]
+            compared = everything if all_std else mates
+            std = spread(compared) if len(compared) > 1 else 0
+            mean = statistics.fmean(mates) if mates else 0
+            out[-1].append((reward - mean) / (std + eps))
     return out
 
 
@@ -317,7 +319,8 @@ def weighted(tables: dict[str, Table], weights: dict[str, float]) -> Table:
 
 def extremes(advantage: Sequence[float], count: int | None) -> set[int]:
     """Which of a group are trained: the best and the worst count / 2; None: all."""
-    order = sorted(range(len(advantage)), key=lambda i: advantage[i])
+    there = [i for i, a in enumerate(advantage) if a == a]
+    order = sorted(there, key=lambda i: advantage[i])
     return set(order if count is None else order[: count // 2] + order[-(count // 2) :])
 
 

@@ -8,6 +8,7 @@ P prompts, L images and C choices (trained steps, or points to match at) of each
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -18,7 +19,7 @@ import torch
 
 from flowkern.rl.algorithms import names, recipe
 from flowkern.rl.cost import network_calls
-from flowkern.rollout import Source, batch, network_batches, prompt_ids, run
+from flowkern.rollout import Source, batch, network_batches, prompt_ids, run, takes_part
 from flowkern.schedules import sd3_sigmas, shifted_sigmas
 
 SHAPE, SEED, SLOTS, UNCOND = (2, 4, 4), 11, (0, 1, 2, 3), 4
@@ -138,10 +139,10 @@ def by_name(scores, names):
     return {name: [[one[name] for one in images] for images in scores] for name in names}
 
 
-def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
+def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=lambda *_: False):
     """The package, with the parts of `ranks` processes one after another.
 
-    flat: slots whose images all have the same rewards.
+    flat: slots whose images all have the same rewards. failed: (slot, image) -> has it none?
     """
     algorithm, plan = case.recipe, case.plan
     nets = {name: net.to(dtype) for name, net in networks().items()}
@@ -170,11 +171,16 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
         for slot, images in zip(slots.flatten().tolist(), latents, strict=True)
     ]
     rewards = {name: tensor(table) for name, table in by_name(scores, WEIGHTS).items()}
+    for row, slot in enumerate(slots.flatten().tolist()):
+        for image in range(latents.shape[1]):
+            if failed(slot, image):
+                rewards["likeness"][row, image] = torch.nan
+    if ranks == 1:
+        spoil(rollouts[0], rewards["likeness"].isnan())
     advantage = algorithm.credit()(rewards, WEIGHTS, plan).view(ranks, uncond, -1)
 
     objective = algorithm.objective(algorithm.guidance(uncond))
     objective = dataclasses.replace(objective, backend="reference")
-    choices = each * advantage.shape[2]
     gradients, batches, clipped, calls = [], [], [], [0]
 
     def count():
@@ -183,6 +189,7 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
     count()
     for update, share in enumerate(torch.arange(uncond).view(updates, each)):
         is_on_policy = update == 0 and algorithm.sampler is None
+        choices = max(1, int((~advantage[:, share].isnan()).sum())) / ranks
         batches.append([])
         clipped.append(0)
         for rank, rollout in enumerate(rollouts):
@@ -194,6 +201,8 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
             for site, prompt in parts:
                 part = batch(rollout, site, share[prompt], advantage[rank], is_on_policy)
                 out = objective(part, velocity[None], anchors)
+                if not takes_part(rollout.layout, advantage[rank], site, share[prompt]):
+                    out = out.nothing()
                 (out.loss / choices / ranks).backward()
                 said = out.statistics
                 assert not is_on_policy or (said["ratio_mean"] == 1).all()
@@ -207,7 +216,20 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=()):
     return Result(*(x[order] for x in found), torch.stack(gradients), batches, clipped, calls[1:])
 
 
-def loop(case):
+def spoil(rollout, is_failed):
+    """What leads to failed images (P, L) alone becomes NaN, which whatever sees it would spread."""
+    plan = rollout.plan
+    at = {node: is_failed[:, leaf].clone() for node, leaf in plan.leaves.items()}
+    for i in reversed(range(len(plan.nodes))):  # children come later
+        parent = plan.nodes[i].parent
+        at[parent] = at[parent] & at[i] if parent in at else at[i].clone()
+    for node, place in rollout.kept.items():
+        rollout.states[place, at[node]] = torch.nan
+    for leaf in range(len(plan.leaves)):
+        rollout.latents[is_failed[:, leaf], leaf] = torch.nan
+
+
+def loop(case, failed=lambda *_: False):
     """The naive loop, with the same split of the prompts into optimizer steps."""
     algorithm, plan, nets = case.recipe, case.plan, networks()
     network, updates = nets[None], algorithm.updates_per_rollout
@@ -217,6 +239,10 @@ def loop(case):
     images, moves = zip(*(naive.sample(world, slot, ways) for slot in SLOTS), strict=True)
     scores = [[score(image, slot) for image in images[slot]] for slot in SLOTS]
     rewards, groups = by_name(scores, WEIGHTS), [way.group for way in ways]
+    for table in rewards.values():  # one that is missing takes the others along
+        for slot in SLOTS:
+            row = enumerate(table[slot])
+            table[slot] = [math.nan if failed(slot, image) else r for image, r in row]
     advantage = naive.mixed(rewards, WEIGHTS, groups, **case.credit)
 
     def loss(slot, number, choice, a):
@@ -232,15 +258,21 @@ def loop(case):
         taught = 0
         for slot in share:
             kept = naive.extremes(advantage[slot], case.best_of)
+            # Those that are kept speak for all that have a reward.
+            speaks_for = sum(a == a for a in advantage[slot]) / max(1, len(kept))
             table.append([])
             choices = plan.points if case.matching else moves[slot].values()
             for number, choice in enumerate(choices):
                 of = [choice[0]] if case.matching else choice.images
+                of = [image for image in of if not failed(slot, image)]
+                if not of:
+                    table[-1].append(math.nan)
+                    continue
                 a = naive.clamp(sum(advantage[slot][image] for image in of))
-                table[-1].append(a * case.unit if of[0] in kept else 0.0)
+                table[-1].append(a * case.unit * speaks_for if of[0] in kept else 0.0)
                 if of[0] in kept:
-                    taught += 1
-                    loss(slot, number, choice, a).backward()
+                    taught += speaks_for
+                    (speaks_for * loss(slot, number, choice, a)).backward()
         gradients.append(network.take_gradient() / taught)
         network.descend(gradients[-1])
     latents = torch.stack([torch.stack(row) for row in images])
@@ -300,7 +332,7 @@ CASES = {
     "dance_grpo, best and worst": policy(
         "dance_grpo", {"group_size": 8, "best_of": 2},
         lambda sigmas, steps: naive.dance_grpo(sigmas, steps), UNBIASED,
-        grid=shifted, best_of=2, unit=8 / 2,
+        grid=shifted, best_of=2,
     ),
     "mixgrpo": policy(
         "mixgrpo", {"num_inference_steps": 8, "window": 2, "window_iterations": 5},
@@ -355,7 +387,7 @@ def whole(name):
 def assert_equal(actual, expected, atol):
     for name in ("latents", "rewards", "advantage", "gradients"):
         found, wanted = (getattr(x, name).double() for x in (actual, expected))
-        if not torch.allclose(found, wanted, rtol=0, atol=atol):
+        if not torch.allclose(found, wanted, rtol=0, atol=atol, equal_nan=True):
             off = (found - wanted).abs().flatten(1).amax(1).tolist()
             raise AssertionError(f"{name}: off by {off}, expected at most {atol}")
 
@@ -423,6 +455,32 @@ def test_a_rollout_that_teaches_nothing_is_one_call_per_rank(name):
         found = engine(CASES[name], ranks=ranks, flat=SLOTS)
         assert (found.advantage == 0).all() and (found.gradients == 0).all()
         assert found.batches == [[[1]] * ranks] * len(found.gradients)
+
+
+def lost(slot, image):
+    """Of a prompt some, all but the first, all; of the last none."""
+    return (image % 5 == 1, image > 0, True, False)[slot]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_image_without_a_reward_is_as_if_it_had_never_been(name):
+    """In statistics and gradients, those of KLs and of other anchors included; on any ranks."""
+    case = CASES[name]
+    expected = loop(case, lost)
+    found = engine(case, failed=lost)
+    found.latents = expected.latents  # they are spoilt
+    assert_equal(found, expected, 1e-10)
+    assert found.advantage.isnan().any() and found.gradients.isfinite().all()
+    assert (found.gradients.norm(dim=1) > 1e-4).all()
+    assert_equal(
+        engine(case, 2, 2, failed=lost), dataclasses.replace(found, latents=expected.latents), 1e-10
+    )
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "g2rpo, [1, 2]", "diffusion_nft"])
+def test_a_rollout_without_rewards_has_a_gradient_of_zero(name):
+    found = engine(CASES[name], 2, 2, failed=lambda *_: True)
+    assert found.advantage.isnan().all() and (found.gradients == 0).all()
 
 
 def test_states_that_are_drawn_again_in_float32_give_the_gradient():
