@@ -66,9 +66,23 @@ def written(path: Path, content: str) -> Path:
     return path
 
 
+FORGETFUL = """
+class Reward:
+    may_fail = True
+    def __call__(self, images, prompts, metadata, *, group):
+        scores = images.flatten(1).mean(1).double()
+        for i in range(len(images)):
+            if group[i] == 1 or (group[i] != 2 and i > 0 and group[i] == group[i - 1]
+                                 and (i < 2 or group[i] != group[i - 2])):
+                scores[i] = float("nan")
+        return scores
+"""
+"""Knows nothing of the second image of a prompt, nor of any of the second prompt."""
+
 ONE_STEP_EACH = """
 import json, os, sys
 from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
 from flowkern.train.config import from_dict
 from flowkern.train.loop import Loop
 for tree in json.loads(sys.argv[1]):
@@ -82,16 +96,33 @@ group.destroy_process_group()
 
 
 @pytest.mark.long(20)
-def test_the_first_step_is_the_same_on_two_processes(small, tmp_path, on_processes, lines):
-    """Of every algorithm, in one pair of processes."""
+def test_the_first_step_is_the_same_on_two_processes(
+    small, tmp_path, on_processes, lines, monkeypatch
+):
+    """Of every algorithm, in one pair of processes, with images that have no reward: more of them
+    on one process than on the other."""
+    written(tmp_path / "forgetful.py", FORGETFUL)
+    monkeypatch.syspath_prepend(tmp_path)
     program = written(tmp_path / "program.py", ONE_STEP_EACH)
-    on_processes(2, program, json.dumps([to_dict(small(name, name)) for name in names()]))
+
+    def config(name, directory):
+        tree = to_dict(small(name, directory, max_failed_rewards=1.0))
+        return from_dict(tree | {"reward": {"light": {"kind": "forgetful:Reward", "scale": 9}}})
+
+    on_processes(2, program, json.dumps([to_dict(config(name, name)) for name in names()]))
     for name in names():
-        records = Loop(small(name, f"{name}-alone")).step()
+        loop = Loop(config(name, f"{name}-alone"))
+        records = loop.step()
         of_one = "".join(json.dumps(record) + "\n" for record in records)
         of_one = lines(written(tmp_path / "of_one.jsonl", of_one))
         for two, one in zip(lines(tmp_path / f"{name}.jsonl"), of_one, strict=True):
+            # Calls are as many on both, whatever each has to learn.
+            assert two.pop("nfe/train") >= one.pop("nfe/train")
             assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
+        leaves = len(loop.recipe.plan(loop.task.model.sigmas, 0, 0).leaves)
+        assert records[0]["failed_rewards"] == records[0]["failed_rewards/light"] == leaves + 2
+        assert records[0]["reward/mean"] == pytest.approx(9 * records[0]["reward/light"])
+        assert all(record["grad_norm"] > 0 for record in records)
 
 
 @pytest.mark.parametrize("name", names())
