@@ -10,17 +10,17 @@ from typing import NoReturn
 
 from flowkern import __version__
 from flowkern.checks import ConfigError
-from flowkern.cli import cost, demo, doctor, report, sample, train
+from flowkern.cli import cost, demo, doctor, export, report, sample, train
 from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
-COMMANDS = (train, demo, doctor, report, sample, cost)
+COMMANDS = (train, demo, doctor, export, report, sample, cost)
 """In the order of `flowkern --help`: each adds its parser, whose `command` runs it."""
 VALUED = ("config", "algorithm", "json", "card")
 OPTIONS = ("help", "traceback", "estimate", *VALUED)  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
-EXTRAS |= {"jinja2", "pydantic", "rich", "tqdm", "transformers"}
+EXTRAS |= {"huggingface_hub", "jinja2", "pydantic", "rich", "tqdm", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

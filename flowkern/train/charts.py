@@ -52,7 +52,7 @@ class Chart:
     @cached_property
     def x_ticks(self) -> list[float]:
         steps = [step for one in self.series for step, _ in one.points]
-        return [tick for tick in ticks(min(steps), max(steps), 5) if tick == int(tick)]
+        return [tick for tick in ticks(min(steps), max(steps), 7) if tick == int(tick)]
 
     @cached_property
     def y_ticks(self) -> list[float]:

@@ -70,6 +70,15 @@ def find_checkpoint(
     return None
 
 
+def chosen(place: Path, key: str = "checkpoint") -> Path:
+    """A checkpoint's own directory, or of a run's its latest. Raises ConfigError for neither."""
+    if checkpoints(place):
+        return find_checkpoint("latest", place, key)
+    if (place / "run.lock").exists() or (place / "metrics.jsonl").exists():
+        raise ConfigError(f"{key}: the run in {str(place)!r} has no checkpoint yet")
+    return find_checkpoint(str(place), key=key)
+
+
 def broken(directory: Path) -> str | None:
     """The first file that is not as it was written, and what is wrong with it; None: all are."""
     try:

@@ -263,6 +263,12 @@ class TrainConfig(Section):
     of the run; beyond it the run stops. It stops at once where a rollout has no score at all."""
     report_to: Text | None = None
     """A tracker of accelerate beside metrics.jsonl: "tensorboard", "wandb", ..."""
+    push_to_hub: bool = False
+    """At the end, write what `flowkern export` writes, and upload it; takes a login."""
+    hub_model_id: Text | None = None
+    """Of the Hugging Face hub, OWNER/NAME: where to."""
+    hub_private_repo: bool = False
+    """Make that repository a private one, where it is not there yet."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -273,6 +279,10 @@ class TrainConfig(Section):
             )
         if self.offload_ema and self.ema_decay is None:
             raise ValueError("offload_ema: got true, but train.ema_decay is null: there is no mean")
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise ValueError("hub_model_id: expected beside train.push_to_hub=true, and there only")
+        if self.hub_private_repo and not self.push_to_hub:
+            raise ValueError("hub_private_repo: got true, but train.push_to_hub is false")
         if self.rollout_unshard != "auto" and self.sharding is None:
             raise ValueError(
                 f"rollout_unshard: got {str(self.rollout_unshard).lower()}, which "

@@ -262,6 +262,7 @@ class Loop:
                     return self.leave(error)
             self.directory.say(f"done: {self.global_step} steps in {self.directory.path}", "done")
             distributed.finish(self.accelerator)
+            self.directory.publish()
             return 0
         finally:
             self.directory.release()

@@ -254,7 +254,9 @@ def other_charts(run: Run) -> list[tuple[str, Chart]]:
     for title, keys in groups.items():
         drawn = [Series(legend(key), numbers(run.metrics, key)) for key in keys]
         drawn += [Series(legend(k), numbers(run.validation, k), is_dots=True) for k in keys]
-        found.append((keys[0], Chart(title, [one for one in drawn if one.points])))
+        varies = any(len({value for _, value in one.points}) > 1 for one in drawn)
+        if varies or not keys[0].startswith("nfe/"):  # else the table says it
+            found.append((keys[0], Chart(title, [one for one in drawn if one.points])))
     return sorted(found, key=lambda one: _place(one[0]))
 
 

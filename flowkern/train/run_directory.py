@@ -68,6 +68,10 @@ class RunDirectory:
 
     def _claim(self) -> str | None:
         name = self.config.train.resume_from_checkpoint
+        if self.config.train.push_to_hub:
+            from flowkern.train.export import require_login
+
+            require_login(self.config.train.hub_model_id, "train.hub_model_id")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
@@ -163,6 +167,18 @@ class RunDirectory:
             lines = [durable.read_lines(self.path / name) for name in (METRICS, VALIDATION)]
             optimized = self.config.reward.weights
             tracking.save_curves(self.path / "reward_curve.png", *lines, optimized=optimized)
+
+    def publish(self) -> None:
+        """Upload what was learned, where that is asked for. Raises RunError where it fails."""
+        options = self.config.train
+        if not (options.push_to_hub and self.is_main):
+            return
+        from flowkern.train.export import export, push
+
+        found = self.path / f"export-{self.saved}"
+        if not found.exists():  # it is, where a run that is over was begun again
+            found = export(self.path, found, name=options.hub_model_id)
+        self.say(f"pushed to {push(found, options.hub_model_id, options.hub_private_repo)}")
 
     def say(self, message: str, event: str | None = None) -> None:
         """event: kept under that name, too."""

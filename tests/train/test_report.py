@@ -87,7 +87,7 @@ def test_a_page_says_what_the_directory_has(run, capsys):
     rows = re.findall(r"[\d,.]+", re.search(r"sampling\|\|.*", text)[0])
     assert rows == "300 1,200 0.25 600 1,800 0.33 900 3,000 0.30".split()
     assert re.findall(r'data-step="(\d+)"', page) == ["0", "20"], "what is no picture is left out"
-    assert page.count("<svg") == 2 + 3 + 4, "rewards; share that is clipped, grad_norm, EVIL; cost"
+    assert page.count("<svg") == 2 + 3 + 2, "rewards; clipped, grad_norm, EVIL; seconds"
     assert main(["report", str(run)]) == 0, "a report is made anew"
 
 
