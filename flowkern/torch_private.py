@@ -124,6 +124,11 @@ def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def process_groups() -> list[torch.distributed.ProcessGroup]:
+    """All there are, those of device meshes among them."""
+    return list(torch.distributed.distributed_c10d._world.pg_map)
+
+
 def is_of_compiler(error: Exception) -> bool:
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 

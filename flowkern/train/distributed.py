@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import time
@@ -17,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import LoggerType, gather_object
 from torch import Tensor, nn
 
+from flowkern.torch_private import process_groups
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.errors import RunError, describe
 from flowkern.train.stop import Stop
@@ -165,8 +167,15 @@ def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Leave together; without this a process group's exit may abort."""
+    """Leave together; without this a process group's exit may abort.
+
+    Gloo's group waits, when it goes, for its threads, and one that still has a tensor of the last
+    collective waits for the interpreter's lock: where Python lets go of the group, which holds
+    that lock, neither goes on. So Python never does.
+    """
     accelerator.wait_for_everyone()
+    for group in process_groups() if accelerator.num_processes > 1 else ():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     accelerator.end_training()
 
 

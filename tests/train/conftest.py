@@ -30,14 +30,13 @@ TINY = [
 RUNS = """
 import json, sys
 from flowkern.train.config import from_dict
+from flowkern.train.distributed import finish
 from flowkern.train.loop import Loop
 for tree in json.loads(sys.argv[1]):
     loop = Loop(from_dict(tree))
     loop.begin()
     loop.advance()
-import torch.distributed as group
-group.barrier()
-group.destroy_process_group()
+finish(loop.accelerator)
 """
 
 

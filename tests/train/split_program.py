@@ -17,6 +17,7 @@ from flowkern.split import is_split, whole
 from flowkern.train.blocks import set_blocks
 from flowkern.train.config import LoraConfig, from_dict
 from flowkern.train.copies import REFERENCE
+from flowkern.train.distributed import finish
 from flowkern.train.errors import RunError
 from flowkern.train.loop import Loop
 from flowkern.train.sharding import Sharded, shard
@@ -242,5 +243,4 @@ if os.environ.get("FLOWKERN_EVERY_CELL") == "1":
     fused, plain = Loop(from_dict(trees["full"])), load_file(out / "full/two_steps")
     fused.step(), fused.step()
     assert all((plain[n] - p).abs().max() <= 5e-6 for n, p in weights_of(fused).items())
-group.barrier()
-group.destroy_process_group()
+finish(loops["lora"][0].accelerator)

@@ -84,14 +84,15 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 from flowkern.train.config import from_dict
+from flowkern.train.distributed import finish
 from flowkern.train.loop import Loop
 for tree in json.loads(sys.argv[1]):
-    records = Loop(from_dict(tree)).step()
+    loop = Loop(from_dict(tree))
+    records = loop.step()
     if os.environ["RANK"] == "0":  # two that write have each other's ends in one file
         path = Path(tree["output_dir"]).with_suffix(".jsonl")
         path.write_text("".join(json.dumps(record) + "\\n" for record in records))
-import torch.distributed as group
-group.destroy_process_group()
+finish(loop.accelerator)
 """
 
 
