@@ -64,6 +64,7 @@ REWARDS = {
     "diversity": "flowkern.rewards.diversity:Diversity",
     "geneval": "flowkern.rewards.geneval:GenEval",
     "hpsv2": "flowkern.rewards.hpsv2:HpsV2",
+    "hpsv3": "flowkern.rewards.hpsv3:HpsV3",
     "imagereward": "flowkern.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "flowkern.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "flowkern.rewards.jpeg:JpegIncompressibility",

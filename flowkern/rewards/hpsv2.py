@@ -14,6 +14,7 @@ from torch import Tensor
 from flowkern.checks import shown
 from flowkern.rewards.open_clip import clip_of
 from flowkern.rewards.processors import PROCESSOR, Words
+from flowkern.rewards.resize import CLIP_MEAN, CLIP_STD
 from flowkern.rewards.towers import Clip, TowerReward, shared
 from flowkern.rewards.weights import device_of, file_of, folder_of, read_state
 
@@ -21,8 +22,6 @@ __all__ = ["HpsV2", "fit_long_edge"]
 
 FILES = {2.0: "HPS_v2_compressed.pt", 2.1: "HPS_v2.1_compressed.pt"}
 HEADS = 16  # of both towers of ViT-H/14
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -103,5 +102,5 @@ def fit_long_edge(images: Tensor, side: int, *, antialias: bool = True) -> Tenso
         )
     down, across = (side - n for n in new)
     values = F.pad(values, (across // 2, across - across // 2, down // 2, down - down // 2))
-    mean, std = (values.new_tensor(one).view(3, 1, 1) for one in (MEAN, STD))
+    mean, std = (values.new_tensor(one).view(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
     return values.sub_(mean).div_(std)

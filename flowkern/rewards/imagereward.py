@@ -15,7 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowkern.rewards.resize import centre_crop, normalise, resize, short_edge
+from flowkern.rewards.resize import (
+    CLIP_MEAN,
+    CLIP_STD,
+    centre_crop,
+    normalise,
+    resize,
+    short_edge,
+)
 from flowkern.rewards.towers import TowerReward, shared
 from flowkern.rewards.weights import device_of, file_of, folder_of, linear_layers, read_state
 
@@ -25,8 +32,6 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's values on the data that it was trained on; scores are in units of that."""
 LENGTH = 35
 """Word pieces of a prompt that are read, with those at its ends."""
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64
 """Of the attention in the image tower; the file does not say it."""
 

@@ -18,12 +18,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["METHODS", "centre_crop", "normalise", "resize", "resize_by_taps", "short_edge"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "METHODS",
+    "centre_crop",
+    "normalise",
+    "resize",
+    "resize_by_taps",
+    "short_edge",
+]
 
 BITS = 22
 HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 """Where it loses more than twice the pixels that the width does (python-pillow/Pillow #9549); up to
 12 the width is first always, which a tall image shows by a level here and there."""
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""What CLIP's images are normalised by, and those of many networks since."""
 METHODS = {"bilinear": 1.0, "bicubic": 2.0}
 """Name -> support of the filter, in pixels of the coarser of the two images."""
 
