@@ -18,6 +18,7 @@ from flowkern.rewards.resize import centre_crop, normalise, resize, short_edge
 __all__ = ["PICTURES", "PROCESSOR", "Pixels", "Words"]
 
 PROCESSOR = ["tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+PROCESSOR += ["special_tokens_map.json", "added_tokens.json"]
 PICTURES = ["preprocessor_config.json", "processor_config.json"]
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Either makes a tokenizer; without, transformers makes one of a few words."""

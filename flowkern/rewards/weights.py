@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def read_state(file: Path, key: str = "path") -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(file)  # older files are read as a whole
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # of every kind, and of many lines
         why = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{key}: {str(file)!r} holds no weights: {why:.200}") from None

@@ -1,6 +1,7 @@
 """Rewards on towers beside the reference's processor and model, on tiny random ones."""
 
 import gc
+import json
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from flowkern.rewards import load_reward, towers
 from flowkern.rewards.diversity import differences
 from flowkern.rewards.frames import frame_numbers
 from flowkern.rewards.hpsv2 import MEAN, STD, fit_long_edge
+from flowkern.rewards.open_clip import _renamed, _sizes
+from flowkern.rewards.weights import read_state
 from flowkern.train.config import ConfigError, Rewards
 from flowkern.train.scoring import load_rewards
 
@@ -75,7 +78,7 @@ def reference(made, images):
     return found.logits_per_image.diagonal(), found.image_embeds
 
 
-@pytest.mark.parametrize("batch", [1, 4, 32])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_pickscore_clipscore_and_aesthetic(made, images, batch):
     logits, features = reference(made, images)
     assert logits.std() > 5, "or there is nothing to tell apart"
@@ -94,6 +97,57 @@ def test_pixel_values_have_no_difference_at_all(made, images):
     clip = load_reward("pickscore", **made.options["pickscore"]).clip
     expected = tiny.pictures()(pictures(images), return_tensors="pt")["pixel_values"]
     assert torch.equal(clip.pixels(images), expected)
+
+
+def test_files_as_they_were_published(made, images, tmp_path):
+    """Weights in half precision compute in float32, and an image processor's file of 2021 has bare
+    numbers; a pickle of before zip is read too."""
+    old = tmp_path / "old"
+    CLIPModel.from_pretrained(made.clip, dtype=torch.float16).save_pretrained(old)
+    tiny.tokenizer().save_pretrained(old)
+    steps = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}
+    steps |= {"size": tiny.SIDE, "crop_size": tiny.SIDE, "image_mean": MEAN, "image_std": STD}
+    (old / "preprocessor_config.json").write_text(json.dumps(steps))
+    reward = load_reward("clipscore", path=str(old))
+    assert {p.dtype for p in reward.clip.network.parameters()} == {torch.float32}
+    expected = load_reward("clipscore", **made.options["clipscore"])
+    assert torch.equal(reward.clip.pixels(images), expected.clip.pixels(images))
+    found, expected = reward(images, PROMPTS)[0], expected(images, PROMPTS)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    torch.save({"a": torch.ones(2)}, old / "old.pt", _use_new_zipfile_serialization=False)
+    assert read_state(old / "old.pt")["a"].tolist() == [1, 1]
+
+
+def test_sizes_of_the_published_checkpoint_are_read_from_its_shapes():
+    """ViT-H/14 as it is known, from a checkpoint without memory."""
+    with torch.device("meta"):
+        state = {
+            "visual.conv1.weight": torch.empty(1280, 3, 14, 14),
+            "visual.positional_embedding": torch.empty(257, 1280),
+            "visual.proj": torch.empty(1280, 1024),
+            "token_embedding.weight": torch.empty(49408, 1024),
+            "positional_embedding": torch.empty(77, 1024),
+        }
+        for tower, width, depth in (("visual.", 1280, 32), ("", 1024, 24)):
+            for i in range(depth):
+                name = f"{tower}transformer.resblocks.{i}.mlp.c_fc.weight"
+                state[name] = torch.empty(4 * width, width)
+    sizes = _sizes(_renamed(state))
+    assert sizes["out"] == 1024
+    assert sizes["vision"] == {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "patch_size": 14,
+        "image_size": 224,
+    }
+    assert sizes["text"] == {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+    }
 
 
 @pytest.mark.parametrize("version", [2.0, 2.1])
@@ -201,7 +255,6 @@ def test_rewards_of_the_same_files_have_one_network(made, monkeypatch):
     monkeypatch.setattr(
         CLIPModel, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k)
     )
-    gc.collect()
     towers._NETWORKS.clear()
     names = ("pickscore", "clipscore", "aesthetic")
     rewards = [load_reward(name, **made.options[name]) for name in names]
