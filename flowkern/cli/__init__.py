@@ -10,13 +10,13 @@ from typing import NoReturn
 
 from flowkern import __version__
 from flowkern.checks import ConfigError
-from flowkern.cli import cost, demo, doctor, export, report, sample, train
+from flowkern.cli import cost, demo, doctor, export, report, sample, serve_reward, train
 from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
-COMMANDS = (train, demo, doctor, export, report, sample, cost)
+COMMANDS = (train, demo, doctor, export, report, sample, serve_reward, cost)
 """In the order of `flowkern --help`: each adds its parser, whose `command` runs it."""
-VALUED = ("config", "algorithm", "json", "card")
+VALUED = ("config", "algorithm", "json", "card", *serve_reward.VALUED)
 OPTIONS = ("help", "traceback", "estimate", *VALUED)  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _as_overrides(arguments: Sequence[str]) -> list[str]:
     """`--key.path=value` and `--key.path value` of a configuration as `key.path=value`."""
-    if arguments[0] not in ("train", "demo", "cost", "doctor"):
+    if arguments[0] not in ("train", "demo", "cost", "doctor", "serve-reward"):
         return list(arguments)
     options, out, rest = [], [], iter(arguments)
     for argument in rest:

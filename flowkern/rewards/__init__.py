@@ -70,6 +70,7 @@ REWARDS = {
     "jpeg_incompressibility": "flowkern.rewards.jpeg:JpegIncompressibility",
     "ocr": "flowkern.rewards.ocr:Ocr",
     "pickscore": "flowkern.rewards.pickscore:PickScore",
+    "remote": "flowkern.rewards.remote.client:RemoteReward",
     "vlm_judge": "flowkern.rewards.judge:VlmJudge",
 }
 """Short names; the modules behind them are imported only when asked for."""

@@ -32,8 +32,8 @@ AGAIN = frozenset({408, 425, 429})
 """Status codes below 500 of what may go well another time; all from 500 on may."""
 CONNECT_S = 5.0
 LONGEST_WAIT_S = 10.0
-SECONDS, SECONDS_PER_MIB = 60.0, 3.0
-"""Of a call that has no timeout of its own, by what it sends."""
+REFUSAL = 4096
+"""Bytes of an answer that are read to say why it is none."""
 MIB = 2**20
 
 
@@ -116,7 +116,7 @@ class Http:
         if timeout is None:
             timeout = self.timeout
         if timeout is None:
-            timeout = SECONDS + SECONDS_PER_MIB * len(content or b"") / MIB
+            timeout = seconds_for(len(content or b""))
         retries = self.retries if retries is None else retries
         call = _Call(self, method, f"{self.url}{path}", content, sent)
         try:
@@ -125,6 +125,11 @@ class Http:
             if self.secret is None or self.secret not in str(error):
                 raise
             raise type(error)(str(error).replace(self.secret, "(the token)")) from None
+
+
+def seconds_for(size: int) -> float:
+    """That a call may take which sends so many bytes, where nobody says another number."""
+    return 60.0 + 3.0 * size / MIB
 
 
 class _Again(Exception):
@@ -188,7 +193,7 @@ class _Call:
             raise RewardError(f"{self.url}: {error}") from error
         if answer.is_success:
             return Response(self.url, answer.status_code, dict(answer.headers), body)
-        said = line(body[:4000].decode("utf-8", "replace"), 200)
+        said = line(_message(body[:REFUSAL].decode("utf-8", "replace")), 200)
         reason = f"answered {answer.status_code}{': ' if said else ''}{said}"
         if answer.status_code in AGAIN or answer.status_code >= 500:
             raise _Again(reason, retry_after(answer.headers))
@@ -203,11 +208,20 @@ class _Call:
         body = bytearray()
         async for part in answer.aiter_bytes():
             body += part
-            if not answer.is_success and len(body) >= 4000:
+            if not answer.is_success and len(body) >= REFUSAL:
                 break
             if len(body) > most:
                 raise Unscored(f"{self.url}: the answer is longer than {most} bytes")
         return bytes(body)
+
+
+def _message(text: str) -> str:
+    """Of {"error": {"message": ...}}, as many servers have it; else all of it."""
+    try:
+        said = jsons.loads(text)["error"]["message"]
+    except (ValueError, RecursionError, TypeError, LookupError):
+        return text
+    return said if isinstance(said, str) else text
 
 
 @cache

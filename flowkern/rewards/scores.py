@@ -1,7 +1,8 @@
-"""What a reward returned, as numbers: the one place that knows what may be returned."""
+"""What a reward takes and returned: the one place that knows which scores are numbers."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -10,7 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["real_numbers", "scores_and_info"]
+__all__ = ["real_numbers", "scores_and_info", "takes_group"]
+
+
+def takes_group(reward: Any) -> bool:
+    """Does it score an image among those of its prompt: has it a keyword `group`? A reward whose
+    signature is another's has an attribute of this name.
+    """
+    said = getattr(reward, "takes_group", None)
+    if said is not None:
+        return bool(said)
+    is_code = inspect.isfunction(reward) or inspect.ismethod(reward)
+    call = reward if is_code else type(reward).__call__
+    try:
+        return "group" in inspect.signature(call).parameters
+    except (TypeError, ValueError):  # of C
+        return False
 
 
 def scores_and_info(found: Any) -> tuple[Any, Mapping[Any, Any]]:

@@ -8,7 +8,6 @@ its key; what it could not score for a reason outside of this process is NaN.
 from __future__ import annotations
 
 import copy
-import inspect
 import queue
 import signal
 import threading
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flowkern.rewards import Reward, RewardError, Unscored
-from flowkern.rewards.scores import real_numbers, scores_and_info
+from flowkern.rewards.scores import real_numbers, scores_and_info, takes_group
 from flowkern.train.prompts import Prompt
 
 THREADS = 4
@@ -67,12 +66,7 @@ class KeyedReward:
     @property
     def by_group(self) -> bool:
         """Is it to see whole groups, and told which image is of which?"""
-        is_code = inspect.isfunction(self.reward) or inspect.ismethod(self.reward)
-        call = self.reward if is_code else type(self.reward).__call__
-        try:
-            return "group" in inspect.signature(call).parameters
-        except (TypeError, ValueError):  # of C
-            return False
+        return takes_group(self.reward)
 
 
 @dataclass(frozen=True)
