@@ -223,7 +223,7 @@ def load_clip(reward: TowerOptions, processor: str | None = None) -> Clip:
     Raises FileNotFoundError or ValueError, of one line that begins with the option at fault.
     """
     network, _ = load_network(reward.path, reward.revision, reward.dtype, reward.device, "clip")
-    key, place = ("path", (reward.path, reward.revision))
+    key, place = "path", (reward.path, reward.revision)
     if processor is not None:
         key, place = "processor", (processor, None)
     folder = folder_of(*place, [*PROCESSOR, *PICTURES], key)

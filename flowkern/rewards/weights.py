@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,17 +102,14 @@ def linear_layers(state: Mapping[str, Tensor], prefix: str, width: int, key: str
     Raises ValueError, naming the option `key`, for other layers, or ones that do not go from
     `width` values to one.
     """
-    numbers = sorted(
-        int(name[len(prefix) : -len(".weight")])
-        for name, value in state.items()
-        if name.startswith(prefix) and name.endswith(".weight") and value.ndim == 2
-    )
+    named = (re.fullmatch(rf"{re.escape(prefix)}(\d+)\.weight", name) for name in state)
+    numbers = sorted(int(name[1]) for name in named if name)
     found = nn.Sequential()
     wide = width
     for number in numbers:
         weight = state[f"{prefix}{number}.weight"]
         bias = state.get(f"{prefix}{number}.bias")
-        if weight.shape[1] != wide or bias is None:
+        if weight.shape[1:] != (wide,) or bias is None:
             break
         wide = len(weight)
         layer = nn.Linear(*weight.T.shape, dtype=torch.float32)

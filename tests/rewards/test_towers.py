@@ -19,8 +19,9 @@ from transformers import CLIPModel, CLIPProcessor, Dinov2Model
 from flowkern.rewards import load_reward, towers
 from flowkern.rewards.diversity import differences
 from flowkern.rewards.frames import frame_numbers
-from flowkern.rewards.hpsv2 import MEAN, STD, fit_long_edge
+from flowkern.rewards.hpsv2 import fit_long_edge
 from flowkern.rewards.open_clip import _renamed, _sizes
+from flowkern.rewards.resize import CLIP_MEAN, CLIP_STD
 from flowkern.rewards.weights import read_state
 from flowkern.train.config import ConfigError, Rewards
 from flowkern.train.scoring import load_rewards
@@ -106,7 +107,12 @@ def test_files_as_they_were_published(made, images, tmp_path):
     CLIPModel.from_pretrained(made.clip, dtype=torch.float16).save_pretrained(old)
     tiny.tokenizer().save_pretrained(old)
     steps = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}
-    steps |= {"size": tiny.SIDE, "crop_size": tiny.SIDE, "image_mean": MEAN, "image_std": STD}
+    steps |= {
+        "size": tiny.SIDE,
+        "crop_size": tiny.SIDE,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
     (old / "preprocessor_config.json").write_text(json.dumps(steps))
     reward = load_reward("clipscore", path=str(old))
     assert {p.dtype for p in reward.clip.network.parameters()} == {torch.float32}
@@ -177,7 +183,9 @@ def test_hpsv2_fits_the_long_edge_in_floats(size):
     expected[:, :, top : top + new[0], left : left + new[1]] = F.interpolate(
         images / 255, size=new, mode="bicubic", antialias=True
     )
-    expected = (expected - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    expected = (expected - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(
+        3, 1, 1
+    )
     assert torch.equal(fit_long_edge(images.to(torch.uint8), 28), expected)
 
 
