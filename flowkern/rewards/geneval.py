@@ -86,7 +86,7 @@ class GenEval(FrameReward):
                 check_clauses(row)
             except ValueError as error:
                 raise ValueError(f"{error}, of prompt {prompt!r:.80}") from None
-        drawn = list(zip(pictures(images), metadata, strict=True))
+        drawn = list(zip(pictures(images), prompts, metadata, strict=True))
         parts = [drawn[i : i + self.batch] for i in range(0, len(drawn), self.batch)]
         verdicts: list[Verdict | None] = []
         for part, answer in zip(parts, ask_all(self._judged, parts, AT_A_TIME), strict=True):
@@ -103,24 +103,27 @@ class GenEval(FrameReward):
             info[f"strict_{tag}"] = strict.masked_fill(~is_of, torch.nan)
         return column(GRADES[self.grade]), info
 
-    def _judged(self, part: Sequence[tuple[Image, Mapping[str, Any]]]) -> list[Verdict]:
-        """Of the images of one request."""
+    def _judged(self, part: Sequence[tuple[Image, str, Mapping[str, Any]]]) -> list[Verdict]:
+        """The images of one request. Raises Unscored where there is no answer, or another one."""
         asked = [
             {
                 "png": png_base64(picture),
                 "classes": sorted({c["class"] for c in _clauses(row)}),
                 "colors": sorted({c["class"] for c in _clauses(row) if "color" in c}),
+                "row": {"prompt": prompt} | dict(row),
             }
-            for picture, row in part
+            for picture, prompt, row in part
         ]
         answer = self.server.post("/v1/detect", json={"protocol": 1, "images": asked}).json()
         try:
             self.version = str(answer.get("version", "unknown"))
-            found = answer["detections"]
+            found = answer["verdicts" if "verdicts" in answer else "detections"]
             if len(found) != len(part):
-                raise ValueError(f"{len(found)} lists of detections for {len(part)} images")
+                raise ValueError(f"answers for {len(found)} of {len(part)} images")
+            if "verdicts" in answer:
+                return [_graded(one) for one in found]
             return [
-                judge(self._things(f, row), row) for f, (_, row) in zip(found, part, strict=True)
+                judge(self._things(f, row), row) for f, (_, _, row) in zip(found, part, strict=True)
             ]
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
@@ -144,6 +147,14 @@ class GenEval(FrameReward):
             if float(one["score"]) > least:
                 things.setdefault(one["class"], []).append(Thing(box, one.get("color")))
         return {name: some[:MOST] for name, some in things.items()}
+
+
+def _graded(one: Mapping[str, Any]) -> Verdict:
+    """What a server judged by itself."""
+    score = float(one["score"])
+    if not math.isfinite(score):
+        raise ValueError(f"a score is {score}")
+    return Verdict(score, bool(one["correct"]), bool(one["strict"]))
 
 
 def _clauses(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,11 @@
 
 import base64
 import io
+import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +160,7 @@ def test_what_the_detector_fails_at_has_no_score(served):
     assert len(requests) == 3, "one of them was asked for again"
     for wrong in (
         {"detections": []},
+        {"verdicts": [{"score": None, "correct": 1, "strict": 1}]},
         {"detections": [[{"class": "cup", "score": 1, "box": LEFT}]]},
         {"detections": [[{"class": "cup", "score": 1, "box": (0, 1), "color": "red"}]]},
         [1],
@@ -163,6 +169,48 @@ def test_what_the_detector_fails_at_has_no_score(served):
         served(reward, lambda body, wrong=wrong: (200, wrong))
         with pytest.raises(Unscored, match="the answer is not what docs/rewards.md asks of"):
             reward(images[:1], ["a"], ROWS[:1])
+
+
+def test_the_detector_of_the_page_speaks_the_protocol(served, monkeypatch):
+    """Without a port: the class is given the bytes of a request."""
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+    code = re.search(r"```python\n(import base64, io, json\n.*?)```", page, re.S)[1]
+    assert len(code.splitlines()) <= 24
+    seen, made = [], []
+
+    def judged(images, rows, only_strict=False):
+        seen.extend(zip(images, rows, strict=True))
+        return [0.5, 1.0], [0.0, 1.0], [0.0, 1.0], {}, {}
+
+    theirs = types.SimpleNamespace(load_geneval=lambda: judged)
+    monkeypatch.setitem(sys.modules, "reward_server.gen_eval", theirs)
+    monkeypatch.setitem(sys.modules, "reward_server", types.SimpleNamespace(gen_eval=theirs))
+    idle = types.SimpleNamespace(serve_forever=lambda: None)
+    monkeypatch.setattr("http.server.HTTPServer", lambda at, kind: made.append(kind) or idle)
+    exec(compile(code, "docs/rewards.md", "exec"), {})
+
+    class Wire(io.BytesIO):
+        sent = b""
+
+        def makefile(self, *_):
+            return self
+
+        def sendall(self, data):
+            self.sent += data
+
+    def answer(body):
+        data = json.dumps(body).encode()
+        wire = Wire(b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+        made[0].log_message = lambda *_: None
+        made[0](wire, ("", 0), None)
+        return 200, json.loads(wire.sent.partition(b"\r\n\r\n")[2])
+
+    reward = load_reward("geneval", url="http://detector")
+    served(reward, answer)
+    scores, info = reward(torch.zeros(2, 3, 4, 4), ["a", "b"], ROWS)
+    assert scores.tolist() == [0.5, 1] and info["strict"].tolist() == [0, 1]
+    assert seen[0][0].size == (4, 4) and seen[0][1] == {"prompt": "a"} | ROWS[0]
+    assert reward.version == "flow_grpo's"
 
 
 def test_options_are_held_to(monkeypatch):
