@@ -51,6 +51,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="memory and time, from configurations alone: no weights are read, and nothing is run",
     )
     parser.add_argument("--card", help="with --estimate: seconds on it, and does it fit? h200, ...")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="with --estimate: of each of so many, with what train.sharding leaves it",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, too")
     parser.set_defaults(command=run, fail=parser.error)
 
@@ -60,8 +66,11 @@ def run(options: argparse.Namespace) -> int:
     overrides = [text for text in options.arguments if OVERRIDE.match(text)]
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {str(options.json.parent)!r}")
-    if options.card is not None and not options.estimate:
-        raise ConfigError("--card: expected --estimate beside it")
+    for name in ("card", "processes"):
+        if getattr(options, name) is not None and not options.estimate:
+            raise ConfigError(f"--{name}: expected --estimate beside it")
+    if options.processes is not None and options.processes < 1:
+        raise ConfigError(f"--processes: got {options.processes}, expected at least 1")
     if not options.arguments and not options.estimate:
         found = environment()
         print(*in_lines(found), sep="\n")
@@ -102,7 +111,7 @@ def _estimate(config: Config, options: argparse.Namespace) -> int:
         known = ", ".join(CARDS)
         raise ConfigError(f"--card: got {options.card!r}, expected one of {known}{hint}")
     card = CARDS.get(options.card)
-    found = estimate(config, card)
+    found = estimate(config, card, options.processes or 1)
     show_estimate(found, options.card, card)
     _write(options.json, found.to_dict())
     return 1 if card is not None and found.peak > card.memory * 1e9 else 0

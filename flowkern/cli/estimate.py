@@ -27,6 +27,9 @@ def lines(found: Estimate, name: str | None, card: Card | None) -> Iterable[str]
     batches = facts["batches"]
     yield f"model       {facts['model']}, {facts['parameters']:,} weights, {height} x {width} px"
     yield f"training    {facts['training']}"
+    if facts["processes"] > 1:
+        split = facts["sharding"] or "all weights on each"
+        yield f"processes   {facts['processes']}, {split}; the rest is of one of them"
     yield f"batches     {batches['sampling']} rows in sampling, {batches['learning']} in training"
     yield "memory      GB"
     yield from _figures({part: size / 1e9 for part, size in found.memory.items() if size})

@@ -1,7 +1,7 @@
 """What a run takes, before there is a card or a file of weights: memory by part, and seconds.
 
 The run's own adapter, layers, plan and objective, with modules that have shapes and no values
-(`models.on_meta`); its calls are dry runs (`dry_run`). One process.
+(`models.on_meta`); its calls are dry runs (`dry_run`). Of several processes one, which have alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from flowkern.models import Conditioning, Model
 from flowkern.models.compiled import repeated
 from flowkern.models.on_meta import on_meta
 from flowkern.models.pipeline import DECODE_PIXELS
-from flowkern.models.quantize import frozen_bytes
 from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Objective
 from flowkern.rollout import Layout, Rollout, Source
@@ -29,15 +28,18 @@ from flowkern.train.blocks import require_quantization
 from flowkern.train.cards import COMPILED, DECODING, LAUNCH, OF_BANDWIDTH, OF_PEAK, Card
 from flowkern.train.config import Config
 from flowkern.train.copies import REFERENCE
+from flowkern.train.distributed import share
 from flowkern.train.dry_run import HAS_EXACT_RMS, Taken, dry_run, dry_run_of_blocks
 from flowkern.train.loading import DTYPES, OURS, VAE_DTYPES
+from flowkern.train.parts import held, unshards
+from flowkern.train.sharding import (
+    KEY,
+    require_processes,
+    require_split,
+)
 from flowkern.train.trained import set_trained
 
 __all__ = ["Estimate", "estimate"]
-
-BYTES_PER_WEIGHT = {"float8": 2, "int8": 1, "nf4": 0.5 + 4 / 64}
-"""Of a frozen linear layer in a block, by model.quantization: float8 for the way forward and back,
-nf4 with a scale for 64 weights."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class Estimate:
         return {**asdict(self), "peak": self.peak}
 
 
-def estimate(config: Config, card: Card | None = None) -> Estimate:
-    """Of a configuration whose model's configurations are here, or published and known.
+def estimate(config: Config, card: Card | None = None, processes: int = 1) -> Estimate:
+    """Of a configuration whose model's configurations are here, or published and known; of each of
+    so many processes. With train.sharding hsdp those of a node are LOCAL_WORLD_SIZE.
 
     Raises ConfigError, naming the key, for what a training would refuse, and for a model of which
     neither is known.
@@ -80,14 +83,18 @@ def estimate(config: Config, card: Card | None = None) -> Estimate:
         )
     require_attention(config.model, is_here=False)
     require_quantization(config, None)
-    return _Run(config).estimate(card)
+    if processes == 1 and config.train.sharding is not None:
+        raise ConfigError(f"{KEY}: got {config.train.sharding}; expected --processes N beside it")
+    require_processes(config, processes)
+    require_split(config)
+    return _Run(config, processes).estimate(card)
 
 
 class _Run:
     """A run whose model has no values."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.recipe = config, config.algorithm
+    def __init__(self, config: Config, processes: int = 1) -> None:
+        self.config, self.recipe, self.processes = config, config.algorithm, processes
         asked = DTYPES[config.train.mixed_precision]
         network = torch.float32 if config.lora is None else asked
         vae = VAE_DTYPES[config.model.vae_dtype]
@@ -100,6 +107,8 @@ class _Run:
             self.blocks = repeated(self.model.network, self.model.blocks)
             self.parameters = sum(p.numel() for p in self.model.network.parameters())
             self.trained = set_trained(self.model, config.lora)
+            if config.lora is None and config.train.sharding is not None:
+                nn.Module.to(self.model.network, asked)  # as their parts are gathered
             self.blank = {name: part.to(asked) if part.is_floating_point() else part
                           for name, part in self.model.blank().items()}  # fmt: skip
         except ConfigError:
@@ -112,13 +121,16 @@ class _Run:
             raise ConfigError(f"algorithm.{error}") from error
         self.weights = [p for p in self.model.network.parameters() if p.requires_grad]
         self.objective: Objective = self.recipe.objective(self.recipe.guidance(0))
+        self.held = held(config, self.model.network, self.blocks, processes)
         self.elements = torch.Size(self.model.latent_shape).numel()
+        share(self.recipe.prompts_per_rollout, 0, processes, self.recipe.updates_per_rollout)
 
     # ---- rows ----
 
     @property
     def prompts(self) -> int:
-        return self.recipe.prompts_per_rollout
+        """Of a rollout, this process's."""
+        return self.recipe.prompts_per_rollout // self.processes
 
     @property
     def block(self) -> int:
@@ -131,9 +143,9 @@ class _Run:
         sampling, updates = network_calls(self.recipe, cost, 1)
         learning = self.prompts * cost.train * self.objective.together
         return {
-            "sampling": sampling,
+            "sampling": sampling / self.processes,
             "learning": learning,
-            "not learning": max(0, sum(updates) - learning),
+            "not learning": max(0, sum(updates) / self.processes - learning),
             "images": self.prompts * cost.images,
         }
 
@@ -214,7 +226,7 @@ class _Run:
 
     def memory(self) -> dict[str, int]:
         """What is there as long as a run is, by part."""
-        pipeline, trained = self.model.pipeline, _size(self.weights)
+        pipeline, (frozen, trained) = self.model.pipeline, (self.held.frozen, self.held.trained)
         encoders = [part for name, part in pipeline.components.items() if "encoder" in name]
         copies = len({*self.recipe.copies})
         train = self.config.train
@@ -223,7 +235,7 @@ class _Run:
         copies += needs and REFERENCE in self.objective.anchors
         row = sum(part.nbytes for part in self.blank.values())
         return {
-            "network": self.frozen(),
+            "network": frozen,
             "trained weights": trained,
             "gradients": trained,
             "optimizer": trained // 2 if train.optimizer == "adamw_8bit" else 2 * trained,
@@ -233,23 +245,8 @@ class _Run:
             "prompts of a rollout": (self.prompts + 1) * row,
         }
 
-    def frozen(self) -> int:
-        """What is not trained, as it is kept: the base under an adapter, tables of positions."""
-        whole = frozen_bytes(self.model.network)
-        if self.config.model.quantization is None:
-            return whole
-        width = BYTES_PER_WEIGHT[self.config.model.quantization]
-        named = [pair for block in self.blocks for pair in block.named_modules()]
-        own = {
-            id(m.weight): m.weight
-            for name, m in named
-            if isinstance(m, nn.Linear) and "norm" not in name and "lora" not in name
-        }
-        weights = [weight for weight in own.values() if not weight.requires_grad]
-        return whole - _size(weights) + int(width * sum(w.numel() for w in weights))
-
     def phases(
-        self, memory: dict[str, int], sampling: int, decode: int, learning: int
+        self, memory: dict[str, int], sampling: int, decode: int, learning: int, drawing: int
     ) -> dict[str, int]:
         kept, moving = self.states()
         always = sum(memory[part] for part in ("network", "trained weights", "vae"))
@@ -258,10 +255,18 @@ class _Run:
         pixels = 3 * self.model.pixels * 4 * self.decoded
         return {
             "encoding prompts": always + memory["text encoders"],
-            "sampling": after + kept + moving + sampling,
-            "decoding": after + kept + moving + pixels + decode,
-            "training": after + (0 if self.waits else kept) + memory["gradients"] + learning,
-        }
+            "sampling": after + kept + moving + sampling + (drawing or self.held.gathered),
+            "decoding": after + kept + moving + pixels + decode + drawing,
+            "training": after + (0 if self.waits else kept) + memory["gradients"] + learning
+            + self.held.gathered + self.held.joined,
+        }  # fmt: skip
+
+    def draws_whole(self, card: Card | None, memory: dict[str, int]) -> bool:
+        """Are weights that are split gathered once for a rollout? What is free: as it begins."""
+        kept = "network", "trained weights", "copies of trained weights", "vae"
+        in_use = sum(memory[part] for part in (*kept, "prompts of a rollout"))
+        free = None if card is None else card.memory * 1e9 - in_use
+        return unshards(self.config, self.held.whole, free)
 
     # ---- all of it ----
 
@@ -273,8 +278,12 @@ class _Run:
         decode, memory = self.decoding(), self.memory()
         peak_of_decode = int(DECODING * decode.peak)
         learn = learning[is_checkpointed]
-        phases = self.phases(memory, sampling.peak, peak_of_decode, learn.peak)
+        is_whole = self.draws_whole(card, memory)
+        drawing = self.held.whole if is_whole else 0
+        phases = self.phases(memory, sampling.peak, peak_of_decode, learn.peak, drawing)
         memory |= {
+            "gathered weights": drawing or self.held.gathered,
+            "gradients that are joined": self.held.joined,
             "states of a rollout": sum(self.states()),
             "a call of sampling": sampling.peak,
             "a call of training": learning[False].peak,
@@ -290,8 +299,13 @@ class _Run:
         if self.waits:
             host["states of a rollout"] = self.states()[0] * self.prompts // self.block
         if config.train.offload_ema:
-            host["mean of the weights"] = _size(self.weights)
+            host["mean of the weights"] = self.held.trained
+        if config.lora is None and config.train.sharding is not None:
+            copies = memory["copies of trained weights"] // self.held.trained
+            host["a checkpoint, of the first process"] = (12 + 4 * copies) * self.parameters
         facts = {
+            "processes": self.processes,
+            "sharding": config.train.sharding,
             "model": str(config.model.path),
             "size": self.model.describe()["size"],
             "parameters": self.parameters,
@@ -300,8 +314,9 @@ class _Run:
             "all weights in place of LoRA": 16 * self.parameters,
         }
         return Estimate(
-            facts, memory, phases, host, rows, seconds, tflop / 1e12, self.assumptions(card)
-        )
+            facts, memory, phases, host, rows, seconds, tflop / 1e12,
+            self.assumptions(card, is_whole),
+        )  # fmt: skip
 
     def seconds(
         self, card: Card, rows: dict[str, float], batches: dict[str, int], taken: tuple
@@ -311,7 +326,7 @@ class _Run:
         a_row = faster * card.seconds(sampling, is_wide) / batches["sampling"]
         both = faster * card.seconds(learn, is_wide) / batches["learning"]
         wide = self.config.model.vae_dtype == "fp32"
-        steps = self.recipe.updates_per_rollout * 7 * _size(self.weights) / card.bandwidth / 1e12
+        steps = self.recipe.updates_per_rollout * 7 * self.held.trained / card.bandwidth / 1e12
         found = {
             "sampling": rows["sampling"] * a_row,
             "decoding": rows["images"] / self.decoded * DECODING * card.seconds(decode, wide),
@@ -320,10 +335,10 @@ class _Run:
         }
         return found | {"iteration": sum(found.values())}
 
-    def assumptions(self, card: Card | None) -> tuple[str, ...]:
+    def assumptions(self, card: Card | None, is_whole: bool) -> tuple[str, ...]:
         said = [
-            "one process; memory as torch counts it: not the context (about .5 GB), nor what an "
-            "allocator loses between blocks",
+            f"{'one' if self.processes == 1 else 'each'} process; memory as torch counts it: not "
+            "the context (about .5 GB), nor what an allocator loses between blocks",
             f"attention keeps {'its' if self.keeps_scores else 'no'} N x N scores; where autocast "
             "is on, norms and powers are float32",
             f"nn.RMSNorm is one kernel, under autocast in {32 if HAS_EXACT_RMS else 16} bits, as "
@@ -342,8 +357,13 @@ class _Run:
                 said.append(f"compiled calls take {COMPILED:.0%} of eager ones, and as much memory")
             if self.config.model.quantization:
                 said.append("quantized layers take as long as those that are not")
+        if self.processes > 1:
+            said.append("what processes send each other takes no time")
         if self.config.train.sharding is not None:
-            said.append("train.sharding is left out: all weights are on the one card")
+            whole = "once for a rollout" if is_whole else "block by block"
+            if card is None and self.config.train.rollout_unshard == "auto":
+                whole += " (train.rollout_unshard: auto needs a --card)"
+            said.append(f"weights are split by {self.config.train.sharding}, gathered {whole}")
         return tuple(said)
 
 

@@ -69,20 +69,34 @@ def require(config: Config, accelerator: Accelerator) -> None:
                 f"{KEY}: got {kind or 'null'}, and accelerate's configuration asks for {plugin}; "
                 "expected its distributed_type to be MULTI_GPU: how weights are split is said here"
             )
+    require_processes(config, accelerator.num_processes)
+    require_split(config)
+
+
+def require_processes(config: Config, world: int) -> None:
+    """Raises ConfigError where so many processes cannot share weights as configured."""
+    kind = config.train.sharding
     if kind is None:
         return
-    world, node = accelerator.num_processes, _of_this_node(accelerator)
     if world == 1:
         raise ConfigError(
             f"{KEY}: got {kind} on one process; expected several (torchrun, accelerate launch), or "
             "null"
         )
+    node = of_this_node(world)
     if kind == "hsdp" and (not 1 < node < world or world % node):
         raise ConfigError(
             f"{KEY}: got hsdp, which splits inside of nodes that have as many processes each, at "
             f"least 2, but there are {world} with {node} on this node (LOCAL_WORLD_SIZE); expected "
             "fsdp2"
         )
+
+
+def require_split(config: Config) -> None:
+    """Raises ConfigError where weights are split, and another option does not go with it."""
+    kind = config.train.sharding
+    if kind is None:
+        return
     if getattr(config.model, "quantization", None) == "float8":  # in buffers
         raise ConfigError(
             f"{KEY}: got {kind}, but model.quantization is float8, whose weights are not split; "
@@ -102,9 +116,9 @@ def require(config: Config, accelerator: Accelerator) -> None:
         )
 
 
-def _of_this_node(accelerator: Accelerator) -> int:
+def of_this_node(world: int) -> int:
     """How many of the processes, as launchers say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
 def _mesh(kind: str, accelerator: Accelerator) -> Any:
@@ -112,7 +126,8 @@ def _mesh(kind: str, accelerator: Accelerator) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     device = accelerator.device.type
-    world, node = accelerator.num_processes, _of_this_node(accelerator)
+    world = accelerator.num_processes
+    node = of_this_node(world)
     if kind == "fsdp2":
         return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device, (world // node, node), mesh_dim_names=("replicate", "shard"))

@@ -31,6 +31,7 @@ from flowkern.train.cards import CARDS
 from flowkern.train.config import load_config
 from flowkern.train.dry_run import dry_run, dry_run_of_blocks
 from flowkern.train.estimate import _Run
+from flowkern.train.parts import held
 
 ROOT = Path(__file__).parents[2]
 H200 = ROOT / "benchmarks/results/nvidia-h200"
@@ -230,15 +231,15 @@ def test_flux_is_what_was_measured(torch_2_11):
     base = run.model.network.get_base_model()
     left = [*base.transformer_blocks[2:], *base.single_transformer_blocks[2:]]
     left = sum(p.nbytes for block in left for p in block.parameters())
-    beside = run.frozen() + trained - left
-    peak = run.frozen() + trained + taken.peak + beside + trained
+    beside = run.held.frozen + trained - left
+    peak = run.held.frozen + trained + taken.peak + beside + trained
     assert peak / 1e9 == pytest.approx(measured["both_peak_gb"], rel=0.01)
     seconds = CARDS["h200"].seconds(taken)
     assert 1e3 * seconds == pytest.approx(measured["both_2_ms"], rel=0.1)
     for kind, kept in {None: 23.8, "float8": 23.8, "int8": 15.2, "nf4": 11.4}.items():
         model = run.config.model.model_copy(update={"quantization": kind})
-        run.config = run.config.model_copy(update={"model": model})
-        assert round(run.frozen() / 1e9, 1) == kept
+        config = run.config.model_copy(update={"model": model})
+        assert round(held(config, run.model.network, run.blocks, 1).frozen / 1e9, 1) == kept
 
 
 def test_a_video_is_what_was_measured(torch_2_11):
@@ -246,7 +247,7 @@ def test_a_video_is_what_was_measured(torch_2_11):
     measured = json.loads((H200 / "network.json").read_text())["wan"]
     size = "model.height=480", "model.width=832", "model.num_frames=33"
     run = _Run(config_of("wan21_1.3b", *size))
-    kept = run.frozen() + sum(weight.nbytes for weight in run.weights)
+    kept = run.held.frozen + sum(weight.nbytes for weight in run.weights)
     taken = run.call(1, True, False)
     assert 1e3 * CARDS["h200"].seconds(taken) == pytest.approx(measured["eager"]["both_1_ms"], 0.1)
     for way, call in ("eager", taken), ("checkpointing", run.call(1, True, True)):
@@ -277,8 +278,21 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     whole = json.loads(path.read_text())["memory"]
     parts = "trained weights", "gradients", "optimizer", "copies of trained weights"
     assert sum(whole[part] for part in parts) == 5 * 4 * found["facts"]["parameters"]
+    split = "train.sharding=fsdp2", "lora=null", "--processes", "2"
+    assert main(["doctor", *config, *flags, *split, "train.rollout_unshard=true"]) == 0
+    half = json.loads(path.read_text())
+    for part in parts:
+        assert half["memory"][part] == pytest.approx(whole[part] / 2, rel=0.02)
+    assert half["memory"]["gathered weights"] == whole["trained weights"]
+    assert half["rows"]["images"] == found["rows"]["images"] / 2
+    assert "processes   2, fsdp2" in capsys.readouterr().out
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for arguments, message in [
+        ([*config, "train.sharding=fsdp2", "--estimate"], "expected --processes N beside it"),
+        ([*config, *split, "--estimate", "train.optimizer=adamw_8bit"], "it takes whole weights"),
+        ([*config, "train.sharding=hsdp", "--estimate", "--processes", "4"], "(LOCAL_WORLD_SIZE)"),
+        ([*config, "--estimate", "--processes", "7"], "expected a multiple of 7 processes x"),
+        ([*config, "--processes", "2"], "--processes: expected --estimate beside it"),
         ([*config, "model.path=nobody/nothing", "--estimate"], "model.path: 'nobody/nothing' is"),
         ([*config, "--estimate", "--card", "abacus"], "--card: got 'abacus', expected one of"),
         ([*config, "model.attention_backend=flish", "--estimate"], "model.attention_backend: got"),

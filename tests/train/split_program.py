@@ -20,6 +20,7 @@ from flowkern.train.copies import REFERENCE
 from flowkern.train.distributed import finish
 from flowkern.train.errors import RunError
 from flowkern.train.loop import Loop
+from flowkern.train.parts import held
 from flowkern.train.sharding import Sharded, shard
 from flowkern.train.trained import set_trained
 
@@ -74,6 +75,14 @@ def is_halved(loop):
     split = [p for p in weights if is_split(p)]
     here, total = sum(p.to_local().numel() for p in split), sum(p.numel() for p in split)
     assert abs(here - total / 2) < 0.01 * total
+    model = loop.task.model
+    blocks = [unit for unit in loop.processes._units if unit is not model.network]
+    estimated = held(loop.config, model.network, blocks, 2)
+    tensors = [*weights, *model.network.buffers()]
+    local = sum((p.to_local() if is_split(p) else p).nbytes for p in tensors)
+    if RANK == 0:  # it has the larger halves
+        assert local == estimated.frozen + estimated.trained
+    assert loop.processes._bytes() == estimated.whole
 
 
 def steps_twice(loop, directory):
