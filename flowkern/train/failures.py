@@ -17,9 +17,11 @@ class Failures:
         """most: the share of all their images that may be left out."""
         self.most = most
         self._rollouts: dict[int, tuple[int, int]] = {}
+        self._said: set[str] = set()
 
-    def note(self, iteration: int, experience: Experience) -> None:
-        """A rollout, again where it is drawn again. Raises RunError where too much is left out."""
+    def note(self, iteration: int, experience: Experience) -> list[str]:
+        """A rollout, again where it is drawn again. Returns why rewards left something out, of each
+        the first time. Raises RunError where too much is left out."""
         left_out, samples = experience.left_out, experience.samples
         rollouts = self._rollouts | {iteration: (left_out, samples)}
         self._rollouts = dict(sorted(rollouts.items())[-ROLLOUTS:])
@@ -33,7 +35,9 @@ class Failures:
                 f"{self.most:g}"
             )
         else:
-            return
+            new = [why for name, why in experience.reasons.items() if name not in self._said]
+            self._said.update(experience.reasons)
+            return new
         raise RunError("; ".join([share, *experience.reasons.values()]))
 
     def state_dict(self) -> dict[int, tuple[int, int]]:

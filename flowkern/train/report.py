@@ -32,7 +32,7 @@ METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "con
 TEMPLATES = Path(__file__).parent / "templates"
 MARK = '<meta name="generator" content="flowkern report">'
 MOST_PICTURES = 24
-FAULTS = ("stopped", "failed", "resumed")
+FAULTS = ("stopped", "failed", "resumed", "unscored")
 
 TOGETHER = {
     r"ratio_(mean|min|max)": "Ratio of probabilities",
@@ -376,7 +376,7 @@ def faults(run: Run) -> list[tuple[str, int, str, str]]:
             found.append(("killed", step, "ended without a word before this resume", at))
         if kind in FAULTS:
             found.append((kind, step, str(event.get("said", "")), at))
-        before = kind
+        before = before if kind == "unscored" else kind
     for key in names(run.metrics):
         total = sum(value for _, value in numbers(run.metrics, key))
         if re.search(r"fail|unscored|dropped", key) and total:

@@ -99,14 +99,13 @@ class Call:
         prompts: Sequence[Prompt],
         group: Sequence[int] | None = None,
     ) -> Call:
-        """group: of each image; given to a reward that takes it."""
-        return cls(
-            reward,
-            images.clone(),
-            [prompt["prompt"] for prompt in prompts],
-            [copy.deepcopy(prompt) for prompt in prompts],  # siblings share one
-            {} if group is None else {"group": list(group)},
-        )
+        """group: a number for each image; in the metadata, and given to a reward that takes it."""
+        texts = [prompt["prompt"] for prompt in prompts]
+        mine = [copy.deepcopy(prompt) for prompt in prompts]  # siblings share one
+        for prompt, number in zip(mine, group or (), strict=False):
+            prompt.setdefault("group", number)
+        more = {"group": list(group)} if reward.by_group and group is not None else {}
+        return cls(reward, images.clone(), texts, mine, more)
 
     def ask(self) -> Answer:
         """Here. Raises RewardError for a reward that fails, leaves (sys.exit), does not return in
@@ -154,29 +153,32 @@ class Begun:
     """A call in another thread."""
 
     def __init__(self, call: Call) -> None:
-        self.call, self._future = call, Future[Answer]()
+        self.reward, self._future = call.reward, Future[Answer]()
+        self._call: Call | None = call
         self._since: float | None = None
 
     def work(self) -> None:
         """In that thread."""
         self._since = time.monotonic()
+        call, self._call = self._call, None  # its images are freed when it ends
         try:
-            self._future.set_result(self.call.answer())
+            self._future.set_result(call.answer())
         except BaseException as error:
             self._future.set_exception(error)
 
+    def is_done(self) -> bool:
+        return self._future.done()
+
     def wait(self) -> Answer:
         """Its answer; raises what `Call.ask` does. Time counts from where the call began."""
-        limit = self.call.reward.timeout
-        while True:
-            left = None
-            if limit is not None:
-                left = 0.05 if self._since is None else self._since + limit - time.monotonic()
-            try:
-                return self._future.result(left if left is None else max(0, left))
-            except TimeoutError:
-                if self._since is not None and time.monotonic() - self._since >= limit:
-                    raise _late(self.call.reward.key, limit) from None
+        limit = self.reward.timeout
+        while limit is not None and not self._future.done():
+            left = limit if self._since is None else self._since + limit - time.monotonic()
+            if left <= 0:
+                raise _late(self.reward.key, limit)
+            with suppress(TimeoutError):
+                self._future.result(left)
+        return self._future.result()
 
 
 class Threads:

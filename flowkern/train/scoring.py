@@ -175,7 +175,7 @@ class _Round:
             reward = self.rewards[name]
             seen = images.cpu() if reward.overlaps else images  # they leave for elsewhere
             group = [i if self.group is None else self.group[i] for i in places]
-            call = Call.of(reward, seen, prompts, group if reward.by_group else None)
+            call = Call.of(reward, seen, prompts, group)
             with self.around():
                 if reward.overlaps:
                     self._begin(name, call)
@@ -183,7 +183,7 @@ class _Round:
                     self.answers[name].append(call.ask())
 
     def _begin(self, name: str, call: Call) -> None:
-        if len(self._begun) >= AHEAD:
+        while self._begun and (self._begun[0].is_done() or len(self._begun) >= AHEAD):
             self._begun.pop(0).wait()
         self._begun.append(self.threads.begin(call))
         self.answers[name].append(self._begun[-1])
@@ -199,8 +199,8 @@ class _Round:
     def on_host(
         self, answers: Mapping[str, Sequence[Answer]]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Scores by name, and what is reported beside by "name/entry". The only place where the
-        device is waited for; raises RewardError for images that are not finite."""
+        """Scores by name, and what is reported beside by "name/entry". Here the device is waited
+        for, and else only by rewards; raises RewardError for images that are not finite."""
         columns = {None: torch.cat(self.drawn).double()}
         columns |= {n: torch.cat([part.scores for part in parts]) for n, parts in answers.items()}
         for name, parts in answers.items():
