@@ -259,7 +259,7 @@ calls, lost = [], {}
 class Reward:
     overlaps = True
     def __call__(self, images, prompts, metadata):
-        if len(images) == 6:
+        if len(images) == 3:
             raise Unscored("asleep")  # in every validation
         calls.append(len(images))
         count = lost.get(len(calls), 0)
@@ -279,23 +279,22 @@ def test_a_run_stops_with_the_reason_and_goes_on_where_it_was(tiny, tmp_path, li
         forgets.lost = lost
         own = "{kind: 'forgets:Reward', allow_nan: true}"
         reward = f"reward={{own: {own}, digits_judge: {{weight: 0}}}}"
-        return Loop(tiny(reward, "train.checkpointing_steps=100", *overrides))
+        small = "algorithm.prompts_per_rollout=2", "validation.num_prompts=3"
+        return Loop(tiny(reward, "train.checkpointing_steps=100", *small, *overrides))
 
-    message = "step 3: 2 of the 48 images of the last 3 rollouts have no score, 4.2%, and train.max"
-    limit, latest = "train.max_failed_rewards=0.04", "train.resume_from_checkpoint=latest"
-    with pytest.raises(RunError, match=rf"^{re.escape(message)}.*1 of 16.*continue with") as first:
+    message = "step 3: 2 of the 24 images of the last 3 rollouts have no score, 8.3%, and train.max"
+    limit, latest = "train.max_failed_rewards=0.07", "train.resume_from_checkpoint=latest"
+    with pytest.raises(RunError, match=rf"^{re.escape(message)}.*1 of 8.*continue with") as first:
         loop({2: 1, 3: 1}, limit).run()
     with pytest.raises(RunError) as again:
         loop({1: 1}, limit, latest).run()
     assert str(again.value) == str(first.value)
-    assert loop({1: 1}, latest).run() == 0
+    assert loop({1: 1}, latest, "train.max_failed_rewards=0.2").run() == 0
     records = lines(tmp_path / "run/metrics.jsonl")
     assert [record["failed_rewards/own"] for record in records] == [0, 1, 1, 0]
     assert all(record["reward/digits_judge"] >= 0 for record in records)
     for record in lines(tmp_path / "run/validation.jsonl"):
-        assert record["failed_rewards"] == record["failed_rewards/own"] == 6
+        assert record["failed_rewards"] == record["failed_rewards/own"] == 3
         assert "reward/mean" not in record and "reward/digits_judge" in record
-    with pytest.raises(
-        RunError, match="^none of the 16 images of a rollout has a score; rew"
-    ):
-        loop({1: 16}, "train.overwrite_output_dir=true").step()
+    with pytest.raises(RunError, match="^none of the 8 images of a rollout has a score; rew"):
+        loop({1: 8}, "train.overwrite_output_dir=true").step()
