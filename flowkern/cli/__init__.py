@@ -16,11 +16,7 @@ from flowkern.train.errors import RunError
 
 COMMANDS = (train, demo, doctor, export, report, sample, serve_reward, cost)
 """In the order of `flowkern --help`: each adds its parser, whose `command` runs it."""
-<<<<<<< HEAD
-VALUED = ("config", "algorithm", "json", "card", *serve_reward.VALUED)
-=======
-VALUED = ("config", "algorithm", "json", "card", "processes")
->>>>>>> 2437046 (Estimate: of each of several processes, with what train.sharding leaves it and what it gathers; the table of what fits has every model)
+VALUED = ("config", "algorithm", "json", "card", "processes", *serve_reward.VALUED)
 OPTIONS = ("help", "traceback", "estimate", *VALUED)  # which are no keys
 # What `pip install 'flowkern[train]'` brings, as it is imported.
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
