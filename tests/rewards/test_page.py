@@ -15,14 +15,15 @@ PAGE = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
 
 def test_every_reward_has_a_row_with_its_scales():
     """The default first; a row of several rewards may say another default of the later ones."""
-    rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.match(r"\| \[?`", line)]
+    lines = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.match(r"\| \[?`", line)]
+    lines = [cells for cells in lines if len(cells) == 5]
+    names = [re.findall(r"`(\w+)`", cells[0]) for cells in lines]
+    assert sorted(sum(names, [])) == sorted(REWARDS), "each once"
     rows = {
-        name: re.findall(r"`(\w+)`", row[-1]) or ["raw"]
-        for row in rows
-        if len(row) == 5
-        for name in re.findall(r"`(\w+)`", row[0])
+        name: re.findall(r"`(\w+)`", cells[-1]) or ["raw"]
+        for cells, some in zip(lines, names, strict=True)
+        for name in some
     }
-    assert rows.keys() == REWARDS.keys()
     for name, told in rows.items():
         kind = load(name, REWARDS)
         known = getattr(kind, "scales", {"raw": (1, 0)})
