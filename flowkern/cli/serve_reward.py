@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         from flowkern.rewards.remote import server
     except ImportError as error:
         raise ConfigError(
-            f"serve-reward needs {error.name}: pip install 'flowkern[serve]'"
+            f"serve-reward needs {error.name}: pip install 'flowkern[train,serve]'"
         ) from error
     from flowkern.rewards.remote.protocol import Limits
     from flowkern.rewards.remote.service import Service

@@ -145,7 +145,8 @@ class RemoteReward:
         room = self.max_bytes * 3 // 4 // max(1, pixels[0].numel())  # base64, and what is said
         most = max(1, min(self.batch, room))
         if group is None or not self.takes_group:
-            yield from (list(part) for part in torch.arange(len(pixels)).split(most))
+            every = list(range(len(pixels)))
+            yield from (every[i : i + most] for i in range(0, len(every), most))
             return
         members: dict[int, list[int]] = {}
         for i, one in enumerate(group):
