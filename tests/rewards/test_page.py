@@ -18,7 +18,7 @@ def test_every_reward_has_a_row_with_its_scales():
     lines = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.match(r"\| \[?`", line)]
     lines = [cells for cells in lines if len(cells) == 5]
     names = [re.findall(r"`(\w+)`", cells[0]) for cells in lines]
-    assert sorted(sum(names, [])) == sorted(REWARDS), "each once"
+    assert sorted(name for some in names for name in some) == sorted(REWARDS), "each once"
     rows = {
         name: re.findall(r"`(\w+)`", cells[-1]) or ["raw"]
         for cells, some in zip(lines, names, strict=True)
