@@ -5,9 +5,10 @@ R rows of the network, B choices (B >= R where siblings share a row), *D one lat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ from flowkern.ops.matching_loss import add_noise, matching_loss
 from flowkern.ops.policy_loss import policy_loss
 from flowkern.rollout.batches import PointBatch, StepBatch
 from flowkern.rollout.engine import Guidance, Velocity, guided
+
+TOLERATED = 0.25
+"""Of the clip range: in other batches than sampling's, rounding may take this much of it."""
+
+
+def least_clipped(low: float, high: float) -> float:
+    """The least |log ratio| that is clipped, on either side."""
+    return min(-math.log1p(-low) if low < 1 else math.inf, math.log1p(high))
+
+
+LOG_RATIO, OFF = "replay/log_ratio", "replay/off"
+"""Of the first update of a rollout: mean |log ratio|, and the share beyond what is tolerated."""
+
+
+class Parts(NamedTuple):
+    """Means over some of a batch's choices."""
+
+    names: tuple[str, ...]
+    pairs: Tensor
+    """(names, 2): sum and how many, detached."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +47,14 @@ class Outcome:
     """Summed over them, differentiable."""
     statistics: Mapping[str, Tensor]
     """(B,) each, detached, by the name that their mean is reported under."""
+    parts: Sequence[Parts] = ()
+    """Of some of them: the same names in every batch of an optimizer step's, on every rank."""
 
     def nothing(self) -> Outcome:
         """Of no choice, for a call of the network that is made because other processes make one:
         wrappers see its gradient, which is zero."""
-        return Outcome(self.loss * 0, {name: x[:0] for name, x in self.statistics.items()})
+        parts = [Parts(part.names, torch.zeros_like(part.pairs)) for part in self.parts]
+        return Outcome(self.loss * 0, {n: x[:0] for n, x in self.statistics.items()}, parts)
 
 
 def _statistics(ratio: Tensor, higher: Tensor, lower: Tensor, kl: Tensor) -> dict[str, Tensor]:
@@ -143,7 +167,37 @@ class RatioClip:
             **guide,
             **(batch.key if batch.x_next is None else {}),
         )
-        return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl))
+        statistics = _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl)
+        return Outcome(out.loss, statistics, self.replayed(batch, v, guide))
+
+    @torch.no_grad()
+    def replayed(
+        self, batch: StepBatch, velocity: Tensor, guide: Mapping[str, Any]
+    ) -> Sequence[Parts]:
+        """Where the weights are those that sampled: |log ratio| to what sampling said, whose ratio
+        would be 1, and the share that is not close enough."""
+        if batch.sampled is None:
+            return ()
+        out = policy_loss(
+            velocity,
+            batch.x_t,
+            batch.x_next,
+            batch.coefficients,
+            batch.advantage,
+            row=batch.row,
+            old_velocity=batch.sampled,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            ratio=self.ratio,
+            reduction="sum",
+            backend=self.backend,
+            **{name: value for name, value in guide.items() if name != "uncond_gradient"},
+            **(batch.key if batch.x_next is None else {}),
+        )
+        size = out.ratio.float().log().abs()
+        off = ~(size <= TOLERATED * least_clipped(self.clip_low, self.clip_high))
+        sums = torch.stack([size.sum(), off.sum().to(size)])
+        return [Parts((LOG_RATIO, OFF), torch.stack([sums, torch.full_like(sums, len(size))], 1))]
 
     def ask(
         self, velocity: Velocity, batch: StepBatch, uncond: Tensor | None
@@ -241,3 +295,19 @@ class Matching:
             **batch.key,
         )
         return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.ref))
+
+
+def by_level(out: Outcome, sigma: Tensor, levels: Mapping[float, Tensor]) -> Parts:
+    """ratio_mean and pg_clipfrac at each noise level.
+
+    sigma: (B,), of the choices. levels: as they are on the device, by what they are called.
+    """
+    there = torch.stack([*levels.values()])
+    found = out.statistics
+    clipped = found["pg_clipfrac_higher"].float() + found["pg_clipfrac_lower"]
+    is_at = there[:, None] == sigma
+    values = torch.stack([found["ratio_mean"].float(), clipped])
+    sums = torch.where(is_at, values[:, None], 0.0).sum(2).flatten()
+    count = is_at.sum(1).to(sums).repeat(2)
+    names = [f"{name}/{level:.3f}" for name in ("ratio_mean", "pg_clipfrac") for level in levels]
+    return Parts(tuple(names), torch.stack([sums, count], 1))

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
-    from flowkern.rollout.batches import PointBatch, StepBatch, batch, network_batches, takes_part
+    from flowkern.rollout.batches import (
+        PointBatch,
+        StepBatch,
+        batch,
+        network_batches,
+        sampled_velocity,
+        takes_part,
+    )
     from flowkern.rollout.blocks import Blocks
     from flowkern.rollout.engine import Guidance, Guide, run
     from flowkern.rollout.layout import Layout
@@ -29,6 +36,7 @@ __all__ = [
     "network_batches",
     "prompt_ids",
     "run",
+    "sampled_velocity",
     "takes_part",
 ]
 
@@ -45,6 +53,7 @@ _HOMES = {
     "StepBatch": "flowkern.rollout.batches",
     "batch": "flowkern.rollout.batches",
     "network_batches": "flowkern.rollout.batches",
+    "sampled_velocity": "flowkern.rollout.batches",
     "takes_part": "flowkern.rollout.batches",
     "prompt_ids": "flowkern.rollout.states",
     "run": "flowkern.rollout.engine",

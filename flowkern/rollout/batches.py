@@ -48,6 +48,8 @@ class StepBatch:
     """(R, *D): what those said without a prompt; None: not kept, or not theirs any more."""
     key: dict[str, int | Tensor]
     """seed, sample_id (B,), step (B,): of the noise that led to x_next."""
+    sampled: Tensor | None = None
+    """(R, *D): what sampling said there, where training is to be held against it."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,15 @@ def batch(
     if isinstance(rollout.layout.trained, Points):
         return _points(rollout, site, prompt, advantage)
     return _steps(rollout, site, prompt, advantage, is_on_policy)
+
+
+def sampled_velocity(rollout: Rollout, site: Tensor, prompt: Tensor) -> Tensor | None:
+    """(R, *D), guided, of the calls (site, prompt) on the host; None: it was not kept."""
+    if rollout.velocity is None:
+        return None
+    rollout.wait()
+    device = rollout.source.prompt_id.device
+    return picked(rollout.velocity, *indices([site, prompt], device), device)
 
 
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:

@@ -250,6 +250,10 @@ class TrainConfig(Section):
     rollout_unshard: Literal["auto"] | bool = "auto"
     """Under train.sharding: gather all weights once while samples are drawn, not at every call;
     auto: where they take at most half of the device's free memory, and not on a CPU."""
+    ratio_guard: Literal["stop", "warn"] | None = "stop"
+    """Where a rollout of images has several updates that clip a ratio, the first is held against
+    what sampling said: its ratio is 1, or a quarter of the clip range from it at most, or else the
+    run stops, with what `flowkern doctor` says of it; warn: it says so once; None: nobody looks."""
     checkpointing_steps: Steps = 100
     """Optimizer steps between checkpoints; one is always written at the end."""
     checkpoints_total_limit: Annotated[int | None, ABOVE_0] = None

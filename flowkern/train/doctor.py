@@ -19,7 +19,7 @@ import torch
 
 from flowkern.checks import ConfigError
 from flowkern.ops._common.dispatch import backends
-from flowkern.rl.objectives import RatioClip
+from flowkern.rl.objectives import TOLERATED, RatioClip, least_clipped
 from flowkern.rl.recipe import Recipe
 from flowkern.train import distributed, tracking
 from flowkern.train.causes import Cause, causes_at_equal_batches, causes_at_other_batches
@@ -34,8 +34,6 @@ from flowkern.train.replay import Compared, Replay
 
 ELEMENTS = 65_536
 """Of the latents that the papers' clip ranges are for: 512 x 512 pixels."""
-TOLERATED = 0.25
-"""Of the clip range: in other batches than sampling's, rounding may take this much of it."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,12 @@ def examine(loop: Loop) -> Report:
     return Report(facts, clip, shapes, findings, _notes(task, facts))
 
 
+def diagnosis(loop: Loop) -> Sequence[Finding]:
+    """Of the rollout of a run under way, as its weights are. Nothing of it is changed."""
+    replay = Replay(loop, loop.iteration)
+    return _findings(replay, replay.shapes(), _clip(loop.task.objective))
+
+
 def together_of(reports: Sequence[Report]) -> Report:
     """What processes found, as one: of each noise level and each cause the worst."""
     first, *others = reports
@@ -189,8 +193,7 @@ def _clip(objective: Any) -> float | None:
     """Of a log-ratio, on either side, the nearer."""
     if getattr(objective, "objective", None) == "nft":
         return None
-    low, high = objective.clip_low, objective.clip_high
-    return min(-math.log1p(-low) if low < 1 else math.inf, math.log1p(high))
+    return least_clipped(objective.clip_low, objective.clip_high)
 
 
 def _levels(compared: Compared) -> list[Level]:

@@ -6,7 +6,7 @@ P prompts of a rollout, of this rank unless stated, each with L leaves and C tra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,25 @@ from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Model, guide_of
 from flowkern.rl.cost import network_calls
-from flowkern.rl.objectives import Outcome
+from flowkern.rl.objectives import Outcome, Parts, by_level
 from flowkern.rollout import (
     Blocks,
     Layout,
     Plan,
     Rollout,
     Source,
+    StepBatch,
     network_batches,
     prompt_ids,
     run,
+    sampled_velocity,
     takes_part,
 )
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, slices
 from flowkern.rollout.moves import moved
 from flowkern.rollout.states import OnHost
-from flowkern.train import distributed
+from flowkern.train import distributed, metrics
 from flowkern.train.attention import require_attention
 from flowkern.train.blocks import is_tried, require_quantization, set_blocks, try_blocks
 from flowkern.train.config import Config, ConfigError
@@ -70,6 +72,8 @@ class FlowBatch(Batch):
     prompt: Tensor
     counts: bool
     """False: the network is called because other processes call it, and nothing is learned."""
+    is_replayed: bool
+    """Is it held against what sampling said?"""
 
 
 class FlowTask:
@@ -213,9 +217,11 @@ class FlowTask:
         laps.mark(REWARD)
         weights = self.config.reward.weights
         flat = self.recipe.credit().zero_std_ratio(scores, weights, plan)
-        sampling, training = self.released_calls(iteration)
+        credit, (sampling, training) = self.recipe.credit(), self.released_calls(iteration)
+        told = metrics.spread(scores, weights, advantage, credit.limit * abs(credit.scale))
+        told |= {"zero_std_ratio": flat, "nfe/naive_sample": sampling}
         return FlowExperience(
-            figures=found.means() | {"zero_std_ratio": flat, "nfe/naive_sample": sampling},
+            figures=found.means() | told,
             every={"nfe/naive_train": training // self.recipe.updates_per_rollout},
             laps=laps,
             samples=len(found),
@@ -310,12 +316,14 @@ class FlowTask:
         there = ~advantage.isnan()
         total = max(1, int(there.sum())) / self.world
         teaches = bool((there & (needs_all | (advantage != 0))).any())
+        on_policy = update == 0 and self.recipe.sampler is None
+        looks = on_policy and self.config.train.ratio_guard is not None
         return [
             FlowBatch(
                 total, teaches, experience, site, share[prompt],
-                takes_part(layout, advantage[self.rank], site, prompt),
+                takes_part(layout, advantage[self.rank], site, prompt), looks and i == 0,
             )
-            for site, prompt in parts
+            for i, (site, prompt) in enumerate(parts)
         ]  # fmt: skip
 
     def loss(self, batch: FlowBatch, weights: Weights) -> Outcome:
@@ -327,8 +335,21 @@ class FlowTask:
         # No copy that is known to equal the weights.
         names = [name for name in self.objective.anchors if not weights.is_current(name)]
         anchors = {name: self.anchor(name, experience.conditioning, weights) for name in names}
+        if batch.is_replayed and isinstance(trained, StepBatch):
+            said = sampled_velocity(experience.rollout, batch.site, batch.prompt)
+            trained = replace(trained, sampled=said)
         out = self.objective(trained, learn, anchors)
+        if isinstance(trained, StepBatch) and trained.old_velocity is not None:
+            out = replace(out, parts=[*out.parts, self._by_level(out, trained, experience.rollout)])
         return out if batch.counts else out.nothing()
+
+    def _by_level(self, out: Outcome, trained: StepBatch, rollout: Rollout) -> Parts:
+        """Where the ratio is not 1 by definition."""
+        sigma = trained.sigma if trained.row is None else trained.sigma[trained.row]
+        there = rollout.layout.tables(self.device, rollout.source.precision).sigma
+        on_host = rollout.layout.trained.sigma.tolist()
+        places = {level: on_host.index(level) for level in sorted({*on_host}, reverse=True)}
+        return by_level(out, sigma, {level: there[i] for level, i in places.items()})
 
     def velocity(self, conditioning: Conditioning, network: nn.Module | None = None) -> Velocity:
         """Of prompts by their places, through the network that is asked; None: the model's own."""

@@ -34,6 +34,7 @@ from flowkern.train.optimizer import (
     restore,
     set_rate,
 )
+from flowkern.train.ratio_guard import RatioGuard
 from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
 from flowkern.train.sharding import require, saves_alone, spread
@@ -57,6 +58,7 @@ class Loop:
         self.updates_done = 0  # optimizer steps of the rollout under way
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
+        self.guard = RatioGuard(self)
         self.failures = Failures(config.train.max_failed_rewards)
         require_optimizer(config)
         self.accelerator = distributed.make_accelerator(config)
@@ -177,7 +179,8 @@ class Loop:
             calls = [round(self.world * mean) for mean in others[-2:]]
         loss, found = sums.named(values)
         self._require_finite(loss, grad_norm)
-        step = self.global_step + 1
+        self.guard.look(found)
+        step, rate = self.global_step + 1, self.optimizer.param_groups[0]["lr"]
         with self.changing():
             if batch.teaches:
                 self.optimizer.step()
@@ -189,7 +192,7 @@ class Loop:
                 self.copies.update(EVALUATED, min((1 + step) / (10 + step), options.ema_decay))
         self.progress.sampled, trained = calls
         self.progress.trained.append(trained)
-        return {"step": step, **found, "grad_norm": grad_norm}
+        return {"step": step, "loss": loss, **found, "grad_norm": grad_norm, "lr": rate}
 
     def _require_finite(self, loss: float, grad_norm: float) -> None:
         is_scaled = self.accelerator.scaler is not None  # fp16 skips a step that overflowed

@@ -20,6 +20,7 @@ class Sums:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._parts: list[Tensor] = []
+        self._some: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, out: Outcome) -> None:
         self._names = list(out.statistics)
@@ -27,20 +28,27 @@ class Sums:
         sums = [value.detach().float().sum() for value in values]
         count = len(values[-1])
         self._parts.append(torch.stack([*sums, torch.full_like(sums[0], count)]))
+        for names, pairs in out.parts:
+            self._some[names] = self._some.get(names, 0) + pairs
 
     def over(self, total: float) -> Tensor:
         """The sums divided by the number of choices, those left out included: to be reduced over
         processes.
         """
-        return sum(self._parts) / total
+        some = [pairs.flatten() for pairs in self._some.values()]
+        return torch.cat([sum(self._parts) / total, *some])
 
     def named(self, values: list[float]) -> tuple[float, dict[str, float]]:
         """Of the numbers that `over` became: the loss, and the means of what was trained; none
         where nothing was."""
-        loss, *found, trained = values
+        end = len(self._names) + 2
+        (loss, *found, trained), some = values[:end], values[end:]
         if trained == 0:
             return loss, {}
-        return loss, {n: value / trained for n, value in zip(self._names, found, strict=True)}
+        means = {n: value / trained for n, value in zip(self._names, found, strict=True)}
+        names = [name for names in self._some for name in names]
+        pairs = zip(names, some[::2], some[1::2], strict=True)
+        return loss, means | {name: total / count for name, total, count in pairs if count}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,21 @@ class Experience:
     """Of `samples`, those that no reward could be had of, and nothing is learned from."""
     reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     """Why, by reward."""
+
+
+def spread(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], advantage: Tensor, most: float
+) -> dict[str, float]:
+    """What a rollout's rewards leave to learn: the standard deviation of what is optimized among
+    the images of a prompt, its mean over prompts; and the share of advantages that are at `most`.
+    scores: (P, L) by name, NaN where one failed; advantage: NaN where one takes no part.
+    """
+    reward = sum(weight * scores[name].double() for name, weight in weights.items())
+    mean = reward.nanmean(1, keepdim=True)
+    std = (reward - mean).square().nanmean(1).sqrt()
+    there = advantage[~advantage.isnan()]
+    clipped = (there.abs() >= most * (1 - 1e-12)).double()
+    return {"group_std": std.nanmean().item(), "adv_clip_ratio": clipped.nanmean().item()}
 
 
 @dataclass

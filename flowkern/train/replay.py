@@ -86,17 +86,17 @@ def _values(one: Compared) -> tuple[Tensor, ...]:
 
 
 class Replay:
-    """The first rollout of a run: of each depth of its plan one network call, the first in which
+    """A rollout of a run, its first: of each depth of its plan one network call, the first in which
     something is trained, and what leads there."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop, self.task = loop, loop.task
+    def __init__(self, loop: Loop, iteration: int = 0) -> None:
+        self.loop, self.task, self.iteration = loop, loop.task, iteration
         task, config = self.task, loop.config
         self.halves = 1 if task.guidance is None else 2
         self.size = config.train.max_batch // self.halves
         """Rows of a call in sampling, at most."""
         self.learn_size = max(1, config.train.max_batch // task.objective.together)
-        drawn = [prompt["prompt"] for prompt in task.draw_prompts(0)]
+        drawn = [prompt["prompt"] for prompt in task.draw_prompts(iteration)]
         self.others = [max(range(len(drawn)), key=lambda i: len(drawn[i])), len(drawn)]
         """Places of the longest prompt and of none, which is the shortest."""
         texts = [*drawn, task.model.guidance.negative_prompt]
@@ -129,14 +129,14 @@ class Replay:
         """What is not needed for the rows that are compared is answered with zeros, unasked."""
         task = self.task
         recipe, seed = task.recipe, task.config.seed
-        layout = Layout(recipe.plan(task.model.sigmas, 0, seed))
+        layout = Layout(recipe.plan(task.model.sigmas, self.iteration, seed))
         parts = list(_calls(layout, len(task.slots), self.size))
         chosen, needed = _chosen(layout, parts)
         wanted = [any(node in needed for node, _ in part) for part in parts]
         site = {node: i for i, node in enumerate(layout.origins)}
         sites, prompts, calls = [], [], []
         with heard(task.model, wanted) as found:
-            blocks = task.sample(0, self.conditioning)
+            blocks = task.sample(self.iteration, self.conditioning)
             for _ in blocks:
                 pass
         for part, call in ((parts[i], found[i]) for i in chosen):

@@ -37,6 +37,8 @@ FAULTS = ("stopped", "failed", "resumed", "unscored")
 TOGETHER = {
     r"ratio_(mean|min|max)": "Ratio of probabilities",
     r"pg_clipfrac_\w+": "Share that is clipped",
+    r"ratio_mean/.+": "Ratio by noise level",
+    r"pg_clipfrac/.+": "Share that is clipped, by noise level",
     r"kl(_\w+)?": "KL to the reference",
     r"timing_s/(?!step$).+": "Seconds per phase",
     r"nfe/(naive_)?sample": "Network rows, sampling",

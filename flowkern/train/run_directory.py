@@ -24,6 +24,7 @@ from flowkern.train.config import Config, ConfigError, LoraConfig, sections, to_
 from flowkern.train.data import SPLITS, digest_of
 from flowkern.train.events import EVENTS
 from flowkern.train.lock import Lock
+from flowkern.train.trackers import Trackers
 from flowkern.train.tracking import flat
 
 METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
@@ -45,6 +46,7 @@ class RunDirectory:
         self.saved = self.logged = 0  # the steps of the newest checkpoint, of the last metrics
         self._taken: dict[str, tuple[Any, Any]] = {}
         self._lock: Lock | None = None
+        self._trackers = Trackers(accelerator, self.path)
 
     # ---- beginning ----
 
@@ -60,7 +62,7 @@ class RunDirectory:
             self.saved = step if self._is_mine(found) else 0
         distributed.on_main(self.accelerator, lambda: self._prepare(found, step))
         if self.config.train.report_to:
-            self.accelerator.init_trackers("flowkern", config=flat(to_dict(self.config)))
+            self._trackers.begin(flat(to_dict(self.config)))
 
     def release(self) -> None:
         if self._lock is not None:
@@ -147,12 +149,14 @@ class RunDirectory:
             if self.is_main:
                 durable.append_line(self.path / METRICS, record)
             self.logged = record["step"]
-            self.accelerator.log(record, step=record["step"])
+            self._trackers.log(record)
 
     def log_validation(self, step: int, figures: Mapping[str, float]) -> None:
         """A line that says that the validation is done; none where there are no figures."""
         if self.is_main and figures:
             durable.append_line(self.path / VALIDATION, {"step": step, **figures})
+            grid = self.path / SAMPLES / f"step-{step}.png"
+            self._trackers.log_validation(step, figures, grid)
 
     def is_validated(self, step: int) -> bool:
         """Is that line written? A run that was stopped before it makes up for it."""

@@ -58,10 +58,12 @@ def figures(told: Sequence[Told], min_std: float) -> dict[str, float]:
     groups = defaultdict(list)
     for one in told:
         groups[one.question].append(one.reward)
-    flat = [pstdev(rewards) < max(min_std, 1e-300) for rewards in groups.values()]
+    spread = [pstdev(rewards) for rewards in groups.values()]
+    flat = [std < max(min_std, 1e-300) for std in spread]
     return {
         "reward/mean": fmean(one.reward for one in told),
         **_rewards(told),
+        "group_std": fmean(spread),
         "zero_std_ratio": fmean(flat),
         **_counts(told),
     }

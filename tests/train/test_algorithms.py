@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from legend import unknown
 from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
@@ -139,6 +140,7 @@ def test_it_costs_what_its_plan_says_and_begins_on_policy(small, name):
         is_on_policy = recipe.sampler is None or iteration == 0
         assert records[0]["ratio_mean"] == pytest.approx(1, abs=0 if is_on_policy else 1e-5)
         assert all(record["grad_norm"] > 0 for record in records)
+        assert not unknown(*records)
     before = [p.detach().clone() for p in loop.parameters]
     assert any(p.abs().sum() > 0 for p in before)
 

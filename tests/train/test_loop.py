@@ -1,6 +1,7 @@
 """The loop on the demo model: its laws, its files, its refusals."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +24,14 @@ from flowkern.train.loop import Loop
 
 DIGITS = Path(__file__).resolve().parents[2] / "assets/digits-sd3"
 EVERY_STEP = {
-    "step", "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "grad_norm", "nfe/train",
+    "step", "loss", "lr",
+    "ratio_mean", "pg_clipfrac_higher", "pg_clipfrac_lower", "kl", "grad_norm", "nfe/train",
     "nfe/naive_train", "timing_s/train", "timing_s/step", "memory/peak_gb",
 }  # fmt: skip
 FIRST_AFTER_ROLLOUT = {
     "reward/mean", "reward/digits_classifier", "reward/digits_judge", "reward/distance_to_real",
     "nfe/sample", "nfe/naive_sample", "timing_s/rollout", "timing_s/reward", "zero_std_ratio",
+    "group_std", "adv_clip_ratio", "replay/log_ratio", "replay/off",
     "throughput/images_per_s",
 }  # fmt: skip
 
@@ -40,7 +43,9 @@ def test_a_run_leaves_its_files_and_exactly_the_agreed_keys(tiny, drawn, capsys)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     for i, record in enumerate(records):
-        assert set(record) == EVERY_STEP | (FIRST_AFTER_ROLLOUT if i % 2 == 0 else set())
+        levels = {key for key in record if re.fullmatch(r"(ratio_mean|pg_clipfrac)/[01]\.\d+", key)}
+        assert set(record) - levels == EVERY_STEP | (FIRST_AFTER_ROLLOUT if i % 2 == 0 else set())
+        assert len(levels) == (0 if i % 2 == 0 else 2 * 2), "two levels are trained"
         parts = ("timing_s/rollout", "timing_s/reward", "timing_s/train")
         total = sum(record.get(part, 0) for part in parts)
         assert record["timing_s/step"] == pytest.approx(total)
@@ -363,7 +368,7 @@ def test_the_loop_trains_whatever_a_task_makes_of_it(tiny, tmp_path, monkeypatch
     one, two = tmp_path / "straight", tmp_path / "resumed"
     records = lines(one / "metrics.jsonl")
     assert records == lines(two / "metrics.jsonl") and len(records) == 4
-    names = "step error grad_norm reward/mean nfe/sample nfe/train"
+    names = "step loss error grad_norm lr reward/mean nfe/sample nfe/train"
     assert list(records[0]) == names.split()
     assert records[0]["nfe/sample"] == 5 and records[3]["nfe/train"] == 8
     assert records[2]["error"] < records[0]["error"]

@@ -13,6 +13,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from legend import unknown
 from safetensors.torch import load_file
 
 from flowkern.checks import ConfigError
@@ -68,6 +69,7 @@ def test_a_run_is_the_same_stopped_and_resumed(planner, tmp_path, lines):
     kinds = {f"eval/success/{kind}" for kind in ("total", "difference", "times")}
     wanted = {"eval/success", "eval/success_greedy", "eval/malformed", "turns/mean", "tool/failed"}
     assert kinds | wanted | {"tokens/prompt", "tokens/response"} <= evaluations[0].keys()
+    assert not unknown(*whole, *evaluations) and "entropy" in whole[0]
     first = whole[0]
     assert first["ratio_mean"] == 1 and whole[1]["ratio_mean"] != 1
     assert first["nfe/sample"] > first["nfe/train"] > 0 and first["turns/mean"] > 2
