@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,6 +30,7 @@ __all__ = [
     "TowerReward",
     "load_clip",
     "load_network",
+    "placed",
     "shared",
     "unit",
 ]
@@ -69,6 +71,7 @@ class TowerReward(TowerOptions, FrameReward):
         FrameReward.__post_init__(self)
 
 
+_MOVING = Lock()
 _NETWORKS: WeakValueDictionary[tuple[Any, ...], nn.Module] = WeakValueDictionary()
 
 
@@ -128,6 +131,12 @@ def load_network(
     return shared((str(folder.resolve()), kind), dtype, device, load), folder
 
 
+def placed(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network, on a device. Several threads may ask: a server has one for each reward."""
+    with _MOVING:
+        return network.to(device)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' bars and tables: what they would tell is checked and said in a line."""
@@ -166,7 +175,7 @@ class ImageTower:
     def image_features(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> (N, D) float32 of length 1, on the network's device."""
         device = self.device or images.device
-        network = self.network.to(device)
+        network = placed(self.network, device)
         dtype = next(p.dtype for p in network.parameters() if p.ndim > 1)
         ask = getattr(network, "get_image_features", network)
         parts = [
@@ -192,7 +201,7 @@ class Clip(ImageTower):
     def text_features(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """(N, D) float32 of length 1, and which were cut (N,); each prompt is read once."""
         device = self.device or device
-        network = self.network.to(device)
+        network = placed(self.network, device)
         once = list(dict.fromkeys(prompts))
         parts, cut = [], []
         for start in range(0, len(once), self.batch):
