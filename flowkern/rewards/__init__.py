@@ -71,6 +71,7 @@ REWARDS = {
     "ocr": "flowkern.rewards.ocr:Ocr",
     "pickscore": "flowkern.rewards.pickscore:PickScore",
     "remote": "flowkern.rewards.remote.client:RemoteReward",
+    "videoalign": "flowkern.rewards.videoalign:VideoAlign",
     "vlm_judge": "flowkern.rewards.judge:VlmJudge",
 }
 """Short names; the modules behind them are imported only when asked for."""
