@@ -665,7 +665,9 @@ def test_the_command_serves_what_the_reward_scores_and_ends_at_ctrl_c(tmp_path, 
     from flowkern.rewards.digits import DigitsClassifier, real_digits
 
     monkeypatch.setenv("REWARD_TOKEN", "s3cret")
-    server = command("digits_classifier", "--port", "0", "--token-env", "REWARD_TOKEN")
+    server = command(
+        "digits_classifier", "--port", "0", "--token-env", "REWARD_TOKEN", "--max-bytes", "30000000"
+    )
     try:
         said = server.stdout.readline()
         url = re.fullmatch(r"serving digits_classifier at (http://\S+), with the token\n", said)[1]
@@ -678,6 +680,15 @@ def test_the_command_serves_what_the_reward_scores_and_ends_at_ctrl_c(tmp_path, 
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
         found, _ = remote(pixels, prompts, metadata)
         assert torch.equal(found, torch.as_tensor(wanted).double())
+        # Refused before it is read, and told so: the connection does not just break.
+        large = {"content": bytes(2 * 10**7), "headers": {"content-type": JSON}}
+        for secret, status in ((None, 401), ("s3cret", 400)):
+            with pytest.raises(RewardError, match=f"answered {status}: ") as error:
+                Http(url, secret=secret, retries=0).post("/v1/score", **large)
+            assert not isinstance(error.value, Unscored)
+        with pytest.raises(RewardError, match="answered 413: body: expected at most 30000000"):
+            large["content"] = bytes(40_000_000)
+            Http(url, secret="s3cret", retries=0).post("/v1/score", **large)
         server.send_signal(signal.SIGINT)
         out, err = server.communicate(timeout=20)
     finally:

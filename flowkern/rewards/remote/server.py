@@ -35,20 +35,12 @@ def app(service: Service, token: str | None = None, upload_s: float | None = Non
     body may take to come; None: by its size."""
 
     async def score(request: Request) -> Response:
-        _authorize(request, token)
-        known = request.headers.get("flowkern-protocol", str(PROTOCOL))
-        if known != str(PROTOCOL):
-            got = f"Flowkern-Protocol: got {known:.20}, expected {PROTOCOL}"
-            raise Refused(400, "unknown_protocol", got)
-        key = request.headers.get("idempotency-key")
-        if key is not None and not 0 < len(key) <= LONGEST_KEY:
-            got = f"Idempotency-Key: got {len(key)} characters, expected 1 to {LONGEST_KEY}"
-            raise Refused(400, "bad_key", got)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in READERS:
-            got = f"Content-Type: got {kind!r:.100}, expected {' or '.join(READERS)}"
-            raise Refused(415, "unknown_type", got)
-        service.require_room()
+        try:
+            kind, key = _head(request, token)
+            service.require_room()
+        except Refused:
+            await _discard(request, service.limits.max_bytes, upload_s)
+            raise
         body, digest = await _body(request, kind, service.limits.max_bytes, upload_s)
         answer = service.submit(kind, body, key, digest)
         # Of one that gives up meanwhile, another may ask for the same.
@@ -77,6 +69,32 @@ def app(service: Service, token: str | None = None, upload_s: float | None = Non
     )
 
 
+def _head(request: Request, token: str | None) -> tuple[str, str | None]:
+    """(content type, idempotency key) of a request whose body may be read."""
+    _authorize(request, token)
+    known = request.headers.get("flowkern-protocol", str(PROTOCOL))
+    if known != str(PROTOCOL):
+        got = f"Flowkern-Protocol: got {known:.20}, expected {PROTOCOL}"
+        raise Refused(400, "unknown_protocol", got)
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= LONGEST_KEY:
+        got = f"Idempotency-Key: got {len(key)} characters, expected 1 to {LONGEST_KEY}"
+        raise Refused(400, "bad_key", got)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in READERS:
+        got = f"Content-Type: got {kind!r:.100}, expected {' or '.join(READERS)}"
+        raise Refused(415, "unknown_type", got)
+    return kind, key
+
+
+async def _discard(request: Request, most: int, upload_s: float | None) -> None:
+    """Let a body come that nobody reads: who sends it would else see a broken connection, and not
+    the answer."""
+    with contextlib.suppress(Refused):
+        async for _ in _parts(request, 4 * most, upload_s):
+            pass
+
+
 def _authorize(request: Request, token: str | None) -> None:
     if token is None:
         return
@@ -89,28 +107,41 @@ def _authorize(request: Request, token: str | None) -> None:
 async def _body(
     request: Request, kind: str, most: int, upload_s: float | None
 ) -> tuple[bytes, bytes]:
-    """The body, which is not read past the limit, and the digest of it and its type."""
-    said = request.headers.get("content-length")
-    size = int(said) if said and said.isdecimal() else None
-    too_large = Refused(
-        413, "too_large", f"body: got {size or 'more'} bytes, at most {most} are read"
-    )
-    if size is not None and size > most:
-        raise too_large
-    seconds = upload_s or seconds_for(most if size is None else size)
-    body, digest = bytearray(), hashlib.sha256(kind.encode())
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > most:
-                    raise too_large
-                digest.update(part)
-    except TimeoutError:
-        raise Refused(408, "slow", f"body: not here after {seconds:.3g} s") from None
-    except ClientDisconnect:
-        raise Refused(400, "broken", "body: ended early") from None
-    return bytes(body), digest.digest()
+    """The body, and the digest of it and its type."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > most:
+        await _discard(request, most, upload_s)
+        raise _too_large(most)
+    parts, digest = [], hashlib.sha256(kind.encode())
+    async for part in _parts(request, most, upload_s):
+        parts.append(part)
+        digest.update(part)
+    return b"".join(parts), digest.digest()
+
+
+def _too_large(most: int) -> Refused:
+    return Refused(413, "too_large", f"body: expected at most {most} bytes")
+
+
+async def _parts(request: Request, most: int, upload_s: float | None) -> AsyncIterator[bytes]:
+    """Of a body, not past the limit, and not after its time."""
+    seconds, size = upload_s or seconds_for(most), 0
+    end = asyncio.get_running_loop().time() + seconds
+    stream = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout_at(end):
+                part = await anext(stream, None)
+        except TimeoutError:
+            raise Refused(408, "slow", f"body: not here after {seconds:.3g} s") from None
+        except ClientDisconnect:
+            raise Refused(400, "broken", "body: ended early") from None
+        if part is None:
+            return
+        size += len(part)
+        if size > most:
+            raise _too_large(most)
+        yield part
 
 
 def _refusal(_: Request, error: Exception) -> Response:
