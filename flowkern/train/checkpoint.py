@@ -115,10 +115,14 @@ def taking(directory: Path, key: str = "train.resume_from_checkpoint") -> Iterat
 
 
 def write(
-    output_dir: Path, step: int, fill: Callable[[Path], None], limit: int | None = None
+    output_dir: Path,
+    step: int,
+    fill: Callable[[Path], None],
+    limit: int | None = None,
+    kept: int | None = None,
 ) -> Path:
     """Make checkpoint-`step` of what `fill` writes into a directory, and remove the oldest others
-    beyond `limit`.
+    beyond `limit`, but for that of step `kept`.
 
     Raises OSError, of one line, where it cannot be written; nothing of it stays then.
     """
@@ -142,7 +146,7 @@ def write(
     doomed = [set_aside(final)] if final.exists() else []
     os.replace(partial, final)
     sync(output_dir)
-    others = [path for path in checkpoints(output_dir) if path != final]
+    others = [path for path in checkpoints(output_dir) if step_of(path) not in (step, kept)]
     if limit is not None:
         doomed += [set_aside(path) for path in others[: max(0, len(others) + 1 - limit)]]
     _remove(doomed)

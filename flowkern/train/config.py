@@ -16,7 +16,6 @@ from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, ConfigError, Range, co
 from flowkern.lookup import load
 from flowkern.rewards import require_reward
 from flowkern.rl.algorithms import name_of, recipe
-from flowkern.rl.recipe import Levels
 from flowkern.train import tree as trees
 from flowkern.train.fields import (
     Algorithm,
@@ -30,6 +29,7 @@ from flowkern.train.fields import (
     is_file,
     wanted,
 )
+from flowkern.train.validation_config import ValidationConfig, require_judges
 
 __all__ = ["Config", "ConfigError", "Sampling", "from_dict", "load_config", "to_dict"]
 
@@ -256,6 +256,9 @@ class TrainConfig(Section):
     run stops, with what `flowkern doctor` says of it; warn: it says so once; None: nobody looks."""
     checkpointing_steps: Steps = 100
     """Optimizer steps between checkpoints; one is always written at the end."""
+    checkpointing_minutes: Annotated[float | None, ABOVE_0] = None
+    """Minutes since the last one after which another is written, at the end of an iteration; None:
+    by steps alone."""
     checkpoints_total_limit: Annotated[int | None, ABOVE_0] = None
     """How many checkpoints to keep, the latest; None: all."""
     resume_from_checkpoint: Text | None = None
@@ -295,19 +298,6 @@ class TrainConfig(Section):
         return self
 
 
-class ValidationConfig(Section):
-    steps: Steps = 100
-    """Optimizer steps between validations; one is always made at the start and at the end."""
-    num_prompts: Annotated[int, count(2**16)] = 20
-    """How many of data.test_prompts, the first, one image each."""
-    num_images: Annotated[int, count(1000)] = 20
-    """How many of these are shown in samples/step-N.png."""
-    num_inference_steps: Levels = 40
-    """Steps of the deterministic sampler."""
-    guidance_scale: Annotated[float, AT_LEAST_0] = 4.5
-    """Classifier-free guidance; up to 1 is none."""
-
-
 class Config(Section):
     output_dir: Place
     """The run directory: metrics, samples, checkpoints."""
@@ -329,6 +319,11 @@ class Config(Section):
     """Held-out prompts, scored and drawn."""
     algorithm: Algorithm
     """The recipe: `name`, or "module:Class" of your own, and what differs from its defaults."""
+
+    @model_validator(mode="after")
+    def _judges(self) -> Self:
+        require_judges(self.validation, self.data.test_prompts is not None, self.reward)
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

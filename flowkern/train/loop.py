@@ -20,6 +20,7 @@ import torch
 from flowkern.lookup import load
 from flowkern.split import gathered, whole
 from flowkern.train import banner, distributed, metrics, tracking
+from flowkern.train.cadence import Cadence
 from flowkern.train.checkpoint import taking
 from flowkern.train.config import Config
 from flowkern.train.copies import Copies, Weights
@@ -58,7 +59,7 @@ class Loop:
         self.updates_done = 0  # optimizer steps of the rollout under way
         self.is_whole = True  # no optimizer step is half done
         self.progress: Progress | None = None
-        self.guard = RatioGuard(self)
+        self.guard, self.cadence = RatioGuard(self), Cadence(self)
         self.failures = Failures(config.train.max_failed_rewards)
         require_optimizer(config)
         self.accelerator = distributed.make_accelerator(config)
@@ -264,7 +265,9 @@ class Loop:
                     self.advance()
                 except BaseException as error:
                     return self.leave(error)
-            self.directory.say(f"done: {self.global_step} steps in {self.directory.path}", "done")
+            why = f", ended early: {self.cadence.ends}" if self.cadence.ends else ""
+            done = f"done: {self.global_step} steps in {self.directory.path}"
+            self.directory.say(done + why, "done")
             distributed.finish(self.accelerator)
             self.directory.publish()
             return 0
@@ -286,9 +289,12 @@ class Loop:
         options = self.config.train
         with self.display.running(self.global_step):
             before = self.global_step - self.recipe.updates_per_rollout
-            if self.updates_done == 0 and not self.directory.is_validated(self.global_step):
-                self.validate_if_due(before)
-            while self.global_step < options.steps:
+            if self.updates_done == 0:
+                if self.directory.is_validated(self.global_step):
+                    self.cadence.judge()
+                else:
+                    self.validate_if_due(before)
+            while self.global_step < options.steps and self.cadence.ends is None:
                 self.stop.poll()
                 before = self.global_step - self.updates_done
                 records = self.step()
@@ -296,25 +302,21 @@ class Loop:
                 self.display.log(records)
                 self.stop.poll()
                 self.validate_if_due(before)
-                if self.is_due(options.checkpointing_steps, before):
+                if self.cadence.saves(before):
                     with self.display.phase("saving"):
                         self.checkpoint()
                         self.directory.draw_curves()
                         self.accelerator.wait_for_everyone()
 
-    def is_due(self, every: int, before: int) -> bool:
-        """Has the iteration that began at `before` passed a multiple of `every`, or the end?"""
-        step = self.global_step
-        return step >= self.config.train.steps or step // every > before // every
-
     def validate_if_due(self, before: int) -> None:
-        if not self.is_due(self.config.validation.steps, before):
+        if not self.cadence.is_due(self.config.validation.steps, before):
             return
         with self.display.phase("validation"):
             with self.weights.using(self.evaluated), self.processes.drawing():
                 found = self.task.evaluate(self.global_step)
             self.directory.log_validation(self.global_step, found)
             self.directory.draw_curves()
+            self.cadence.judge()
 
     def leave(self, error: BaseException) -> int:
         """Save what is finished. Returns the status that a signal asks for, or raises RunError."""
@@ -355,3 +357,4 @@ class Loop:
 
     def checkpoint(self) -> None:
         self.directory.save(self.global_step, self.save, not self.processes.saves_alone)
+        self.cadence.has_saved()

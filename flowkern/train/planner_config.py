@@ -13,6 +13,7 @@ from flowkern.checks import ABOVE_0, ConfigError, count, shown
 from flowkern.lookup import locate
 from flowkern.train.config import Config, DataConfig, Rewards, Steps, TrainConfig
 from flowkern.train.fields import Collection, Origin, Place, Section, Text, TurnAlgorithm
+from flowkern.train.validation_config import Judged
 
 
 class PlannerModel(Section):
@@ -115,10 +116,15 @@ class PlannerTrain(TrainConfig):
                 f"train.max_failed_rewards: got {self.max_failed_rewards:g}, but an answer without "
                 "a reward ends a planner's run; expected it left out"
             )
+        if self.ratio_guard != "stop":
+            raise ValueError(
+                f"ratio_guard: got {self.ratio_guard}, but nothing of a planner's rollout is held "
+                "against it; expected it left out"
+            )
         return self
 
 
-class PlannerValidation(Section):
+class PlannerValidation(Judged):
     steps: Steps = 100
     """Optimizer steps between evaluations; one is always made at the start and at the end."""
     num_prompts: Annotated[int, count(2**20)] = 400

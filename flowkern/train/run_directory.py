@@ -26,6 +26,7 @@ from flowkern.train.events import EVENTS
 from flowkern.train.lock import Lock
 from flowkern.train.trackers import Trackers
 from flowkern.train.tracking import flat
+from flowkern.train.verdict import Verdict, verdict
 
 METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
 FIXED = ("seed", "model.", "lora.", "algorithm.", "data.prompt_column")
@@ -35,6 +36,7 @@ FREE = ("output_dir", "train.resume_from_checkpoint", "train.overwrite_output_di
 OPTIMIZER, EIGHT_BITS = "train.optimizer", "adamw_8bit"
 MEAN = "train.ema_decay"
 PROMPTS = "prompts.json"  # of a checkpoint
+BEST = "best.json"
 
 
 class RunDirectory:
@@ -133,7 +135,10 @@ class RunDirectory:
         asks_all: the others call it too, with None, for their parts."""
         if self.is_main:
             limit = self.config.train.checkpoints_total_limit
-            checkpoint.write(self.path, step, lambda directory: self._fill(directory, fill), limit)
+            kept = self._best_step() if limit is not None else None
+            checkpoint.write(
+                self.path, step, lambda directory: self._fill(directory, fill), limit, kept
+            )
         elif asks_all:
             fill(None)
         self.saved = step
@@ -157,6 +162,24 @@ class RunDirectory:
             durable.append_line(self.path / VALIDATION, {"step": step, **figures})
             grid = self.path / SAMPLES / f"step-{step}.png"
             self._trackers.log_validation(step, figures, grid)
+
+    def verdict(self) -> Verdict | None:
+        """What the validations so far say; None: there was none. On the main process."""
+        records = durable.read_lines(self.path / VALIDATION)
+        return verdict(records, self.config.validation) if records else None
+
+    def note_best(self, record: Mapping[str, Any]) -> None:
+        """best.json: the step whose checkpoint is kept, and why."""
+        metric = self.config.validation.metric
+        if self.is_main:
+            found = {"step": record["step"], "metric": metric, "value": record[metric]}
+            durable.replace(self.path / BEST, json.dumps(found) + "\n")
+
+    def _best_step(self) -> int | None:
+        if self.config.validation.metric is None:
+            return None
+        found = self.verdict()
+        return found.best["step"] if found is not None and found.best is not None else None
 
     def is_validated(self, step: int) -> bool:
         """Is that line written? A run that was stopped before it makes up for it."""
@@ -219,6 +242,7 @@ def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
         METRICS,
         VALIDATION,
         EVENTS,
+        BEST,
         "config-*.yaml",
         "reward_curve.png",
         "report.html",
@@ -241,6 +265,7 @@ def resume(output_dir: Path, found: Path, step: int, tree: Mapping[str, Any]) ->
             path.unlink()
     for name in (METRICS, VALIDATION):
         durable.truncate_lines(output_dir / name, step)
+    (output_dir / BEST).unlink(missing_ok=True)  # said anew with the next validation
     earlier = output_dir / f"config-{step}.yaml"
     if changes(found, tree) and not earlier.exists():
         durable.replace(earlier, (found / CONFIG).read_bytes())
