@@ -1,4 +1,4 @@
-# make speed | algorithms | test | train | lint | fuzz | sanitize | gpu | wheel.   VENV=none uses the Python that is there and installs nothing.
+# make speed | algorithms | test | train | lint | docs | fuzz | sanitize | gpu | wheel.   VENV=none uses the Python that is there and installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 FLOWKERN_BUILD ?= auto
@@ -14,7 +14,7 @@ READY = $(VENV)/.ready-$(FLOWKERN_BUILD)
 unexport PYTHONDONTWRITEBYTECODE
 endif
 
-.PHONY: speed algorithms test train lint fuzz sanitize gpu wheel native clean
+.PHONY: speed algorithms test train lint docs fuzz sanitize gpu wheel native clean
 
 speed: $(READY)
 	$(RUN) benchmarks/speed.py $(ARGS)
@@ -35,6 +35,12 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(if $(CLANG_FORMAT),$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -type f),@echo "csrc: not looked at, there is no clang-format")
+
+# The pages as a site, build/site/index.html; a link that leads nowhere is an error. With VENV=none mkdocs-material has to be there.
+docs: $(READY)
+	$(if $(filter none,$(VENV)),,FLOWKERN_BUILD=none $(PIP) --no-build-isolation --editable '.[docs]')
+	$(RUN) scripts/configuration_page.py --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 # Random calls against float64 and, in sanitize, for memory errors and undefined behavior: make fuzz CALLS=1000 ARGS="--seed 7"
 CALLS ?= 10000

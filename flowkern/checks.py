@@ -65,12 +65,13 @@ def check_fields(owner: Any) -> None:
 
     A class that sets another default keeps the range of the one it derives from.
     """
-    for name, allowed in _ranges(type(owner)).items():
+    for name, allowed in ranges(type(owner)).items():
         allowed.check(name, getattr(owner, name))
 
 
 @lru_cache(maxsize=256)
-def _ranges(kind: type) -> dict[str, Range]:
+def ranges(kind: type) -> dict[str, Range]:
+    """The range of each field of a dataclass, its own or one that it derives from."""
     found = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):

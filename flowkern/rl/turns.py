@@ -27,8 +27,9 @@ class TurnRecipe(AnyRecipe):
     top_p: Annotated[float, SHARE] = 1.0
     """The likeliest tokens that make up this share are sampled from; 1: all."""
     clip_low: Annotated[float, Range(0, 1, above=True)] = 0.2
-    """The ratio's clip range."""
+    """The ratio is clipped at 1 less this."""
     clip_high: Annotated[float, ABOVE_0] = 0.2
+    """The ratio is clipped at 1 and this."""
     dual_clip: Annotated[float | None, Range(1, above=True)] = None
     """The largest ratio where the advantage is negative; None: none."""
     kl_coef: Annotated[float, AT_LEAST_0] = 0.0

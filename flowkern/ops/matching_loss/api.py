@@ -151,8 +151,8 @@ def matching_loss(
             the best that can serve.
 
     Raises:
-        ValueError, TypeError naming the argument; BackendError where the named backend cannot
-        serve.
+        ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
+            named cannot serve.
     """
     if noise is not None and isinstance(step, int) and step == 0:
         step = None  # a default does not go against `noise`
