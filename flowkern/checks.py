@@ -124,3 +124,9 @@ def finite_number(name: str, value: Any, wanted: str, is_right: Callable[[Any], 
     except OverflowError:  # an integer past float64
         pass
     raise ValueError(f"{name}: expected {wanted}, got {shown_in_a_line(value)}")
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError, naming the argument, for what is no integer of at least so many."""
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {least}")

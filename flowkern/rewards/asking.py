@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from flowkern.checks import ConfigError, finite_number
+from flowkern.checks import ConfigError, finite_number, whole_number
 from flowkern.rewards import Unscored
 from flowkern.rewards.http import Http
 from flowkern.web import token
@@ -27,7 +27,7 @@ def server(
 
     Raises ValueError that begins with the option.
     """
-    finite_number("retries", retries, "a whole number from 0", lambda n: n >= 0 and n == int(n))
+    whole_number("retries", retries, 0)
     if request_timeout is not None:
         finite_number("request_timeout", request_timeout, "seconds above 0", lambda s: s > 0)
     try:

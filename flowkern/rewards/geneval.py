@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowkern.checks import finite_number, shown
+from flowkern.checks import finite_number, shown, whole_number
 from flowkern.rewards import Unscored
 from flowkern.rewards.asking import ask_all, server
 from flowkern.rewards.clauses import Thing, Verdict, check_clauses, judge
@@ -74,10 +74,10 @@ class GenEval(FrameReward):
             raise ValueError(f"grade: got {got}, expected one of {', '.join(GRADES)}")
         for key in ("threshold", "counting_threshold"):
             finite_number(key, getattr(self, key), "0 to 1", lambda t: 0 <= t <= 1)
-        finite_number("batch", self.batch, "a whole number above 0", lambda n: n >= 1)
+        whole_number("batch", self.batch)
         patience = self.retries, self.request_timeout
         self.server = server(self.url, self.token_env, *patience, max_bytes=16 * 2**20)
-        self.version = "a detector that was not asked yet"
+        self.detector: str | None = None  # what it says of itself, once it has been asked
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
@@ -117,7 +117,7 @@ class GenEval(FrameReward):
         ]
         answer = self.server.post("/v1/detect", json={"protocol": 1, "images": asked}).json()
         try:
-            self.version = str(answer.get("version", "unknown"))
+            self.detector = str(answer.get("version", "unknown"))
             found = answer["verdicts" if "verdicts" in answer else "detections"]
             if len(found) != len(part):
                 raise ValueError(f"answers for {len(found)} of {len(part)} images")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowkern.checks import finite_number, shown
+from flowkern.checks import finite_number, shown, whole_number
 from flowkern.rewards import Unscored
 from flowkern.rewards.answers import expected_value, stated_score
 from flowkern.rewards.asking import ask_all, server
@@ -107,8 +107,7 @@ class VlmJudge(FrameReward):
                 raise ValueError(f"{key}: got {got}, expected one of {', '.join(known)}")
         for key in ("concurrency", "top_logprobs", "max_tokens", "size"):
             if getattr(self, key) is not None:
-                wanted = "a whole number above 0"
-                finite_number(key, getattr(self, key), wanted, lambda n: n >= 1 and n == int(n))
+                whole_number(key, getattr(self, key))
         finite_number("min_probability", self.min_probability, "0 to 1", lambda p: 0 <= p <= 1)
         finite_number("high", self.high, f"more than low, {self.low}", lambda high: high > self.low)
         if not isinstance(self.model, str) or not self.model:
@@ -121,7 +120,6 @@ class VlmJudge(FrameReward):
         self._values = self._meanings()
         self._text = self._read_prompt()
         self.server = server(self.url, self.token_env, self.retries, self.request_timeout)
-        self.version = self.model
 
     def _meanings(self) -> dict[str, float]:
         """Token -> score, of answers that are one token."""

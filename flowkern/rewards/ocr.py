@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flowkern.checks import ConfigError, finite_number, shown
+from flowkern.checks import ConfigError, finite_number, shown, whole_number
 from flowkern.lookup import load
 from flowkern.rewards.frames import FrameReward
 
@@ -62,17 +62,17 @@ class Ocr(FrameReward):
                 raise ValueError(f"{key}: got {got}, expected one of {', '.join(known)}")
         finite_number("text_score", self.text_score, "0 to 1", lambda s: 0 <= s <= 1)
         if self.threads is not None:
-            finite_number("threads", self.threads, "a whole number above 0", lambda n: n >= 1)
+            whole_number("threads", self.threads)
             if self.engine != "rapidocr":
                 raise ValueError("threads: says how rapidocr runs, and engine is another")
-        self._read: Engine | None = None if self.engine == "rapidocr" else _own(self.engine)
-        self.version = _installed() if self._read is None else shown(self.engine)
+        if self.engine == "rapidocr":
+            self._read, self.version = _rapidocr(self.threads or 1)
+        else:
+            self._read, self.version = _own(self.engine), shown(self.engine)
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._read is None:
-            self._read, self.version = _rapidocr(self.threads or 1)
         pixels = images.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         scores = []
         for image, prompt, row in zip(pixels, prompts, metadata, strict=True):
@@ -148,7 +148,7 @@ def _own(engine: Any) -> Engine:
 
 
 def _installed() -> str:
-    """The packages, with their versions; nothing is loaded. Raises ValueError where one lacks."""
+    """The packages, with their versions."""
     try:
         return ", ".join(f"{name} {version(name)}" for name in ("rapidocr", "onnxruntime"))
     except PackageNotFoundError as error:
@@ -157,7 +157,11 @@ def _installed() -> str:
 
 
 def _rapidocr(threads: int) -> tuple[Engine, str]:
-    """The engine, and what it is: packages and models."""
+    """The engine, which loads its models when it first reads, and what it is: packages and models.
+
+    Raises ValueError where a package lacks.
+    """
+    packages = _installed()
     from rapidocr import RapidOCR
 
     engine = RapidOCR(
@@ -179,4 +183,4 @@ def _rapidocr(threads: int) -> tuple[Engine, str]:
         f"{part.ocr_version.value} {part.model_type.value}"
         for part in (engine.cfg.Det, engine.cfg.Rec)
     ]
-    return read, f"{_installed()}, {' and '.join(dict.fromkeys(models))}"
+    return read, f"{packages}, {' and '.join(dict.fromkeys(models))}"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowkern.checks import finite_number, shown
+from flowkern.checks import finite_number, shown, whole_number
 from flowkern.rewards import Unscored
 from flowkern.rewards.asking import ask_all, server
 from flowkern.rewards.files import pictures, png_base64
@@ -78,9 +78,9 @@ class VideoAlign:
         self.dimensions = list(dict.fromkeys(named))
         if self.fps is not None:
             finite_number("fps", self.fps, "a number above 0", lambda fps: fps > 0)
-        finite_number("concurrency", self.concurrency, "a whole number above 0", lambda n: n >= 1)
+        whole_number("concurrency", self.concurrency)
         self.server = server(self.url, self.token_env, self.retries, self.request_timeout)
-        self.version = "a server that was not asked yet"
+        self.model: str | None = None  # what the server says of itself, once it has been asked
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] = ()
@@ -126,7 +126,7 @@ class VideoAlign:
                 or min(told[f"{n}_std"] for n in DIMENSIONS) <= 0
             ):
                 raise ValueError(f"values are {values}")
-            self.version = str(answer.get("version", "unknown"))
+            self.model = str(answer.get("version", "unknown"))
             return values
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())

@@ -21,7 +21,16 @@ from flowkern import __version__
 from flowkern.train import durable
 
 EVENTS = "events.jsonl"
-PACKAGES = ("torch", "triton", "accelerate", "diffusers", "transformers", "peft")
+PACKAGES = (
+    "torch",
+    "triton",
+    "accelerate",
+    "diffusers",
+    "transformers",
+    "peft",
+    "pillow",
+    "rapidocr",
+)
 
 
 def note(output_dir: Path, event: str, step: int, said: str = "", **more: Any) -> None:

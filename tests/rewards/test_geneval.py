@@ -141,7 +141,7 @@ def test_a_detector_over_http(served):
     assert len(requests) == 2 and requests[0].url.path == "/v1/detect"
     assert scores.tolist() == [1, 1, 1] == info["correct"].tolist()
     assert info["strict_counting"].nan_to_num(-1).tolist() == [-1, 1, -1]
-    assert reward.version == "stand-in 1"
+    assert reward.detector == "stand-in 1"
     with pytest.raises(ValueError, match="include.*of prompt 'b'"):
         reward(images, ["a", "b", "c"], [ROWS[0], {}, {}])
 
@@ -210,7 +210,7 @@ def test_the_detector_of_the_page_speaks_the_protocol(served, monkeypatch):
     scores, info = reward(torch.zeros(2, 3, 4, 4), ["a", "b"], ROWS)
     assert scores.tolist() == [0.5, 1] and info["strict"].tolist() == [0, 1]
     assert seen[0][0].size == (4, 4) and seen[0][1] == {"prompt": "a"} | ROWS[0]
-    assert reward.version == "flow_grpo's"
+    assert reward.detector == "flow_grpo's"
 
 
 def test_options_are_held_to(monkeypatch):
@@ -220,7 +220,7 @@ def test_options_are_held_to(monkeypatch):
         ({"grade": "mean"}, "grade: got 'mean', expected one of scores"),
         ({"threshold": 3}, "threshold: expected 0 to 1"),
         ({"token_env": "DETECTOR_TOKEN"}, "token_env: the environment variable DETECTOR_TOKEN"),
-        ({"retries": -1}, "retries: expected a whole number"),
+        ({"retries": -1}, "retries: got -1, expected a whole number"),
         ({"request_timeout": 0}, "request_timeout: expected seconds"),
     ):
         with pytest.raises(ValueError, match=said):

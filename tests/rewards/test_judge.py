@@ -158,7 +158,7 @@ def test_options_are_held_to(judge):
         ({"levels": {"a": 1, "b": 2}}, "levels: are read by answer: logprob alone"),
         ({"levels": {"a": 1}, "answer": "logprob"}, "levels: got"),
         ({"high": 100, "answer": "logprob"}, "levels: missing; low to high"),
-        ({"concurrency": 0}, "concurrency: expected a whole number"),
+        ({"concurrency": 0}, "concurrency: got 0, expected a whole number"),
         ({"url": "judge"}, "url: got 'judge'"),
         ({"token_env": "NO_SUCH_VARIABLE"}, "token_env: the environment variable"),
         ({"max_token": 3}, "did you mean 'reward.vlm_judge.max_tokens'"),

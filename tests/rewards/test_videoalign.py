@@ -53,7 +53,7 @@ def test_what_goes_and_what_comes_back(served):
     assert {name: value.tolist() for name, value in info.items()} == {
         "VQ": [2, 2], "MQ": [2, 2], "TA": [3, 3]
     }  # fmt: skip
-    assert scores.tolist() == [4, 4] and reward.version == "x"
+    assert scores.tolist() == [4, 4] and reward.model == "x"
     whole = load_reward("videoalign", url="http://server", fps=4)
     served(whole, answer)
     assert whole(videos, ["a", "b"])[0].tolist() == [7, 7]
@@ -92,7 +92,7 @@ def test_options_are_held_to():
         ({"dimensions": []}, "dimensions: got"),
         ({"fps": 0}, "fps: expected a number above 0"),
         ({"url": "server"}, "url: got 'server'"),
-        ({"concurrency": 0}, "concurrency: expected"),
+        ({"concurrency": 0}, "concurrency: got 0, expected"),
     ):
         with pytest.raises(ValueError, match=said):
             load_reward("videoalign", **{"url": "http://server"} | options)

@@ -36,7 +36,8 @@ class Served:
     @property
     def version(self) -> str:
         """Another one scores otherwise, maybe."""
-        made = json.dumps([self.kind, dict(self.options)], sort_keys=True, default=str)
+        engine = str(getattr(self.reward, "version", ""))  # of what it runs, where it says so
+        made = json.dumps([self.kind, dict(self.options), engine], sort_keys=True, default=str)
         return f"{__version__}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 
