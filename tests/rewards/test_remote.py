@@ -487,7 +487,7 @@ def test_an_image_without_a_score_is_nan_and_said(served):
         ({"formt": "raw"}, "formt: unknown key; did you mean 'reward.quality.format'"),
         ({"frames": 0}, "frames: got 0, expected a whole number"),
         ({"batch": 257}, "batch: got 257, expected 1 to 256"),
-        ({"retries": -1}, "retries: expected"),
+        ({"retries": -1}, "retries: got -1"),
         ({"request_timeout": 0}, "request_timeout: expected"),
         (
             {"token_env": "NO_SUCH_TOKEN"},
