@@ -52,7 +52,7 @@ SAID = [
     (["demo", "agnt"], 2, "demo: got 'agnt', expected agent"),
     (["cost", "agentflow"], 2, "agentflow: is not counted: .*turns"),
     (["cost", "--config", AGENT], 2, "agentflow: is not counted"),
-    (["sample", "x"], 2, "required: --prompt"),
+    (["sample", "x"], 2, "one of the arguments --prompt --prompts is required"),
     (
         ["sample", "x", "--prompt", "p", "--num-images", "1001"],
         2,

@@ -8,6 +8,8 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,13 @@ if TYPE_CHECKING:  # a name of a picture is refused before torch is there
     import torch
     from torch import Tensor
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
 ENCODING: dict[str, dict[str, Any]] = {
     "png": {},
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95},
 }
-MOVING = {"png", "webp"}
+MOVING, ONLY_MOVING = {"png", "webp", "mp4"}, {"mp4"}
 SHOWN_FRAMES = 4  # of a video, in a grid
 DRAWN = {"Cs": "\ufffd", **dict.fromkeys(("Cc", "Cf", "Zl", "Zp"), " ")}
 """Instead of letters of these categories: halves of surrogate pairs, and what only steers."""
@@ -50,35 +52,57 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def picture_format(path: Path, key: str = "path", is_video: bool = False) -> str:
-    """What a picture of this name, which the user gave as `key`, is written as.
+def picture_format(path: Path, key: str = "path", is_video: bool | None = False) -> str:
+    """What a picture of this name, which the user gave as `key`, is written as; is_video: None
+    where that is not known yet.
 
-    Raises ValueError for a name that does not end in .png, .webp or, but for a video, .jpg or
-    .jpeg.
+    Raises ValueError for a name that does not end in .png, .webp, .jpg or .jpeg, or of a video in
+    .png, .webp or .mp4; ImportError where .mp4 lacks what it takes.
     """
     found = FORMATS.get(path.suffix.lower())
     if is_video and found not in MOVING:
-        raise ValueError(f"{key}: got {str(path)!r} for a video, expected a name in .png or .webp")
-    if found is None:
-        raise ValueError(f"{key}: got {str(path)!r}, expected a name in .png, .webp, .jpg or .jpeg")
+        wanted = ".png, .webp or .mp4"
+        raise ValueError(f"{key}: got {str(path)!r} for a video, expected a name in {wanted}")
+    if found is None or (found in ONLY_MOVING and is_video is False):
+        what = "" if found is None else " for what does not move"
+        wanted = ".png, .webp, .jpg or .jpeg"
+        raise ValueError(f"{key}: got {str(path)!r}{what}, expected a name in {wanted}")
+    if found in ONLY_MOVING and find_spec("av") is None:
+        raise ImportError(f"{key}: .mp4 takes PyAV: pip install 'flowkern[video]'", name="av")
     return found
 
 
 def save_image(path: Path, image: Tensor, frame_rate: float | None = None) -> None:
     """One image (3, H, W) in [0, 1], or a video (F, 3, H, W) at so many frames per second, that
-    plays again and again. As PNG, pixel for pixel, or as WebP or JPEG, by the path's suffix.
+    plays again and again. As PNG, pixel for pixel, as WebP, JPEG (images) or MP4 (videos), by the
+    path's suffix.
     """
     from PIL import Image
 
     pixels = _pixels(image).mul(255).round().byte()
     frames = pixels if frame_rate else pixels[None]
+    if frame_rate and picture_format(path, is_video=True) in ONLY_MOVING:
+        return _save(lambda file, _: save_movie(file, frames, frame_rate), path, is_video=True)
     pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     options: dict[str, Any] = {}
     if frame_rate:
-        picture_format(path, is_video=True)
         options = {"save_all": True, "append_images": pictures[1:], "loop": 0}
         options["duration"] = 1000 / frame_rate
     _save(lambda file, kind: pictures[0].save(file, kind, **ENCODING[kind], **options), path)
+
+
+def save_movie(path: Path, frames: Tensor, frame_rate: float) -> None:
+    """Frames (F, 3, H, W) uint8 as H.264 in an MP4; an odd side loses its last pixel."""
+    import av
+
+    height, width = (side // 2 * 2 for side in frames.shape[-2:])
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "16"}
+        for frame in frames[..., :height, :width].permute(0, 2, 3, 1).contiguous().numpy():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
 
 
 def few_frames(images: Tensor) -> Tensor:
@@ -101,10 +125,12 @@ def save_grid(
     captions: Sequence[str],
     scores: Sequence[float] = (),
     title: str = "",
+    columns: int | None = None,
 ) -> None:
     """Images (B, 3, H, W) in [0, 1], or videos (B, F, 3, H, W), of which a few frames are shown
     side by side, with a caption and a score under each, as PNG, WebP or JPEG by the path's suffix.
-    Text of any kind is drawn as it stands, cut to what there is room for.
+    Text of any kind is drawn as it stands, cut to what there is room for. columns: None: as many as
+    there is room for.
     """
     from matplotlib.figure import Figure
 
@@ -112,7 +138,8 @@ def save_grid(
     if images.ndim == 5:
         wide = images.shape[1]
         images = images.permute(0, 2, 3, 1, 4).flatten(3)
-    columns = min(len(images), max(1, (10 if len(images) > 24 else 5) // wide))
+    if columns is None:
+        columns = min(len(images), max(1, (10 if len(images) > 24 else 5) // wide))
     rows = -(-len(images) // columns)
     texts = [_wrapped(caption, 26 * wide, lines=3) for caption in captions]
     lines = max(text.count("\n") + 1 for text in texts) + bool(scores)
@@ -215,9 +242,9 @@ def _save_figure(figure, path: Path, tight: bool = False) -> None:
         _save(lambda file, kind: figure.savefig(file, format=kind, pil_kwargs=ENCODING[kind]), path)
 
 
-def _save(write: Callable[[Path, str], None], path: Path) -> None:
+def _save(write: Callable[[Path, str], None], path: Path, is_video: bool = False) -> None:
     """Through a second name, so that a reader never sees half a picture."""
-    kind = picture_format(path)
+    kind = picture_format(path, is_video=is_video)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 from flowkern.checks import ConfigError
 from flowkern.models import Model
@@ -68,3 +70,32 @@ def attach_trained(model: Model, lora: LoraConfig | None, directory: Path) -> No
     if lora is not None:
         add_lora(model, lora)
     load_trained(model, lora, directory)
+
+
+class Blend:
+    """What `attach_trained` gives, at any strength: 1 as it was learned, 0 the base, between and
+    beyond by the line through both. Of whole weights a copy of each is kept on the host.
+    """
+
+    def __init__(self, model: Model, lora: LoraConfig | None, directory: Path) -> None:
+        self.model, self.lora, self.strength = model, lora, 1.0
+        self._base = {} if lora is not None else self._copy()
+        attach_trained(model, lora, directory)
+        self._learned = {} if lora is not None else self._copy()
+
+    @torch.no_grad()
+    def set(self, strength: float) -> None:
+        if strength == self.strength:
+            return
+        self.strength = strength
+        for layer in self.model.network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_scale("default", strength)
+        whole = {1.0: self._learned, 0.0: self._base}.get(strength)
+        for name, base in self._base.items():
+            mixed = torch.lerp(base.float(), self._learned[name].float(), strength)
+            self._weights[name].copy_(mixed if whole is None else whole[name])
+
+    def _copy(self) -> dict[str, Tensor]:
+        self._weights = dict(self.model.network.named_parameters())
+        return {name: weight.detach().cpu().clone() for name, weight in self._weights.items()}

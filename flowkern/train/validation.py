@@ -163,10 +163,12 @@ def sample_latents(
     seed: int,
     max_batch: int = 16,
     poll: Callable[[], None] = lambda: None,
+    at: Callable[[float], None] = lambda sigma: None,
 ) -> Tensor:
     """One latent per prompt, (B, *D); sample_id (B,) picks the noise.
 
-    poll: called before every batch of network calls; may raise.
+    poll: called before every batch of network calls; may raise. at: the same, with their noise
+    level.
     """
     conditioning = model.encode([*prompts, model.guidance.negative_prompt]).to(sample_id.device)
     plan, kind, level = Plan(), sampler.kind, sampler.noise_level
@@ -180,6 +182,7 @@ def sample_latents(
 
     def velocity(x_t: Tensor, sigma: Tensor, prompt: Tensor, on_host: OnHost) -> Tensor:
         poll()
+        at(float(on_host.sigma[0]))  # one of all rows: no prompt is ahead of another
         return model.velocity(
             x_t, sigma, conditioning.rows(prompt, on_host.prompt), sigma_host=on_host.sigma
         )

@@ -83,9 +83,27 @@ def test_a_video_plays_its_frames(tmp_path, suffix):
             pixels = torch.tensor(np.array(picture.convert("RGB"))).permute(2, 0, 1)
             assert (pixels / 255 - frame).abs().mean() < (0.003 if suffix == "png" else 0.06)
             assert picture.info["duration"] == 50
-    with pytest.raises(ValueError, match="b.jpg' for a video, expected a name in .png or .webp"):
+    with pytest.raises(ValueError, match="b.jpg' for a video, expected a name in .png, .webp or"):
         tracking.save_image(tmp_path / "b.jpg", video, frame_rate=20)
     assert not (tmp_path / "b.jpg").exists()
+
+
+def test_a_movie_has_its_frames(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    noise = torch.rand(5, 3, 2, 3, generator=torch.Generator().manual_seed(0))
+    video = noise.repeat_interleave(8, 2).repeat_interleave(9, 3)  # 16 x 27 pixels
+    tracking.save_image(tmp_path / "a.mp4", video, frame_rate=20)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert file.streams.video[0].average_rate == 20
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    found = torch.tensor(np.stack(frames)).permute(0, 3, 1, 2) / 255
+    assert found.shape == (5, 3, 16, 26)
+    assert (found - video[..., :26]).mean((0, 2, 3)).abs().max() < 0.05  # colours at half the size
+    with pytest.raises(ValueError, match="b.mp4' for what does not move, expected a name in .png"):
+        tracking.save_image(tmp_path / "b.mp4", video[0])
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="path: .mp4 takes PyAV: pip install 'flowkern.video"):
+        tracking.picture_format(tmp_path / "b.mp4", is_video=None)
 
 
 def test_a_grid_shows_a_video_by_a_few_of_its_frames(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_a_run_on_videos_is_scored_and_shown(options, tiny, tmp_path, drawn, cap
         assert picture.n_frames == 5 and picture.size == (64, 32)
     assert main([*sample, "a.jpg"]) == 2
     error = capsys.readouterr().err
-    assert "--output: got 'a.jpg' for a video, expected a name in .png or .webp" in error
+    assert "--output: got 'a.jpg' for a video, expected a name in .png, .webp or" in error
     assert main([*sample, "a.jpg", "--num-images", "2"]) == 0
 
 
