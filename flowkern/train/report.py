@@ -36,8 +36,8 @@ FAULTS = ("stopped", "failed", "resumed", "unscored")
 
 TOGETHER = {
     r"ratio_(mean|min|max)": "Ratio of probabilities",
+    r"ratio_mean/.+": "Ratio of probabilities, by noise level",
     r"pg_clipfrac_\w+": "Share that is clipped",
-    r"ratio_mean/.+": "Ratio by noise level",
     r"pg_clipfrac/.+": "Share that is clipped, by noise level",
     r"kl(_\w+)?": "KL to the reference",
     r"timing_s/(?!step$).+": "Seconds per phase",
@@ -270,7 +270,9 @@ def legend(key: str) -> str:
     """A name in a chart of several."""
     if key.startswith("nfe/"):
         return "released loop" if "naive" in key else "here"
-    return key.removeprefix("timing_s/")
+    for first in ("timing_s/", "ratio_mean/", "pg_clipfrac/"):
+        key = key.removeprefix(first)
+    return key
 
 
 # ---- time and network rows ----
