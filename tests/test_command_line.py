@@ -11,6 +11,9 @@ import pytest
 pytest.importorskip("yaml")
 from test_architecture import HEAVY
 
+from flowkern.cli import main
+from flowkern.train.errors import describe
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs/digits/flow_grpo.yaml")
 AGENT = str(ROOT / "configs/agent/demo.yaml")
@@ -142,3 +145,28 @@ def test_the_lobbies_are_whole():
         assert told - {("lazily", "flowkern.lookup")} == homes
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             _ = lobby.nothing
+
+
+@pytest.mark.long(10)
+def test_of_several_processes_one_says_what_is_wrong():
+    """And the launcher says with which status it ended."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, ROOT / "scripts/train.py", CONFIG, "train.steps=0"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stderr
+    (line,) = [line for line in said.splitlines() if line.startswith("flowkern:")]
+    assert line == "flowkern: train.steps: got 0, expected a number above 0"
+    assert re.search(r"rank\s+: 0 .*\n\s+exitcode\s+: 2 ", said)
+
+
+def test_what_one_process_alone_finds_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("flowkern.cli.errors.PATIENCE", 0)
+    for rank, world, said in ((0, 2, ""), (1, 2, "process 1: "), (1, 1, "")):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert main(["train", CONFIG, "train.steps=0"]) == 2
+        assert (
+            capsys.readouterr().err
+            == f"flowkern: {said}train.steps: got 0, expected a number above 0\n"
+        )
+    gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:7330. GLHF!")
+    assert "another process has ended" in describe(gone)

@@ -11,6 +11,7 @@ from typing import NoReturn
 from flowkern import __version__
 from flowkern.checks import ConfigError
 from flowkern.cli import cost, demo, doctor, export, report, sample, serve_reward, train
+from flowkern.cli.errors import say
 from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
@@ -49,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = (getattr(error, "name", None) or "").partition(".")[0]
         if isinstance(error, ImportError) and missing in EXTRAS:
             message += "; training and sampling need: pip install 'flowkern[train]'"
-        print(f"flowkern: {message}", file=sys.stderr)
+        say(message)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        print("flowkern: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
 
 
@@ -79,7 +80,7 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(message: str, command: str = "flowkern") -> NoReturn:
-    print(f"flowkern: {message}; see {command} --help", file=sys.stderr)
+    say(f"{message}; see {command} --help")
     raise SystemExit(2)
 
 

@@ -326,7 +326,9 @@ class Loop:
         except Exception as second:
             if describe(second) != message:
                 lost = f": {describe(second)}"
-        if step == 0:
+        if not self.accelerator.is_main_process:
+            kept = "the first process says what is kept"
+        elif step == 0:
             kept = "no step was finished, so there is nothing to continue"
         elif self.directory.saved == step:
             kept = "continue with train.resume_from_checkpoint=latest"
