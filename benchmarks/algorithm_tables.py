@@ -1,4 +1,4 @@
-"""What the runs of the algorithms say: tables from the JSON alone. docs/algorithms.md concludes."""
+"""What the runs of the algorithms say: tables from the JSON alone. docs/digits.md concludes."""
 
 from __future__ import annotations
 

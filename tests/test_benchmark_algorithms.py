@@ -160,10 +160,10 @@ HEADS = "| algorithm |", "| the paper's claim |"
 
 
 def test_the_docs_have_the_figures_of_the_recorded_runs():
-    """docs/algorithms.md: every algorithm's line, and what is said of the papers' claims."""
+    """docs/digits.md: every algorithm's line, and what is said of the papers' claims."""
     folder = ROOT / "benchmarks/results/intel-xeon-processor-2-threads"
     result = json.loads((folder / "algorithms.json").read_text())
-    text = (ROOT / "docs/algorithms.md").read_text().split("## The papers' claims at this scale")[1]
+    text = (ROOT / "docs/digits.md").read_text()
     table, claims = (text.split(head)[1].split("\n\n")[0] for head in HEADS)
     lines = (line.strip("| ").split(" | ") for line in table.splitlines() if "| ---" not in line)
     said = {cells[0]: cells[1:] for cells in lines}

@@ -116,15 +116,18 @@ def test_the_docs_show_these_numbers():
         assert training == ", mean ".join(pairs(name, slice(3, 5))), name
         assert calls == ", mean ".join(pairs(name, slice(5, 7), " + ")), name
 
-    section = (ROOT / "README.md").read_text().split("## Algorithms")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (\w.*) \| (.* / .*) \| (.* / .*) \|$", section, re.MULTILINE)
-    names = {name.replace("_", ""): name for name in DEFAULTS}
-    for title, sampling, training in rows:
-        name = re.sub(r" \(.*|, mean.*|-", "", title).replace("*", "star").lower()
-        at = -1 if "mean" in title else 0
-        assert sampling == pairs(names[name], slice(0, 2))[at], title
-        assert training in pairs(names[name], slice(3, 5)), title
-    assert len(rows) == 10
+
+def test_the_guide_has_the_calls_and_images_of_an_image():
+    page = (ROOT / "docs/choosing.md").read_text()
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\(.*?\) \| .*? \| (\d+) \| ([\d.]+) \+ ([\d.]+) \|", page, re.MULTILINE
+    )
+    said = {name: found for name, *found in rows}
+    assert said.keys() == {name for name in DEFAULTS if "," not in name}
+    for name, found in said.items():
+        *_, sampling, training, images = MEANS.get(name, DEFAULTS[name]).split()
+        calls = (float(calls) / int(images) for calls in (sampling, training))
+        assert found == [images, *(f"{number:.1f}" for number in calls)], name
 
 
 def test_the_recipe_in_the_docs_costs_what_it_says(capsys, tmp_path, monkeypatch):
