@@ -4,7 +4,8 @@
 
 The reward is a mean, the server `flowkern serve-reward` in a process of its own; the bare server
 (starlette, uvicorn) reads the body and answers a line. One after another in each repeat, so that
-what else the machine does meets both; medians, in milliseconds.
+what else the machine does meets both. Milliseconds: by the clock, and of the processor, here and at
+the servers, which what else it does moves less.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from flowkern.rewards.http import Http
@@ -48,12 +50,13 @@ def brightness(images, prompts, metadata):
 
 @contextmanager
 def running(*arguments: str):
-    """The address that a server says."""
+    """(the address that a server says, its process)."""
     server = subprocess.Popen(
         [sys.executable, *arguments], cwd=HERE.parent, stdout=subprocess.PIPE, text=True
     )
     try:
-        yield server.stdout.readline().partition(" at ")[2].partition(",")[0]
+        url = server.stdout.readline().partition(" at ")[2].partition(",")[0]
+        yield url, psutil.Process(server.pid)
     finally:
         server.terminate()
         server.wait()
@@ -71,7 +74,7 @@ def main() -> None:
     pixels = as_bytes(images)
     fields = Fields(protocol=1, rewards=["brightness"], prompts=prompts)
     serve = ("-m", "flowkern", "serve-reward", "remote_reward:brightness", "--port", "0")
-    with running(*serve) as url, running("-c", BARE) as bare_url:
+    with running(*serve) as (url, there), running("-c", BARE) as (bare_url, bare_there):
         remotes = {f: RemoteReward("brightness", url=url, format=f) for f in ("raw", "webp")}
         kind, body = encode(fields, pixels)
         bare = Http(bare_url)
@@ -86,16 +89,26 @@ def main() -> None:
             "the reward, webp": lambda: remotes["webp"](images, prompts, metadata),
             "the reward, here": lambda: brightness(images, prompts, metadata),
         }
-        taken: dict[str, list[float]] = {name: [] for name in calls}
+
+        def times() -> list[float]:
+            """The clock, the processor here, and at the servers."""
+            spent = [used for one in (there, bare_there) for used in one.cpu_times()[:2]]
+            return [time.perf_counter(), time.process_time(), sum(spent)]
+
+        taken: dict[str, list[list[float]]] = {name: [] for name in calls}
         for _ in range(options.repeats + 1):
             for name, call in calls.items():
-                begin = time.perf_counter()
+                begin = times()
                 call()
-                taken[name].append(time.perf_counter() - begin)
-    print(f"{options.images} x {options.size} x {options.size}, {len(body) / 1e6:.1f} MB raw")
-    for name, seconds in taken.items():
-        median, least = statistics.median(seconds[1:]), min(seconds[1:])
-        print(f"{name:<18} {1e3 * median:7.1f} ms, least {1e3 * least:7.1f}")
+                taken[name].append([b - a for a, b in zip(begin, times(), strict=True)])
+    print(f"{options.images} x {options.size} x {options.size}, {len(body) / 1e6:.1f} MB raw, ms")
+    print(f"{'':<18} {'median':>8} {'least':>8} {'CPU here':>9} {'CPU there':>10}")
+    for name, rows in taken.items():
+        clock, here, elsewhere = (
+            [1e3 * x for x in column] for column in zip(*rows[1:], strict=True)
+        )
+        means = f"{statistics.mean(here):9.1f} {statistics.mean(elsewhere):10.1f}"
+        print(f"{name:<18} {statistics.median(clock):8.1f} {min(clock):8.1f} {means}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def test_every_reward_has_a_row_with_its_scales():
 
 
 def test_sections_that_are_pointed_to_are_there():
-    sections = {f"#{name.lower()}" for name in re.findall(r"^## (.*)$", PAGE, re.M)}
+    sections = {
+        f"#{name.lower().replace(' ', '-')}" for name in re.findall(r"^## (.*)$", PAGE, re.M)
+    }
     assert set(re.findall(r"\]\((#[\w-]+)\)", PAGE)) <= sections
 
 
