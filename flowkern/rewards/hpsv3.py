@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flowkern.rewards.resize import CLIP_MEAN, CLIP_STD, normalise, resize
-from flowkern.rewards.towers import TowerReward, quietly, shared
-from flowkern.rewards.weights import device_of, file_of, folder_of, read_state
+from flowkern.rewards.towers import TowerReward, placed, quietly, shared
+from flowkern.rewards.weights import device_of, dtype_of, file_of, folder_of, read_state
 
 __all__ = ["HpsV3", "patches", "rated_of"]
 
@@ -54,6 +54,8 @@ class HpsV3(TowerReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dtype == "float16":
+            raise ValueError("dtype: got 'float16', expected bfloat16, its own, or float32")
         text = _published() if self.instruction is None else _written(self.instruction)
         for part in (TOKEN, CAPTION):
             if text.count(part) != 1:
@@ -68,7 +70,7 @@ class HpsV3(TowerReward):
         file = file_of(self.path, self.revision, "HPSv3.safetensors")
 
         def load() -> nn.Module:
-            return rated_of(read_state(file), folder, len(self.words), str(file))
+            return rated_of(read_state(file), self, folder, str(file))
 
         key = (str(file.resolve()), str(folder.resolve()), "qwen2_vl")
         self.network = shared(key, self.dtype, self.device, load)
@@ -82,7 +84,7 @@ class HpsV3(TowerReward):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 (N, 3, H, W) and N prompts -> mu and log_sigma, (N,) each."""
         device = device_of(self.device) or images.device
-        network = self.network.to(device)
+        network = placed(self.network, device)
         parts = []
         for start in range(0, len(images), self.batch):
             some = slice(start, start + self.batch)
@@ -141,8 +143,8 @@ class Rated(nn.Module):
         found = self.network(
             input_ids=ids,
             attention_mask=mask,
-            # One after another, patches too: so its package runs, and so it was trained. The
-            # positions in time, height and width that Qwen2-VL has are other scores.
+            # One after another, patches too: so its package runs (under transformers 4.45.2), and
+            # so it was trained. Qwen2-VL's in time, height and width are other scores.
             position_ids=place.expand(3, *ids.shape),
             pixel_values=pixels.to(self.network.dtype),
             image_grid_thw=ids.new_tensor([[1, *grid]]).expand(len(ids), -1),
@@ -152,7 +154,7 @@ class Rated(nn.Module):
         return self._head[0].to(found.device)(found[torch.arange(len(ids)), last].float())
 
 
-def rated_of(state: Mapping[str, Tensor], base: Path, vocabulary: int, file: str) -> Rated:
+def rated_of(state: Mapping[str, Tensor], reward: HpsV3, base: Path, file: str) -> Rated:
     """The network of an HPSv3.safetensors. Raises ValueError that begins with the option at fault
     for another's.
     """
@@ -162,6 +164,7 @@ def rated_of(state: Mapping[str, Tensor], base: Path, vocabulary: int, file: str
     if not isinstance(config, Qwen2VLConfig):
         raise ValueError(f"base: {str(base)!r} is a {config.model_type}, expected qwen2_vl")
     inside, head = _renamed(state)
+    vocabulary = len(reward.words)
     table = inside.get("language_model.embed_tokens.weight")
     if table is None or len(table) != vocabulary:
         rows = "none" if table is None else len(table)
@@ -170,7 +173,7 @@ def rated_of(state: Mapping[str, Tensor], base: Path, vocabulary: int, file: str
             f"{vocabulary} tokens"
         )
     config.text_config.vocab_size = vocabulary
-    options = {"config": config, "state_dict": inside, "dtype": torch.float32}
+    options = {"config": config, "state_dict": inside, "dtype": dtype_of(reward.dtype)}
     try:
         with quietly():
             network, told = Qwen2VLModel.from_pretrained(
@@ -188,6 +191,10 @@ def rated_of(state: Mapping[str, Tensor], base: Path, vocabulary: int, file: str
         raise ValueError(
             f"path: {file!r} lacks {sorted(wrong)[0]}, has another, or of another size"
         )
+    # Its package casts the network after it is made, and these with it: they are its own so.
+    for name, frequencies in network.named_buffers():
+        if name.endswith("inv_freq"):
+            frequencies.copy_(frequencies.bfloat16())
     return Rated(network, _head(head, config.text_config.hidden_size, file))
 
 

@@ -23,7 +23,7 @@ from flowkern.rewards.resize import (
     resize,
     short_edge,
 )
-from flowkern.rewards.towers import TowerReward, shared
+from flowkern.rewards.towers import TowerReward, placed, shared
 from flowkern.rewards.weights import device_of, file_of, folder_of, linear_layers, read_state
 
 __all__ = ["ImageReward", "blip_of"]
@@ -72,7 +72,7 @@ class ImageReward(TowerReward):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 (N, 3, H, W) and N prompts -> (N,), and which prompts were cut."""
         device = device_of(self.device) or images.device
-        network = self.network.to(device)
+        network = placed(self.network, device)
         rows, cut = self._tokens(prompts)
         parts = []
         for start in range(0, len(images), self.batch):

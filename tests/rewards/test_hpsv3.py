@@ -87,6 +87,9 @@ def saved(tmp_path_factory):
     network = Qwen2VLForConditionalGeneration(config).eval()
     for value in network.parameters():
         value.data.normal_(0, 0.2) if value.ndim > 1 else value.data.uniform_(0.5, 1.5)
+    for name, value in network.named_buffers():  # as its package has them
+        if name.endswith("inv_freq"):
+            value.copy_(value.bfloat16())
     state = {}
     for name, value in network.state_dict().items():
         old = name.replace("model.visual.", "visual.").replace("language_model.", "")
@@ -136,7 +139,8 @@ def test_patches_are_those_of_the_image_processor(saved, size, grid):
 
 
 def expected(saved, pictures, prompts):
-    """By transformers' class, one image at a time, positions one after another."""
+    """By transformers' class, one image at a time, positions one after another: what the released
+    class gives under the transformers that it pins (docs/log.md)."""
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -257,6 +261,7 @@ def test_what_is_no_hpsv3_is_refused(saved, tmp_path):
         (lambda: {"instruction": "nowhere.txt"}, "instruction: 'nowhere.txt' cannot be read"),
         (lambda: {"base": str(other)}, "base: .*is a bert, expected qwen2_vl"),
         (lambda: {"base": str(tmp_path)}, "base: .*has no config.json"),
+        (lambda: {"dtype": "float16"}, "dtype: got 'float16'"),
     ):
         with pytest.raises((ValueError, OSError), match=said):
             load_reward("hpsv3", **options(path, **wrong()))
