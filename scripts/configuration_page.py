@@ -30,9 +30,10 @@ from flowkern.lookup import load  # noqa: E402
 from flowkern.rewards import REWARDS  # noqa: E402
 from flowkern.rl.algorithms import ALGORITHMS, PLANNERS, recipe  # noqa: E402
 from flowkern.rl.recipe import EvenGridRecipe, PolicyRecipe, Recipe  # noqa: E402
-from flowkern.train.config import Config, RewardConfig  # noqa: E402
+from flowkern.train.config import Config  # noqa: E402
 from flowkern.train.fields import Collection, Origin, Phrase, Place, Section, Text  # noqa: E402
 from flowkern.train.planner_config import PlannerConfig  # noqa: E402
+from flowkern.train.reward_config import RewardConfig  # noqa: E402
 
 PAGE = ROOT / "docs/configuration.md"
 REQUIRED = dataclasses.MISSING

@@ -122,8 +122,8 @@ def _token(options: argparse.Namespace) -> str | None:
 def _rewards(arguments: list[str]) -> dict[str, Served]:
     """Loaded as a training loads them; raises ConfigError naming reward.NAME and the option."""
     from flowkern.rewards.remote.service import Served
-    from flowkern.train.config import RewardConfig, Rewards
     from flowkern.train.fields import build
+    from flowkern.train.reward_config import RewardConfig, Rewards
     from flowkern.train.scoring import load_rewards
     from flowkern.train.tree import parse
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from flowkern.checks import ConfigError
 from flowkern.rewards import RewardError, load_reward, option_of
 from flowkern.rl.advantage import LARGEST
-from flowkern.train.config import ConfigError, RewardConfig, Rewards
 from flowkern.train.prompts import Prompt
 from flowkern.train.reward_calls import AHEAD, Answer, Begun, Call, KeyedReward, Threads, line
+from flowkern.train.reward_config import RewardConfig, Rewards
 
 MEAN = "mean"
 """What is optimized: the weighted sum of scaled scores."""
