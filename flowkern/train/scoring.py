@@ -76,17 +76,16 @@ class Scores:
         }
 
     def means(self) -> dict[str, float]:
-        """As a record has them, each of the images that have it: "reward/name" and
-        "info/name/entry"; and "failed_rewards/name", the images that have no score, of rewards that
-        may leave some out, with "failed_rewards", those that are left out of training.
+        """As a record has them, of the images that have them: "reward/name", NaN where none has,
+        and "info/name/entry"; and "failed_rewards/name", how many have no score, of rewards that
+        may leave some out, with "failed_rewards", how many are left out of training.
         """
-        scores = {f"reward/{name}": value for name, value in self.rewards.items()}
-        info = {f"info/{entry}": value for entry, value in self.info.items()}
-        known = {key: v[v.abs() <= LARGEST] for key, v in (scores | info).items()}
+        means = {f"reward/{n}": v[~v.isnan()].mean().item() for n, v in self.rewards.items()}
+        known = {entry: v[v.abs() <= LARGEST] for entry, v in self.info.items()}
+        means |= {f"info/{e}": v.mean().item() for e, v in known.items() if len(v)}
         failed = self.failed()
         left_out = {f"failed_rewards/{n}": float(failed[n]) for n in failed if n in self.may_fail}
-        left_out |= {"failed_rewards": float(failed[MEAN])} if left_out else {}
-        return {key: v.mean().item() for key, v in known.items() if len(v)} | left_out
+        return means | left_out | ({"failed_rewards": float(failed[MEAN])} if left_out else {})
 
 
 def load_rewards(config: Rewards) -> dict[str, KeyedReward]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ class Validation:
 
     def _write(self, step: int, images: Tensor, scores: Scores) -> dict[str, float]:
         directory, means = Path(self.config.output_dir), scores.means()
-        mean, failed = means.get(f"reward/{MEAN}", math.nan), scores.failed()[MEAN]
+        mean, failed = means[f"reward/{MEAN}"], scores.failed()[MEAN]
         of = f"{len(images) - failed} of {len(images)}" if failed else len(images)
         shown = images[: self.config.validation.num_images]
         tracking.save_grid(
