@@ -94,7 +94,7 @@ class VlmJudge(FrameReward):
     """Requests at a time; each has one image."""
     retries: int = 4
     request_timeout: float | None = None
-    """Seconds of a request, its retries included."""
+    """Seconds of a request, its retries included; null: 60, and 3 for each MiB."""
 
     server: Http = field(init=False, repr=False)
 
@@ -109,14 +109,17 @@ class VlmJudge(FrameReward):
             if getattr(self, key) is not None:
                 whole_number(key, getattr(self, key))
         finite_number("min_probability", self.min_probability, "0 to 1", lambda p: 0 <= p <= 1)
+        finite_number("low", self.low, "a number", lambda _: True)
         finite_number("high", self.high, f"more than low, {self.low}", lambda high: high > self.low)
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model: got {shown(self.model)}, expected what the server calls it")
         if not isinstance(self.extra_body, Mapping):
             raise ValueError(f"extra_body: got {shown(self.extra_body)}, expected a mapping")
-        self.labels = [self.labels] if isinstance(self.labels, str) else list(self.labels)
-        if not self.labels or not all(isinstance(x, str) and x.strip() for x in self.labels):
+        named = [self.labels] if isinstance(self.labels, str) else self.labels
+        is_named = isinstance(named, list | tuple) and len(named) > 0
+        if not is_named or not all(isinstance(one, str) and one.strip() for one in named):
             raise ValueError(f"labels: got {shown(self.labels)}, expected words before a number")
+        self.labels = list(named)
         self._values = self._meanings()
         self._text = self._read_prompt()
         self.server = server(self.url, self.token_env, self.retries, self.request_timeout)
@@ -127,7 +130,8 @@ class VlmJudge(FrameReward):
             return YES_NO
         if self.levels is None:
             digits = range(math.ceil(self.low), math.floor(self.high) + 1)
-            if self.answer == "logprob" and not 0 <= digits[0] <= digits[-1] <= 9:
+            is_one_token = digits and 0 <= digits[0] <= digits[-1] <= 9
+            if self.answer == "logprob" and not is_one_token:
                 raise ValueError("levels: missing; low to high are no single digits, 0 to 9")
             return {str(digit): float(digit) for digit in digits}
         if self.answer != "logprob":
@@ -194,11 +198,9 @@ class VlmJudge(FrameReward):
         if self.size is not None:
             picture = picture.resize((self.size, self.size))
         # By replace: a text may have braces of its own.
-        text = (
-            self._text
-            if self.placeholder is None
-            else self._text.replace(self.placeholder, caption)
-        )
+        text = self._text
+        if self.placeholder is not None:
+            text = text.replace(self.placeholder, caption)
         is_text = self.answer == "text"
         content = [
             {

@@ -155,6 +155,8 @@ def test_options_are_held_to(judge):
         ({"text": "Rate it"}, "has no {prompt}, where the caption goes"),
         ({"high": 1}, "high: expected more than low"),
         ({"labels": []}, "labels: got"),
+        ({"labels": 5}, "labels: got 5"),
+        ({"low": 1.2, "high": 1.5, "answer": "logprob"}, "levels: missing"),
         ({"levels": {"a": 1, "b": 2}}, "levels: are read by answer: logprob alone"),
         ({"levels": {"a": 1}, "answer": "logprob"}, "levels: got"),
         ({"high": 100, "answer": "logprob"}, "levels: missing; low to high"),
