@@ -20,8 +20,8 @@ class Failures:
         self._said: set[str] = set()
 
     def note(self, iteration: int, experience: Experience) -> list[str]:
-        """A rollout, again where it is drawn again. Returns why rewards left something out, of each
-        the first time. Raises RunError where too much is left out."""
+        """A rollout, again where it is drawn again. Returns why rewards have no score of images, of
+        each the first time. Raises RunError where too much is left out."""
         left_out, samples = experience.left_out, experience.samples
         rollouts = self._rollouts | {iteration: (left_out, samples)}
         self._rollouts = dict(sorted(rollouts.items())[-ROLLOUTS:])

@@ -216,8 +216,8 @@ class FlowTask:
         advantage = self.credit(scores, plan)
         laps.mark(REWARD)
         weights = self.config.reward.weights
-        flat = self.recipe.credit().zero_std_ratio(scores, weights, plan)
         credit, (sampling, training) = self.recipe.credit(), self.released_calls(iteration)
+        flat = credit.zero_std_ratio(scores, weights, plan)
         told = metrics.spread(scores, weights, advantage, credit.limit * abs(credit.scale))
         told |= {"zero_std_ratio": flat, "nfe/naive_sample": sampling}
         return FlowExperience(
@@ -227,7 +227,7 @@ class FlowTask:
             samples=len(found),
             unit="images",
             left_out=found.failed()[MEAN],
-            reasons=found.explained(weights),
+            reasons=found.explained(),
             rollout=rollout,
             conditioning=conditioning,
             advantage=advantage,

@@ -124,7 +124,7 @@ class Loop:
             with self.weights.using(self.sampler), self.processes.drawing():
                 experience = self.task.collect(self.iteration)
         for why in self.failures.note(self.iteration, experience):
-            self.directory.say(f"left out, without a score: {why}", "unscored")
+            self.directory.say(f"no score: {why}", "unscored")
         self.progress = Progress(experience, is_first=self.updates_done == 0)
         with self.display.phase("training"):
             for update in range(self.updates_done, updates):

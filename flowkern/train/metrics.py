@@ -68,7 +68,7 @@ class Experience:
     left_out: int = field(default=0, kw_only=True)
     """Of `samples`, those that no reward could be had of, and nothing is learned from."""
     reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    """Why, by reward."""
+    """Why something has no score, by reward, also of those that are only reported."""
 
 
 def spread(

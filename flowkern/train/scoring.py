@@ -67,12 +67,12 @@ class Scores:
         """How many images have no score, by reward; MEAN: how many are left out of training."""
         return {name: int(value.isnan().sum()) for name, value in self.rewards.items()}
 
-    def explained(self, weights: Mapping[str, float]) -> dict[str, str]:
-        """Of the rewards that count and left images out, why, or how many."""
+    def explained(self) -> dict[str, str]:
+        """Of the rewards that have no score of some image, why, or of how many."""
         return {
             name: self.reasons.get(name, f"reward.{name}: NaN for {count} of {len(self)} images")
             for name, count in self.failed().items()
-            if count and name in weights
+            if count and name != MEAN
         }
 
     def means(self) -> dict[str, float]:

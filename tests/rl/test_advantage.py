@@ -288,6 +288,33 @@ def test_a_negative_weight_is_a_penalty(how):
     assert mixed[0, 2] > mixed[0, 3] and torch.isfinite(mixed).all()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.booleans(), min_size=7, max_size=7).filter(lambda failed: not all(failed)),
+    st.sampled_from(typing.get_args(RewardAggregation)),
+    st.sampled_from([{}, {"trimmed_ratio": 0.4}, {"unbiased": True}, {"best_of": 2}]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_has_no_score_is_as_if_it_had_never_been_to_the_bit(failed, how, options, whole, seed):
+    """Whichever reward has none; beside a prompt that has none at all."""
+    failed, draw = torch.tensor(failed), torch.Generator().manual_seed(seed)
+    scores = {name: torch.randn(1, 7, generator=draw).double() for name in ("a", "b")}
+    lost = {name: torch.cat([x, x + 1]) for name, x in scores.items()}
+    lost["b"][0, failed], lost["a"][1] = torch.nan, torch.nan
+    weights = {"a": 1.0, "b": -0.4}
+    credit = Credit(global_std=whole, multi_objective_aggregation=how, **options)
+    found, ratio = (f(lost, weights, chain(7)) for f in (credit, credit.zero_std_ratio))
+    assert found[1].isnan().all() and torch.equal(found[0].isnan(), failed)
+    left = {name: x[:, ~failed] for name, x in scores.items()}
+    members = int((~failed).sum())
+    if members < 2:  # nothing to compare it with
+        assert (found[0, ~failed] == 0).all() and ratio == 1
+    else:
+        assert torch.equal(found[:1, ~failed], credit(left, weights, chain(members)))
+        assert ratio == credit.zero_std_ratio(left, weights, chain(members))
+
+
 def test_trimming_rounds_down_and_never_takes_a_whole_group():
     reward, group = torch.arange(12.0), torch.zeros(12, dtype=torch.int64)
     one_dropped = (reward - reward[1:].mean()) / reward[1:].std(correction=0)

@@ -508,7 +508,11 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
     kept = {member for member, a in zip(steps, advantage[0].tolist(), strict=True) if a}
     assert kept == {0, 1, 10, 11}
     assert recipe("mixgrpo")(trimmed_ratio=0.25).credit().trimmed_ratio == 0.25
+    key = "multi_objective_aggregation"
     assert recipe("mixgrpo")().credit().multi_objective_aggregation == "normalize_then_mean"
+    for name in names():
+        made = recipe(name)(**{key: "normalize_then_sum"}).credit()
+        assert getattr(made, key) == "normalize_then_sum", name
 
 
 # ---- options are checked by name ----

@@ -72,8 +72,9 @@ def test_what_has_no_score_is_in_no_mean_and_is_counted():
     why = {
         "far": "reward.far: http://far: no answer within 3 s",
         "holed": "reward.holed: NaN for 1 of 7 images",
+        "judge": "reward.judge: http://far: no answer within 3 s",
     }
-    assert found.explained({"far": 1.0, "holed": 1.0}) == why
+    assert found.explained() == why
     for value, allowed in ((NAN, False), (float("inf"), True), (1e160, True)):
         wrong = keyed("f", lambda images, *_, v=value: [v] * len(images), may_be_nan=allowed)
         with pytest.raises(RewardError, match=r"^reward.f: (nan|inf|1e\+160) for image 0 of 2"):
