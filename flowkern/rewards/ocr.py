@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, TypeAlias
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class Ocr(FrameReward):
     Raises ValueError that begins with the option at fault.
     """
 
+    overlaps: ClassVar[bool] = True
+    """It reads on the host, in a thread beside the network that draws."""
+
     rule: str = "flow_grpo"
     """What counts: see `text_match`."""
     unquoted: str = "nan"
@@ -65,6 +69,7 @@ class Ocr(FrameReward):
             whole_number("threads", self.threads)
             if self.engine != "rapidocr":
                 raise ValueError("threads: says how rapidocr runs, and engine is another")
+        self._reading = Lock()  # an engine may keep what it works on
         if self.engine == "rapidocr":
             self._read, self.version = _rapidocr(self.threads or 1)
         else:
@@ -85,7 +90,9 @@ class Ocr(FrameReward):
                 )
                 scores.append(math.nan)
                 continue
-            read = "".join(line for line, sure in self._read(image) if sure >= self.text_score)
+            with self._reading:
+                lines = self._read(image)
+            read = "".join(line for line, sure in lines if sure >= self.text_score)
             scores.append(text_match(read, target, self.rule))
         values = torch.tensor(scores, dtype=torch.float64)
         exact = torch.where(values.isnan(), values, (values == 1).double())
