@@ -91,10 +91,12 @@ def _flag(name: str) -> str:
 
 def _run(options: argparse.Namespace) -> int:
     _check(options)
+    from flowkern.rl.algorithms import PLANNERS
     from flowkern.train.checkpoint import chosen
     from flowkern.train.config import load_sampling
     from flowkern.train.prompts import read_prompts, require_text
     from flowkern.train.tracking import picture_format
+    from flowkern.train.tree import read_file
 
     try:  # refused before the work, not after it
         for name in ("prompt", "negative_prompt"):
@@ -104,6 +106,11 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     directory = chosen(options.checkpoint)
+    algorithm = read_file(directory / "config.yaml").get("algorithm")
+    if isinstance(algorithm, dict) and algorithm.get("name") in PLANNERS:
+        raise ConfigError(
+            f"checkpoint: {str(directory)!r} is of a language model, and draws nothing"
+        )
     config = load_sampling(directory / "config.yaml")
     # What is wrong there shows before the imports.
     sampler = _changed(config.validation, options, SAMPLER)

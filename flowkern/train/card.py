@@ -78,7 +78,7 @@ def write_card(
         grid=GRID if _copy_grid(run, directory) else None,
         version=__version__,
     )
-    (directory / "README.md").write_text(str(ModelCard(text)), "utf-8")
+    (directory / "README.md").write_text(f"{ModelCard(text)}\n", "utf-8")
 
 
 def _until(run_dir: Path, config: Mapping[str, Any], step: int) -> Run:

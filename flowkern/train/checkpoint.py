@@ -72,6 +72,8 @@ def find_checkpoint(
 
 def chosen(place: Path, key: str = "checkpoint") -> Path:
     """A checkpoint's own directory, or of a run's its latest. Raises ConfigError for neither."""
+    if not place.is_dir():
+        raise ConfigError(f"{key}: there is no folder {str(place)!r}")
     if checkpoints(place):
         return find_checkpoint("latest", place, key)
     if (place / "run.lock").exists() or (place / "metrics.jsonl").exists():

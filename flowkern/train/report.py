@@ -26,7 +26,7 @@ from flowkern.train import tree as trees
 from flowkern.train.charts import Chart, Series, short
 from flowkern.train.events import EVENTS
 from flowkern.train.lock import owner_of
-from flowkern.train.prompts import read_prompts
+from flowkern.train.prompts import Columns, read_prompts
 
 METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -333,7 +333,8 @@ def prompts(run: Run) -> list[str]:
     if not isinstance(path, str) or type(count) is not int:
         return []
     try:
-        return [prompt["prompt"] for prompt in read_prompts(path)[:count]]
+        found = read_prompts(path, columns=Columns(run.option("data.prompt_column")))
+        return [prompt["prompt"] for prompt in found[:count]]
     except ConfigError:
         return []
 

@@ -8,6 +8,7 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -245,10 +246,13 @@ def _save_figure(figure, path: Path, tight: bool = False) -> None:
 def _save(write: Callable[[Path, str], None], path: Path, is_video: bool = False) -> None:
     """Through a second name, so that a reader never sees half a picture."""
     kind = picture_format(path, is_video=is_video)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial, kind)
         partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

@@ -182,7 +182,7 @@ def test_whole_weights_and_what_cannot_be_exported(tiny, tmp_path, monkeypatch, 
     hub = ["--push-to-hub", "--hub-model-id"]
     capsys.readouterr()
     for arguments, status, said in (
-        (["nowhere"], 2, "checkpoint: 'nowhere' is no checkpoint"),
+        (["nowhere"], 2, "checkpoint: there is no folder 'nowhere'"),
         ([str(tmp_path / "empty")], 2, "is no checkpoint"),
         ([str(broken)], 2, "state.pt has 4 bytes"),
         ([str(run), "--output", str(tmp_path / "new")], 2, "is there; remove it, or name another"),
