@@ -168,3 +168,35 @@ def test_options_are_held_to(judge):
         with pytest.raises(ValueError, match=what):
             judge(**options)
     assert judge("Rate it", placeholder=None)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ({"vlm_judge": {"url": "http://a/v1", "model": "m"}}, "vlm_judge.prompt_file: missing"),
+        (
+            {"j": {"kind": "vlm_judge", "url": "a", "model": "m", "prompt_file": "/"}},
+            "j.prompt_file",
+        ),
+        ({"ocr": {"rule": "none"}}, "ocr.rule: got 'none'"),
+        ({"g": {"kind": "geneval", "url": "a"}}, "g.url: got 'a'"),
+        ({"v": {"kind": "videoalign", "url": "http://a", "token_env": "NONE"}}, "v.token_env: the"),
+        ({"imagereward": {"tokenizer": "no/such/place"}}, "imagereward.tokenizer: "),
+        ({"h": {"kind": "hpsv3", "instruction": "no-such-file"}}, "h.instruction: 'no-such-file'"),
+        ({"jpeg_compressibility": {"quality": 90}}, "jpeg_compressibility.quality: unknown key"),
+    ],
+)
+def test_a_configuration_is_told_the_key_in_a_line(reward, said, monkeypatch):
+    """Of every reward of this kind, before anything else is loaded."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from flowkern.checks import ConfigError
+    from flowkern.train.config import Rewards
+    from flowkern.train.scoring import load_rewards
+
+    monkeypatch.delenv("NONE", raising=False)
+    with pytest.raises(ConfigError, match=rf"^reward\.{said}") as error:
+        load_rewards(
+            Rewards.model_validate({n: {"weight": 1.0} | one for n, one in reward.items()})
+        )
+    assert "\n" not in str(error.value)
