@@ -24,14 +24,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="score images for runs on other machines",
         description="Load rewards, and score the images that runs send with kind: remote "
         "(docs/rewards.md), until Ctrl-C: what was asked for by then is answered first. "
-        "key=value is an option of every reward here, NAME.key=value of one.",
+        "Beside names, key=value is an option of every reward here, NAME.key=value of one.",
     )
     parser.add_argument(
         "arguments",
-        metavar="NAME[ NAME ...] [key=value ...]",
+        metavar="NAME",
         nargs="+",
-        help="rewards: what is built in, or module:attribute, which is served as the attribute; "
-        "and their options, as in a configuration: device=cuda batch=64",
+        help="a reward that is built in, or module:attribute, which is served as the attribute; or "
+        "key=value, as in a configuration: device=cuda",
     )
     parser.add_argument(
         "--host",

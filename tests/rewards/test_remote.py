@@ -80,7 +80,7 @@ class Rank:
         return [float((bright[group == g] < b).sum()) for g, b in zip(group, bright, strict=True)]
 
 
-class Served_here:
+class ServedHere:
     """A server of `rewards`, in this process; every request goes through its application."""
 
     def __init__(self, monkeypatch, rewards, token=None, upload_s=None, **options):
@@ -117,7 +117,7 @@ def served(monkeypatch):
 
     def serve(token=None, upload_s=None, rewards=None, **options):
         rewards = rewards or {"redness": Redness(), "rank": Rank()}
-        made.append(Served_here(monkeypatch, rewards, token, upload_s, **options))
+        made.append(ServedHere(monkeypatch, rewards, token, upload_s, **options))
         return made[-1]
 
     yield serve
@@ -649,15 +649,25 @@ def test_no_pickle_comes_in():
 # ---- the command ----
 
 
-def command(*arguments, cwd=ROOT, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "flowkern", "serve-reward", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+WAITS = """
+import time
+from pathlib import Path
+
+def waits(images, prompts, metadata):
+    Path(metadata[0]["begun"]).touch()
+    while not Path(metadata[0]["until"]).exists():
+        time.sleep(0.01)
+    return [1.0]
+"""
+
+
+def is_open(url):
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.long(5)
@@ -665,12 +675,21 @@ def test_the_command_serves_what_the_reward_scores_and_ends_at_ctrl_c(tmp_path, 
     from flowkern.rewards.digits import DigitsClassifier, real_digits
 
     monkeypatch.setenv("REWARD_TOKEN", "s3cret")
-    server = command(
-        "digits_classifier", "--port", "0", "--token-env", "REWARD_TOKEN", "--max-bytes", "30000000"
+    (tmp_path / "own_reward.py").write_text(WAITS)
+    words = "digits_classifier own_reward:waits --port 0 --token-env REWARD_TOKEN".split()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "flowkern", "serve-reward", *words, "--max-bytes", "30000000"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         said = server.stdout.readline()
-        url = re.fullmatch(r"serving digits_classifier at (http://\S+), with the token\n", said)[1]
+        url = re.fullmatch(
+            r"serving digits_classifier, waits at (http://\S+), with the token\n", said
+        )[1]
         remote = load_reward(
             "remote", "digits", name="digits_classifier", url=url, token_env="REWARD_TOKEN"
         )
@@ -689,7 +708,21 @@ def test_the_command_serves_what_the_reward_scores_and_ends_at_ctrl_c(tmp_path, 
         with pytest.raises(RewardError, match="answered 413: body: expected at most 30000000"):
             large["content"] = bytes(40_000_000)
             Http(url, secret="s3cret", retries=0).post("/v1/score", **large)
-        server.send_signal(signal.SIGINT)
+        waits = load_reward("remote", name="waits", url=url, token_env="REWARD_TOKEN", retries=0)
+        with ThreadPoolExecutor(2) as pool:
+            asked = []
+            for count, name in enumerate(("first", "second"), 1):
+                row = {"begun": str(tmp_path / "begun"), "until": str(tmp_path / name)}
+                asked.append(pool.submit(waits, images(1), ["p"], [row]))
+                wait_for((tmp_path / "begun").exists)
+                wait_for(lambda n=count: waits.server.get("/v1/info").json()["running"] == n)
+            server.send_signal(signal.SIGINT)
+            wait_for(lambda: not is_open(url))
+            (tmp_path / "first").touch()
+            assert asked[0].result(10)[0].tolist() == [1.0], "asked before the end, and answered"
+            server.send_signal(signal.SIGINT)
+            with pytest.raises(Unscored, match="answered 503: the server is shutting down"):
+                asked[1].result(10)
         out, err = server.communicate(timeout=20)
     finally:
         server.kill()

@@ -9,7 +9,9 @@ import hmac
 import ipaddress
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -25,7 +27,7 @@ from flowkern.rewards.remote.protocol import JSON, PROTOCOL, Refused
 from flowkern.rewards.remote.service import Service
 
 DRAIN_S = 60
-"""Seconds that requests have to be answered after the server was told to end."""
+"""Seconds in which requests are still answered after the server was told to end."""
 CONNECTIONS = 256
 LONGEST_KEY = 128
 
@@ -182,6 +184,23 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
 
 
+class _Server(uvicorn.Server):
+    """At a first signal, what was asked for has its time; at a second one, or after it, it is told
+    that it gets no answer."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # In a thread: what a signal interrupts may hold what this needs.
+        late = threading.Timer(0 if self.should_exit else DRAIN_S, self.service.refuse)
+        late.daemon = True
+        late.start()
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+
+
 def serve(
     service: Service,
     listening: socket.socket,
@@ -192,17 +211,17 @@ def serve(
 
     Ends with the signal, as if nothing had taken it: KeyboardInterrupt for SIGINT.
     """
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app(service, token),
-            http="h11",
-            ws="none",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=DRAIN_S,
-        )
+    config = uvicorn.Config(
+        app(service, token),
+        http="h11",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
     )
     is_ready()
-    server.run(sockets=[listening])
+    try:
+        _Server(config, service).run(sockets=[listening])
+    finally:
+        service.close()

@@ -163,11 +163,14 @@ class Service:
             "packages": {"flowkern": __version__, "torch": torch.__version__},
         }
 
-    def close(self) -> None:
-        """Refuse what comes, and what is not answered yet."""
+    def refuse(self) -> None:
+        """What comes, and what is not answered yet."""
         self._is_closed = True
         for worker in self._workers.values():
             worker.close()
+
+    def close(self) -> None:
+        self.refuse()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
