@@ -48,7 +48,7 @@ class Scores:
                 entry: torch.cat([p.info.get(entry, n) for p, n in zip(parts, none, strict=True)])
                 for entry in entries
             },
-            parts[0].may_fail,
+            frozenset().union(*(part.may_fail for part in parts)),
             {n: why for part in reversed(parts) for n, why in part.reasons.items()},
         )
 
@@ -84,8 +84,8 @@ class Scores:
         known = {entry: v[v.abs() <= LARGEST] for entry, v in self.info.items()}
         means |= {f"info/{e}": v.mean().item() for e, v in known.items() if len(v)}
         failed = self.failed()
-        left_out = {f"failed_rewards/{n}": float(failed[n]) for n in failed if n in self.may_fail}
-        return means | left_out | ({"failed_rewards": float(failed[MEAN])} if left_out else {})
+        left_out = {f"failed_rewards/{n}": failed[n] for n in failed if n in self.may_fail}
+        return means | left_out | ({"failed_rewards": failed[MEAN]} if left_out else {})
 
 
 def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
@@ -155,7 +155,7 @@ class _Round:
             self._held.append(images)
             count = self._whole() - self._first
             images = torch.cat(self._held)
-            self._held = [images[count:]]
+            self._held = [images[count:]] if count < len(images) else []
             if count:
                 self._ask(by_group, images[:count], self._first)
                 self._first += count
@@ -191,6 +191,10 @@ class _Round:
     def end(self) -> dict[str, list[Answer]]:
         """All answers."""
         with self.around():
+            for (
+                begun
+            ) in self._begun:  # in their order: one that hangs may keep others from beginning
+                begun.wait()
             return {
                 name: [one.wait() if isinstance(one, Begun) else one for one in answers]
                 for name, answers in self.answers.items()

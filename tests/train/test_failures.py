@@ -207,6 +207,11 @@ def test_what_fails_beside_sampling_is_named_and_late_is_late():
     ):
         with pytest.raises(RewardError, match=message):
             score({"slow": keyed("slow", Waits(work), **options)}, batches(2, 2))
+    # Those that hang keep one that has all the time from ever beginning.
+    hung = keyed("hung", Waits(lambda images: end.wait(20)), timeout=0.05)
+    rewards = {"patient": keyed("patient", Waits(numbers)), "hung": hung, "also": hung}
+    with pytest.raises(RewardError, match="^reward.hung: did not return"):
+        score(rewards, batches(1, 1, 1))
     end.set()
     in_time = {"slow": keyed("slow", Waits(numbers), timeout=20)}
     assert score(in_time, batches(2, 2)).rewards["slow"].tolist() == [0, 1, 2, 3]
