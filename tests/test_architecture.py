@@ -116,12 +116,15 @@ KNOW_ALGORITHMS = {
     "scripts/draw_plans.py": "draws the pictures of docs/algorithms.md",
     "scripts/gpu/part_b.py": "says which is timed on a model of real size",
     "scripts/gpu/part_e.py": "the same, on larger ones",
+    "scripts/kill_runs.py": "kills runs of the demo, which has one",
+    "scripts/soak.py": "runs the demo for hours, which has one",
     "scripts/what_fits.py": "says of which its table is",
 }
 KNOW_FAMILIES = {
     "flowkern/models": "their room",
     "flowkern/compat": "it has other projects' names",
     "scripts/pretrain_digits.py": "makes the demo's model, which is of a family",
+    "scripts/kill_runs.py": "imports the demo's model before it forks",
     "scripts/gpu/network_models.py": "builds the published networks that are timed",
     "scripts/gpu/network_cases.py": "says which of them are timed, and how",
     "scripts/gpu/part_d.py": "rehearses one of them",
