@@ -81,7 +81,8 @@ class Display:
             if name not in SHARES.values():
                 passed = time.monotonic() - began
                 self.seconds[name] += passed
-                self._began += passed  # what is left is told by iterations
+                if self._step == self._first:  # what is left is told by what comes again
+                    self._began += passed
             self._phase = ""
 
     def tick(self, is_scoring: bool = False, always: bool = False) -> None:
