@@ -16,13 +16,13 @@ from flowkern import __version__
 from flowkern.lookup import is_hub_id, load
 from flowkern.models import MODELS
 from flowkern.models.directory import INDEX, read_index
+from flowkern.models.pipeline import FILE
 from flowkern.rl.algorithms import PLANNERS
 from flowkern.train import durable, tracking
 from flowkern.train.report import SAMPLES, TEMPLATES, Run, base_name, numbers
 
 LICENSE = ("license", "license_name", "license_link")
 CURVE, GRID = "reward_curve.png", "samples.png"
-LORA = "pytorch_lora_weights"
 CALLED = ("height", "width", "num_frames", "max_sequence_length")  # of the model's options
 
 
@@ -65,7 +65,8 @@ def write_card(
         is_planner=is_planner,
         is_adapter=is_adapter,
         is_merged=(directory / INDEX).is_file(),
-        files=sorted(path.name for path in directory.glob(f"{LORA}*.safetensors")),
+        files=sorted(path.name for path in directory.glob(f"{Path(FILE).stem}*.safetensors")),
+        first_file=FILE,
         parts=sorted(path.parent.name for path in directory.glob("*/config.json")),
         step=step,
         rewards=_rewards(run),
