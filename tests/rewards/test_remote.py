@@ -452,7 +452,7 @@ def test_one_that_is_asked_twice_at_once_is_scored_once(served):
         go.wait(10)
         return [1.5] * len(images)
 
-    service = served(rewards={"redness": slow})
+    service = served(rewards={"redness": slow}, requests=1)
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(service.post, body_of(), idempotency_key="k") for _ in range(2)]
         wait_for(lambda: calls)

@@ -28,6 +28,8 @@ from flowkern.rewards.remote.service import Service
 
 DRAIN_S = 60
 """Seconds in which requests are still answered after the server was told to end."""
+DISCARD_S = 30
+"""Seconds in which a body that is refused may come to its end."""
 CONNECTIONS = 256
 LONGEST_KEY = 128
 
@@ -39,9 +41,9 @@ def app(service: Service, token: str | None = None, upload_s: float | None = Non
     async def score(request: Request) -> Response:
         try:
             kind, key = _head(request, token)
-            service.require_room()
+            service.require_room(key)
         except Refused:
-            await _discard(request, service.limits.max_bytes, upload_s)
+            await _discard(request, service.limits.max_bytes)
             raise
         body, digest = await _body(request, kind, service.limits.max_bytes, upload_s)
         answer = service.submit(kind, body, key, digest)
@@ -89,11 +91,11 @@ def _head(request: Request, token: str | None) -> tuple[str, str | None]:
     return kind, key
 
 
-async def _discard(request: Request, most: int, upload_s: float | None) -> None:
+async def _discard(request: Request, most: int) -> None:
     """Let a body come that nobody reads: who sends it would else see a broken connection, and not
     the answer."""
     with contextlib.suppress(Refused):
-        async for _ in _parts(request, 4 * most, upload_s):
+        async for _ in _parts(request, 4 * most, DISCARD_S):
             pass
 
 
@@ -110,12 +112,13 @@ async def _body(
     request: Request, kind: str, most: int, upload_s: float | None
 ) -> tuple[bytes, bytes]:
     """The body, and the digest of it and its type."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > most:
-        await _discard(request, most, upload_s)
+    said = request.headers.get("content-length", "")
+    announced = int(said) if said.isdecimal() else most
+    if announced > most:
+        await _discard(request, most)
         raise _too_large(most)
     parts, digest = [], hashlib.sha256(kind.encode())
-    async for part in _parts(request, most, upload_s):
+    async for part in _parts(request, most, upload_s or seconds_for(announced)):
         parts.append(part)
         digest.update(part)
     return b"".join(parts), digest.digest()
@@ -125,10 +128,9 @@ def _too_large(most: int) -> Refused:
     return Refused(413, "too_large", f"body: expected at most {most} bytes")
 
 
-async def _parts(request: Request, most: int, upload_s: float | None) -> AsyncIterator[bytes]:
+async def _parts(request: Request, most: int, seconds: float) -> AsyncIterator[bytes]:
     """Of a body, not past the limit, and not after its time."""
-    seconds, size = upload_s or seconds_for(most), 0
-    end = asyncio.get_running_loop().time() + seconds
+    size, end = 0, asyncio.get_running_loop().time() + seconds
     stream = aiter(request.stream())
     while True:
         try:

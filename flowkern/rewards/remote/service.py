@@ -73,11 +73,11 @@ class Service:
         self._lock = threading.Lock()
         self._clock = clock
 
-    def require_room(self) -> None:
-        """Raise Refused where a request had better come later."""
+    def require_room(self, key: str | None = None) -> None:
+        """Raise Refused where a request had better come later, but for one that was here before."""
         if self._is_closed:
             raise Refused(503, "closing", "the server is shutting down")
-        if self._running >= self.requests:
+        if self._running >= self.requests and key not in self._known:
             raise Refused(429, "busy", f"{self._running} requests wait already")
 
     def submit(
