@@ -19,7 +19,8 @@ from flowkern.models.directory import INDEX, read_index
 from flowkern.models.pipeline import FILE
 from flowkern.rl.algorithms import PLANNERS
 from flowkern.train import durable, tracking
-from flowkern.train.report import SAMPLES, TEMPLATES, Run, base_name, numbers
+from flowkern.train.record import SAMPLES, Run, base_name, numbers
+from flowkern.train.report import TEMPLATES
 
 LICENSE = ("license", "license_name", "license_link")
 CURVE, GRID = "reward_curve.png", "samples.png"

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flowkern import __version__
 from flowkern.checks import ConfigError
-from flowkern.lookup import is_hub_id
 from flowkern.train import charts, durable
 from flowkern.train import tree as trees
 from flowkern.train.charts import Chart, Series, short
-from flowkern.train.events import EVENTS
 from flowkern.train.lock import owner_of
 from flowkern.train.prompts import Columns, read_prompts
+from flowkern.train.record import (
+    SAMPLES,
+    Run,
+    base_name,
+    names,
+    numbers,
+)
 
-METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
 TEMPLATES = Path(__file__).parent / "templates"
 MARK = '<meta name="generator" content="flowkern report">'
 MOST_PICTURES = 24
@@ -49,56 +52,6 @@ FIRST = ("loss", "policy", "kl", "ratio", "pg_clipfrac", "grad_norm", "lr", "zer
 """Beginnings of names, in the order that they are shown in."""
 COST = ("timing_s/", "nfe/", "throughput/", "memory/")
 """Beginnings of names that stand beside the tables of time and rows."""
-
-
-class Run(NamedTuple):
-    """What a directory has."""
-
-    path: Path
-    config: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    validation: Sequence[Mapping[str, Any]]
-    events: Sequence[Mapping[str, Any]]
-    broken: Mapping[str, int]
-    """Lines that are no records, by file."""
-
-    @classmethod
-    def read(cls, path: Path) -> Run:
-        """Raises ConfigError for what is no run."""
-        if not path.is_dir():
-            raise ConfigError(f"run: there is no folder {str(path)!r}; expected an output_dir")
-        if not any((path / name).is_file() for name in (CONFIG, METRICS)):
-            raise ConfigError(
-                f"run: {str(path)!r} has neither {CONFIG} nor {METRICS}; expected the output_dir "
-                "of a training"
-            )
-        lines = {n: durable.read_lines(path / n) for n in (METRICS, VALIDATION, EVENTS)}
-        counts = {
-            name: sum(bool(line.strip()) for line in (path / name).read_bytes().split(b"\n"))
-            for name in lines
-            if (path / name).is_file()
-        }
-        broken = {n: count - len(lines[n]) for n, count in counts.items() if count > len(lines[n])}
-        config = trees.read_file(path / CONFIG) if (path / CONFIG).is_file() else {}
-        return cls(path, config, *lines.values(), broken)
-
-    @property
-    def step(self) -> int:
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
-
-    def option(self, key: str) -> Any:
-        """Of a dotted key; None where there is none."""
-        found: Any = self.config
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Of the rewards, by name: 0 for a judge."""
-        rewards = self.option("reward") or {}
-        options = {name: one if isinstance(one, Mapping) else {} for name, one in rewards.items()}
-        return {name: one.get("weight", 1.0) for name, one in options.items()}
 
 
 def write(run_dir: Path, output: Path) -> None:
@@ -155,15 +108,9 @@ def page(run: Run) -> str:
 # ---- in short ----
 
 
-def base_name(path: Any) -> str | None:
-    """Of a model: its id on the hub, or the last folder of where it lay."""
-    if not isinstance(path, str):
-        return None
-    return path if is_hub_id(path) else Path(path).name
-
-
 def state(run: Run) -> str:
-    last = run.events[-1].get("event") if run.events else None
+    kinds = [event.get("event") for event in run.events if event.get("event") != "unscored"]
+    last = kinds[-1] if kinds else None
     of = f"{run.step:,} of {run.option('train.steps') or run.step:,} optimizer steps"
     owner = owner_of(run.path)
     if owner is not None:
@@ -184,6 +131,9 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
             role = f", {_role(weight)}" if name != "mean" else ", weighted sum"
             (_, first), (_, last) = drawn[0], drawn[-1]
             found.append((name.replace("_", " "), f"{first:.3g} → {last:.3g}", kind + role))
+    if (best := run.best) is not None:
+        beside = f"{best['metric']} {short(best['value'])}"
+        found.append(("best checkpoint", f"step {best['step']:,}", beside))
     seconds = sum(value for _, value in numbers(run.metrics, "timing_s/step"))
     found.append(("time of steps", duration(seconds), "validation and checkpoints not counted"))
     if table := rows(run):
@@ -209,22 +159,6 @@ def duration(seconds: float) -> str:
 
 
 # ---- curves ----
-
-
-def numbers(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of what is a number."""
-    found = [(record["step"], record.get(name)) for record in records]
-    return [
-        (step, value)
-        for step, value in found
-        if type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(step)
-    ]
-
-
-def names(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of all records, in the order that they come in."""
-    found = dict.fromkeys(key for record in records for key in record)
-    return [name for name in found if name != "step" and numbers(records, name)]
 
 
 def reward_charts(run: Run) -> list[Chart]:
@@ -381,6 +315,8 @@ def faults(run: Run) -> list[tuple[str, int, str, str]]:
             found.append(("killed", step, "ended without a word before this resume", at))
         if kind in FAULTS:
             found.append((kind, step, str(event.get("said", "")), at))
+        if kind == "done" and step < (run.option("train.steps") or 0):
+            found.append(("ended early", step, str(event.get("said", "")), at))
         before = before if kind == "unscored" else kind
     for key in names(run.metrics):
         total = sum(value for _, value in numbers(run.metrics, key))

@@ -111,7 +111,7 @@ def test_errors_are_one_line(capsys, monkeypatch):
         # Before the model is loaded, which is not there either.
         (
             ["configs/digits/flow_grpo.yaml", "reward.digits_judge.zz=1", "model.path=nowhere"],
-            "reward.digits_judge.zz: unknown key; known are weight, kind, timeout, scale, allow_nan",
+            "reward.digits_judge.zz: unknown key; known are weight, kind, timeout, scale,",
         ),
     ):
         assert main(["train", *override]) == 2

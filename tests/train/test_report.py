@@ -56,6 +56,7 @@ def run(tmp_path):
         for kind, step, said in events
     ]  # fmt: skip
     (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in happened))
+    (path / "best.json").write_text('{"step": 20, "metric": "reward/sharp", "value": 0.5}')
     for step, colour in ((0, "red"), (20, "blue")):
         Image.new("RGB", (8, 8), colour).save(path / f"samples/step-{step}.png")
     (path / "samples/step-30.png").write_bytes(b"half of a pic")
@@ -73,6 +74,7 @@ def test_a_page_says_what_the_directory_has(run, capsys):
     for said in (
         "flow_grpo on someone/model · ended without a word (killed?) after 30 of 40 optimizer",
         "0.125 → 20.1",
+        "best checkpoint||step 20||reward/sharp 0.5",
         "optimized, weight 2",
         "0.30 times the released loop's",
         "train.steps: 20, then 40",
@@ -98,11 +100,15 @@ def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, capsys):
         path.mkdir()
     shutil.copy(run / "config.yaml", fresh)
     (busy / "metrics.jsonl").write_text('{"step": 1, "loss": 1e400}\n{"step": 2, "loss": 3}\n')
+    (fresh / "best.json").write_text("[]")
+    early = {"event": "done", "step": 2, "said": "done: ended early: it fell"}
+    (fresh / "events.jsonl").write_text(json.dumps(early))
     (busy / "run.lock").write_text('{"host": "far away", "pid": 1}')
     (bare / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     (tmp_path / "mine.html").write_text("<html>mine")
     for path, said in (
         (fresh, "No optimizer step is recorded yet"),
+        (fresh, "done: ended early: it fell"),
         (bare, "1 of 1 optimizer steps"),
         (busy, "under way on far away: 2 of 2"),
     ):
