@@ -83,8 +83,9 @@ def has_products(device: torch.device) -> bool:
 def quantize(
     blocks: Sequence[nn.Module], kind: str = "float8", device: torch.device | None = None
 ) -> int:
-    """The blocks' frozen linear layers, in place; how many. Norms' own layers see a row a sample
-    and stay, as do adapters. Of each size one is tried in float8 before anything is changed.
+    """The blocks' frozen linear layers, in place; how many. Adapters stay, and in float8 norms' own
+    layers, which see a row a sample: there is no time to gain. Of each size one is tried in float8
+    before anything is changed.
 
     kind: float8, int8 or nf4. device: where a layer is quantized, and stays; None: where it is.
     Raises ValueError where there is none, for weights of another dtype or that are no numbers, and
@@ -97,7 +98,8 @@ def quantize(
         (block, name)
         for block in blocks
         for name, layer in block.named_modules()
-        if type(layer) is nn.Linear and "norm" not in name and not layer.weight.requires_grad
+        if type(layer) is nn.Linear and not layer.weight.requires_grad
+        if not (is_float8 and "norm" in name)
         if layer.in_features % unit == layer.out_features % unit == 0
     ]
     if not found:

@@ -76,16 +76,17 @@ def held(config: Config, network: nn.Module, blocks: Sequence[nn.Module], proces
 def _width(config: Config, blocks: Sequence[nn.Module]) -> Callable[[Tensor], float]:
     """Bytes of an element of a weight, as it is kept."""
     named = [pair for block in blocks for pair in block.named_modules()]
+    kind = config.model.quantization
     small = {
         id(m.weight)
         for name, m in named
-        if isinstance(m, nn.Linear) and "norm" not in name and "lora" not in name
-        if config.model.quantization is not None and not m.weight.requires_grad
+        if isinstance(m, nn.Linear) and "lora" not in name and not m.weight.requires_grad
+        if kind in ("int8", "nf4") or (kind == "float8" and "norm" not in name)
     }
 
     def width(p: Tensor) -> float:
         if id(p) in small:
-            return BYTES_PER_WEIGHT[config.model.quantization]
+            return BYTES_PER_WEIGHT[kind]
         return 4 if config.lora is None else p.element_size()
 
     return width

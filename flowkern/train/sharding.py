@@ -10,6 +10,7 @@ is asked, so every process has to ask as often, in the same order.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,9 @@ def shard(model: Model, config: Config, accelerator: Accelerator) -> None:
     # read them (in saving) without the others.
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": kept}
     options["reshard_after_forward"] = True
+    # Blocks and networks that give a view, as FLUX.1's do. To change one in place would leave out
+    # what is gathered for its backward pass; none of the families' networks does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     for block in (*model.repeated(), network):
         fully_shard(block, **options)
     for module in network.modules():
