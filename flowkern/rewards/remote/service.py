@@ -75,6 +75,10 @@ class Service:
 
     def require_room(self, key: str | None = None) -> None:
         """Raise Refused where a request had better come later, but for one that was here before."""
+        with self._lock:
+            self._require_room(key)
+
+    def _require_room(self, key: str | None) -> None:
         if self._is_closed:
             raise Refused(503, "closing", "the server is shutting down")
         if self._running >= self.requests and key not in self._known:
@@ -100,7 +104,7 @@ class Service:
                 if known.digest != digest:
                     raise Refused(409, "key_reused", "Idempotency-Key: came with another body")
                 return known.answer
-            self.require_room()
+            self._require_room(key)
             self._running += 1
             answer = self._pool.submit(self._answer, content_type, body)
             if key:
