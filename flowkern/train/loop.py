@@ -315,6 +315,7 @@ class Loop:
             with self.weights.using(self.evaluated), self.processes.drawing():
                 found = self.task.evaluate(self.global_step)
             self.directory.log_validation(self.global_step, found)
+        with self.display.phase("saving"):
             self.directory.draw_curves()
             self.cadence.judge()
 
