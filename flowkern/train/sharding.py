@@ -164,6 +164,8 @@ class Sharded(Replicas):
         self._units = [u for m in self._roots for u in m.modules() if isinstance(u, FSDPModule)]
         parameters = [(n, p) for m in self._roots for n, p in m.named_parameters()]
         self.saves_alone = saves_alone(config)
+        is_narrow = config.lora is None and config.train.mixed_precision == "bf16"
+        self._width = 2 if is_narrow else None
         for name, p in parameters:
             if is_split(p) != (not self.saves_alone or not p.requires_grad):
                 raise ConfigError(
@@ -201,7 +203,7 @@ class Sharded(Replicas):
     def _bytes(self) -> int:
         """Of all weights that are split, as they are gathered."""
         split = [p for m in self._roots for p in m.parameters() if is_split(p)]
-        return sum(p.numel() * p.element_size() for p in split)
+        return sum(p.numel() * (self._width or p.element_size()) for p in split)
 
     def wrap(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Themselves, computing in the configured precision."""

@@ -177,6 +177,8 @@ def rounds_no_level(tree):
     assert not torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
     assert loop.step()[0]["ratio_mean"] == 1
     assert {p.dtype for p in loop.parameters} == {torch.float32}
+    if loop.config.lora is None:
+        assert loop.processes._bytes() == 2 * sum(p.numel() for p in loop.parameters)
     AcceleratorState._reset_state()
     return weights_of(loop)
 
