@@ -25,8 +25,6 @@ from flowkern.train.report import TEMPLATES
 LICENSE = ("license", "license_name", "license_link")
 CURVE, GRID = "reward_curve.png", "samples.png"
 CALLED = ("height", "width", "num_frames", "max_sequence_length")  # of the model's options
-
-
 DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
@@ -39,6 +37,7 @@ def write_card(
     base, family = str(run.option("model.path")), _family(run)
     algorithm = str(run.option("algorithm.name"))
     is_planner, is_adapter = algorithm in PLANNERS, (directory / "adapter_config.json").is_file()
+    link = f"[{base}](https://huggingface.co/{base})"
     license = _license(base, run.option("model.revision"))
     data = ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -57,9 +56,7 @@ def write_card(
         card_data=data.to_yaml(),
         here=name or "THIS_FOLDER",
         base=base if is_hub_id(base) else f"path/to/{base_name(base)}",
-        base_shown=f"[{base}](https://huggingface.co/{base})"
-        if is_hub_id(base)
-        else base_name(base),
+        base_shown=link if is_hub_id(base) else base_name(base),
         base_name=base_name(base),
         option=run.option,
         algorithm=algorithm,

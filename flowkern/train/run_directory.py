@@ -37,6 +37,7 @@ OPTIMIZER, EIGHT_BITS = "train.optimizer", "adamw_8bit"
 MEAN = "train.ema_decay"
 PROMPTS = "prompts.json"  # of a checkpoint
 BEST = "best.json"
+HUB = "hub"  # what is uploaded
 
 
 class RunDirectory:
@@ -202,9 +203,9 @@ class RunDirectory:
             return
         from flowkern.train.export import export, push
 
-        found = self.path / f"export-{self.saved}"
-        if not found.exists():  # it is, where a run that is over was begun again
-            found = export(self.path, found, name=options.hub_model_id)
+        found = self.path / HUB
+        shutil.rmtree(found, ignore_errors=True)  # another's, where a run is begun anew
+        export(self.path, found, name=options.hub_model_id)
         self.say(f"pushed to {push(found, options.hub_model_id, options.hub_private_repo)}")
 
     def say(self, message: str, event: str | None = None) -> None:

@@ -108,12 +108,14 @@ def test_diffusers_draws_what_was_validated_and_the_card_says_what_it_is(
     push = ["train.push_to_hub=true", "train.hub_model_id=me/digits", "train.hub_private_repo=true"]
     loop = Loop(tiny(*options, *push, f"model.path={base}", "validation.num_prompts=2"))
     model, run = loop.task.model, tmp_path / "run"
+    (run / "hub").mkdir(parents=True)
+    (run / "hub/stale.txt").write_text("of an earlier run")
     assert loop.run() == 0
     assert f"pushed to {hub.url}/me/digits\n" in capsys.readouterr().err
     ids = prompt_ids(SAMPLE_ITERATION, torch.tensor([0]))
     with loop.weights.using(EVALUATED):
         expected = sample_images(model, [PROMPT], ids, Sampler(2), seed=0)
-    adapter, pipe = run / "export-2", DiffusionPipeline.from_pretrained(base)
+    adapter, pipe = run / "hub", DiffusionPipeline.from_pretrained(base)
     assert (drawn_by(pipe, model) - expected).abs().max() > 0.01
     pipe.load_lora_weights(adapter)
     torch.testing.assert_close(drawn_by(pipe, model), expected, rtol=0, atol=1e-5)
