@@ -49,7 +49,7 @@ class RunDirectory:
         self.saved = self.logged = 0  # the steps of the newest checkpoint, of the last metrics
         self._taken: dict[str, tuple[Any, Any]] = {}
         self._lock: Lock | None = None
-        self._trackers = Trackers(accelerator, self.path)
+        self._trackers = Trackers(accelerator)
 
     # ---- beginning ----
 

@@ -19,8 +19,8 @@ GRIDS = "samples"
 class Trackers:
     """Of the main process; none without train.report_to."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path) -> None:
-        self.accelerator, self.output_dir = accelerator, output_dir
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """config: the run's, as plain values. Raises ConfigError where one cannot begin: no login,
