@@ -37,7 +37,7 @@ lint: $(READY)
 	$(if $(CLANG_FORMAT),$(CLANG_FORMAT) --dry-run -Werror $$(find csrc -type f),@echo "csrc: not looked at, there is no clang-format")
 
 # The pages as a site, build/site/index.html; a link that leads nowhere is an error. With VENV=none mkdocs-material has to be there.
-docs: $(READY)
+docs: $(filter-out native,$(READY))
 	$(if $(filter none,$(VENV)),,FLOWKERN_BUILD=none $(PIP) --no-build-isolation --editable '.[docs]')
 	$(RUN) scripts/configuration_page.py --check
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)

@@ -14,7 +14,7 @@ from flowkern.cli import main
 class Ink:
     """How near the share of ink is to `wanted`: 0 is best."""
 
-    def __init__(self, wanted: float = 0.3):
+    def __init__(self, wanted: float = 0.4):
         if not 0 < wanted < 1:
             raise ValueError(f"wanted: got {wanted}, expected a share between 0 and 1")
         self.wanted = wanted
@@ -25,6 +25,6 @@ class Ink:
 
 
 if __name__ == "__main__":
-    reward = "reward={ink: {kind: 'own_reward:Ink', wanted: 0.3}, digits_judge: {weight: 0}}"
+    reward = "reward={ink: {kind: 'own_reward:Ink', wanted: 0.4}, digits_judge: {weight: 0}}"
     run = ["output_dir=runs/own-reward", "train.steps=40", reward]
     sys.exit(main(["demo", *run, *sys.argv[1:]]))

@@ -50,7 +50,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             log.warning("%s: links to %s, which is no file", source, found[1])
         return os.path.relpath(target, here or ".") + (found[2] or "")
 
-    return outside_of_code(markdown, lambda text: LINK.sub(moved, text))
+    return outside_of_code(lists_apart(markdown), lambda text: LINK.sub(moved, text))
+
+
+def lists_apart(markdown: str) -> str:
+    """Where the repository is read, a list may follow a line of text at once, and what belongs to
+    an item is indented by two; Python-Markdown wants a blank line, and four.
+    """
+    lines: list[str] = []
+    is_code = False
+    for line in markdown.splitlines():
+        is_code ^= line.lstrip().startswith("```")
+        if not is_code and line.startswith("- ") and lines and re.match(r"[^-\s|#<>]", lines[-1]):
+            lines.append("")
+        is_of_an_item = not is_code and re.match(r"  \S", line)
+        lines.append(f"  {line}" if is_of_an_item else line)
+    return "\n".join(lines) + "\n"
 
 
 def origin(page: str) -> str:
