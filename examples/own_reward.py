@@ -2,8 +2,8 @@
 
     python examples/own_reward.py [key.path=value ...]
 
-Forty optimizer steps. The digits get bolder, and the judge, which is not optimized, says whether
-they can still be read: hold one back in every run.
+Forty optimizer steps. The share of ink goes from .31 to .40, as asked for, and the judge, which is
+not optimized, from .48 to .30: nobody asked for digits. Hold one back in every run.
 """
 
 import sys

@@ -74,5 +74,10 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     home = (tmp_path / "site/index.html").read_text()
-    assert 'href="rewards.html"' in home and 'src="images/reward_curve.png"' in home
-    assert (tmp_path / "site/benchmarks/results").is_dir()
+    picture = "benchmarks/results/intel-xeon-processor-2-threads/speed-summary.png"
+    assert f'src="{picture}"' in home and (tmp_path / "site" / picture).is_file()
+    for page in ("docs/rewards.md", "examples/own_reward.py", "CONTRIBUTING.md"):
+        assert f"]({page})" in (ROOT / "README.md").read_text()
+    for page in ("rewards.html", "examples/own_reward.py", "contributing.html"):
+        assert f'href="{page}"' in home and (tmp_path / "site" / page).is_file()
+    assert 'id="flowkern.sde_step"' in (tmp_path / "site/api.html").read_text()
