@@ -2,9 +2,9 @@
 
     python examples/own_algorithm.py [key.path=value ...]
 
-Samples of a prompt start from one noise; the first few steps are drawn and trained, and what follows
-them is deterministic (docs/algorithms.md). In sixty optimizer steps the held-out reward goes from
-.49 to .88 and the judge from .48 to .96, but the distance to real digits from 1.95 to 2.82.
+Samples of a prompt start from one noise; the first few steps are drawn and trained, and what
+follows them is deterministic (docs/algorithms.md). In sixty optimizer steps the held-out reward
+goes from .49 to .88 and the judge from .48 to .96, the distance to real digits from 1.95 to 2.82.
 """
 
 import sys

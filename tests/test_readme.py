@@ -37,8 +37,14 @@ def test_the_configuration_is_one(tmp_path, monkeypatch):
     config = load_config(name, ['reward={"mine:redness": {}}'])
     assert config.model.path.endswith("stable-diffusion-3.5-medium")
     assert load_config(name).reward.weights == {"pickscore": 1.0}
-    commands = re.findall(r"^    flowkern (\w+) (\S+)", README, re.MULTILINE)
-    assert {("doctor", name), ("train", name), ("sample", "runs/first")} <= set(commands)
+    commands = re.findall(r"^    flowkern (\w+(?: --estimate)?) (\S+)", README, re.MULTILINE)
+    asked = {
+        ("doctor --estimate", name),
+        ("doctor", name),
+        ("train", name),
+        ("sample", "runs/first"),
+    }
+    assert asked <= set(commands)
     assert str(tmp_path / "runs/first") == config.output_dir
 
 
