@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from errno import EADDRNOTAVAIL
 from pathlib import Path
+from socket import gaierror
 from typing import TYPE_CHECKING, Any
 
 from flowkern.checks import ConfigError
@@ -84,7 +86,13 @@ def run(options: argparse.Namespace) -> int:
             f"--host: {options.host} is open to other machines, which takes --token-file PATH or "
             "--token-env NAME"
         )
-    with server.listen(options.host, options.port) as listening:  # refused before the loading
+    try:
+        listening = server.listen(options.host, options.port)  # refused before the loading
+    except OSError as error:
+        flag = "--host" if isinstance(error, gaierror) or error.errno == EADDRNOTAVAIL else "--port"
+        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        raise OSError(f"{flag}: {options.host} port {options.port}: {why}") from None
+    with listening:
         rewards = _rewards(options.arguments)
         limits = Limits(max_bytes=options.max_bytes)
         service = Service(rewards, limits, batch=options.max_batch)
@@ -130,6 +138,8 @@ def _rewards(arguments: list[str]) -> dict[str, Served]:
     tree: dict[str, dict[str, Any]] = {}
     for kind in (text for text in arguments if not OVERRIDE.match(text)):
         name = kind.rpartition(":")[2]
+        if not name.strip():
+            raise ConfigError(f"serve-reward: got {kind!r}, expected the name of a reward")
         if name in tree:
             raise ConfigError(f"{kind}: there is a reward of the name {name} already")
         tree[name] = {"kind": kind}

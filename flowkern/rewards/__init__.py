@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from flowkern.checks import ConfigError, shown
@@ -157,22 +159,42 @@ def _fitting(kind: type, options: Mapping[str, Any], name: str) -> dict[str, Any
         if option not in given:
             raise ConfigError(f"reward.{name}.{option}: missing, and has no default")
     for option, value in given.items():
-        types, words = PLAIN.get(_annotation(parameters, option), (object, ""))
-        if not isinstance(value, types) or (isinstance(value, bool) and "number" in words):
-            raise ConfigError(f"reward.{name}.{option}: got {shown(value)}, expected {words}")
+        wanted = _refused(_annotation(parameters, option), value)
+        if wanted is not None:
+            raise ConfigError(f"reward.{name}.{option}: got {shown(value)}, expected {wanted}")
     return given
 
 
 PLAIN = {
     "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
+    "float": (Real, "a number"),
     "bool": (bool, "true or false"),
     "str": (str, "a string"),
+    "Path": (Path, "a string"),
+    "None": (type(None), "null"),
 }
-"""Annotations of options that are held to: what they take, in types and in words."""
+"""Annotations of options that are held to, alone and as `X | None`: what they take, in types and in
+words."""
+
+
+def _refused(hint: str, value: Any) -> str | None:
+    """What an annotation wanted instead of a value; None: it fits, or other types are its class's
+    to check, as of `int | str`, whose strings are words of its own.
+    """
+    kinds = [kind.rpartition(".")[2] for kind in hint.split(" | ")]
+    if not set(kinds) <= set(PLAIN) or (len(kinds) > 1 and "None" not in kinds):
+        return None
+    types = tuple(PLAIN[kind][0] for kind in kinds)
+    if isinstance(value, bool):  # which is an int, too
+        return None if bool in types else _in_words(kinds)
+    return None if isinstance(value, types) else _in_words(kinds)
+
+
+def _in_words(kinds: Sequence[str]) -> str:
+    return " or ".join(dict.fromkeys(PLAIN[kind][1] for kind in kinds))
 
 
 def _annotation(parameters: Mapping[str, inspect.Parameter], option: str) -> str:
     """As text, which it is already where annotations are not evaluated."""
-    hint = parameters[option].annotation if option in parameters else None
+    hint = parameters[option].annotation if option in parameters else ""
     return str(getattr(hint, "__name__", hint))

@@ -56,6 +56,8 @@ class FrameReward(ABC):
         if self.reduce not in REDUCE:
             known = ", ".join(REDUCE)
             raise ValueError(f"reduce: got {shown(self.reduce)}, expected one of {known}")
+        if self.reduce == "first" and self.frames != FrameReward.frames:
+            raise ValueError(f"frames: got {self.frames!r}, but reduce: first scores one alone")
 
     @abstractmethod
     def score(

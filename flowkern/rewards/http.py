@@ -169,7 +169,8 @@ class _Call:
                 except _Again as error:
                     wait_s = error.wait_s
                     if wait_s is None:
-                        wait_s = jitter.uniform(0, min(LONGEST_WAIT_S, 0.5 * 2 ** (tried - 1)))
+                        doubled = 0.5 * 2 ** min(tried - 1, 10)  # of thousands: beyond a float
+                        wait_s = jitter.uniform(0, min(LONGEST_WAIT_S, doubled))
                     if tried > retries or server.clock() + wait_s >= end:
                         times = f"; tried {tried} times" if tried > 1 else ""
                         raise Unscored(f"{self.url}: {error}{times}") from None

@@ -4,10 +4,11 @@ vLLM, SGLang, a vendor's. docs/rewards.md has the options of UnifiedReward and o
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,18 @@ __all__ = ["VlmJudge"]
 ANSWERS = ("text", "logprob", "yes_no")
 LIMITS = ("max_tokens", "max_completion_tokens")
 YES_NO = {"yes": 1.0, "no": 0.0}
+READ_BY = {
+    "labels": ("text",),
+    "levels": ("logprob",),
+    "low": ("text", "logprob"),
+    "high": ("text", "logprob"),
+    "min_probability": ("logprob", "yes_no"),
+    "top_logprobs": ("logprob", "yes_no"),
+}
+"""Options that not every answer reads: with another one they would do nothing, and are refused."""
+OWN = ("model", "messages", *LIMITS, "temperature", "logprobs", "top_logprobs", "stream")
+"""What extra_body may not say: it would take the place of an option, or of what is read."""
+MOST_PIXELS = 8192
 
 
 @dataclass(kw_only=True, eq=False)
@@ -108,21 +121,50 @@ class VlmJudge(FrameReward):
         for key in ("concurrency", "top_logprobs", "max_tokens", "size"):
             if getattr(self, key) is not None:
                 whole_number(key, getattr(self, key))
+        if self.size is not None and self.size > MOST_PIXELS:
+            raise ValueError(f"size: got {shown(self.size)}, expected at most {MOST_PIXELS}")
+        if self.temperature is not None:
+            finite_number("temperature", self.temperature, "0 or more, or null", lambda t: t >= 0)
         finite_number("min_probability", self.min_probability, "0 to 1", lambda p: 0 <= p <= 1)
         finite_number("low", self.low, "a number", lambda _: True)
         finite_number("high", self.high, f"more than low, {self.low}", lambda high: high > self.low)
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model: got {shown(self.model)}, expected what the server calls it")
-        if not isinstance(self.extra_body, Mapping):
-            raise ValueError(f"extra_body: got {shown(self.extra_body)}, expected a mapping")
+        if self.placeholder is not None and not self.placeholder.strip():
+            raise ValueError(f"placeholder: got {self.placeholder!r}, expected what is in the text")
+        self._require_sendable()
         named = [self.labels] if isinstance(self.labels, str) else self.labels
         is_named = isinstance(named, list | tuple) and len(named) > 0
         if not is_named or not all(isinstance(one, str) and one.strip() for one in named):
             raise ValueError(f"labels: got {shown(self.labels)}, expected words before a number")
-        self.labels = list(named)
+        self.labels = tuple(named)
+        self._require_read()
         self._values = self._meanings()
         self._text = self._read_prompt()
         self.server = server(self.url, self.token_env, self.retries, self.request_timeout)
+
+    def _require_sendable(self) -> None:
+        """Raise ValueError for an extra_body that is no JSON, or says what others say."""
+        if not isinstance(self.extra_body, Mapping):
+            raise ValueError(f"extra_body: got {shown(self.extra_body)}, expected a mapping")
+        for key in OWN:
+            if key in self.extra_body:
+                raise ValueError(f"extra_body: has {key}, which is not its to say")
+        try:
+            json.dumps(dict(self.extra_body), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"extra_body: cannot be sent as JSON: {error}") from None
+
+    def _require_read(self) -> None:
+        """Raise ValueError for an option that `answer` does not read."""
+        defaults = {one.name: one.default for one in fields(self)}
+        given = [key for key in READ_BY if getattr(self, key) != defaults[key]]
+        for key in given:
+            if self.answer not in READ_BY[key]:
+                readers = " and ".join(READ_BY[key])
+                raise ValueError(f"{key}: only answer: {readers} reads it; it is {self.answer}")
+        if "levels" in given and {"low", "high"} & set(given):
+            raise ValueError(f"{given[1]}: is not read beside levels, which say the scores")
 
     def _meanings(self) -> dict[str, float]:
         """Token -> score, of answers that are one token."""
@@ -134,8 +176,6 @@ class VlmJudge(FrameReward):
             if self.answer == "logprob" and not is_one_token:
                 raise ValueError("levels: missing; low to high are no single digits, 0 to 9")
             return {str(digit): float(digit) for digit in digits}
-        if self.answer != "logprob":
-            raise ValueError(f"levels: are read by answer: logprob alone, and it is {self.answer}")
         if not isinstance(self.levels, Mapping) or len(self.levels) < 2:
             got = shown(self.levels)
             raise ValueError(f"levels: got {got}, expected {{token: score}} of at least two")
@@ -147,7 +187,7 @@ class VlmJudge(FrameReward):
     def _read_prompt(self) -> str:
         try:
             text = Path(self.prompt_file).read_text("utf-8")
-        except (OSError, TypeError, UnicodeDecodeError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"prompt_file: {self.prompt_file!r} cannot be read: {error}"
             ) from error

@@ -17,6 +17,8 @@ def check_layout(images: Tensor, prompts: Sequence[str] | None = None) -> None:
     """Raise ValueError for what is neither images (B, 3, H, W) nor videos (B, F, 3, H, W), or has
     another number of prompts. Other layouts are not guessed at: three frames look like RGB.
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images: got {type(images).__name__}, expected a tensor of torch")
     shape = tuple(images.shape)
     if images.ndim not in (4, 5) or shape[-3] != 3 or 0 in shape:
         raise ValueError(f"images: got shape {shape}, expected (B, 3, H, W) or (B, F, 3, H, W)")

@@ -257,7 +257,9 @@ def score(
     may_fail = frozenset(n for n, reward in rewards.items() if reward.may_be_nan or n in reasons)
     for name, reward in rewards.items():
         whole = [torch.full((len(p.scores),), p.reason is not None) for p in answers[name]]
-        _check(reward.key, values[name], asked.prompts, torch.cat(whole) | reward.may_be_nan)
+        may_be_none = torch.cat(whole) | reward.may_be_nan
+        way_out = f"; with {reward.key}.allow_nan=true a NaN leaves its image out"
+        _check(reward.key, values[name], asked.prompts, may_be_none, way_out)
     optimized = {name: reward for name, reward in rewards.items() if reward.weight}
     mean = sum(reward.weight * reward.scaled(values[n]) for n, reward in optimized.items())
     has_none = torch.stack([values[name] for name in optimized]).isnan().any(0)
@@ -281,8 +283,10 @@ def require_drawn(finite: Tensor, prompts: Sequence[str]) -> None:
         )
 
 
-def _check(key: str, value: Tensor, prompts: Sequence[Prompt], may_be_none: Tensor) -> None:
-    """may_be_none: (B,) bool, where NaN is no mistake."""
+def _check(
+    key: str, value: Tensor, prompts: Sequence[Prompt], may_be_none: Tensor, way_out: str = ""
+) -> None:
+    """may_be_none: (B,) bool, where NaN is no mistake. way_out: what else to say of a NaN."""
     is_fine = (value.abs() <= LARGEST) | (value.isnan() & may_be_none)
     bad = (~is_fine).nonzero().flatten().tolist()
     if bad:
@@ -290,5 +294,5 @@ def _check(key: str, value: Tensor, prompts: Sequence[Prompt], may_be_none: Tens
         first, text = value[bad[0]].item(), prompts[bad[0]]["prompt"]
         raise RewardError(
             f"{key}: {first:g} for image {bad[0]} of {len(value)}, prompt {text!r:.80}{others}; "
-            f"expected finite numbers up to {LARGEST:g} in size"
+            f"expected finite numbers up to {LARGEST:g} in size{way_out if first != first else ''}"
         )

@@ -747,15 +747,26 @@ def test_the_command_serves_what_the_reward_scores_and_ends_at_ctrl_c(tmp_path, 
         ("digits_judge colour=red --port 0", 2, "reward.digits_judge.colour: unknown key"),
         ("a:b c:b", 2, "c:b: there is a reward of the name b already"),
         ("device=cpu", 2, "expected the name of a reward"),
-        ("digits_judge --port {taken}", 1, "Address already in use"),
+        (
+            "digits_judge --port {taken}",
+            1,
+            "--port: 127.0.0.1 port {taken}: Address already in use",
+        ),
+        (
+            "digits_judge --host no.invalid --token-env A_TOKEN --port 0",
+            1,
+            "--host: no.invalid port 0: ",
+        ),
     ],
 )
-def test_what_cannot_be_served_is_said_in_a_line(arguments, status, said, capsys):
+def test_what_cannot_be_served_is_said_in_a_line(arguments, status, said, capsys, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "secret")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        words = arguments.format(taken=taken.getsockname()[1]).split()
+        port = taken.getsockname()[1]
+        words = arguments.format(taken=port).split()
         assert main(["serve-reward", *words]) == status
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and re.search(said, err), err
+    assert not out and err.count("\n") == 1 and re.search(said.format(taken=port), err), err
 
 
 def test_without_the_extra(monkeypatch, capsys):

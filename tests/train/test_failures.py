@@ -77,8 +77,10 @@ def test_what_has_no_score_is_in_no_mean_and_is_counted():
     assert found.explained() == why
     for value, allowed in ((NAN, False), (float("inf"), True), (1e160, True)):
         wrong = keyed("f", lambda images, *_, v=value: [v] * len(images), may_be_nan=allowed)
-        with pytest.raises(RewardError, match=r"^reward.f: (nan|inf|1e\+160) for image 0 of 2"):
+        said = r"^reward.f: (nan|inf|1e\+160) for image 0 of 2"
+        with pytest.raises(RewardError, match=said) as caught:
             score({"f": wrong}, batches(2))
+        assert ("reward.f.allow_nan=true" in str(caught.value)) == (value is NAN)
 
 
 class Scaled:
