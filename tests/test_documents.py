@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pydantic")
+pytest.importorskip("PIL")
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in OUTSIDE)]
