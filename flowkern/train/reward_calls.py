@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import warnings
+from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -123,7 +124,7 @@ class Call:
         except Unscored as error:
             none = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
             return Answer(none, {}, f"{reward.key}: {' '.join(str(error).split())}")
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, CancelledError) as error:
             raise RewardError(f"{reward.key}: {line(error)}") from error
         found, entries = scores_and_info(found)
         try:

@@ -225,6 +225,37 @@ def test_requests_that_wait_are_merged_and_one_fault_is_not_anothers(served):
     assert {e["message"] for e in gone["errors"]} == {"the critic is away"}
 
 
+class Rude:
+    """Writes into what it is given, reports nonsense beside, and may leave as no exception does."""
+
+    def __call__(self, images, prompts, metadata):
+        if prompts[0] == "leave":
+            raise asyncio.CancelledError
+        seen = [float(one["deep"].pop()) for one in metadata]
+        if prompts[0] == "few":
+            return seen[1:]
+        prompts.clear()
+        metadata.clear()
+        return seen, {"page": 7, "seen": list(seen)}
+
+
+@pytest.mark.filterwarnings("ignore:(rude|too). info 'page' is not one real number:UserWarning")
+def test_a_reward_that_writes_or_leaves_harms_nobody(served):
+    service = served(rewards={"rude": Rude(), "too": Rude()})
+    rows = [{"deep": [3]}, {"deep": [4]}]
+    sent = body_of(2, prompts=["", ""], metadata=rows, rewards=["rude", "too"])
+    status, found = service.post(sent)
+    assert status == 200 and found["rewards"] == {"rude": [3, 4], "too": [3, 4]}
+    assert found["info"]["rude"] == {"seen": [3, 4]}
+    for text, said in (
+        ("leave", "rude: CancelledError:"),
+        ("few", r"rude: ValueError: returned shape (1,); expected 2 numbers, one per image"),
+    ):
+        sent = body_of(2, prompts=[text] * 2, metadata=rows, rewards=["rude"])
+        status, found = service.post(sent)
+        assert (status, found["error"]["message"]) == (500, said)
+
+
 def wait_for(is_so, seconds=10):
     end = time.monotonic() + seconds
     while not is_so():

@@ -1,5 +1,6 @@
 """What rewards are given and may return, and what becomes of those that do wrong."""
 
+import asyncio
 import copy
 import csv
 import io
@@ -118,6 +119,10 @@ def leaving(images, prompts, metadata):
     sys.exit(0)
 
 
+def cancelled(images, prompts, metadata):
+    raise asyncio.CancelledError  # no Exception, either
+
+
 def failing(images, prompts, metadata):
     raise KeyError("two\nlines")
 
@@ -159,6 +164,7 @@ def test_what_is_no_score_per_image_is_refused_by_key(value, message):
 
 @pytest.mark.parametrize("function, message", [
     (leaving, r"SystemExit: 0 \(at test_scoring\.py:\d+\)$"),
+    (cancelled, r"CancelledError: \(at test_scoring\.py:\d+\)$"),
     (failing, r"KeyError: .two\\nlines. \(at test_scoring\.py:\d+\)$"),
     (lambda images: 0, r"TypeError: .* takes 1 positional argument"),
 ])  # fmt: skip

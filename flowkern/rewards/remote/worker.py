@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -137,7 +139,7 @@ class Worker:
     def _finish(self, jobs: Sequence[Job]) -> None:
         try:
             found = self._call(jobs)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # CancelledError, too: the thread serves all that follows
             if len(jobs) > 1:  # one request's fault is not another's
                 for job in jobs:
                     self._finish([job])
@@ -153,14 +155,24 @@ class Worker:
         """The reward of all of them at once, as a training calls it."""
         images = torch.stack([image for job in jobs for image in job.images]).float().div_(255)
         prompts = [text for job in jobs for text in job.prompts]
-        metadata = [dict(one) for job in jobs for one in job.metadata]
-        more = {"group": jobs[0].group} if self.takes_group else {}
+        metadata = [copy.deepcopy(one) for job in jobs for one in job.metadata]
+        count = len(images)  # now: what is given is the reward's own, to write into
+        more = {"group": list(jobs[0].group or ())} if self.takes_group else {}
         with torch.no_grad():
             found, entries = scores_and_info(self.reward(images, prompts, metadata, **more))
-        scores = real_numbers(found, len(prompts)).tolist()
+        try:
+            scores = real_numbers(found, count).tolist()
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"returned {error}; expected {count} numbers, one per image"
+            ) from error
         info = {}
         for name, values in entries.items():
-            info[str(name)] = real_numbers(values, len(prompts)).tolist()
+            try:
+                info[str(name)] = real_numbers(values, count).tolist()
+            except (ValueError, TypeError, RuntimeError, OverflowError):
+                said = "is not one real number per image, and not reported"
+                warnings.warn(f"{self.name}: info {name!r} {said}", stacklevel=2)
         return Scored(scores, info)
 
     def _failure(self, error: BaseException, count: int) -> Scored | Refused:
