@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> int:
 
     from flowkern.train.doctor import doctor
     from flowkern.train.errors import RunError
+    from flowkern.train.quiet import quiet
 
+    quiet()
     try:
         report = doctor(config)
     except torch.OutOfMemoryError:

@@ -18,6 +18,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "it, with a model card; the running mean of the weights where the run validated it.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
+    parser.add_argument("--best", action="store_true", help="of a run, that of its best.json")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="a new folder; default: export-N in the run's"
     )
@@ -37,11 +38,15 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--push-to-hub: expected --hub-model-id OWNER/NAME beside it, or neither")
     if options.private and not options.push_to_hub:
         raise ConfigError("--private: expected --push-to-hub beside it")
+    from flowkern.train.checkpoint import best_of
     from flowkern.train.export import export, push, require_login
+    from flowkern.train.quiet import quiet
 
     if options.push_to_hub:
         require_login(options.hub_model_id, "--hub-model-id")
-    directory = export(options.checkpoint, options.output, options.merged, options.hub_model_id)
+    quiet()
+    place = best_of(options.checkpoint) if options.best else options.checkpoint
+    directory = export(place, options.output, options.merged, options.hub_model_id)
     print(directory)
     if options.push_to_hub:
         print(push(directory, options.hub_model_id, options.private))

@@ -29,10 +29,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Draw images or videos from a checkpoint with the deterministic sampler.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N, or a run: its latest")
+    parser.add_argument("--best", action="store_true", help="of a run, that of its best.json")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
     what.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="of prompts: .txt, .jsonl, .json, .csv"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="of prompts, as data.train_prompts",
     )
     parser.add_argument(
         "--output",
@@ -92,7 +96,7 @@ def _flag(name: str) -> str:
 def _run(options: argparse.Namespace) -> int:
     _check(options)
     from flowkern.rl.algorithms import PLANNERS
-    from flowkern.train.checkpoint import chosen
+    from flowkern.train.checkpoint import best_of, chosen
     from flowkern.train.config import load_sampling
     from flowkern.train.prompts import read_prompts, require_text
     from flowkern.train.tracking import picture_format
@@ -105,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
             picture_format(options.output, "--output", None)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    directory = chosen(options.checkpoint)
+    directory = chosen(best_of(options.checkpoint) if options.best else options.checkpoint)
     algorithm = read_file(directory / "config.yaml").get("algorithm")
     if isinstance(algorithm, dict) and algorithm.get("name") in PLANNERS:
         raise ConfigError(
@@ -181,11 +185,13 @@ def _draw(options: argparse.Namespace, config: Any, directory: Path, asked: Aske
     from flowkern.train.checkpoint import taking
     from flowkern.train.draw import draw
     from flowkern.train.loading import load_pipeline
+    from flowkern.train.quiet import quiet
     from flowkern.train.tracking import picture_format
     from flowkern.train.trained import Blend
     from flowkern.train.validation import require_guidance
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quiet()
     attention = config.model.attention_backend
     if (kind := config.model.quantization) is not None:
         print(f"model.quantization: {kind} was for training; drawn unquantized", file=sys.stderr)

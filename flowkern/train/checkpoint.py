@@ -22,6 +22,7 @@ from flowkern.train.durable import DELETED, PARTIAL, replace, set_aside, sync
 from flowkern.train.errors import describe
 
 MANIFEST = "manifest.json"
+BEST = "best.json"  # of a run: the step whose validation was the best
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -79,6 +80,20 @@ def chosen(place: Path, key: str = "checkpoint") -> Path:
     if (place / "run.lock").exists() or (place / "metrics.jsonl").exists():
         raise ConfigError(f"{key}: the run in {str(place)!r} has no checkpoint yet")
     return find_checkpoint(str(place), key=key)
+
+
+def best_of(run: Path) -> Path:
+    """The checkpoint that a run's best.json names. Raises ConfigError where it names none."""
+    path = run / BEST
+    try:
+        step = int(json.loads(path.read_bytes())["step"])
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--best: there is no {str(path)!r}, which a run with validation.metric writes"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"--best: {str(path)!r} is not what was written") from None
+    return run / f"checkpoint-{step}"
 
 
 def broken(directory: Path) -> str | None:

@@ -27,11 +27,15 @@ def sync(path: Path) -> None:
 
 
 def replace(path: Path, content: bytes | str) -> None:
-    """Write a whole file."""
+    """Write a whole file. Where it cannot be written (a full disk) nothing of it stays."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -1,6 +1,6 @@
-"""What happened to a run, a line each in events.jsonl: begun, resumed, done, stopped, failed, and
-unscored, where a reward first left images out; with the first two, where: versions, device, and the
-command.
+"""What happened to a run, a line each in events.jsonl: begun, resumed, done, stopped, failed;
+unscored, where a reward first left images out; warned; with the first two, where: versions,
+device, and the command.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from flowkern.checks import ConfigError
 from flowkern.models import Model, hub, load_model
@@ -50,16 +50,23 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        with taking(checkpoint, "checkpoint"):
-            fill(checkpoint, partial, merged, name)
+        fill(checkpoint, partial, merged, name)
         if output.is_dir():
             output.rmdir()
         partial.replace(output)
-    except OSError as error:
-        raise OSError(f"{output} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{output} cannot be written: {_why(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
+
+
+def _why(error: Exception) -> str:
+    """Of what copies or writes: a folder's copy raises a list of (from, to, why)."""
+    found = error.args[0] if isinstance(error, shutil.Error) else None
+    if isinstance(found, list) and found:
+        return str(found[0][-1])
+    return getattr(error, "strerror", None) or describe(error)
 
 
 def fill(checkpoint: Path, directory: Path, merged: bool, name: str | None) -> None:
@@ -86,7 +93,8 @@ def merge(config: Sampling, learned: Path, directory: Path) -> None:
     """A copy of the pipeline whose network has what was learned: added in float32, and each weight
     stored in the dtype that it has there."""
     model = _base(config)
-    attach_trained(model, config.lora, learned)
+    with taking(learned, "checkpoint"):
+        attach_trained(model, config.lora, learned)
     network = model.network
     if config.lora is not None:
         network = network.merge_and_unload(safe_merge=True)

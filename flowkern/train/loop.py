@@ -345,7 +345,8 @@ class Loop:
             self.directory.say(f"stopped after step {step} by {name}; {kept}", "stopped")
             return self.stop.status
         if "step " not in message:
-            message = f"step {step + 1}: {message}"
+            is_over = step >= self.config.train.steps  # what is left is to validate and to save
+            message = f"{f'after step {step}' if is_over else f'step {step + 1}'}: {message}"
         self.directory.note("failed", f"{message}; {kept}")
         raise RunError(f"{message}; {kept}") from error
 

@@ -101,6 +101,8 @@ def checked(
             why += "; a path is relative to the working directory"
             why += f", and the file is published at {source}" if source else ""
         raise ConfigError(f"{key}: cannot read {str(path)!r}: {why}") from None
+    except ConfigError:  # which names its key
+        raise
     except ValueError as error:
         raise ConfigError(f"{key}: {str(path)!r}, {' '.join(str(error).split())}") from None
     return prompts

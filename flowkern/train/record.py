@@ -15,10 +15,10 @@ from flowkern.checks import ConfigError
 from flowkern.lookup import is_hub_id
 from flowkern.train import durable
 from flowkern.train import tree as trees
+from flowkern.train.checkpoint import BEST
 from flowkern.train.events import EVENTS
 
 METRICS, VALIDATION, CONFIG, SAMPLES = "metrics.jsonl", "validation.jsonl", "config.yaml", "samples"
-BEST = "best.json"
 
 
 class Run(NamedTuple):
@@ -66,7 +66,8 @@ class Run(NamedTuple):
     @property
     def weights(self) -> dict[str, float]:
         """Of the rewards, by name: 0 for a judge."""
-        rewards = self.option("reward") or {}
+        rewards = self.option("reward")
+        rewards = rewards if isinstance(rewards, Mapping) else {}
         options = {name: one if isinstance(one, Mapping) else {} for name, one in rewards.items()}
         return {name: one.get("weight", 1.0) for name, one in options.items()}
 

@@ -35,7 +35,9 @@ from flowkern.train.record import (
 TEMPLATES = Path(__file__).parent / "templates"
 MARK = '<meta name="generator" content="flowkern report">'
 MOST_PICTURES = 24
-FAULTS = ("stopped", "failed", "resumed", "unscored")
+BESIDE = ("unscored", "warned")
+"""What is said while a run goes on."""
+FAULTS = ("stopped", "failed", "resumed", *BESIDE)
 
 TOGETHER = {
     r"ratio_(mean|min|max)": "Ratio of probabilities",
@@ -109,7 +111,7 @@ def page(run: Run) -> str:
 
 
 def state(run: Run) -> str:
-    kinds = [event.get("event") for event in run.events if event.get("event") != "unscored"]
+    kinds = [event.get("event") for event in run.events if event.get("event") not in BESIDE]
     last = kinds[-1] if kinds else None
     of = f"{run.step:,} of {run.option('train.steps') or run.step:,} optimizer steps"
     owner = owner_of(run.path)
@@ -317,7 +319,7 @@ def faults(run: Run) -> list[tuple[str, int, str, str]]:
             found.append((kind, step, str(event.get("said", "")), at))
         if kind == "done" and step < (run.option("train.steps") or 0):
             found.append(("ended early", step, str(event.get("said", "")), at))
-        before = before if kind == "unscored" else kind
+        before = before if kind in BESIDE else kind
     for key in names(run.metrics):
         total = sum(value for _, value in numbers(run.metrics, key))
         if re.search(r"fail|unscored|dropped", key) and total:

@@ -36,7 +36,6 @@ FREE = ("output_dir", "train.resume_from_checkpoint", "train.overwrite_output_di
 OPTIMIZER, EIGHT_BITS = "train.optimizer", "adamw_8bit"
 MEAN = "train.ema_decay"
 PROMPTS = "prompts.json"  # of a checkpoint
-BEST = "best.json"
 HUB = "hub"  # what is uploaded
 
 
@@ -174,7 +173,7 @@ class RunDirectory:
         metric = self.config.validation.metric
         if self.is_main:
             found = {"step": record["step"], "metric": metric, "value": record[metric]}
-            durable.replace(self.path / BEST, json.dumps(found) + "\n")
+            durable.replace(self.path / checkpoint.BEST, json.dumps(found) + "\n")
 
     def _best_step(self) -> int | None:
         if self.config.validation.metric is None:
@@ -243,7 +242,7 @@ def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
         METRICS,
         VALIDATION,
         EVENTS,
-        BEST,
+        checkpoint.BEST,
         "config-*.yaml",
         "reward_curve.png",
         "report.html",
@@ -266,7 +265,7 @@ def resume(output_dir: Path, found: Path, step: int, tree: Mapping[str, Any]) ->
             path.unlink()
     for name in (METRICS, VALIDATION):
         durable.truncate_lines(output_dir / name, step)
-    (output_dir / BEST).unlink(missing_ok=True)  # said anew with the next validation
+    (output_dir / checkpoint.BEST).unlink(missing_ok=True)  # said anew with the next validation
     earlier = output_dir / f"config-{step}.yaml"
     if changes(found, tree) and not earlier.exists():
         durable.replace(earlier, (found / CONFIG).read_bytes())

@@ -176,6 +176,11 @@ def test_whole_weights_and_what_cannot_be_exported(tiny, tmp_path, monkeypatch, 
     card = (tmp_path / "new/README.md").read_text()
     assert "pipe.transformer = type(pipe.transformer).from_pretrained(" in card
     assert "| its licence | not said by its files here |" in card
+    best = run / "best.json"
+    best.write_text('{"step": 0, "metric": "reward/mean", "value": 1}')
+    assert main(["export", str(run), "--best", "--output", str(tmp_path / "best")]) == 0
+    assert (tmp_path / "best/README.md").read_text() == card
+    best.write_text("[]")
     (tmp_path / "empty").mkdir()
     broken = tmp_path / "broken/checkpoint-0"
     shutil.copytree(run / "checkpoint-0", broken)
@@ -187,6 +192,8 @@ def test_whole_weights_and_what_cannot_be_exported(tiny, tmp_path, monkeypatch, 
         (["nowhere"], 2, "checkpoint: there is no folder 'nowhere'"),
         ([str(tmp_path / "empty")], 2, "is no checkpoint"),
         ([str(broken)], 2, "state.pt has 4 bytes"),
+        ([str(run), "--best"], 2, f"--best: {str(best)!r} is not what was written"),
+        ([str(broken.parent), "--best"], 2, "which a run with validation.metric writes"),
         ([str(run), "--output", str(tmp_path / "new")], 2, "is there; remove it, or name another"),
         ([str(run), "--output", str(run / "config.yaml")], 2, "is there; remove it"),
         ([str(run), "--output", "/proc/none"], 1, "/proc/none cannot be written: "),
@@ -199,6 +206,16 @@ def test_whole_weights_and_what_cannot_be_exported(tiny, tmp_path, monkeypatch, 
         assert main(["export", *arguments]) == status, arguments
         lines = capsys.readouterr().err.splitlines()
         assert said in lines[-1] and lines[-1].startswith("flowkern: "), (arguments, lines)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("copyfile", "copytree"):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, name, full)
+            assert main(["export", str(run), *new]) == 1
+        said = capsys.readouterr().err
+        assert "/other cannot be written: " in said and "No space left on device" in said
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob("*.partial"))
 
 

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from flowkern.cli import main
+from flowkern.train import durable
 
 EVIL = '</script><script>window.evil=1</script>\' onload="window.evil=2" {{ 7 * 7 }} & é'
 CONFIG = {
@@ -49,7 +50,8 @@ def run(tmp_path):
     (path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 31, "rew']))
     held_out = [{"step": i, "reward/mean": i, "reward/sharp": i + 0.125} for i in (0, 20)]
     (path / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held_out))
-    events = [("begun", 0, ""), ("failed", 12, EVIL), ("resumed", 10, ""), ("resumed", 20, "")]
+    events = [("begun", 0, ""), ("failed", 12, EVIL), ("resumed", 10, "")]
+    events += [("warned", 15, "the ratio is off"), ("resumed", 20, "")]
     happened = [
         {"event": kind, "step": step, "at": "2026-01-02T03:04:05+00:00", "said": said,
          "environment": {"device": "cuda, H200", "command": "flowkern train a.yaml"}}
@@ -93,7 +95,7 @@ def test_a_page_says_what_the_directory_has(run, capsys):
     assert main(["report", str(run)]) == 0, "a report is made anew"
 
 
-def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, capsys):
+def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     fresh, bare, busy = (tmp_path / name for name in ("fresh", "bare", "busy"))
     for path in (fresh, bare, busy):
@@ -106,7 +108,16 @@ def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, capsys):
     (busy / "run.lock").write_text('{"host": "far away", "pid": 1}')
     (bare / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     (tmp_path / "mine.html").write_text("<html>mine")
+    cut, warned = tmp_path / "cut", tmp_path / "warned"
+    for path in (cut, warned):
+        shutil.copytree(bare, path)
+    (cut / "config.yaml").write_text("reward:\n  digits_cla")
+    (warned / "events.jsonl").write_text(
+        "".join(json.dumps({"event": e, "step": 0, "said": e}) + "\n" for e in ("begun", "warned"))
+    )
     for path, said in (
+        (cut, "1 of 1 optimizer steps"),
+        (warned, "ended without a word (killed?) after 1 of 1"),
         (fresh, "No optimizer step is recorded yet"),
         (fresh, "done: ended early: it fell"),
         (bare, "1 of 1 optimizer steps"),
@@ -127,6 +138,14 @@ def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error and error.startswith("flowkern: ") and error.count("\n") == 1
     assert (tmp_path / "mine.html").read_text() == "<html>mine"
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "sync", full)
+    assert main(["report", str(run)]) == 1
+    assert "report.html cannot be written: No space left on device" in capsys.readouterr().err
+    assert not [*run.glob("report.html*")]
 
 
 def test_long_runs_are_drawn_by_means_between_their_least_and_most():

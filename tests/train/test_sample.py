@@ -84,11 +84,14 @@ def test_pairs_seeds_and_folders(saved, tmp_path, monkeypatch, capsys):
     saved()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
+    hushed = []
+    monkeypatch.setattr("flowkern.train.quiet.quiet", lambda: hushed.append(True))
     grids, save = [], tracking.save_grid
     monkeypatch.setattr(tracking, "save_grid", lambda *a, **k: grids.append((a, k)) or save(*a))
     (tmp_path / "mine.txt").write_text("\n".join(PROMPTS))
     sample = ["sample", "run", "--num-inference-steps", "2"]
     assert main([*sample, "--prompts", "mine.txt", "--compare", "--seed", "1", "2"]) == 0
+    assert hushed, "libraries' bars"
     (arguments, options) = grids.pop()
     images, captions = arguments[1:3]
     assert captions[::4] == [f"base: {prompt}" for prompt in PROMPTS] and len(captions) == 8
