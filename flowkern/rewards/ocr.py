@@ -169,7 +169,11 @@ def _rapidocr(threads: int) -> tuple[Engine, str]:
     Raises ValueError where a package lacks.
     """
     packages = _installed()
-    from rapidocr import RapidOCR
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:  # of what it needs in turn: OpenCV, or a library of the system
+        how = "pip install 'flowkern[ocr]'"
+        raise ValueError(f"engine: rapidocr cannot be imported: {error}; {how}") from error
 
     engine = RapidOCR(
         params={

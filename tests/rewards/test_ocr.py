@@ -1,6 +1,7 @@
 """The OCR reward on an engine that is given, and once on the real one."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -117,3 +118,10 @@ def test_the_real_engine_reads_what_is_drawn():
     )
     assert scores.tolist() == [1, 0]
     assert "PP-OCR" in reward.version and "onnxruntime" in reward.version
+
+
+def test_an_engine_that_lacks_what_it_needs_itself_is_said_in_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    monkeypatch.setattr("flowkern.rewards.ocr.version", lambda name: "1")
+    with pytest.raises(ValueError, match=r"^engine: rapidocr cannot be imported: .*flowkern\[ocr"):
+        load_reward("ocr")

@@ -306,6 +306,7 @@ def with_images(*files, **more):
 
 
 PIXELS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+HALF = {"protocol": 1, "request_id": "r", "rewards": ["redness"], "prompts": ["a", "\ud800"]}
 LIMITS = Limits(max_bytes=100_000, images=4, frames=3, side=64, header_bytes=4096, prompt_bytes=50)
 # (what, content type, body, status, a part of the message)
 REFUSED = [
@@ -364,6 +365,7 @@ REFUSED = [
         "body",
     ),
     ("a long prompt", SAFETENSORS, body_of(prompts=["a", "é" * 26]), 422, "one of 52 bytes"),
+    ("half a character", SAFETENSORS, blob({"images": PIXELS}, HALF), 422, "surrogate"),
     ("a head too long", SAFETENSORS, body_of(metadata=[{"a": "x" * 5000}, {}]), 413, "header"),
     ("a prompt too few", SAFETENSORS, body_of(prompts=["a"]), 422, "prompts: got 1, expected 2"),
     ("a group too many", SAFETENSORS, body_of(group=[1, 2, 3]), 422, "group: got 3, expected 2"),

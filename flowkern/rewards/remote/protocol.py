@@ -139,7 +139,10 @@ def read_fields(tree: Any, limits: Limits) -> Fields:
         fields = Fields.model_validate(tree)
     except ValidationError as error:
         raise Refused(422, "wrong_field", first_of(error)) from None
-    longest = max((len(text.encode("utf-8", "replace")) for text in fields.prompts), default=0)
+    try:
+        longest = max((len(text.encode()) for text in fields.prompts), default=0)
+    except UnicodeEncodeError:  # JSON can write it, and no tokenizer takes it
+        raise Refused(422, "wrong_field", "prompts: half of a surrogate pair") from None
     if longest > limits.prompt_bytes:
         wanted = f"expected at most {limits.prompt_bytes}"
         raise Refused(422, "too_large", f"prompts: got one of {longest} bytes, {wanted}")
