@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowkern.rewards.resize import CLIP_MEAN, CLIP_STD, normalise, resize
 from flowkern.rewards.towers import TowerReward, placed, quietly, shared
-from flowkern.rewards.weights import device_of, dtype_of, file_of, folder_of, read_state
+from flowkern.rewards.weights import device_of, dtype_of, file_of, folder_of, read_state, reading
 
 __all__ = ["HpsV3", "patches", "rated_of"]
 
@@ -61,12 +61,13 @@ class HpsV3(TowerReward):
             if text.count(part) != 1:
                 raise ValueError(f"instruction: has {text.count(part)} {part}, expected one")
         folder = folder_of(self.base, None, BASE_FILES, "base")
-        self.words = _tokenizer(folder)
-        self._text = self.words.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        with reading("base", folder):
+            self.words = _tokenizer(folder)
+            self._text = self.words.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         file = file_of(self.path, self.revision, "HPSv3.safetensors")
 
         def load() -> nn.Module:
@@ -75,7 +76,8 @@ class HpsV3(TowerReward):
         key = (str(file.resolve()), str(folder.resolve()), "qwen2_vl")
         self.network = shared(key, self.dtype, self.device, load)
         config = self.network.config
-        self._image = self.words.convert_ids_to_tokens(config.image_token_id)
+        with reading("base", folder):
+            self._image = self.words.convert_ids_to_tokens(config.image_token_id)
         if self._image is None or self._text.count(self._image) != 1:
             raise ValueError(f"base: its chat template writes no {self._image} for an image")
 
@@ -160,7 +162,8 @@ def rated_of(state: Mapping[str, Tensor], reward: HpsV3, base: Path, file: str) 
     """
     from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLModel
 
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    with reading("base", base):
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
     if not isinstance(config, Qwen2VLConfig):
         raise ValueError(f"base: {str(base)!r} is a {config.model_type}, expected qwen2_vl")
     inside, head = _renamed(state)
@@ -250,7 +253,7 @@ def _tokenizer(folder: Path) -> Any:
 def _written(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"instruction: {file!r} cannot be read: {error}") from error
 
 

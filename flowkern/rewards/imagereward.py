@@ -24,7 +24,14 @@ from flowkern.rewards.resize import (
     short_edge,
 )
 from flowkern.rewards.towers import TowerReward, placed, shared
-from flowkern.rewards.weights import device_of, file_of, folder_of, linear_layers, read_state
+from flowkern.rewards.weights import (
+    device_of,
+    file_of,
+    folder_of,
+    linear_layers,
+    read_state,
+    reading,
+)
 
 __all__ = ["ImageReward", "blip_of"]
 
@@ -62,7 +69,8 @@ class ImageReward(TowerReward):
             )
 
         def load() -> nn.Module:
-            return blip_of(read_state(file), config, str(file))
+            with reading("path", file.parent):
+                return blip_of(read_state(file), config, str(file))
 
         self.network = shared((str(file.resolve()), "blip"), self.dtype, self.device, load)
         self._is_told = False
@@ -192,7 +200,7 @@ def _med_config(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("no mapping")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {str(file)!r} is no configuration: {error}") from None
     found.pop("encoder_width", None)
     return {k: v for k, v in found.items() if k not in ("architectures", "model_type")}
@@ -204,7 +212,8 @@ def _tokenizer(path: str) -> Any:
 
     files = ["tokenizer_config.json", "config.json", "tokenizer.json", "vocab.txt"]
     folder = folder_of(path, None, files, "tokenizer")
-    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading("tokenizer", folder):
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     found.add_special_tokens({"bos_token": "[DEC]"})
     found.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     if found.cls_token_id is None or found.pad_token_id is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkern.rewards.resize import centre_crop, normalise, resize, short_edge
+from flowkern.rewards.weights import reading
 
 __all__ = ["PICTURES", "PROCESSOR", "Pixels", "Words"]
 
@@ -44,27 +45,28 @@ class Pixels:
 
         if not any((folder / name).is_file() for name in PICTURES):
             raise ValueError(f"{key}: {str(folder)!r} has no {PICTURES[0]}")
-        told = CLIPImageProcessorPil.from_pretrained(folder)
-        edge = told.size.shortest_edge
-        size = edge or (told.size.height, told.size.width)
-        crop = (told.crop_size.height, told.crop_size.width) if told.do_center_crop else None
-        method = {2: "bilinear", 3: "bicubic"}.get(told.resample)
-        least = (edge, edge) if edge else size
-        steps = [
-            told.do_resize,
-            told.do_rescale,
-            told.do_normalize,
-            method,
-            crop or not edge,
-            *least,
-        ]
-        steps += [c and n and c <= n for c, n in zip(crop or least, least, strict=True)]
-        if not all(steps) or abs(told.rescale_factor * 255 - 1) > 1e-6:
-            raise ValueError(
-                f"{key}: {str(folder)!r} prepares images in another way; expected a bicubic or "
-                "bilinear resize, a centre crop, a scale of 1/255, and a mean and std"
-            )
-        return cls(size, crop, method, tuple(told.image_mean), tuple(told.image_std))
+        with reading(key, folder):
+            told = CLIPImageProcessorPil.from_pretrained(folder)
+            edge = told.size.shortest_edge
+            size = edge or (told.size.height, told.size.width)
+            crop = (told.crop_size.height, told.crop_size.width) if told.do_center_crop else None
+            method = {2: "bilinear", 3: "bicubic"}.get(told.resample)
+            least = (edge, edge) if edge else size
+            steps = [
+                told.do_resize,
+                told.do_rescale,
+                told.do_normalize,
+                method,
+                crop or not edge,
+                *least,
+            ]
+            steps += [c and n and c <= n for c, n in zip(crop or least, least, strict=True)]
+            if not all(steps) or abs(told.rescale_factor * 255 - 1) > 1e-6:
+                raise ValueError(
+                    f"{key}: {str(folder)!r} prepares images in another way; expected a bicubic or "
+                    "bilinear resize, a centre crop, a scale of 1/255, and a mean and std"
+                )
+            return cls(size, crop, method, tuple(told.image_mean), tuple(told.image_std))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,11 +97,13 @@ class Words:
             raise ValueError(
                 f"{key}: {str(folder)!r} has no tokenizer.json, nor vocab.json and merges.txt"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with reading(key, folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.length = text.max_position_embeddings
         # The tower is read where the end token stands first, or, where its configuration still
         # says 2, at the highest id: another token there, and every prompt is the same to it.
-        last, end = max(self.tokenizer.get_vocab().values()), self.tokenizer.eos_token_id
+        with reading(key, folder):
+            last, end = max(self.tokenizer.get_vocab().values()), self.tokenizer.eos_token_id
         wanted = last if text.eos_token_id == 2 else text.eos_token_id
         if end != wanted or last >= text.vocab_size:
             raise ValueError(

@@ -106,7 +106,7 @@ def load_network(
     folder = folder_of(path, revision, [*WEIGHTS, *PICTURES])
     try:
         kind = json.loads((folder / WEIGHTS[0]).read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"path: {path!r} has no model_type in its {WEIGHTS[0]}") from None
     if kind not in kinds:
         raise ValueError(f"path: {path!r} is a {shown(kind)}, expected {' or '.join(kinds)}")

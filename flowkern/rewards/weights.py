@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from flowkern.lookup import is_hub_id
 from flowkern.models import hub
 
-__all__ = ["DTYPES", "device_of", "dtype_of", "file_of", "folder_of", "linear_layers", "read_state"]
+__all__ = [
+    "DTYPES",
+    "device_of",
+    "dtype_of",
+    "file_of",
+    "folder_of",
+    "linear_layers",
+    "read_state",
+    "reading",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Names of the option dtype."""
@@ -60,6 +70,20 @@ def file_of(path: str, revision: str | None, name: str, key: str = "path") -> Pa
     if Path(path).is_file() and revision is None:
         return Path(path)
     return folder_of(path, revision, [name], key) / name
+
+
+@contextmanager
+def reading(key: str, folder: Path) -> Iterator[None]:
+    """What others raise over the files of a directory, of every kind, becomes a ValueError of one
+    line that begins with the option `key`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(f"{key}: "):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{key}: {str(folder)!r} cannot be read: {why:.200}") from error
 
 
 def read_state(file: Path, key: str = "path") -> dict[str, Tensor]:

@@ -343,6 +343,28 @@ def test_frame_numbers():
 
 
 @pytest.mark.parametrize(
+    ("name", "option", "file", "text"),
+    [
+        ("clipscore", "path", "tokenizer.json", "{}"),
+        ("clipscore", "path", "tokenizer_config.json", ""),
+        ("clipscore", "path", "tokenizer_config.json", "[" * 100_000),
+        ("pickscore", "processor", "processor_config.json", "version https://git-lfs"),
+        ("hpsv2", "processor", "tokenizer_config.json", "[]"),
+        ("diversity", "path", "preprocessor_config.json", '{"crop_size": null, "size": {}}'),
+        ("diversity", "path", "config.json", "[" * 100_000),
+    ],
+)
+def test_a_file_that_is_broken_is_said_by_its_option(made, tmp_path, name, option, file, text):
+    whole = made.options[name][option] if option == "path" else made.clip
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    (broken / file).write_text(text)
+    one = {"weight": 1.0} | made.options[name] | {option: str(broken)}
+    with pytest.raises(ConfigError, match=rf"^reward\.{name}\.{option}: '.*broken' ") as caught:
+        load_rewards(Rewards.model_validate({name: one}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
     ("name", "options", "said"),
     [
         ("pickscore", {"path": "/nowhere/clip"}, "path: '/nowhere/clip' is no directory here and"),
