@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, RootModel, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_validator
 
 from flowkern.checks import ABOVE_0, ConfigError, Range
 from flowkern.rewards import require_reward
@@ -14,7 +14,10 @@ __all__ = ["RewardConfig", "Rewards"]
 
 
 def _scale(value: Any) -> Any:
-    if isinstance(value, int | float) and not 0 < abs(value) <= 1e100:
+    """Before the types are tried one after another, which would name each as a key."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_name = isinstance(value, str) and bool(value.strip())
+    if not (value is None or is_name or (is_number and 0 < abs(value) <= 1e100)):
         raise wanted("a number from -1e100 to 1e100 that is not 0, or a name")
     return value
 
@@ -29,7 +32,7 @@ class RewardConfig(Section, extra="allow"):
     )
     """Seconds that a call of it may take, which then ends the run; None: as many as it likes."""
     scale: Annotated[
-        float | Text | None, AfterValidator(_scale), Field(exclude_if=lambda scale: scale is None)
+        float | Text | None, BeforeValidator(_scale), Field(exclude_if=lambda scale: scale is None)
     ] = None
     """What its scores are multiplied by before they count: a number, or the name of a scaling that
     the reward has. Records have raw scores. None: the reward's own default, or 1."""

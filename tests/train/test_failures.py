@@ -105,6 +105,8 @@ def test_options_of_every_reward(monkeypatch):
     for options, message in (
         (kind | {"scale": "raww"}, "reward.a.scale: got 'raww', expected one of raw, peer, or a n"),
         ({"kind": "mine:f", "scale": "raw"}, "reward.a.scale: got 'raw', expected a number: it na"),
+        (kind | {"scale": True}, "a.scale: got True, expected a number from"),
+        (kind | {"scale": " "}, "a.scale: got ' ', expected a number from"),
         (kind | {"scale": 0}, "a.scale: got 0, expected a number from -1e100 to 1e100 that is not"),
         (kind | {"allow_nan": 1}, "a.allow_nan: got 1, expected a bool"),
         (kind | {"alow_nan": True}, "reward.a.alow_nan: .* did you mean 'reward.a.allow_nan'"),
