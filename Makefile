@@ -78,7 +78,7 @@ $(VENV)/.ready-$(FLOWKERN_BUILD): pyproject.toml constraints.txt setup.py $(shel
 	$(PIP) setuptools wheel pybind11
 	rm -f flowkern/*.so $(VENV)/.ready-*
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace & built=$$!; \
-	$(PIP) torch && FLOWKERN_BUILD=none $(PIP) --no-build-isolation --editable '.[train,triton,agent,sandbox,math,dev]'; \
+	$(PIP) torch && FLOWKERN_BUILD=none $(PIP) --no-build-isolation --editable '.[train,triton,agent,sandbox,math,data,ocr,serve,tensorboard,video,dev]'; \
 	installed=$$?; wait $$built && exit $$installed
 	$(VENV)/bin/python -c "import flowkern; print('backends:', flowkern.backends())"
 	touch $@

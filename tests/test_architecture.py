@@ -196,6 +196,12 @@ def test_every_op_has_its_five_rooms():
             assert path.exists(), path.relative_to(ROOT)
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest, which has no packages here, takes the second for the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({*names}) == sorted(names)
+
+
 def test_no_room_for_leftovers():
     tracked = [
         p
