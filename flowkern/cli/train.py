@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,4 +52,7 @@ def start(config: Config) -> int:
     from flowkern.train.quiet import quiet
 
     quiet()
-    return Loop(config).run()
+    status = Loop(config).run()
+    if status:  # stopped by a signal, and all is saved: another Ctrl-C ends what Python still does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return status

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ LEARNING = 3
 """A row with its backward pass, in rows without one: what is left is told by it until an iteration
 has been measured."""
 REFRESH = 0.1  # seconds
+NAME = 10  # columns of a phase's name
 
 
 class Display:
@@ -125,9 +126,11 @@ class Display:
 
     def shares(self) -> str:
         """Of all time so far, by phase, in percent."""
+        return ", ".join(self._shares(self.seconds.items()))
+
+    def _shares(self, seconds: Iterable[tuple[str, float]]) -> list[str]:
         total = sum(self.seconds.values())
-        parts = [f"{name} {100 * s / total:.0f} %" for name, s in self.seconds.items() if s > 0]
-        return ", ".join(parts)
+        return [f"{name} {100 * s / total:.0f} %" for name, s in seconds if s > 0]
 
     def _said(self) -> list[str]:
         return [] if self._reward is None else [f"reward {self._reward:.3f}"]
@@ -154,21 +157,29 @@ class Display:
 
     def _show(self) -> None:
         said = [f"{self._step} of {self._steps} steps", *self._said()]
-        said += [f"{_clock(self._left())} left", self.shares()]
-        self._bars.update(self._run, completed=self._done(), said=", ".join(filter(None, said)))
+        said += [f"{_clock(self._left())} left", *self._shares(self.seconds.most_common())]
+        room = self._bars.console.width - NAME - _bar_width(self._bars.console) - 2  # and two gaps
+        while len(said) > 1 and len(", ".join(said)) > room:
+            said.pop()  # else names and bars would be what gives way
+        self._bars.update(self._run, completed=self._done(), said=", ".join(said))
 
 
 def _bars() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    console = Console(file=sys.stderr, highlight=False)
     return Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=24),
+        TextColumn(f"{{task.description:<{NAME}}}"),
+        BarColumn(bar_width=_bar_width(console)),
         TextColumn("{task.fields[said]}", markup=False),
-        console=Console(file=sys.stderr, highlight=False),
+        console=console,
         transient=True,
     )
+
+
+def _bar_width(console: Any) -> int:
+    return min(24, console.width // 6)
 
 
 def _rows(done: float, planned: float | None) -> str:

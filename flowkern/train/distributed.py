@@ -50,7 +50,9 @@ def make_accelerator(config: Config) -> Accelerator:
             ],
         )
     if tracker and not accelerator.log_with:
-        raise ConfigError(f"train.report_to: {tracker!r} is not installed here")
+        extras = {"tensorboard": "'flowkern[tensorboard]'", "all": "a tracker"}
+        how = extras.get(tracker, tracker.replace("_", "-"))
+        raise ConfigError(f"train.report_to: {tracker!r} is not installed here: pip install {how}")
     return accelerator
 
 

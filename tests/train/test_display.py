@@ -71,12 +71,30 @@ def test_a_terminal_has_the_way_and_what_is_left_from_the_first_rows_on(clock, m
     assert said[11][0] == "scoring"
     assert said[5][1] == "50 of 100 rows"
     assert walk_left == (
-        "2 of 10 steps, reward 0.250, 1:52 left, sampling 36 %, scoring 11 %, training 54 %"
+        "2 of 10 steps, reward 0.250, 1:52 left, training 54 %, sampling 36 %, scoring 11 %"
     )
     assert "training" in stream.getvalue()
     before = stream.getvalue()
     display.tick(always=True)  # after its run nothing is shown
     assert stream.getvalue() == before
+
+
+@pytest.mark.parametrize("columns, said", [
+    (30, "2 of 10 steps"),
+    (80, "2 of 10 steps, reward 0.250, 1:52 left, training 54 %"),
+])  # fmt: skip
+def test_a_narrow_terminal_keeps_names_and_bars(clock, monkeypatch, columns, said):
+    stream, calls = Terminal(), [0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    display = Display(10, True, lambda: calls[0])
+    with display.running(0):
+        walk(display, clock, calls)
+        assert display._bars.tasks[0].fields["said"] == said
+        display._bars.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "training " in shown and "\u2501" in shown.splitlines()[-2], shown
 
 
 def snapshot(display):

@@ -237,6 +237,7 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
     [
         ("algorithm.prompts_per_rollout=241", "algorithm.prompts_per_rollout: got 241, .* the 240"),
         ("train.report_to=nope", "train.report_to: got 'nope', expected one of .*tensorboard"),
+        ("train.report_to=clearml", "train.report_to: 'clearml' is not .*: pip install clearml"),
         ("lora.target_modules=[nope]", "lora.target_modules: .*nope"),
         (
             "lora.target_modules=[norm1]",

@@ -218,6 +218,18 @@ def test_a_failing_run_exits_with_1_in_one_line(tiny_file, monkeypatch, capsys):
     assert last.startswith("flowkern: step 1: KeyError: 'gone'; no step was finished")
 
 
+def test_ctrl_c_after_a_stop_ends_python_without_a_word(tiny_file, monkeypatch):
+    from flowkern.cli import main
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Loop, "run", lambda self: 130)
+    try:
+        assert main(["train", str(tiny_file())]) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half(tiny, lines):
     loop = Loop(tiny("data.test_prompts=null"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
