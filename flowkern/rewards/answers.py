@@ -13,8 +13,9 @@ from functools import cache
 
 __all__ = ["expected_value", "stated_score"]
 
-MARKS = r"[\s*_`\[]*"
-"""Of markdown, between a label and its number."""
+MARKS = r"[\s*_`\[]*+"
+"""Of markdown, between a label and its number. Never given back, nor is a bracket longer than a
+scale's: else a long answer without a number takes minutes."""
 
 
 def stated_score(text: str, labels: Sequence[str], low: float, high: float) -> float:
@@ -43,7 +44,7 @@ def _pattern(label: str) -> re.Pattern[str]:
     """Of ("3.5", "5" of a "/5" or ""), or ("", "") for N/A."""
     words = r"\s+".join(map(re.escape, label.split()))
     number = rf"([-+]?[0-9]+(?:\.[0-9]+)?)(?![\w]|\.[0-9])(?:{MARKS}/{MARKS}([0-9]+))?"
-    between = rf"{MARKS}(?:\([^)]*\))?{MARKS}[:=]?{MARKS}"
+    between = rf"{MARKS}(?:\([^)]{{0,100}}+\))?{MARKS}[:=]?{MARKS}"
     return re.compile(rf"(?<![^\W_]){words}{between}(?:{number}|N/?A\b)", re.IGNORECASE)
 
 

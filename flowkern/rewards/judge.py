@@ -226,7 +226,7 @@ class VlmJudge(FrameReward):
             place = _first_word(choice["logprobs"]["content"])
             top = [(one["token"], float(one["logprob"])) for one in place["top_logprobs"]]
             return expected_value(top, self._values, self.min_probability), place["token"]
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             lacks = "text" if self.answer == "text" else "log-probabilities"
             raise Unscored(
                 f"{self.server.url}: the answer of {self.model} has no {lacks} "

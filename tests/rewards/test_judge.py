@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +49,13 @@ def test_several_labels_are_averaged_without_those_that_do_not_apply():
     assert stated_score(text.format("2.5"), labels, 1, 5) == pytest.approx((4 + 3 + 2.5) / 3)
     assert stated_score(text.format("N/A"), labels, 1, 5) == 3.5
     assert math.isnan(stated_score(text.format("good"), labels, 1, 5))
+
+
+@pytest.mark.parametrize("tail", ["*", " ", "(", "Final Score(", "Final ", ":"])
+def test_a_long_answer_without_a_number_is_read_at_once(tail):
+    begin = time.perf_counter()
+    assert math.isnan(stated_score("Final Score" + tail * 20_000, ["Final Score"], 1, 5))
+    assert time.perf_counter() - begin < 2, "some hundredths; it grew with the cube of the length"
 
 
 def test_expected_value_is_a_mean_over_the_tokens_that_count():
@@ -126,6 +134,16 @@ def test_scores_by_log_probability(judge, served, options, token, expected):
 
     served(reward, answer)
     assert reward(torch.zeros(1, 3, 4, 4), ["a"])[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize("token", [None, 4])
+def test_tokens_that_are_no_text_are_no_score(judge, served, token):
+    reward = judge(answer="logprob", retries=0)
+    top = [{"token": token, "logprob": 0.0}]
+    places = [{"token": token if token is None else "4", "top_logprobs": top}]
+    served(reward, lambda body: (200, {"choices": [{"logprobs": {"content": places}}]}))
+    with pytest.raises(Unscored, match="has no log-probabilities"):
+        reward(torch.zeros(1, 3, 4, 4), ["a"])
 
 
 def test_what_a_judge_fails_at_has_no_score_and_a_refusal_ends(judge, served, monkeypatch):
