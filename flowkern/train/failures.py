@@ -29,10 +29,12 @@ class Failures:
         if left_out and left_out == samples:
             share = f"none of the {samples} {experience.unit} of a rollout has a score"
         elif count > self.most * total:
+            among = len(self._rollouts)
+            last = "rollout" if among == 1 else f"{among} rollouts"
             share = (
-                f"{count} of the {total} {experience.unit} of the last {len(self._rollouts)} "
-                f"rollouts have no score, {count / total:.1%}, and train.max_failed_rewards is "
-                f"{self.most:g}"
+                f"{count} of the {total} {experience.unit} of the last {last} "
+                f"{'has' if count == 1 else 'have'} no score, {count / total:.1%}, and "
+                f"train.max_failed_rewards is {self.most:g}"
             )
         else:
             new = [why for name, why in experience.reasons.items() if name not in self._said]

@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_a_share_of_the_last_rollouts():
         with pytest.raises(RunError, match=r"^none of the 16 images of a rollout has a score; r$"):
             Failures(most).note(3, rollout(16, a="r"))
     Failures(1.0).note(3, rollout(15))
-    with pytest.raises(RunError, match="^1 of the 16"):
+    with pytest.raises(RunError, match="^1 of the 16 images of the last rollout has no"):
         Failures(0.0).note(0, rollout(1))
 
 
