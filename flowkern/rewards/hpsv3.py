@@ -98,13 +98,30 @@ class HpsV3(TowerReward):
         return mu, {"log_sigma": log_sigma}
 
     def tokens(self, prompts: Sequence[str], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, (N, L) each, filled up on the right, for images of `grid` patches."""
+        """Ids and mask, (N, L) each, filled up on the right, for images of `grid` patches.
+
+        Raises ValueError for a prompt that the network has no positions for: cut, it would lose the
+        token at which it is rated.
+        """
         merged = self.network.config.vision_config.spatial_merge_size**2
         text = self._text.replace(self._image, self._image * (grid[0] * grid[1] // merged))
         # A caption is text: its own <|...|> may not become tokens that mean something.
         texts = [text.replace(CAPTION, prompt.replace("<|", "< |")) for prompt in prompts]
-        rows = self.words(texts, padding=True, padding_side="right", return_tensors="pt")
-        return rows["input_ids"], rows["attention_mask"]
+        # It warns by a length of the tokenizer's own, which is another than the network's.
+        rows = self.words(
+            texts, padding=True, padding_side="right", return_tensors="pt", verbose=False
+        )
+        ids, mask = rows["input_ids"], rows["attention_mask"]
+        most = self.network.config.text_config.max_position_embeddings
+        if ids.shape[1] > most:
+            longest = int(mask.sum(1).argmax())
+            prompt = prompts[longest]
+            raise ValueError(
+                f"a prompt of {len(prompt)} characters is {ids.shape[1]} tokens with the image and "
+                f"the instruction; expected at most {most}, the positions of its network: "
+                f"{prompt!r:.80}"
+            )
+        return ids, mask
 
 
 def patches(images: Tensor, vision: Any) -> tuple[Tensor, tuple[int, int]]:

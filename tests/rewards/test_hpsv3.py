@@ -198,6 +198,17 @@ def test_new_names_of_weights_serve_and_a_caption_is_text(saved, tmp_path):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("error")
+def test_a_prompt_beyond_the_networks_positions_is_refused_and_one_at_the_end_is_not(saved):
+    reward = load_reward("hpsv3", **options(saved[0]))
+    room = 2048 - reward.tokens([""], (8, 8))[0].shape[1]
+    assert reward.tokens(["b", "a" * room], (8, 8))[0].shape[1] == 2048
+    said = rf"^a prompt of {room + 1} characters is 2049 tokens .* at most 2048, .*: 'aaa"
+    with pytest.raises(ValueError, match=said):
+        reward(images(2, 56, 56), ["b", "a" * (room + 1)])
+
+
+@pytest.mark.usefixtures("small")
 def test_the_head_stays_float32(saved):
     reward = load_reward("hpsv3", **options(saved[0], dtype="bfloat16"))
     mu, _ = reward(images(1), ["a"])
