@@ -64,8 +64,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     files = [text for text in options.arguments if not OVERRIDE.match(text)]
     overrides = [text for text in options.arguments if OVERRIDE.match(text)]
-    if options.json is not None and not options.json.parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {str(options.json.parent)!r}")
+    if options.json is not None and os.environ.get("RANK", "0") == "0":  # of several processes
+        _require_writable(options.json)
     for name in ("card", "processes"):
         if getattr(options, name) is not None and not options.estimate:
             raise ConfigError(f"--{name}: expected --estimate beside it")
@@ -117,6 +117,21 @@ def _estimate(config: Config, options: argparse.Namespace) -> int:
     show_estimate(found, options.card, card)
     _write(options.json, found.to_dict())
     return 1 if card is not None and found.peak > card.memory * 1e9 else 0
+
+
+def _require_writable(path: Path) -> None:
+    """Before the work, which takes minutes. Raises ConfigError; a file is as it was."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {str(path.parent)!r}")
+    try:
+        if path.is_fifo():  # its reader would take this for the end
+            return
+        is_new = not os.path.lexists(path)
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--json: {str(path)!r} cannot be written: {error.strerror}") from None
 
 
 def _write(path: Path | None, figures: dict[str, Any]) -> None:

@@ -340,6 +340,19 @@ def test_the_command_says_it_in_a_table_and_in_json(tree, adapter, tmp_path, cap
     assert not (tmp_path / "run").exists(), "nothing of the run is written"
 
 
+def test_where_json_cannot_go_is_said_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flowkern.cli.doctor.environment", lambda: pytest.fail("it worked first"))
+    for place, why in (
+        (tmp_path, "cannot be written: Is a directory"),
+        (tmp_path / "none/out.json", "there is no folder"),
+        (tmp_path / f"{'n' * 300}.json", "cannot be written: File name too long"),
+    ):
+        assert main(["doctor", "--json", str(place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("flowkern: --json: ") and why in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_configuration_it_says_what_there_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "hub/models--a--b").mkdir(parents=True)
