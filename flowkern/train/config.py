@@ -150,7 +150,8 @@ class TrainConfig(Section):
     report_to: Text | None = None
     """A tracker of accelerate beside metrics.jsonl: "tensorboard", "wandb", ..."""
     push_to_hub: bool = False
-    """At the end, write what `flowkern export` writes, and upload it; takes a login."""
+    """At the end, write what `flowkern export` writes, of the checkpoint that best.json names where
+    validation.metric is set, else of the latest, and upload it; takes a login."""
     hub_model_id: Text | None = None
     """Of the Hugging Face hub, OWNER/NAME: where to."""
     hub_private_repo: bool = False
@@ -201,7 +202,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _judges(self) -> Self:
-        require_judges(self.validation, self.data.test_prompts is not None, self.reward)
+        is_validated, is_flow = self.data.test_prompts is not None, self.algorithm.task == "flow"
+        require_judges(self.validation, is_validated, self.reward, is_flow)
         return self
 
     @model_validator(mode="after")

@@ -204,7 +204,10 @@ class RunDirectory:
 
         found = self.path / HUB
         shutil.rmtree(found, ignore_errors=True)  # another's, where a run is begun anew
-        export(self.path, found, name=options.hub_model_id)
+        place = self.path
+        if (place / checkpoint.BEST).is_file():  # not where nothing was validated after a step
+            place = checkpoint.best_of(place)
+        export(place, found, name=options.hub_model_id)
         self.say(f"pushed to {push(found, options.hub_model_id, options.hub_private_repo)}")
 
     def say(self, message: str, event: str | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import model_validator
 
 from flowkern.checks import ABOVE_0, AT_LEAST_0, count
+from flowkern.lookup import nearest
 from flowkern.rl.recipe import Levels
 from flowkern.train.fields import Section, Text
 
@@ -42,6 +43,8 @@ class Judged(Section):
             raise ValueError(
                 f"min_delta: got {self.min_delta}, which validation.patience=null ignores"
             )
+        if self.collapse == {}:
+            raise ValueError("collapse: got {}, expected {reward/JUDGE: HOW FAR}, or null")
         for name, margin in (self.collapse or {}).items():
             if not margin:
                 raise ValueError(f"collapse: got 0 for {name}, expected how far it may fall")
@@ -61,8 +64,14 @@ class ValidationConfig(Judged):
     """Classifier-free guidance; up to 1 is none."""
 
 
-def require_judges(options: Judged, is_validated: bool, reward: Rewards) -> None:
-    """Raise ValueError for figures that no validation has, and for an optimized one as a judge."""
+def require_judges(options: Judged, is_validated: bool, reward: Rewards, is_flow: bool) -> None:
+    """Raise ValueError for figures that no validation has, and for an optimized one as a judge.
+
+    is_flow: validations are of images, whose figures are known by name; of another task, those of
+    rewards alone are, and the first validation shows the others.
+    """
+    scores = [f"reward/{name}" for name in (*reward.root, "mean")]
+    lost = ["failed_rewards", *(f"failed_rewards/{name}" for name in reward.root)]
     asked = {"metric": [options.metric] if options.metric else [], "collapse": options.collapse}
     for key, name in ((key, name) for key, names in asked.items() for name in names or ()):
         if not is_validated:
@@ -70,13 +79,22 @@ def require_judges(options: Judged, is_validated: bool, reward: Rewards) -> None
                 f"validation.{key}: got {name}, but data.test_prompts is null: there is no "
                 "validation"
             )
-        one = name.removeprefix("reward/")
-        known = [*reward.root, "mean"]
-        if one != name and one not in known:
-            there = ", ".join(f"reward/{one}" for one in known)
-            raise ValueError(f"validation.{key}: got {name}, expected one of {there}, or another")
-        if key == "collapse" and one in (*reward.weights, "mean"):
+        is_open = not (is_flow or name.startswith("reward/"))
+        if not (is_open or name in (*scores, *lost) or _is_entry(name, reward)):
+            near = nearest(name, [*scores, *lost])
+            hint = f"; did you mean {near}?" if near else ""
+            more = "or info/REWARD/ENTRY" if is_flow else "or a figure that is no reward's"
+            there = ", ".join(scores)
+            raise ValueError(f"validation.{key}: got {name}, expected {there}, {more}{hint}")
+        if key == "collapse" and name in [f"reward/{one}" for one in (*reward.weights, "mean")]:
             raise ValueError(
                 f"validation.collapse: got {name}, which is optimized; expected a judge, a reward "
                 "with weight 0, or another figure"
             )
+
+
+def _is_entry(name: str, reward: Rewards) -> bool:
+    """Of what a reward reports beside: info/REWARD/ENTRY. Which it has, its first call shows."""
+    first, _, rest = name.partition("/")
+    whose, _, entry = rest.partition("/")
+    return first == "info" and whose in reward.root and bool(entry)

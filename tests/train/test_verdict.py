@@ -67,13 +67,20 @@ def test_an_alarm_is_what_is_optimized_up_and_a_judge_past_its_margin(mean, judg
 def test_what_cannot_be_judged_is_refused(tiny):
     for overrides, message in (
         (["validation.patience=2"], "patience: got 2, which validation.metric=null ignores"),
-        (["validation.metric=reward/x"], "metric: got reward/x, expected one of reward/digits_cl"),
+        (["validation.metric=reward/x"], "metric: got reward/x, expected reward/digits_clas"),
+        (["validation.metric=reward/men"], r"ENTRY; did you mean reward/mean\?$"),
+        (["validation.metric=rewards/mean"], r"got rewards/mean.* did you mean reward/mean\?$"),
+        (["validation.metric=info/digit_judge/x"], "reward/mean, or info/REWARD/ENTRY; d"),
+        (["validation.collapse={info/digits_judge: 1}"], "collapse: got info/digits_judge, exp"),
+        (["validation.collapse={}"], "^validation.collapse: got {}, expected {reward/JUDGE"),
         (["validation.collapse={reward/digits_classifier: 1}"], "which is optimized; expected a j"),
         (["validation.collapse={reward/digits_judge: 0}"], "collapse: got 0 for reward/digits_ju"),
         (["validation.metric=reward/mean", "data.test_prompts=null"], "there is no validation$"),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(*overrides)
+    for metric in ("info/digits_judge/sure", "failed_rewards", "failed_rewards/digits_judge"):
+        tiny(f"validation.metric={metric}")
 
 
 @pytest.fixture
@@ -116,6 +123,22 @@ def test_the_best_checkpoint_stays_and_a_run_ends_early_and_says_why(toy, capsys
     assert again.run() == 0 and again.global_step == 4, "as it was started, it ends at once"
     again = toy(values, metric, "train.resume_from_checkpoint=latest", *few, name="early")
     assert again.run() == 0 and saved(again) == [6]
+
+
+def test_the_best_is_uploaded(toy, monkeypatch):
+    """Not the latest; which it is where no validation has a figure."""
+    monkeypatch.setattr("flowkern.train.export.require_login", lambda *_: None)
+    monkeypatch.setattr("flowkern.train.export.push", lambda *_: "there")
+    pushed = []
+    monkeypatch.setattr(
+        "flowkern.train.export.export", lambda place, *_, **__: pushed.append(place)
+    )
+    hub = "train.push_to_hub=true", "train.hub_model_id=me/digits", f"validation.metric={MEAN}"
+    few = "train.steps=2", "train.checkpoints_total_limit=1"
+    for values, place in (((0.1, 0.5, 0.2), "run/checkpoint-1"), ((None,) * 3, "none")):
+        loop = toy([(value, 1) for value in values], *hub, *few, name=place.partition("/")[0])
+        assert loop.run() == 0
+        assert pushed.pop() == Path(loop.config.output_dir).parent / place
 
 
 def test_a_collapse_stops_the_run_with_its_state_and_status_1(toy):
