@@ -6,11 +6,14 @@ import os
 import sys
 import warnings
 
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
 
 def quiet() -> None:
     """No bars of transformers and diffusers, none of their notes, and no warnings of what libraries
     will be; errors are raised as before. A download is shown on a terminal. Of several processes
-    the first alone warns. What the environment says of verbosity holds.
+    the first alone warns, and of what this package warns a line has no place in the code. What the
+    environment says of verbosity holds.
     """
     import diffusers
     import huggingface_hub
@@ -29,3 +32,19 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\b")
     if not is_first:
         warnings.simplefilter("ignore")
+    warnings.formatwarning = _formatted
+
+
+_others = warnings.formatwarning
+
+
+def _formatted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    if category is UserWarning and os.path.abspath(filename).startswith(PACKAGE):
+        return f"warning: {' '.join(str(message).split())}\n"
+    return _others(message, category, filename, lineno, line)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,8 @@ from flowkern.rewards.remote.protocol import JSON, SAFETENSORS, Fields, Limits
 from flowkern.rewards.remote.service import Served, Service
 from flowkern.train.config import Rewards
 from flowkern.train.fields import build
+from flowkern.train.quiet import quiet
+from flowkern.train.reward_calls import Call, KeyedReward
 from flowkern.train.scoring import load_rewards
 
 httpx = pytest.importorskip("httpx2")
@@ -613,6 +616,21 @@ def test_a_reward_that_became_another_ends_the_run(replying):
     with pytest.raises(RewardError, match="r is '2' now and was '1'") as error:
         replying(GOOD | {"versions": {"r": "2"}})(images(2), ["a", "b"], [{}, {}])
     assert not isinstance(error.value, Unscored)
+
+
+def test_a_warning_is_a_plain_line_of_a_run(replying, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # as it was afterwards
+    quiet()
+    asked = KeyedReward("reward.far", 1.0, replying(json.dumps(GOOD).replace("1.5", "NaN")))
+    with pytest.warns(UserWarning) as told:
+        Call.of(asked, images(2), [{"prompt": "a"}, {"prompt": "b"}]).ask()
+    said = [
+        warnings.formatwarning(one.message, one.category, one.filename, one.lineno) for one in told
+    ]
+    why = "no score for 1 of 2 images: the server does not say why"
+    assert said == [f"warning: r at {URL}: {why}\n"]
+    other = warnings.formatwarning("mine", UserWarning, "/home/me/reward.py", 3)
+    assert other.startswith("/home/me/reward.py:3: UserWarning: mine"), "whose place helps"
 
 
 @pytest.mark.parametrize(
