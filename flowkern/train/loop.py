@@ -38,6 +38,7 @@ from flowkern.train.optimizer import (
 from flowkern.train.ratio_guard import RatioGuard
 from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
+from flowkern.train.scoring import require_served, served
 from flowkern.train.sharding import require, saves_alone, spread
 from flowkern.train.stop import Stop, StopRequest
 from flowkern.train.task import TASKS, Batch, Task
@@ -230,6 +231,7 @@ class Loop:
             "optimizer": gathered(self.optimizer.state_dict(), is_written),
             "copies": gathered(self.copies.state_dict(), is_written),
             "failures": self.failures.state_dict(),
+            "rewards": served(getattr(self.task, "rewards", {})),
         } | ({"scaler": scaler.state_dict()} if scaler else {})
         if is_written:
             with (directory / "state.pt").open("wb") as file:
@@ -240,6 +242,7 @@ class Loop:
         file, is_split = directory / "state.pt", not self.processes.saves_alone
         # Each process takes its part of what may be as large as the host's memory.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_split)
+        require_served(getattr(self.task, "rewards", {}), state.get("rewards", {}))
         self.copies.load_state_dict(state["copies"])
         self.task.load(directory)
         numbers = state["step"], state["iteration"], state["updates_done"]

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -261,6 +262,38 @@ def test_a_run_goes_on_with_a_share_of_the_last_rollouts():
     Failures(1.0).note(3, rollout(15))
     with pytest.raises(RunError, match="^1 of the 16 images of the last rollout has no"):
         Failures(0.0).note(0, rollout(1))
+
+
+def test_a_remote_reward_that_became_another_between_stop_and_resume_is_refused(
+    tiny, tmp_path, monkeypatch
+):
+    httpx = pytest.importorskip("httpx2")
+    from flowkern.rewards.http import Http
+
+    def loop(version, name="far", *overrides):
+        one = {"version": version, "takes_group": False, "scales": {}, "default_scale": None}
+        limits = {"images": 256, "max_bytes": 10**9}
+        about = {"protocol": [1], "rewards": {"r": one}, "limits": limits}
+        web = httpx.MockTransport(lambda request: httpx.Response(200, json=about))
+        monkeypatch.setattr("flowkern.rewards.asking.Http", partial(Http, transport=web))
+        reward = f"reward={{{name}: {{kind: remote, name: r, url: 'http://server:1'}}}}"
+        return Loop(tiny(reward, "data.test_prompts=null", *overrides))
+
+    begun, latest = loop("1"), "train.resume_from_checkpoint=latest"
+    begun.begin()
+    begun.checkpoint()
+    begun.directory.release()
+    said = "^reward.far: http://server:1: r is '2' now and was '1': scores of the two are not of o"
+    changed = loop("2", "far", latest)
+    with pytest.raises(ConfigError, match=said):
+        changed.begin()
+    changed.directory.release()
+    for version, name in (("1", "far"), ("2", "another")):
+        again = loop(version, name, latest)
+        again.begin()
+        again.directory.release()
+    state = tmp_path / "run/checkpoint-0/state.pt"
+    assert torch.load(state)["rewards"] == {"far": {"name": "r", "version": "1"}}
 
 
 FORGETS = """

@@ -89,6 +89,16 @@ class RemoteReward:
         self.scales, self.default_scale = reward.scales, reward.default_scale
         self.batch, self.max_bytes = min(self.batch, about.limits.images), about.limits.max_bytes
 
+    @property
+    def served(self) -> dict[str, str]:
+        """What is scored with, for `require_served` of a later process."""
+        return {"name": self.name, "version": self.version}
+
+    def require_served(self, before: Mapping[str, str]) -> None:
+        """Raise ValueError where a reward of that name is another than it was."""
+        if before["name"] == self.name and before["version"] != self.version:
+            raise ValueError(_became(self.server.url, self.name, self.version, before["version"]))
+
     def __call__(
         self,
         images: Tensor,
@@ -184,11 +194,15 @@ class RemoteReward:
             what = f"lacks {error}" if isinstance(error, KeyError) else what
             raise Unscored(f"{answer.url}: the answer {line(str(what), 200)}") from error
         if version != self.version:
-            raise RewardError(
-                f"{answer.url}: {self.name} is {version!r:.80} now and was {self.version!r:.80}: "
-                "scores of the two are not of one reward"
-            )
+            raise RewardError(_became(answer.url, self.name, version, self.version))
         return scores, info, [one.message for one in reply.errors]
+
+
+def _became(where: str, name: str, now: str, before: str) -> str:
+    return (
+        f"{where}: {name} is {now!r:.80} now and was {before!r:.80}: scores of the two are not of "
+        "one reward"
+    )
 
 
 def _numbers(values: Sequence[float | None], count: int, what: str) -> Tensor:
