@@ -38,7 +38,7 @@ from flowkern.train.optimizer import (
 from flowkern.train.ratio_guard import RatioGuard
 from flowkern.train.revision import pinned
 from flowkern.train.run_directory import RunDirectory
-from flowkern.train.scoring import require_served, served
+from flowkern.train.served import require_served, served
 from flowkern.train.sharding import require, saves_alone, spread
 from flowkern.train.stop import Stop, StopRequest
 from flowkern.train.task import TASKS, Batch, Task

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,30 +110,6 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
         scale = _scale(f"{key}.scale", one, reward)
         found[name] = KeyedReward(key, one.weight, reward, one.timeout, scale, may_be_nan)
     return found
-
-
-def served(rewards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What a checkpoint keeps of rewards that run elsewhere, by name."""
-    if not isinstance(rewards, Mapping):  # a task of one's own has what it likes
-        return {}
-    found = {name: getattr(_made(one), "served", None) for name, one in rewards.items()}
-    return {name: what for name, what in found.items() if isinstance(what, dict)}
-
-
-def require_served(rewards: Mapping[str, Any], before: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise ConfigError where one of these became another since then."""
-    for name in served(rewards).keys() & before.keys():
-        try:
-            _made(rewards[name]).require_served(before[name])
-        except ValueError as error:
-            raise ConfigError(
-                f"reward.{name}: {error}; expected the former, or another name than "
-                f"reward.{name} for it"
-            ) from None
-
-
-def _made(one: Any) -> Any:
-    return one.reward if isinstance(one, KeyedReward) else one
 
 
 def _scale(key: str, one: RewardConfig, reward: object) -> tuple[float, float]:
