@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
     prompts = [options.prompt]
     if options.prompts is not None:
         prompts = [prompt["prompt"] for prompt in read_prompts(options.prompts, "--prompts")]
-    from flowkern.train.draw import Asked
+    from flowkern.train.draw import Asked, draws_videos
     from flowkern.train.validation import Sampler
 
     asked = Asked(
@@ -146,6 +146,7 @@ def _run(options: argparse.Namespace) -> int:
         options.trained_steps,
         config.train.max_batch,
     )
+    _check_name(options.output, asked, draws_videos(model))  # before it is loaded
     return _draw(options, config.model_copy(update={"model": model}), directory, asked)
 
 
@@ -163,6 +164,19 @@ def _check(options: argparse.Namespace) -> None:
     output = options.output
     if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: {str(output)!r} is there; expected a new folder")
+
+
+def _check_name(output: Path, asked: Asked, is_video: bool | None) -> None:
+    """Does what is drawn fit what its file is to be? is_video: None: that is not known yet."""
+    from flowkern.train.tracking import picture_format
+
+    if len(asked.prompts) * asked.each > 1:  # several are a grid
+        is_video = False
+    if output.suffix:
+        try:
+            picture_format(output, "--output", is_video)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _changed(section: Any, options: argparse.Namespace, names: tuple[str, ...]) -> Any:
@@ -186,7 +200,6 @@ def _draw(options: argparse.Namespace, config: Any, directory: Path, asked: Aske
     from flowkern.train.draw import draw
     from flowkern.train.loading import load_pipeline
     from flowkern.train.quiet import quiet
-    from flowkern.train.tracking import picture_format
     from flowkern.train.trained import Blend
     from flowkern.train.validation import require_guidance
 
@@ -203,12 +216,7 @@ def _draw(options: argparse.Namespace, config: Any, directory: Path, asked: Aske
     with taking(directory, "checkpoint"):
         blend = Blend(model, config.lora, averaged if averaged.is_dir() else directory)
     model.prepare([*asked.prompts, model.guidance.negative_prompt])
-    is_one = len(asked.prompts) * asked.each == 1  # several are a grid
-    if options.output.suffix:
-        try:
-            picture_format(options.output, "--output", model.frame_rate is not None and is_one)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    _check_name(options.output, asked, model.frame_rate is not None)
     with of_attention(attention):
         images = {"trained": draw(model, blend, asked, device)}
         if options.compare:

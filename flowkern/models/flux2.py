@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flowkern.models import Guidance
 from flowkern.models.embedded import EmbeddedPipeline
+from flowkern.models.geometry import Geometry
 from flowkern.models.grids import even
 from flowkern.models.packing import positions
-from flowkern.models.pipeline import Geometry
 
 __all__ = ["Flux2", "Flux2Klein"]
 

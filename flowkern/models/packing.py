@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowkern.models.geometry import Geometry
 from flowkern.models.grids import dynamic_mu, even
-from flowkern.models.pipeline import Geometry, Pipeline
+from flowkern.models.pipeline import Pipeline
 
 PATCH = (2, 2)
 """Rows and columns of a token, which has all channels of them."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,13 @@ from flowkern.models.directory import (
     left_out,
     text_encoders,
 )
+from flowkern.models.geometry import Geometry
 from flowkern.models.grids import scheduler_sigmas
 from flowkern.models.quantize import count
 from flowkern.models.text import Text
 
 __all__ = [
     "ATTENTION",
-    "Geometry",
     "Pipeline",
     "attention",
 ]
@@ -54,19 +54,6 @@ def attention(*dead: str) -> str:
 
 FILE = "pytorch_lora_weights.safetensors"  # of an adapter, as diffusers names it
 DECODE_PIXELS = 2**22  # per VAE call: four images of 1024 x 1024, whose activations are gigabytes
-
-
-class Geometry(NamedTuple):
-    """What sizes a pipeline's latents have, and its own."""
-
-    channels: int
-    """Of a latent, unpacked."""
-    cell: int
-    """Pixels of an image to one of a latent, along each side."""
-    unit: int
-    """Pixels that heights and widths are multiples of."""
-    height: int
-    width: int
 
 
 class Pipeline(Text):
@@ -118,8 +105,8 @@ class Pipeline(Text):
         max_sequence_length: tokens of a prompt. negative_prompt: what stands for no prompt. None:
         the pipeline's or the family's own. vae_slicing: decode one at a time, in the least memory.
 
-        Raises ValueError for a size that is no positive multiple of a patch, or a length that the
-        text encoder does not have.
+        Raises ValueError for a size that is no positive multiple of a patch or beyond the network's
+        positions, or a length that the text encoder does not have.
         """
         self.pipeline, self.network = pipeline, self.whole(pipeline).eval()
         trained = set(self.network.modules())
@@ -131,11 +118,7 @@ class Pipeline(Text):
         own = self.geometry()
         self.height = own.height if height is None else height
         self.width = own.width if width is None else width
-        for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels <= 0 or pixels % own.unit:
-                raise ValueError(
-                    f"{name}: got {pixels}, expected a positive multiple of {own.unit}"
-                )
+        own.require(height=self.height, width=self.width)
         super().__init__(max_sequence_length)
         if negative_prompt is not None:
             if self.guidance.kind == "none":

@@ -15,8 +15,9 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from flowkern.models.attention_backend import Dispatching
+from flowkern.models.geometry import Geometry
 from flowkern.models.grids import dynamic_mu
-from flowkern.models.pipeline import Geometry, Pipeline, attention
+from flowkern.models.pipeline import Pipeline, attention
 from flowkern.schedules import sd3_sigmas
 
 __all__ = ["SD3"]
@@ -50,8 +51,9 @@ class SD3(Pipeline):
 
     def geometry(self) -> Geometry:
         config, scale = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
-        own = config.sample_size * scale
-        return Geometry(config.in_channels, scale, config.patch_size * scale, own, own)
+        own, unit = config.sample_size * scale, config.patch_size * scale
+        most = config.pos_embed_max_size and config.pos_embed_max_size * unit
+        return Geometry(config.in_channels, scale, unit, own, own, most)
 
     def encode_rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(

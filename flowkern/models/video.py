@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowkern.models.pipeline import Geometry, Pipeline
+from flowkern.models.geometry import Geometry
+from flowkern.models.pipeline import Pipeline
 
 __all__ = ["VideoPipeline"]
 

@@ -15,8 +15,9 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flowkern.models.geometry import Geometry
 from flowkern.models.grids import dynamic_mu, even
-from flowkern.models.pipeline import Geometry, Pipeline
+from flowkern.models.pipeline import Pipeline
 
 __all__ = ["ZImage"]
 

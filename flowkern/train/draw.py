@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from flowkern.models import Model
+from flowkern.lookup import is_hub_id, load
+from flowkern.models import MODELS, Model
+from flowkern.models.directory import INDEX, read_index
 from flowkern.rollout import prompt_ids
+from flowkern.train.model_config import ModelConfig
 from flowkern.train.trained import Blend
 from flowkern.train.validation import SAMPLE_ITERATION, Sampler, sample_images
 
@@ -37,6 +42,19 @@ class Asked:
     def each(self) -> int:
         """Images of a prompt."""
         return len(self.seeds) * self.num_images
+
+
+def draws_videos(options: ModelConfig) -> bool | None:
+    """By the index of a pipeline that is here; None: it is not, or cannot be read."""
+    path = str(options.path)
+    try:
+        if is_hub_id(path):
+            found = try_to_load_from_cache(path, INDEX, revision=options.revision)
+            path = str(Path(found).parent) if isinstance(found, str) else path
+        name = read_index(path)["_class_name"]
+    except (OSError, ValueError):  # loading it says what is wrong
+        return None
+    return hasattr(load(name, MODELS), "frame_step") if name in MODELS else None
 
 
 def draw(model: Model, blend: Blend, asked: Asked, device: torch.device) -> Tensor:

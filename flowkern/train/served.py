@@ -1,5 +1,5 @@
-"""Rewards that run elsewhere: a checkpoint keeps which they were, and a later process does not go on
-with others.
+"""Rewards that run elsewhere: a checkpoint keeps which they were, and a later process does not go
+on with others.
 """
 
 from __future__ import annotations

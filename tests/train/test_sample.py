@@ -108,6 +108,7 @@ def test_pairs_seeds_and_folders(saved, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for arguments, status, said in (
         (["--height", "33"], 2, "--height: got 33, expected a positive multiple of"),
+        (["--width", "72"], 2, "--width: got 72, expected at most 64: the network has no pos"),
         (["--num-frames", "5"], 2, "--num-frames: got 5, but StableDiffusion3Pipeline takes"),
         (
             ["--trained-steps", "3"],
@@ -124,6 +125,11 @@ def test_pairs_seeds_and_folders(saved, tmp_path, monkeypatch, capsys):
         pytest.importorskip("av") if "a.mp4" in arguments else None
         assert main([*one, *arguments]) == status, arguments
         assert said in capsys.readouterr().err.splitlines()[-1], arguments
+    monkeypatch.setattr("flowkern.train.loading.load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("flowkern.train.tracking.find_spec", lambda name: name)  # as if av is here
+    for several in ([], ["--num-images", "2"]):
+        assert main([*one, *several, "--output", "a.mp4"]) == 2
+        assert "--output: got 'a.mp4' for what does not move" in capsys.readouterr().err
     for prompts, said in (
         ("none.txt", "--prompts: cannot read 'none.txt'"),
         ("a.pdf", "--prompts"),
