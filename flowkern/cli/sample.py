@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
     prompts = [options.prompt]
     if options.prompts is not None:
         prompts = [prompt["prompt"] for prompt in read_prompts(options.prompts, "--prompts")]
-    from flowkern.train.draw import Asked, draws_videos
+    from flowkern.train.draw import Asked
     from flowkern.train.validation import Sampler
 
     asked = Asked(
@@ -146,7 +146,6 @@ def _run(options: argparse.Namespace) -> int:
         options.trained_steps,
         config.train.max_batch,
     )
-    _check_name(options.output, asked, draws_videos(model))  # before it is loaded
     return _draw(options, config.model_copy(update={"model": model}), directory, asked)
 
 
@@ -197,7 +196,7 @@ def _draw(options: argparse.Namespace, config: Any, directory: Path, asked: Aske
 
     from flowkern.train.attention import of_attention, set_attention
     from flowkern.train.checkpoint import taking
-    from flowkern.train.draw import draw
+    from flowkern.train.draw import draw, draws_videos
     from flowkern.train.loading import load_pipeline
     from flowkern.train.quiet import quiet
     from flowkern.train.trained import Blend
@@ -208,6 +207,7 @@ def _draw(options: argparse.Namespace, config: Any, directory: Path, asked: Aske
     attention = config.model.attention_backend
     if (kind := config.model.quantization) is not None:
         print(f"model.quantization: {kind} was for training; drawn unquantized", file=sys.stderr)
+    _check_name(options.output, asked, draws_videos(config.model))
     model = load_pipeline(config, device)
     require_guidance(model, asked.sampler.guidance_scale, "--guidance-scale")
     if attention is not None:
