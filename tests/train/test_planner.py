@@ -2,10 +2,10 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
@@ -20,6 +20,7 @@ from flowkern.checks import ConfigError
 from flowkern.train.config import load_config
 from flowkern.train.loop import Loop
 
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets/agent-demo"
 TINY = [
     f"model.path={DEMO / 'planner'}",
