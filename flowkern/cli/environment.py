@@ -15,9 +15,10 @@ PACKAGES = {
     "train": ("accelerate", "diffusers", "matplotlib", "peft", "pillow", "pydantic", "pyyaml",
               "rich", "safetensors", "tqdm", "transformers"),
     "agent": ("bm25s", "httpx2", "jinja2", "openai"),
-    "rewards": ("rapidocr", "onnxruntime"),
-    "others": ("math-verify", "mcp", "sandlock", "wasmtime", "bitsandbytes", "flash-attn",
-               "kernels", "torchao", "wandb", "xformers"),
+    "rewards": ("rapidocr", "onnxruntime", "starlette", "uvicorn"),
+    "others": ("av", "datasets", "pyarrow", "math-verify", "mcp", "sandlock", "wasmtime",
+               "bitsandbytes", "flash-attn", "kernels", "torchao", "tensorboard", "wandb",
+               "xformers"),
 }  # fmt: skip
 
 

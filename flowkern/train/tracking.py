@@ -198,7 +198,8 @@ def save_curves(
         axes.plot(*zip(*drawn, strict=True), color=ACCENT, lw=1.6, label="training rollouts")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o", color=SOFT, ms=5, label="held-out prompts")
-        if all(0 <= value <= 1 for _, value in drawn):
+        values = [value for _, value in (*drawn, *held_out)]
+        if values and 0 <= min(values) <= max(values) - 0.1 <= 0.9:
             axes.set_ylim(0, 1.02)
         reward = name.removeprefix("reward/")
         role = "optimized" if reward in (*optimized, "mean") else "reported only"

@@ -45,7 +45,9 @@ def _extended(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     base: dict[str, Any] = {}
     for name in names:
         if not (path.parent / name).is_file():
-            raise ConfigError(f"{path}: extends: there is no {name!r} in {place.parent}")
+            raise ConfigError(
+                f"{path}: extends: there is no {name!r} in {place.parent}{_own(name)}"
+            )
         base = merged(base, _extended(path.parent / name, (*below, place)))
     return merged(base, tree)
 
@@ -58,11 +60,21 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is no text: {error}") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: {reason}; expected a YAML file, as in configs/") from None
+        raise ConfigError(
+            f"{path}: {reason}; expected a YAML file, as in configs/{_own(path)}"
+        ) from None
     tree = parse(text, str(path), is_file=True)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got {shown(tree)}, expected a mapping of keys")
     return tree
+
+
+def _own(name: str | Path) -> str:
+    """Where the package has a file of that name: a wheel in demo_data, a checkout beside it."""
+    package = Path(__file__).resolve().parents[1]
+    found = [root / name for root in (package / "demo_data", package.parent)]
+    own = next((path for path in found if path.is_file()), None)
+    return f"; the package's own is {own}" if own and not Path(name).is_absolute() else ""
 
 
 def parse(text: str, name: str, is_file: bool = False) -> Any:

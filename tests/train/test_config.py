@@ -203,7 +203,8 @@ def test_a_recipe_of_ones_own(tiny, tmp_path, monkeypatch):
         ("[" * 20_000, "nested too deeply"),
         ("extends: 3", "extends: got 3, expected a file or a list of them"),
         ("extends: [run.yaml]", "extends: it extends itself, through run.yaml"),
-        ("extends: no.yaml", "extends: there is no 'no.yaml' in /"),
+        ("extends: no.yaml", "extends: there is no 'no.yaml' in /[^;]*$"),
+        ("extends: configs/digits.yaml", "; the package's own is /.*/configs/digits.yaml$"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]\n", "a: unknown key"),
     ],
 )  # fmt: skip

@@ -129,3 +129,15 @@ def test_a_sample_that_cannot_be_is_refused_before_the_work(
 
     assert main(["sample", str(tmp_path), "--prompt", prompt, "--output", output]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values, limits", [([0.1, 0.9], (0, 1.02)), ([0.001, 0.002], None), ([None, None], None)]
+)
+def test_a_curve_of_small_changes_is_not_drawn_flat(values, limits, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tracking, "_save_figure", lambda figure, *_, **__: drawn.append(figure))
+    records = [{"step": i, "reward/mean": value} for i, value in enumerate(values)]
+    tracking.save_curves(tmp_path / "curves.png", records, [], ["a", "b"])
+    low, high = drawn[0].axes[0].get_ylim()
+    assert (low, high) == limits if limits else values[0] is None or high < 0.01

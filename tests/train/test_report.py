@@ -52,6 +52,7 @@ def run(tmp_path):
     (path / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held_out))
     events = [("begun", 0, ""), ("failed", 12, EVIL), ("resumed", 10, "")]
     events += [("warned", 15, "the ratio is off"), ("resumed", 20, "")]
+    events[1:1] = [("done", 10, "done: 10 steps"), ("resumed", 10, "")]
     happened = [
         {"event": kind, "step": step, "at": "2026-01-02T03:04:05+00:00", "said": said,
          "environment": {"device": "cuda, H200", "command": "flowkern train a.yaml"}}
@@ -88,6 +89,7 @@ def test_a_page_says_what_the_directory_has(run, capsys):
         "2026-01-02 03:04:05 UTC",
     ):
         assert said in text, said
+    assert "done: 10 steps" not in text, "a run that was made longer has no fault"
     rows = re.findall(r"[\d,.]+", re.search(r"sampling\|\|.*", text)[0])
     assert rows == "300 1,200 0.25 600 1,800 0.33 900 3,000 0.30".split()
     assert re.findall(r'data-step="(\d+)"', page) == ["0", "20"], "what is no picture is left out"
