@@ -4,8 +4,9 @@ that speak flowkern's own protocol are `kind: remote`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from flowkern.checks import ConfigError, finite_number, whole_number
@@ -13,7 +14,7 @@ from flowkern.rewards import Unscored
 from flowkern.rewards.http import Http
 from flowkern.web import token
 
-__all__ = ["ask_all", "server"]
+__all__ = ["ask_all", "server", "understanding"]
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -60,3 +61,17 @@ def ask_all(
         return answers
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def understanding(answer_of: Http, kind: str) -> Iterator[None]:
+    """Around the reading of an answer: what is not as docs/rewards.md has it is Unscored, naming
+    the server. kind: what the server is, as the page calls it.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Unscored(
+            f"{answer_of.url}: the answer is not what docs/rewards.md asks of {kind} ({what:.200})"
+        ) from error

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flowkern.checks import finite_number, shown, whole_number
-from flowkern.rewards import Unscored
-from flowkern.rewards.asking import ask_all, server
+from flowkern.rewards.asking import ask_all, server, understanding
 from flowkern.rewards.clauses import Thing, Verdict, check_clauses, judge
 from flowkern.rewards.files import pictures, png_base64
 from flowkern.rewards.frames import FrameReward
@@ -116,7 +115,7 @@ class GenEval(FrameReward):
             for picture, prompt, row in part
         ]
         answer = self.server.post("/v1/detect", json={"protocol": 1, "images": asked}).json()
-        try:
+        with understanding(self.server, "a detector"):
             self.detector = str(answer.get("version", "unknown"))
             found = answer["verdicts" if "verdicts" in answer else "detections"]
             if len(found) != len(part):
@@ -126,12 +125,6 @@ class GenEval(FrameReward):
             return [
                 judge(self._things(f, row), row) for f, (_, _, row) in zip(found, part, strict=True)
             ]
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Unscored(
-                f"{self.server.url}: the answer is not what docs/rewards.md asks of a detector "
-                f"({what:.200})"
-            ) from error
 
     def _things(self, found: Sequence[Any], row: Mapping[str, Any]) -> dict[str, list[Thing]]:
         """The detections of an image, those that count."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flowkern.checks import finite_number, shown, whole_number
-from flowkern.rewards import Unscored
-from flowkern.rewards.asking import ask_all, server
+from flowkern.rewards.asking import ask_all, server, understanding
 from flowkern.rewards.files import pictures, png_base64
 from flowkern.rewards.http import Http
 from flowkern.rewards.pixels import as_bytes, check_layout
@@ -116,7 +115,7 @@ class VideoAlign:
         rate = len(places) / len(video) * fps
         body = {"protocol": 1, "prompt": prompt, "fps": rate, "frames": frames}
         answer = self.server.post("/v1/videoalign", json=body).json()
-        try:
+        with understanding(self.server, "VideoAlign"):
             told, values = answer["inference_config"], []
             for name in DIMENSIONS:
                 std = float(told[f"{name}_std"])
@@ -128,9 +127,3 @@ class VideoAlign:
                 raise ValueError(f"values are {values}")
             self.model = str(answer.get("version", "unknown"))
             return values
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Unscored(
-                f"{self.server.url}: the answer is not what docs/rewards.md asks of VideoAlign "
-                f"({what:.200})"
-            ) from error

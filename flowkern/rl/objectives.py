@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkern.ops.matching_loss import add_noise, matching_loss
-from flowkern.ops.policy_loss import policy_loss
+from flowkern.ops.policy_loss import PolicyLoss, policy_loss
 from flowkern.rollout.batches import PointBatch, StepBatch
 from flowkern.rollout.engine import Guidance, Velocity, guided
 
@@ -148,27 +148,31 @@ class RatioClip:
                 v_ref, guide = self.ask(anchors["reference"], batch, None)
                 v_ref = guided(v_ref, **guide)
         v, guide = self.ask(velocity, batch, batch.uncond)
-        out = policy_loss(
-            v,
+        more = {"velocity_ref": v_ref, "kl_coef": self.kl_coef, "step_weight": batch.weight}
+        out = self._loss(batch, v, batch.old_velocity, **guide, **more)
+        statistics = _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl)
+        return Outcome(out.loss, statistics, self.replayed(batch, v, guide))
+
+    def _loss(
+        self, batch: StepBatch, velocity: Tensor, old_velocity: Tensor | None, **more: Any
+    ) -> PolicyLoss:
+        """The clipped ratio of a velocity to an old one, on the steps of a batch."""
+        return policy_loss(
+            velocity,
             batch.x_t,
             batch.x_next,
             batch.coefficients,
             batch.advantage,
             row=batch.row,
-            old_velocity=batch.old_velocity,
-            velocity_ref=v_ref,
-            kl_coef=self.kl_coef,
-            step_weight=batch.weight,
+            old_velocity=old_velocity,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             ratio=self.ratio,
             reduction="sum",
             backend=self.backend,
-            **guide,
+            **more,
             **(batch.key if batch.x_next is None else {}),
         )
-        statistics = _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl)
-        return Outcome(out.loss, statistics, self.replayed(batch, v, guide))
 
     @torch.no_grad()
     def replayed(
@@ -178,22 +182,8 @@ class RatioClip:
         would be 1, and the share that is not close enough."""
         if batch.sampled is None:
             return ()
-        out = policy_loss(
-            velocity,
-            batch.x_t,
-            batch.x_next,
-            batch.coefficients,
-            batch.advantage,
-            row=batch.row,
-            old_velocity=batch.sampled,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            ratio=self.ratio,
-            reduction="sum",
-            backend=self.backend,
-            **{name: value for name, value in guide.items() if name != "uncond_gradient"},
-            **(batch.key if batch.x_next is None else {}),
-        )
+        guide = {name: value for name, value in guide.items() if name != "uncond_gradient"}
+        out = self._loss(batch, velocity, batch.sampled, **guide)
         size = out.ratio.float().log().abs()
         off = ~(size <= TOLERATED * least_clipped(self.clip_low, self.clip_high))
         sums = torch.stack([size.sum(), off.sum().to(size)])
