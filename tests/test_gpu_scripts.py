@@ -56,7 +56,7 @@ def test_a_step_that_is_cut_off_leaves_what_it_had(tmp_path):
 
 
 def _wait_for_the_end_of(pid):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         os.kill(pid, 0)
 
@@ -65,7 +65,7 @@ def test_no_step_outlasts_its_part(tmp_path):
     steps, begin = Steps("X", 3, tmp_path), time.monotonic()
     assert not steps.run("long", 60, [sys.executable, "-c", "import signal; signal.pause()"])
     assert not steps.run("late", 60, [sys.executable, "-c", ""])
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     assert [s["result"] for s in steps.summary] == ["out of time", "no time left"]
 
 

@@ -14,14 +14,16 @@ from flowkern.agent.tools.tool import LEFT_BEHIND
 
 pytest.importorskip("pydantic", reason="pydantic is not installed: flowkern[agent]")
 
-SHORT = Limits(seconds=0.2, characters=50)
+SHORT, LONG = (Limits(seconds=seconds, characters=50) for seconds in (0.2, 20.0))
+"""For what hangs, and for what ends by itself, however busy the machine."""
+TOO_SLOW = "it took more than 0.2 s"
 
 
-def call(function, limits=SHORT, in_caller=None, **arguments):
+def call(function, limits=LONG, in_caller=None, **arguments):
     made = tool(function, limits=limits, in_caller=in_caller)
     begun = time.monotonic()
     result = asyncio.run(made(**arguments))
-    assert time.monotonic() - begun < made.limits.seconds + 1.0
+    assert time.monotonic() - begun < 30, "what hangs does so for 60 s, or for ever"
     return result
 
 
@@ -124,12 +126,12 @@ def test_what_cannot_be_a_tool_is_refused(function, said):
 
 def hangs() -> str:
     """Sleeps."""
-    time.sleep(3)
+    time.sleep(60)
 
 
 def loops() -> str:
     """Never ends, and lets no exception end it."""
-    end = time.monotonic() + 3
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
             time.sleep(0.01)
@@ -139,7 +141,7 @@ def loops() -> str:
 
 async def blocks() -> str:
     """Blocks the event loop that it runs in."""
-    time.sleep(3)
+    time.sleep(60)
 
 
 async def waits() -> str:
@@ -269,9 +271,9 @@ def no_value() -> None:
 
 
 ANYWHERE = [
-    (waits, "it took more than 0.2 s"),
-    (refuses_to_end, "it took more than 0.2 s"),
-    (drips_async, "it took more than 0.2 s"),
+    (waits, TOO_SLOW),
+    (refuses_to_end, TOO_SLOW),
+    (drips_async, TOO_SLOW),
     (exits, "SystemExit: 3"),
     (raises, "RuntimeError: no luck!!"),
     (cannot_say, "Mute"),
@@ -294,17 +296,17 @@ ANYWHERE = [
 @pytest.mark.parametrize(
     "function, said",
     [
-        (hangs, "it took more than 0.2 s"),
-        (loops, "it took more than 0.2 s"),
-        (blocks, "it took more than 0.2 s"),
-        (drips, "it took more than 0.2 s"),
+        (hangs, TOO_SLOW),
+        (loops, TOO_SLOW),
+        (blocks, TOO_SLOW),
+        (drips, TOO_SLOW),
         (interrupts, "KeyboardInterrupt"),
         *ANYWHERE,
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_whatever_a_tool_does_becomes_a_failure_in_time(function, said):
-    result = call(function)
+    result = call(function, SHORT if said == TOO_SLOW else LONG)
     assert result.failure.startswith(said) and "\n" not in result.failure
     assert len(result.failure) <= 300 and result.failure in result.text
     assert len(result.text) < 50 + 320
@@ -314,7 +316,8 @@ def test_whatever_a_tool_does_becomes_a_failure_in_time(function, said):
     "function, said", ANYWHERE, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_so_it_does_in_the_callers_thread(function, said):
-    assert call(function, in_caller=True).failure.startswith(said)
+    limits = SHORT if said == TOO_SLOW else LONG
+    assert call(function, limits, in_caller=True).failure.startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -350,22 +353,27 @@ def test_pieces_are_joined_in_order():
 
 
 def test_a_hanging_call_holds_up_no_other():
-    async def both():
-        slow = tool(hangs, limits=Limits(seconds=0.6))
-        quick = tool(look_up)
-        return await asyncio.gather(slow(), *[quick(item=str(n)) for n in range(20)])
+    over = threading.Event()
 
-    slow, *quick = asyncio.run(both())
-    assert slow.failure and [one.text for one in quick] == [f"price of 2 {n}" for n in range(20)]
-    assert max(one.seconds for one in quick) < 0.5
+    def hangs_until() -> str:
+        """Hangs until the others are over."""
+        return str(over.wait(30))
+
+    async def both():
+        slow = asyncio.ensure_future(tool(hangs_until, limits=Limits(seconds=60))())
+        quick = tool(look_up)
+        texts = [one.text for one in await asyncio.gather(*[quick(item=str(n)) for n in range(20)])]
+        over.set()
+        return texts, (await slow).text
+
+    assert asyncio.run(both()) == ([f"price of 2 {n}" for n in range(20)], "True")
 
 
 def test_interrupted_python_code_ends_its_thread():
     """What Python can end does not go on behind the run's back."""
-    call(drips)
-    call(waits)
-    call(refuses_to_end)
-    end = time.monotonic() + 3
+    for function in (drips, waits, refuses_to_end):
+        call(function, SHORT)
+    end = time.monotonic() + 30
 
     def left():
         return [
@@ -400,13 +408,13 @@ def test_concurrency_counts_calls_and_not_their_time():
         now.pop()
         return "done"
 
-    made = tool(one_at_a_time, limits=Limits(seconds=0.3), concurrency=2)
+    made = tool(one_at_a_time, limits=Limits(seconds=0.9), concurrency=2)
 
-    async def many():
-        return await asyncio.gather(*[made() for _ in range(16)])
+    async def many(calls):
+        return await asyncio.gather(*[made() for _ in range(calls)])
 
-    for _ in range(2):  # each rollout has an event loop of its own
-        assert {one.failure for one in asyncio.run(many())} == {None}
+    for calls in (40, 4):  # the last waits for 1 s; each rollout has an event loop of its own
+        assert {one.failure for one in asyncio.run(many(calls))} == {None}
     assert max(most) == 2
 
 

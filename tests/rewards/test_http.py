@@ -99,7 +99,7 @@ def test_a_refusal_is_final_and_bounded(status):
 
 
 def hang(connection, is_over):
-    is_over.wait(20)
+    is_over.wait(120)
 
 
 def reset_in_the_body(connection, is_over):
@@ -111,7 +111,7 @@ def drops(data):
     def behave(connection, is_over):
         for i in range(len(data)):
             connection.sendall(data[i : i + 1])
-            if is_over.wait(0.02):
+            if is_over.wait(0.1):
                 return
 
     return behave
@@ -148,7 +148,7 @@ def test_a_call_ends_in_its_time(behave):
         begin = time.monotonic()
         with pytest.raises(Unscored, match="/x: no answer within 0.3 s"):
             Http(url, timeout=0.3).post("/x", content=b"body")
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 30, "it waits for a server that takes 100 s"
 
 
 def test_a_server_that_reads_nothing_ends_in_time(monkeypatch):

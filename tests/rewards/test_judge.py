@@ -53,9 +53,9 @@ def test_several_labels_are_averaged_without_those_that_do_not_apply():
 
 @pytest.mark.parametrize("tail", ["*", " ", "(", "Final Score(", "Final ", ":"])
 def test_a_long_answer_without_a_number_is_read_at_once(tail):
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert math.isnan(stated_score("Final Score" + tail * 20_000, ["Final Score"], 1, 5))
-    assert time.perf_counter() - begin < 2, "some hundredths; it grew with the cube of the length"
+    assert time.thread_time() - begin < 2, "some hundredths; it grew with the cube of the length"
 
 
 def test_expected_value_is_a_mean_over_the_tokens_that_count():

@@ -200,7 +200,7 @@ def test_requests_that_wait_are_merged_and_one_fault_is_not_anothers(served):
     class Slow(Redness):
         def __call__(self, images, prompts, metadata):
             begun.set()
-            assert go.wait(10)
+            assert go.wait(30)
             return super().__call__(images, prompts, metadata)
 
     slow = Slow()
@@ -433,7 +433,7 @@ def test_a_server_that_is_full_or_ends_says_when_to_come_back(served):
     go = threading.Event()
 
     def stuck(images, prompts, metadata):
-        go.wait(10)
+        go.wait(30)
         return [0.0] * len(images)
 
     service = served(rewards={"redness": stuck}, requests=1)
@@ -473,7 +473,7 @@ def test_one_that_is_asked_twice_at_once_is_scored_once(served):
 
     def slow(images, prompts, metadata):
         calls.append(len(images))
-        go.wait(10)
+        go.wait(30)
         return [1.5] * len(images)
 
     service = served(rewards={"redness": slow}, requests=1)
@@ -650,14 +650,14 @@ def test_a_server_that_hangs_or_breaks_costs_its_time_alone(monkeypatch):
         connection.sendall(answer(b'{"protocol": 1, "rew', length=500))
 
     def hang(connection, is_over):
-        is_over.wait(20)
+        is_over.wait(120)
 
     with misbehaving(about, cut, hang) as (url, requests):
-        remote = RemoteReward("r", url=url, request_timeout=1.0)
+        remote = RemoteReward("r", url=url, request_timeout=2.0)
         begin = time.monotonic()
-        with pytest.raises(Unscored, match="/v1/score: no answer within 1 s"):
+        with pytest.raises(Unscored, match="/v1/score: no answer within 2 s"):
             remote(images(2), ["a", "b"], [{}, {}])
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 30, "it waits for a server that takes 120 s"
     keys = {re.search(rb"idempotency-key: (\w+)", head)[1] for head, _ in requests[1:]}
     assert len(requests) == 3 and len(keys) == 1 and len({body for _, body in requests[1:]}) == 1
 

@@ -3,7 +3,7 @@
 import time
 
 
-def wait_for(is_so, seconds=10):
+def wait_for(is_so, seconds=30):
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end
