@@ -4,8 +4,8 @@
         [--kernels] [--module NAME] [--no-compile] [--only WORDS] [--leave-out OP:BACKEND,...]
         [--seconds S]
 
-Kernels, and whole training steps. Every timing is gated on correctness, contenders take turns,
-and nothing in the table is typed by hand. Writes a JSON file after each case, into the folder that
+Kernels, and whole training steps; with `--module bench_compat` the drop-ins alone. Every timing is
+gated on correctness, contenders take turns, and nothing in the table is typed by hand. Writes a JSON file after each case, into the folder that
 FLOWKERN_RESULTS names or benchmarks/results, and at the end a PNG chart beside it.
 """
 
@@ -25,7 +25,9 @@ SECTIONS = {
     "Kernels": ("bench_sde_step", "bench_guidance", "bench_policy_loss", "bench_matching_loss"),
     "One training step": ("bench_rollout",),
     "One training step as released, a tiny Stable Diffusion 3.5": ("bench_train_step",),
+    "Drop-ins": ("bench_compat",),
 }
+ON_REQUEST = ("bench_compat",)  # by --module alone, into a file of its own
 
 
 def main() -> int:
@@ -42,17 +44,19 @@ def main() -> int:
         "bandwidth_gb_per_s": bandwidths,
         "rows": [],
     }
-    path = options.json or _default_path(device, machine, options.quick)
+    name = options.module.removeprefix("bench_") if options.module in ON_REQUEST else "speed"
+    path = options.json or _default_path(name, device, machine, options.quick)
     path.parent.mkdir(parents=True, exist_ok=True)
     is_good = True
     for section, modules in SECTIONS.items():
         if options.kernels and section != "Kernels":
             continue
-        if options.module in (None, *modules):
+        asked = [
+            m for m in modules if m == options.module or not (options.module or m in ON_REQUEST)
+        ]
+        if asked:
             _print_section(section)
-        for module in modules:
-            if options.module not in (None, module):
-                continue
+        for module in asked:
             found = importlib.import_module(module).cases(device, options.quick)
             if not found:
                 print(f"skipped: {module} needs the trainer's libraries (pip install '.[train]')")
@@ -113,8 +117,8 @@ def _pair(text: str) -> tuple[str, str]:
     return op, backend
 
 
-def _default_path(device: torch.device, machine: dict, quick: bool) -> Path:
-    return results_folder(device, machine) / f"speed{'-quick' if quick else ''}.json"
+def _default_path(name: str, device: torch.device, machine: dict, quick: bool) -> Path:
+    return results_folder(device, machine) / f"{name}{'-quick' if quick else ''}.json"
 
 
 def _chart(result: dict, path: Path) -> str:

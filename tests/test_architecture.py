@@ -258,7 +258,8 @@ def test_functions_fit_a_screen():
 
 
 def test_functions_take_what_can_be_counted():
-    """But for verbs, whose arguments others rely on, and kernels, which Triton gives flat ones."""
+    """But for verbs, whose arguments others rely on, drop-ins, which have other projects', and
+    kernels, which Triton gives flat ones."""
     wide = set()
     for file, f in functions():
         names = {a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)}

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flowkern.ops.sde_step import ode_step, sde_log_prob, sde_step
 from flowkern.schedules import Coefficients, step_coefficients
-from flowkern.torch_private import assert_async
+
+from ._noise import randn_like
+from ._scheduler import step_index
+from ._step import scored_step
 
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
@@ -65,27 +67,16 @@ def sde_step_with_logprob(
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
     grid = _grid(self.sigmas, _KINDS[sde_type], float(noise_level), sample.device)
-    index = _step_index(self, timestep, sample.device)
+    index = step_index(self, timestep, sample.device)
     edges = (
         grid.coefficients[index]
         if len(index) > 1
         else Coefficients(grid.coefficients.table[index][0])
     )
     model_output, sample = model_output.float(), sample.float()
-    differentiable = model_output.requires_grad and torch.is_grad_enabled()
-    if prev_sample is None:
-        noise = _randn_like(model_output, generator)
-        prev_sample, log_prob = sde_step(sample, model_output, edges, noise=noise)
-        if differentiable:
-            log_prob = sde_log_prob(sample, model_output, prev_sample, edges)
-    else:
-        prev_sample = prev_sample.float()
-        log_prob = sde_log_prob(sample, model_output, prev_sample.detach(), edges)
+    noise = randn_like(model_output, generator) if prev_sample is None else None
+    prev_sample, log_prob, mean = scored_step(sample, model_output, edges, prev_sample, noise)
     shape = (-1, *[1] * (sample.ndim - 1))
-    if differentiable:  # the mean carries a gradient of its own: KL terms use it
-        mean = edges.a.reshape(shape) * sample + edges.b.reshape(shape) * model_output
-    else:
-        mean = ode_step(sample, model_output, edges)
     returns = (prev_sample, log_prob, mean, grid.std_dev_t[index].reshape(shape))
     return (*returns, grid.sqrt_dt[index].reshape(shape)) if return_sqrt_dt else returns
 
@@ -106,29 +97,3 @@ def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -
             sqrt_dt.to(device, torch.float32),
         )
     return known[key]
-
-
-def _step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
-    """(B,) or (1,) step indices on `device`.
-
-    Asking the scheduler costs one host synchronization per timestep on a GPU; for diffusers' own,
-    whose timesteps are known to be distinct, the same look-up is made on the device, with an
-    assertion there that each timestep was found.
-    """
-    timestep = torch.as_tensor(timestep).reshape(-1)
-    stock = type(scheduler).__module__.startswith("diffusers.")
-    if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
-        found = timestep[:, None] == scheduler.timesteps[None, :]
-        assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
-        return found.int().argmax(1)
-    return torch.tensor([int(scheduler.index_for_timestep(t)) for t in timestep], device=device)
-
-
-def _randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Normals as diffusers draws them: on the generator's device; a list has one per sample."""
-    if isinstance(generator, list) and len(generator) == 1:
-        generator = generator[0]
-    if isinstance(generator, list):
-        return torch.cat([_randn_like(x[i : i + 1], one) for i, one in enumerate(generator)])
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

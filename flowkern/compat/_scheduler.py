@@ -1,0 +1,39 @@
+"""What a scheduler of diffusers is asked for: which step a timestep is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowkern.torch_private import assert_async
+
+
+def step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
+    """(B,) or (1,) step indices on `device`.
+
+    Asking the scheduler costs one host synchronization per timestep on a GPU; for diffusers' own,
+    whose timesteps are known to be distinct, the same look-up is made on the device, with an
+    assertion there that each timestep was found.
+    """
+    timestep = torch.as_tensor(timestep).reshape(-1)
+    stock = type(scheduler).__module__.startswith("diffusers.")
+    if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
+        found = timestep[:, None] == scheduler.timesteps[None, :]
+        assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
+        return found.int().argmax(1)
+    return torch.tensor([_asked(scheduler, t) for t in timestep], device=device)
+
+
+def _asked(scheduler, timestep: Tensor) -> int:
+    known = getattr(scheduler, "timesteps", None)
+    try:
+        index = int(scheduler.index_for_timestep(timestep))
+    except IndexError:  # what FlowMatchEuler makes of one that it does not find
+        index = None
+    # UniPC and its relatives take the last step for it, without a word.
+    if index is None or (known is not None and bool(known[index] != timestep)):
+        among = "" if known is None else f" {[round(float(t), 4) for t in known]}"
+        raise ValueError(
+            f"timestep: expected one of the scheduler's{among}, got {float(timestep):g}"
+        )
+    return index
