@@ -5,8 +5,9 @@
         [--seconds S]
 
 Kernels, and whole training steps; with `--module bench_compat` the drop-ins alone. Every timing is
-gated on correctness, contenders take turns, and nothing in the table is typed by hand. Writes a JSON file after each case, into the folder that
-FLOWKERN_RESULTS names or benchmarks/results, and at the end a PNG chart beside it.
+gated on correctness, contenders take turns, and nothing in the table is typed by hand. Writes a
+JSON file after each case, into the folder that FLOWKERN_RESULTS names or benchmarks/results, and at
+the end a PNG chart beside it.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ def main() -> int:
     for section, modules in SECTIONS.items():
         if options.kernels and section != "Kernels":
             continue
-        asked = [
-            m for m in modules if m == options.module or not (options.module or m in ON_REQUEST)
-        ]
+        default = [m for m in modules if m not in ON_REQUEST]
+        asked = [m for m in modules if m == options.module] if options.module else default
         if asked:
             _print_section(section)
         for module in asked:

@@ -1,4 +1,4 @@
-"""The step as the peers' functions have it: drawn, or replayed, with its log-probability and mean."""
+"""The step as others have it: drawn or replayed, with its log-probability and its mean."""
 
 from __future__ import annotations
 
