@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from drop_ins import LATENT, against
 
-from flowkern.compat.flow_grpo import sde_step_with_logprob
+from flowkern.compat.flow_grpo import sde_step_with_logprob, wan_sde_step_with_logprob
 from flowkern.schedules import sd3_sigmas
 
 
@@ -63,4 +63,25 @@ def replay_with_gradient(device):
     return against(name, drop_in, theirs, arguments, leaf=0, waits=True)
 
 
-ROWS = [replay, replay_with_gradient]
+def published_wan(v, timestep, x, x_next, sigmas, timesteps):
+    index = [(timesteps == t).nonzero()[0].item() for t in timestep]
+    wide = (-1, *[1] * (x.ndim - 1))
+    s, n = sigmas[index].view(wide), sigmas[[i + 1 for i in index]].view(wide)
+    lowest, highest, dt = sigmas[-1].item(), sigmas[1].item(), n - s
+    g = lowest + (highest - lowest) * s
+    mean = x * (1 + g**2 / (2 * s) * dt) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
+    std = g * torch.sqrt(-dt)
+    log_prob = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return log_prob.mean((1, 2, 3)), mean
+
+
+def wan_replay(device):
+    scheduler, arguments = _inputs(device)
+
+    def drop_in(v, timestep, x, x_next, *_):
+        return wan_sde_step_with_logprob(scheduler, v, timestep, x, x_next)[1:3]
+
+    return against("flow_grpo, Wan, replay", drop_in, published_wan, arguments, waits=True)
+
+
+ROWS = [replay, replay_with_gradient, wan_replay]

@@ -20,3 +20,12 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
         return torch.cat([randn_like(x[i : i + 1], one) for i, one in enumerate(generator)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def drawn_unless(x_next: Tensor | None, x: Tensor, generator: Generators = None) -> Tensor | None:
+    """`randn_like(x, generator)`, or None where there is an x_next to replay: either, not both."""
+    if x_next is None:
+        return randn_like(x, generator)
+    if generator is not None:
+        raise ValueError("generator: prev_sample is given, so nothing is drawn; expected one alone")
+    return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from flowkern.ops.sde_step import ode_step, sde_log_prob, sde_step
 from flowkern.schedules import Coefficients
+
+from ._grid import Grid
 
 
 def scored_step(
@@ -27,17 +31,63 @@ def scored_step(
         x_next (B, *D), in float32; log_prob (B,), a mean over D; mean (B, *D) in float32. log_prob
         and mean are differentiable in velocity, x_next is not.
     """
-    differentiable = velocity.requires_grad and torch.is_grad_enabled()
+    x_next, log_prob = scored(x_t, velocity, edges, x_next, noise)
+    return x_next, log_prob, mean_of(x_t, velocity, edges)
+
+
+def scored(
+    x_t: Tensor,
+    velocity: Tensor,
+    edges: Coefficients,
+    x_next: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`scored_step` without the mean."""
     if x_next is None:
         x_next, log_prob = sde_step(x_t, velocity, edges, noise=noise, out_dtype=torch.float32)
-        if differentiable:
+        if velocity.requires_grad and torch.is_grad_enabled():
             log_prob = sde_log_prob(x_t, velocity, x_next, edges)
-    else:
-        x_next = x_next.float()
-        log_prob = sde_log_prob(x_t, velocity, x_next.detach(), edges)
-    if differentiable:  # the mean carries a gradient of its own: KL terms use it
-        shape = (-1, *[1] * (x_t.ndim - 1))
-        mean = edges.a.reshape(shape) * x_t + edges.b.reshape(shape) * velocity
-    else:
-        mean = ode_step(x_t, velocity, edges, out_dtype=torch.float32)
-    return x_next, log_prob, mean
+        return x_next, log_prob
+    x_next = x_next.float()
+    return x_next, sde_log_prob(x_t, velocity, x_next.detach(), edges)
+
+
+def mean_of(x_t: Tensor, velocity: Tensor, edges: Coefficients) -> Tensor:
+    """a x_t + b velocity, (B, *D) in float32, with its gradient in velocity: KL terms use it."""
+    if not (velocity.requires_grad and torch.is_grad_enabled()):
+        return ode_step(x_t, velocity, edges, out_dtype=torch.float32)
+    shape = (-1, *[1] * (x_t.ndim - 1))
+    return edges.a.reshape(shape) * x_t.float() + edges.b.reshape(shape) * velocity.float()
+
+
+class Step(NamedTuple):
+    """What functions that take a grid and an index return, in some order."""
+
+    x_next: Tensor
+    x0: Tensor
+    log_prob: Tensor
+    mean: Tensor
+    std: Tensor
+    """() g sqrt(-dt)"""
+
+
+def step_of_grid(
+    x_t: Tensor,
+    velocity: Tensor,
+    grid: Grid,
+    index: int,
+    x_next: Tensor | None = None,
+    noise: Tensor | None = None,
+    is_euler: bool = False,
+) -> Step:
+    """Edge `index` of a grid for all samples. is_euler: x_next is Euler's, scored as if drawn."""
+    edge = grid.sampler[grid.step(index)]
+    if is_euler:
+        x_next = ode_step(x_t, velocity, grid.euler[index], out_dtype=torch.float32)
+    x_next, log_prob, mean = scored_step(x_t, velocity, edge, x_next, noise)
+    return Step(x_next, x0_of(x_t, velocity, grid, index), log_prob, mean, grid.std[index])
+
+
+def x0_of(x_t: Tensor, velocity: Tensor, grid: Grid, index: int) -> Tensor:
+    """x_t - sigma velocity, (B, *D) in float32."""
+    return torch.sub(x_t.float(), velocity, alpha=grid.sigmas[index])

@@ -1,8 +1,9 @@
-"""yifan123/flow_grpo: `sde_step_with_logprob`, its arguments, definitions and four returns.
+"""yifan123/flow_grpo: its steps with their arguments, definitions and returns.
 
     from flowkern.compat.flow_grpo import sde_step_with_logprob
 
-replaces the import from flow_grpo.diffusers_patch.sd3_sde_with_logprob. What differs: two kernels
+replaces the import from flow_grpo.diffusers_patch.sd3_sde_with_logprob (as wan_... that from
+wan_pipeline_with_logprob). What differs: two kernels
 (the step with its log-probability, and the mean) instead of some sixty small operations, no host
 synchronization with diffusers' own schedulers, and a finite log-probability (0) where the published
 formula divides by a standard deviation of 0.
@@ -10,32 +11,20 @@ formula divides by a standard deviation of 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from flowkern.schedules import Coefficients, step_coefficients
+from flowkern.ops.sde_step import ode_step
+from flowkern.schedules import COLUMNS, Coefficients, edge_coefficients, step_coefficients
 
-from ._noise import randn_like
+from ._grid import grid_of, per_sample
+from ._noise import Generators, drawn_unless, randn_like
 from ._scheduler import step_index
 from ._step import scored_step
 
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """All edges of a scheduler's sigmas; std_dev_t and sqrt(-dt) as returned, (S,) float32."""
-
-    coefficients: Coefficients
-    std_dev_t: Tensor
-    sqrt_dt: Tensor
-
-
-# sigmas -> {(version, kind, noise level, device): _Grid}
-_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def sde_step_with_logprob(
@@ -45,7 +34,7 @@ def sde_step_with_logprob(
     sample: Tensor,
     noise_level: float = 0.7,
     prev_sample: Tensor | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
     sde_type: str = "sde",
     return_sqrt_dt: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -66,34 +55,122 @@ def sde_step_with_logprob(
     """
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
-    grid = _grid(self.sigmas, _KINDS[sde_type], float(noise_level), sample.device)
-    index = step_index(self, timestep, sample.device)
-    edges = (
-        grid.coefficients[index]
-        if len(index) > 1
-        else Coefficients(grid.coefficients.table[index][0])
+    grid = grid_of(
+        self.sigmas, sample.device, step_coefficients, _KINDS[sde_type], float(noise_level)
     )
+    index = step_index(self, timestep, sample.device)
     model_output, sample = model_output.float(), sample.float()
     noise = randn_like(model_output, generator) if prev_sample is None else None
-    prev_sample, log_prob, mean = scored_step(sample, model_output, edges, prev_sample, noise)
+    edges = per_sample(grid.sampler, index)
+    returns = scored_step(sample, model_output, edges, prev_sample, noise)
     shape = (-1, *[1] * (sample.ndim - 1))
-    returns = (prev_sample, log_prob, mean, grid.std_dev_t[index].reshape(shape))
+    std_dev_t = grid.g if sde_type == "sde" else grid.std
+    returns = (*returns, std_dev_t[index].reshape(shape))
     return (*returns, grid.sqrt_dt[index].reshape(shape)) if return_sqrt_dt else returns
 
 
-def _grid(sigmas: Tensor, kind: str, noise_level: float, device: torch.device) -> _Grid:
-    """The coefficients of a scheduler's sigmas: computed when first seen, or edited in place."""
-    known = _grids.setdefault(sigmas, {})
-    version = None if sigmas.is_inference() else sigmas._version
-    key = (version, kind, noise_level, device)
-    if key not in known:
-        coefficients = step_coefficients(sigmas, kind, noise_level)
-        dt = sigmas.double().cpu().diff()
-        sqrt_dt = torch.sqrt(-dt)
-        std_dev_t = coefficients.std / sqrt_dt if kind == "flow_sde" else coefficients.std
-        known[key] = _Grid(
-            coefficients.to(device, torch.float32),
-            std_dev_t.to(device, torch.float32),
-            sqrt_dt.to(device, torch.float32),
-        )
-    return known[key]
+def wan_sde_step_with_logprob(
+    self,
+    model_output: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor | None = None,
+    generator: Generators = None,
+    determistic: bool = False,
+    return_pixel_log_prob: bool = False,
+    return_dt_and_std_dev_t: bool = False,
+) -> tuple[Tensor, ...]:
+    """One step of Flow-GRPO's sampler of Wan, whose diffusion coefficient is linear in sigma.
+
+    g = sigmas[-1] + (sigmas[1] - sigmas[-1]) sigma. The name in flow_grpo's
+    wan_pipeline_with_logprob is sde_step_with_logprob.
+
+    Args:
+        self: the scheduler, any object with `.sigmas` and `.index_for_timestep`, such as UniPC.
+        model_output, sample: (B, *D) velocity and latent, any floating dtype; computed in float32.
+        timestep: (B,) or (1,) timesteps of the scheduler.
+        prev_sample: (B, *D), the stored next latent to replay; or else drawn with `generator`.
+        determistic: prev_sample is Euler's, whatever is given; noise is drawn all the same, so that
+            later draws are theirs, and log_prob is that of Euler's point under the SDE.
+        return_pixel_log_prob: taken, as theirs is, and without effect there, too.
+        return_dt_and_std_dev_t: five values, with std_dev_t = g and sqrt(-dt) at the end.
+
+    Returns:
+        prev_sample (B, *D) float32; log_prob (B,), a mean over D; prev_sample_mean (B, *D) float32;
+        g sqrt(-dt) (B or 1, 1, ...). log_prob and prev_sample_mean are differentiable in
+        model_output, prev_sample is not.
+    """
+    grid = grid_of(self.sigmas, sample.device, wan_coefficients)
+    index = step_index(self, timestep, sample.device)
+    model_output, sample = model_output.float(), sample.float()
+    noise = drawn_unless(prev_sample, model_output, generator)
+    if determistic:
+        prev_sample = ode_step(sample, model_output, per_sample(grid.euler, index))
+    edges = per_sample(grid.sampler, index)
+    returns = scored_step(sample, model_output, edges, prev_sample, noise)
+    shape = (-1, *[1] * (sample.ndim - 1))
+    if return_dt_and_std_dev_t:
+        return *returns, grid.g[index].reshape(shape), grid.sqrt_dt[index].reshape(shape)
+    return *returns, grid.std[index].reshape(shape)
+
+
+def wan_coefficients(sigmas: Tensor) -> Coefficients:
+    """All edges (S,) of Wan's sampler: dance_sde whose eta is another on each edge."""
+    values = sigmas.detach().double().cpu().tolist()
+    lowest, highest = values[-1], values[1]
+    edges = [
+        edge_coefficients(s, n, "dance_sde", lowest + (highest - lowest) * s).table
+        for s, n in itertools.pairwise(values)
+    ]
+    return Coefficients(torch.stack(edges))
+
+
+def ode_step_with_logprob(
+    self,
+    model_output: Tensor,
+    mean_model_output: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    noise_level: float = 0.7,
+    prev_sample: Tensor | None = None,
+    generator: Generators = None,
+    sde_type: str = "sde",
+    return_sqrt_dt: bool = False,
+) -> tuple[Tensor, ...]:
+    """Euler's step by one velocity, scored by its distance from Euler's step by another.
+
+    log_prob = -mean_D((prev_sample - prev_sample_mean)^2), without a variance: nothing is random.
+
+    Args:
+        self, timestep: as in `sde_step_with_logprob`.
+        model_output: (B, *D), the velocity of the step.
+        mean_model_output: (B, *D), the velocity of prev_sample_mean.
+        sample: (B, *D) latent.
+        noise_level: of the std_dev_t that is returned, and of nothing else.
+        prev_sample: (B, *D), taken instead of Euler's step where it is given.
+        generator, sde_type: taken, as theirs are, and without effect there, too.
+        return_sqrt_dt: return sqrt(-dt) as a fifth value.
+
+    Returns:
+        prev_sample (B, *D) float32; log_prob (B,); prev_sample_mean (B, *D) float32; std_dev_t
+        (B or 1, 1, ...), the SDE's diffusion coefficient. log_prob and prev_sample_mean are
+        differentiable in mean_model_output, prev_sample is not.
+    """
+    grid = grid_of(self.sigmas, sample.device, step_coefficients, "flow_sde", float(noise_level))
+    scoring = grid_of(self.sigmas, sample.device, distance_coefficients)
+    index = step_index(self, timestep, sample.device)
+    edges = per_sample(scoring.sampler, index)
+    sample = sample.float()
+    if prev_sample is None:
+        prev_sample = ode_step(sample, model_output, edges)
+    returns = scored_step(sample, mean_model_output.float(), edges, prev_sample)
+    shape = (-1, *[1] * (sample.ndim - 1))
+    returns = (*returns, grid.g[index].reshape(shape))
+    return (*returns, grid.sqrt_dt[index].reshape(shape)) if return_sqrt_dt else returns
+
+
+def distance_coefficients(sigmas: Tensor) -> Coefficients:
+    """All edges (S,) of Euler's step whose log-probability is minus the squared distance: k = 1."""
+    table = step_coefficients(sigmas, "ode", 0.0).table.clone()
+    table[:, COLUMNS.index("k")] = 1
+    return Coefficients(table)

@@ -1,0 +1,73 @@
+"""All edges of a grid that a caller hands over at every step: made when it is first seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from flowkern.schedules import Coefficients, step_coefficients
+
+# sigmas -> {(version, key): what was made of them}
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remembered(sigmas: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
+    """`make()`, once for these sigmas as they are now (edited in place they are others) and key."""
+    known = _known.setdefault(sigmas, {})
+    version = None if sigmas.is_inference() else sigmas._version
+    if (version, key) not in known:
+        known[version, key] = make()
+    return known[version, key]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Edges of a grid (S + 1,), in float32 on a device; from float64."""
+
+    sampler: Coefficients
+    """S edges."""
+    euler: Coefficients
+    """The same ones without noise."""
+    sigmas: list[float]
+    """(S,), where edges begin, on the host: 1 where a grid begins within 1e-5 of it."""
+    std: Tensor
+    """(S,), what stands before the noise."""
+    g: Tensor
+    """(S,), std / sqrt(-dt): the diffusion coefficient."""
+    sqrt_dt: Tensor
+    """(S,), sqrt(-dt)."""
+
+    def step(self, index: int) -> int:
+        """`index`, where the grid has an edge of that number."""
+        if not 0 <= index < len(self.sampler):
+            raise ValueError(
+                f"index: expected a step from 0 to {len(self.sampler) - 1}, got {index}"
+            )
+        return index
+
+
+def grid_of(
+    sigmas: Tensor, device: torch.device, make: Callable[..., Coefficients], *arguments
+) -> Grid:
+    """The edges that `make(sigmas, *arguments)` makes, S of them, on `device`."""
+
+    def made() -> Grid:
+        sampler, euler = make(sigmas, *arguments), step_coefficients(sigmas, "ode", 0.0)
+        sqrt_dt = torch.sqrt(sampler.sigma - sigmas[1:].detach().double().cpu())
+        narrow = (t.to(device, torch.float32) for t in (sampler, euler))
+        numbers = (sampler.std, sampler.std / sqrt_dt, sqrt_dt)
+        return Grid(
+            *narrow, sampler.sigma.tolist(), *(t.to(device, torch.float32) for t in numbers)
+        )
+
+    return remembered(sigmas, (make, arguments, device), made)
+
+
+def per_sample(edges: Coefficients, index: Tensor) -> Coefficients:
+    """Of steps (B,), B edges; of one (1,), the edge that all samples share."""
+    return edges[index] if len(index) > 1 else Coefficients(edges.table[index][0])
