@@ -230,10 +230,11 @@ LINES, ARGUMENTS = 60, 8
 WIDE = {
     "sde_step": "a public verb",
     "ode_step": "a public verb",
+    "sde_log_prob": "a public verb",
     "policy_loss": "a public verb",
     "matching_loss": "a public verb",
     "linear_policy_loss": "a public verb",
-    "_draw_op": "torch.library makes an operator's schema of a flat list",
+    "draw_op": "torch.library makes an operator's schema of a flat list",
 }
 
 

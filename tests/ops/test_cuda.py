@@ -25,6 +25,7 @@ from flowkern.ops.policy_loss import api as policy_api
 from flowkern.ops.policy_loss import native_impl as policy_native
 from flowkern.ops.sde_step import api as step_api
 from flowkern.ops.sde_step import native_impl as step_native
+from flowkern.ops.sde_step import operators as step_operators
 from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
 
 pytest.importorskip("pybind11")
@@ -54,9 +55,13 @@ def module(tmp_path_factory):
 
 # What `backend="native"` is to mean, by the table that it is looked up in.
 TABLES = (
-    (step_api, "_DRAW", step_native.draw),
-    (step_api, "_REPLAY", step_native.replay),
-    (step_api, "_REPLAY_BACKWARD", step_native.replay_backward),
+    (step_operators, "DRAW", step_native.draw),
+    (step_operators, "DRAW_MEAN", step_native.draw),
+    (step_operators, "REPLAY", step_native.replay),
+    (step_operators, "REPLAY_MEAN", step_native.replay_mean),
+    (step_operators, "REPLAY_BACKWARD", step_native.replay_backward),
+    (step_operators, "MEAN_BACKWARD", step_native.mean_backward),
+    (step_operators, "MEAN_GRADIENT", step_native.mean_backward),
     (philox, "_IMPLS", philox._native_normal),
     (policy_api.LOSS, "impls", policy_native.forward),
     (policy_api.LOSS, "forwards", policy_native.forward),

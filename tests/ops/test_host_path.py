@@ -344,7 +344,7 @@ def test_the_op_writes_to_any_layout(x_t):
     apart = [torch.empty(3, 130, 5).transpose(1, 2) for _ in range(2)]
     source = (NOISE, 0, None, None, 0)
     torch.ops.flowkern.sde_draw(
-        x_t, V, ROWS.table, None, 1.0, [], *source, apart[0], None, apart[1], "native"
+        x_t, V, ROWS.table, None, 1.0, [], *source, apart[0], None, apart[1], None, None, "native"
     )
     assert torch.equal(apart[0], fk.sde_step(X, V, ROWS, NOISE)[0])
     assert torch.equal(apart[1], fk.ode_step(X, V, ROWS, return_x0=True)[1])

@@ -380,14 +380,21 @@ def test_opcheck(backend):
     x, v, u = arguments["x_t"], arguments["velocity"], arguments["velocity_uncond"]
     k = key(3)
     draw = (x, v, table, u, 4.5, [torch.randn_like(x)], None, 3, k["sample_id"], None, 4)
-    outputs = (torch.empty_like(x), torch.empty(3), torch.empty_like(x))
-    torch.library.opcheck(torch.ops.flowkern.sde_draw, (*draw, *outputs, backend))
+    outputs = (torch.empty_like(x), torch.empty(3), torch.empty_like(x), torch.empty_like(x))
+    torch.library.opcheck(torch.ops.flowkern.sde_draw, (*draw, *outputs, torch.bfloat16, backend))
     replay = (x, v.clone().requires_grad_(), torch.randn_like(x), table, u, 4.5, backend)
     torch.library.opcheck(torch.ops.flowkern.sde_log_prob, replay)
     torch.library.opcheck(
         torch.ops.flowkern.sde_log_prob_backward,
         (torch.ones(3), *[t.detach() if isinstance(t, torch.Tensor) else t for t in replay]),
     )
+    torch.library.opcheck(torch.ops.flowkern.sde_log_prob_and_mean, replay)
+    of = (torch.randn_like(x), torch.randn_like(x), table)  # x_next, mean, edges
+    attached = (v.clone().requires_grad_(), torch.ones(3), of[1], of[0], table, 4.5, backend)
+    torch.library.opcheck(torch.ops.flowkern.sde_attach, attached)
+    for grads in ((torch.ones(3), None), (None, torch.randn_like(x))):
+        given = (*grads, *of, 4.5, torch.bfloat16, backend)
+        torch.library.opcheck(torch.ops.flowkern.sde_mean_backward, given)
 
 
 def test_compiles_whole_forward_and_backward(backend):

@@ -13,6 +13,7 @@ Source: Flow-GRPO (arXiv 2505.05470) and its relatives; docs/ops/sde_step.md has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,141 +27,24 @@ from flowkern.ops._common.arguments import (
     check_latents,
     check_noise,
     check_out,
-    compute_dtype,
 )
-from flowkern.ops._common.autograd import EagerGradient, of_both
-from flowkern.ops._common.dispatch import (
-    Impl,
-    choose,
-    is_tracing,
-    is_transformed,
-    lazily,
-    native_why_not,
-    no_objection,
-    triton_why_not,
-)
+from flowkern.ops._common.autograd import of_both
+from flowkern.ops._common.dispatch import choose, is_tracing, is_transformed
 from flowkern.ops._common.native_calls import direct
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
-from . import native_impl, reference
-from .inputs import StepInputs
-
-_TRITON = "flowkern.ops.sde_step.triton_impl"
-
-_DRAW = (
-    Impl("native", native_impl.draw, native_why_not),
-    Impl("triton", lazily(_TRITON, "draw"), triton_why_not),
-    Impl("reference", reference.draw, no_objection),
-)
-_REPLAY = (
-    Impl("native", native_impl.replay, native_why_not),
-    Impl("triton", lazily(_TRITON, "replay"), triton_why_not),
-    Impl("reference", reference.replay, no_objection),
-)
-_REPLAY_BACKWARD = (
-    Impl("native", native_impl.replay_backward, native_why_not),
-    Impl("triton", lazily(_TRITON, "replay_backward"), triton_why_not),
-    Impl("reference", reference.replay_backward, no_objection),
-)
+from . import operators, reference
+from .inputs import FromMean, StepInputs, StepOutputs
 
 
-_GRADIENT = {impl.name: impl.call for impl in _REPLAY_BACKWARD}
+class Wanted(NamedTuple):
+    """What a draw is asked for: as the arguments of `sde_step` and `ode_step`."""
 
-
-@torch.library.custom_op("flowkern::sde_draw", mutates_args=("x_next", "log_prob", "x0"))
-def _draw_op(
-    x_t: Tensor,
-    velocity: Tensor,
-    edges: Tensor,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    history: Sequence[Tensor],
-    noise: Tensor | None,
-    seed: int,
-    sample_id: Tensor | None,
-    step: Tensor | None,
-    step_value: int,
-    x_next: Tensor,
-    log_prob: Tensor | None,
-    x0: Tensor | None,
-    backend: str | None,
-) -> None:
-    dtype = compute_dtype(x_t, velocity, velocity_uncond, noise, x_next, x0, *history)
-    inputs = StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, history)
-    source = Noise(noise, seed, sample_id, step, step_value)
-    choose(_DRAW, x_t.device, dtype, backend).call(inputs, source, x_next, log_prob, x0)
-
-
-@_draw_op.register_fake
-def _(*_) -> None:
-    return None
-
-
-@torch.library.custom_op("flowkern::sde_log_prob", mutates_args=())
-def _replay_op(
-    x_t: Tensor,
-    velocity: Tensor,
-    x_next: Tensor,
-    edges: Tensor,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    backend: str | None,
-) -> Tensor:
-    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
-    impl = choose(_REPLAY, x_t.device, dtype, backend)
-    return impl.call(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
-
-
-@_replay_op.register_fake
-def _(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale, backend) -> Tensor:
-    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
-    return x_t.new_empty(x_t.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("flowkern::sde_log_prob_backward", mutates_args=())
-def _replay_backward_op(
-    grad: Tensor,
-    x_t: Tensor,
-    velocity: Tensor,
-    x_next: Tensor,
-    edges: Tensor,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    backend: str | None,
-) -> Tensor:
-    dtype = compute_dtype(x_t, velocity, x_next, velocity_uncond)
-    impl = choose(_REPLAY_BACKWARD, x_t.device, dtype, backend)
-    return impl.call(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale)
-
-
-@_replay_backward_op.register_fake
-def _(grad, x_t, velocity, *_) -> Tensor:
-    return velocity.new_empty(velocity.shape)
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    x_t, velocity, x_next, edges, velocity_uncond, ctx.guidance_scale, ctx.backend = inputs
-    ctx.save_for_backward(x_t, velocity, x_next, edges, velocity_uncond)
-
-
-def _backward(ctx, grad: Tensor):
-    x_t, velocity, x_next, edges, velocity_uncond = ctx.saved_tensors
-    grad_velocity = None
-    if ctx.needs_input_grad[1]:
-        grad_velocity = _replay_backward_op(
-            grad.contiguous(),
-            x_t,
-            velocity,
-            x_next,
-            edges,
-            velocity_uncond,
-            ctx.guidance_scale,
-            ctx.backend,
-        )
-    return None, grad_velocity, None, None, None, None, None
-
-
-_replay_op.register_autograd(_backward, setup_context=_save_inputs)
+    out: Tensor | None
+    out_dtype: torch.dtype | None
+    round_dtype: torch.dtype | None = None
+    mean: bool = False
+    x0: bool = False
 
 
 def sde_step(
@@ -176,11 +60,11 @@ def sde_step(
     history: Sequence[Tensor] = (),
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    round_dtype: torch.dtype | None = None,
+    return_mean: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw x_next and its log-probability.
-
-    Not differentiable: training replays with `sde_log_prob`.
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Draw x_next and its log-probability. x_next has no gradient: training replays.
 
     Args:
         x_t, velocity: (B, *D), any strides; float32, bfloat16 or float16 (float64: the reference).
@@ -190,31 +74,36 @@ def sde_step(
             int or (B,) int64.
         velocity_uncond: (B, *D), with guidance_scale: the step uses uncond + guidance_scale
             (velocity - uncond).
-        history: earlier x0 predictions, most recent first, for the edges of a multistep solver: up
-            to three of (B, *D).
+        history: up to three earlier x0 predictions (B, *D), most recent first, for the edges of a
+            multistep solver.
         out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), contiguous, written
             instead of a new tensor. It may be x_t, velocity or noise itself (a draw in place), and
             overlaps nothing else that is read.
+        round_dtype: a dtype that x_next is rounded through before it is stored, in a dtype that
+            holds its values: as if it had been stored in it and read again.
+        return_mean: return the mean, too.
         backend: "native" | "triton" | "reference"; None takes the best that can serve.
 
     Returns:
-        x_next (B, *D); log_prob (B,) float32, of x_next as stored, per element (a mean over D).
+        x_next (B, *D); log_prob (B,) float32, of x_next as stored, per element (a mean over D);
+        with return_mean also mean (B, *D) float32, and where velocity requires a gradient log_prob
+        and mean are then differentiable in it, x_next held fixed.
 
     Raises:
         ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
             named cannot serve.
     """
+    inputs = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
+    key = noise, seed, sample_id, step
+    if return_mean or round_dtype is not None:
+        return _draw_more(inputs, key, Wanted(out, out_dtype, round_dtype, return_mean), backend)
     if kernels := direct(backend, x_t):
-        drawn = kernels.sde_draw(
-            x_t, velocity, c_rows, velocity_uncond, guidance_scale, history,
-            noise, seed, sample_id, step, out, out_dtype, True, False,
-        )  # fmt: skip
+        drawn = kernels.sde_draw(*inputs, *key, out, out_dtype, True, False)
         if drawn is not None:
             if out is not None:
                 private.increment_version((out,))
             return drawn[:2]
-    inputs = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
-    return _draw(inputs, (noise, seed, sample_id, step), out, out_dtype, backend)[:2]
+    return _draw(inputs, key, Wanted(out, out_dtype), backend)[:2]
 
 
 def ode_step(
@@ -250,7 +139,7 @@ def ode_step(
                 private.increment_version((out,))
             return drawn[::2] if return_x0 else drawn[0]
     inputs = StepInputs(x_t, velocity, m_rows, velocity_uncond, guidance_scale, history)
-    x_next, _, x0 = _draw(inputs, None, out, out_dtype, backend, return_x0)
+    x_next, _, x0, _ = _draw(inputs, None, Wanted(out, out_dtype, x0=return_x0), backend)
     return (x_next, x0) if return_x0 else x_next
 
 
@@ -262,63 +151,89 @@ def sde_log_prob(
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
     uncond_gradient: bool = False,
+    return_mean: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of a stored x_next: (B,) float32, differentiable in `velocity`.
 
     With the velocity of the draw it is the draw's log_prob bit for bit, on the same backend, for
     any split of the batch. Args as `sde_step`; velocity_uncond gets a gradient with
-    uncond_gradient only.
-    d log_prob / d velocity = 2 k b (x_next - mean) / D: native kernels keep x_next - mean of a
-    float32 velocity, whose memory becomes the gradient; else it is computed from the inputs.
+    uncond_gradient only. With return_mean (log_prob, mean), mean (B, *D) float32, both
+    differentiable, by one kernel backward.
+    d log_prob / d velocity = 2 k b (x_next - mean) / D, d mean / d velocity = b: native kernels
+    keep x_next - mean of a float32 velocity, whose memory becomes the gradient; a returned mean is
+    kept as it is; else the gradient is computed from the inputs.
     """
     if uncond_gradient:
         velocity, velocity_uncond = of_both(velocity, velocity_uncond, guidance_scale)
     if kernels := direct(backend, x_t):
         inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
-        replayed = kernels.sde_replay(*inputs, torch.is_grad_enabled())
+        if return_mean:
+            replay = getattr(kernels, "sde_replay_mean", None)  # which an older build lacks
+            replayed = replay and replay(*inputs)
+        else:
+            replayed = kernels.sde_replay(*inputs, torch.is_grad_enabled())
         if replayed is not None:
-            log_prob, residual = replayed
-            saved = (x_t, velocity, x_next, c_rows.table, velocity_uncond)
-            return _with_gradient(log_prob, saved, guidance_scale, "native", residual)
-    if isinstance(c_rows, Coefficients) and c_rows.num_history:
+            log_prob, kept = replayed
+            i = StepInputs(x_t, velocity, c_rows.table, velocity_uncond, guidance_scale)
+            if not return_mean:
+                return operators.with_gradient(log_prob, i, x_next, "native", kept)
+            of = FromMean(x_next, kept, i.edges, i.scale)
+            return operators.with_mean(log_prob, velocity, of, "native")
+    i = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale)
+    return _replay(i, x_next, return_mean, backend)
+
+
+def _draw_more(i: StepInputs, key: tuple, wanted: Wanted, backend: str | None) -> tuple:
+    """A draw with its mean, or with a round_dtype."""
+    out, out_dtype, round_dtype, mean, _ = wanted
+    if kernels := direct(backend, i.x_t):
+        draw = getattr(kernels, "sde_draw_mean", None)  # which an older build lacks
+        drawn = draw and draw(*i, *key, out, out_dtype, True, False, bool(mean), round_dtype)
+        if drawn is not None:
+            if out is not None:
+                private.increment_version((out,))
+            x_next, log_prob, _, made = drawn
+            if not mean:
+                return x_next, log_prob
+            of = FromMean(x_next, made, i.edges.table, i.scale)
+            return x_next, *operators.with_mean(log_prob, i.velocity, of, "native")
+    x_next, log_prob, _, made = _draw(i, key, wanted, backend)
+    return (x_next, log_prob, made) if mean else (x_next, log_prob)
+
+
+def _replay(i: StepInputs, x_next: Tensor, return_mean: bool, backend: str | None):
+    """By the way that checks."""
+    if isinstance(i.edges, Coefficients) and i.edges.num_history:
         raise ValueError("c_rows: a replay takes one-step edges, got some with history weights")
-    dtype = check_latents(_latents(x_t, velocity, velocity_uncond) | {"x_next": x_next})
-    _check_step(velocity, c_rows, velocity_uncond, guidance_scale, ())
-    edges = check_edges("c_rows", c_rows, x_t.shape[0], x_t.device, dtype)
-    inputs = (x_t, velocity, x_next, edges, velocity_uncond, float(guidance_scale))
+    dtype = check_latents(_latents(*i[:2], i.velocity_uncond) | {"x_next": x_next})
+    _check_step(i)
+    edges = check_edges("c_rows", i.edges, i.x_t.shape[0], i.x_t.device, dtype)
+    i = i._replace(edges=edges, guidance_scale=float(i.guidance_scale))
     transformed = is_transformed()
-    if is_tracing(x_t, velocity, x_next, velocity_uncond) and not transformed:
-        return _replay_op(*inputs, backend)
-    impl = choose(_REPLAY, x_t.device, dtype, backend, transformed)
+    if is_tracing(i.x_t, i.velocity, x_next, i.velocity_uncond) and not transformed:
+        operator = operators.replay_mean_op if return_mean else operators.replay_op
+        given = i.x_t, i.velocity, x_next, edges, i.velocity_uncond, i.guidance_scale
+        return operator(*given, backend)
+    table = operators.REPLAY_MEAN if return_mean else operators.REPLAY
+    impl = choose(table, i.x_t.device, dtype, backend, transformed)
     if transformed:  # the reference, which torch differentiates
-        x_t, x_next, uncond = (
-            None if x is None else x.detach() for x in (x_t, x_next, velocity_uncond)
-        )
-        return impl.call(x_t, velocity, x_next, edges, uncond, inputs[-1])
+        return impl.call(_but_for_the_velocity(i), x_next.detach())
     with torch.no_grad():  # the gradient is the kernel's
-        log_prob = impl.call(*inputs)
-    return _with_gradient(log_prob, inputs[:-1], inputs[-1], impl.name, None)
+        replayed = impl.call(i, x_next)
+    if not return_mean:
+        return operators.with_gradient(replayed, i, x_next, impl.name)
+    log_prob, mean = replayed
+    return operators.with_mean(
+        log_prob, i.velocity, FromMean(x_next, mean, edges, i.scale), impl.name
+    )
 
 
-def _with_gradient(
-    log_prob: Tensor, saved: tuple, guidance_scale: float, kernel: str, residual: Tensor | None
-) -> Tensor:
-    """The replay's result with its gradient, without the dispatcher: that costs as much as kernels
-    do at image size. residual: what the replay has kept, for the backward pass to write over.
-    """
-    velocity = saved[1]
-    if not (velocity.requires_grad and torch.is_grad_enabled()):
-        return log_prob
-    how = _gradient, (guidance_scale,), kernel
-    return EagerGradient.apply(velocity, (log_prob, saved, how, residual))
-
-
-def _gradient(
-    grad: Tensor, saved: tuple, settings: tuple, kernel: str, residual: Tensor | None
-) -> Tensor:
-    given = () if residual is None else (residual,)  # of the native kernels alone
-    return _GRADIENT[kernel](grad, *saved, *settings, *given)
+def _but_for_the_velocity(i: StepInputs) -> StepInputs:
+    """All other latents held fixed."""
+    uncond = None if i.velocity_uncond is None else i.velocity_uncond.detach()
+    history = [x.detach() for x in i.history]
+    return i._replace(x_t=i.x_t.detach(), velocity_uncond=uncond, history=history)
 
 
 def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str, Tensor]:
@@ -335,20 +250,19 @@ def _latents(x_t, velocity, velocity_uncond, history=(), noise=None) -> dict[str
     return latents
 
 
-def _check_step(velocity, edges, velocity_uncond, guidance_scale, history, name="c_rows") -> None:
-    check_guidance(velocity_uncond, guidance_scale, velocity)
-    needed = edges.num_history if isinstance(edges, Coefficients) else 0
-    if not needed <= len(history) <= MAX_HISTORY:
+def _check_step(i: StepInputs, name: str = "c_rows") -> None:
+    check_guidance(i.velocity_uncond, i.guidance_scale, i.velocity)
+    needed = i.edges.num_history if isinstance(i.edges, Coefficients) else 0
+    if not needed <= len(i.history) <= MAX_HISTORY:
         raise ValueError(
             f"history: {name} weigh {needed} earlier x0 predictions; "
-            f"expected {needed} to {MAX_HISTORY} tensors, got {len(history)}"
+            f"expected {needed} to {MAX_HISTORY} tensors, got {len(i.history)}"
         )
 
 
-def _check_output(
-    latents: dict[str, Tensor], out_dtype: torch.dtype | None, out: Tensor | None
-) -> torch.dtype:
+def _check_output(latents: dict[str, Tensor], wanted: Wanted) -> torch.dtype:
     """Checks the latents and what is to be written; returns the dtype of the arithmetic."""
+    out, out_dtype = wanted.out, wanted.out_dtype
     dtype = check_latents(latents if out is None else latents | {"out": out})
     if out is not None:
         if out_dtype is not None and out_dtype != out.dtype:
@@ -360,41 +274,79 @@ def _check_output(
     return torch.float64 if out_dtype == torch.float64 else dtype
 
 
+def _rounding(
+    round_dtype: torch.dtype | None, stored: torch.dtype, dtype: torch.dtype
+) -> torch.dtype | None:
+    """A round_dtype that was checked; None where it changes nothing. dtype: of the arithmetic."""
+    if round_dtype is None:
+        return None
+    if round_dtype not in FLOATS:
+        raise TypeError(
+            f"round_dtype: expected float32, bfloat16, float16 or float64, got {round_dtype}"
+        )
+    if torch.promote_types(round_dtype, stored) != stored:
+        raise ValueError(
+            f"round_dtype: x_next is stored in {stored}, which does not hold the values of "
+            f"{round_dtype}; expected an out_dtype that does"
+        )
+    return None if round_dtype in (stored, dtype) else round_dtype
+
+
 def _draw(
-    i: StepInputs, key: tuple | None, out, out_dtype, backend: str | None, return_x0: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x_next, log_prob and x0, by the way that checks.
+    i: StepInputs, key: tuple | None, wanted: Wanted, backend: str | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x_next, log_prob, x0 and mean, by the way that checks.
 
     key: noise, seed, sample_id and step; None: the mean alone, without log_prob, of m_rows.
     """
     name = "m_rows" if key is None else "c_rows"
     noise, _, sample_id, step = key or (None,) * 4
     latents = _latents(i.x_t, i.velocity, i.velocity_uncond, i.history, noise)
-    dtype = _check_output(latents, out_dtype, out)
-    _check_step(i.velocity, i.edges, i.velocity_uncond, i.guidance_scale, i.history, name)
+    dtype = _check_output(latents, wanted)
+    _check_step(i, name)
     source = Noise() if key is None else check_noise(*key, i.x_t)
-    if out is not None:
-        check_out(out, latents, {name: i.edges, "sample_id": sample_id, "step": step})
+    x_next = wanted.out
+    if x_next is not None:
+        check_out(x_next, latents, {name: i.edges, "sample_id": sample_id, "step": step})
     batch, device = i.x_t.shape[0], i.x_t.device
-    x_next = out
-    if out is None:
-        x_next = torch.empty(i.x_t.shape, dtype=out_dtype or i.x_t.dtype, device=device)
+    stored = wanted.out_dtype or i.x_t.dtype if x_next is None else x_next.dtype
+    round_dtype = _rounding(wanted.round_dtype, stored, dtype)
+    edges = check_edges(name, i.edges, batch, device, dtype)
+    if x_next is None:
+        x_next = torch.empty(i.x_t.shape, dtype=stored, device=device)
     log_prob = None if key is None else torch.empty(batch, dtype=dtype, device=device)
-    x0 = torch.empty_like(x_next) if return_x0 else None
-    edges, scale = check_edges(name, i.edges, batch, device, dtype), float(i.guidance_scale)
-    checked = StepInputs(i.x_t, i.velocity, edges, i.velocity_uncond, scale, i.history)
-    _run(checked, source, (x_next, log_prob, x0), dtype, backend)
-    return x_next, log_prob, x0
+    x0 = torch.empty_like(x_next) if wanted.x0 else None
+    mean = torch.empty(i.x_t.shape, dtype=dtype, device=device) if wanted.mean else None
+    checked = i._replace(edges=edges, guidance_scale=float(i.guidance_scale))
+    out = StepOutputs(x_next, log_prob, x0, mean, round_dtype)
+    return _run(checked, source, out, dtype, backend)
 
 
-def _run(i: StepInputs, source: Noise, out: tuple, dtype: torch.dtype, backend: str | None) -> None:
+def _run(
+    i: StepInputs, source: Noise, out: StepOutputs, dtype: torch.dtype, backend: str | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Through the dispatcher where a compiler is to see an operator, else straight."""
-    tensors = (i.x_t, i.velocity, i.velocity_uncond, source.given, source.sample_id, out[0])
+    x_next, log_prob, x0, mean, _ = out
+    tensors = (i.x_t, i.velocity, i.velocity_uncond, source.given, source.sample_id, x_next)
     transformed = is_transformed()
     if is_tracing(*tensors) and not transformed:
         x_t, velocity, *history = (t.detach() for t in (i.x_t, i.velocity, *i.history))
         uncond = None if i.velocity_uncond is None else i.velocity_uncond.detach()
-        _draw_op(x_t, velocity, i.edges, uncond, i.guidance_scale, history, *source, *out, backend)
-        return
-    choose(_DRAW, i.x_t.device, dtype, backend, transformed).call(i, source, *out)
-    torch.autograd.graph.increment_version(out[0])  # a graph that saved it must notice
+        inputs = x_t, velocity, i.edges, uncond, i.guidance_scale, history
+        operators.draw_op(*inputs, *source, *out, backend)
+        if mean is not None and i.velocity.requires_grad and torch.is_grad_enabled():
+            given = i.velocity, log_prob, mean, x_next, i.edges, i.scale
+            log_prob, mean = operators.attach_op(*given, backend)
+        return x_next, log_prob, x0, mean
+    impl = choose(operators.draws(out), i.x_t.device, dtype, backend, transformed)
+    is_function = transformed and mean is not None  # which torch differentiates
+    if is_function:  # before x_t may be overwritten
+        mean, _ = reference.mean_and_x0(_but_for_the_velocity(i))
+    impl.call(i, source, out._replace(mean=None) if is_function else out)
+    torch.autograd.graph.increment_version(x_next)  # a graph that saved it must notice
+    if is_function:
+        log_prob = reference.log_prob_of(x_next.detach(), mean, i.edges)
+    elif mean is not None:
+        of = FromMean(x_next, mean, i.edges, i.scale)
+        log_prob, mean = operators.with_mean(log_prob, i.velocity, of, impl.name)
+    return x_next, log_prob, x0, mean

@@ -10,7 +10,7 @@ from flowkern.ops._common.philox import reference_normal
 from flowkern.ops._common.rows import column, guided
 from flowkern.schedules import COLUMNS, MAX_HISTORY
 
-from .inputs import StepInputs
+from .inputs import FromMean, StepInputs, StepOutputs
 
 CHUNK = 1024
 
@@ -40,9 +40,7 @@ def log_prob_of(x_next: Tensor, mean: Tensor, edges: Tensor) -> Tensor:
     return c - k * squares.to(edges.dtype)
 
 
-def draw(
-    i: StepInputs, source: Noise, x_next: Tensor, log_prob: Tensor | None, x0: Tensor | None
-) -> None:
+def draw(i: StepInputs, source: Noise, out: StepOutputs) -> None:
     with torch.no_grad():
         mean, predicted = mean_and_x0(i)
         value = mean
@@ -54,23 +52,46 @@ def draw(
             value = torch.where(
                 std > 0, mean + std * noise.to(mean.dtype), mean
             )  # std == 0 never reads the noise
-        if x0 is not None:
-            x0.copy_(predicted)
-        x_next.copy_(value)
-        if log_prob is not None:
-            log_prob.copy_(log_prob_of(x_next, mean, i.edges))
+        if out.x0 is not None:
+            out.x0.copy_(predicted)
+        if out.mean is not None:
+            out.mean.copy_(mean)
+        if out.round_dtype is not None:
+            value = value.to(out.round_dtype)
+        out.x_next.copy_(value)
+        if out.log_prob is not None:
+            out.log_prob.copy_(log_prob_of(out.x_next, mean, i.edges))
 
 
-def replay(x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
-    mean, _ = mean_and_x0(StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, ()))
-    return log_prob_of(x_next, mean, edges)
+def replay(i: StepInputs, x_next: Tensor) -> Tensor:
+    return replay_mean(i, x_next)[0]
 
 
-def replay_backward(grad, x_t, velocity, x_next, edges, velocity_uncond, guidance_scale) -> Tensor:
+def replay_mean(i: StepInputs, x_next: Tensor) -> tuple[Tensor, Tensor]:
+    mean, _ = mean_and_x0(i)
+    return log_prob_of(x_next, mean, i.edges), mean.contiguous()
+
+
+def replay_backward(grad: Tensor, i: StepInputs, x_next: Tensor) -> Tensor:
     """By hand, since it runs inside an op; the tests hold it to autograd through `replay`."""
-    mean, _ = mean_and_x0(StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, ()))
-    scale = guidance_scale if velocity_uncond is not None else 1.0
+    mean, _ = mean_and_x0(i)
+    return _through_log_prob(grad, FromMean(x_next, mean, i.edges, i.scale)).to(i.velocity.dtype)
+
+
+def mean_backward(
+    grad: Tensor | None, grad_mean: Tensor | None, of: FromMean, dtype: torch.dtype
+) -> Tensor:
+    parts = []
+    if grad is not None:
+        parts.append(_through_log_prob(grad, of))
+    if grad_mean is not None:
+        parts.append(column(of.edges, "b", of.mean) * of.scale * grad_mean)
+    return sum(parts[1:], parts[0]).to(dtype).contiguous()
+
+
+def _through_log_prob(grad: Tensor, of: FromMean) -> Tensor:
+    x_next, mean, edges, scale = of
     weight = grad.to(edges.dtype).reshape(-1, *[1] * (mean.ndim - 1))
     size = max(1, mean[0].numel() if len(mean) else 1)
     slope = weight * 2 * column(edges, "k", mean) * column(edges, "b", mean) * scale / size
-    return (slope * (x_next.to(edges.dtype) - mean)).to(velocity.dtype)
+    return slope * (x_next.to(edges.dtype) - mean)
