@@ -5,12 +5,10 @@ hub's cache. With HF_HUB_OFFLINE, or without a network, the cache alone is asked
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from flowkern.models.directory import ENCODER, INDEX, components, read_index
-
-Found = TypeVar("Found")
 
 # Other forms of the same weights; nothing here reads pickles.
 UNREAD = "*.bin *.pt *.pth *.ckpt *.msgpack *.h5 *.onnx* *.gguf *.fp16* *.bf16* *.non_ema*".split()
@@ -24,24 +22,28 @@ def commit_of(name: str, revision: str | None = None, index: str = INDEX) -> str
     Raises FileNotFoundError, of one line that begins with path or revision, where the hub, or its
     cache where the hub is not asked, has no such model.
     """
-    from huggingface_hub import hf_hub_download
-
-    found = _asked(name, revision, lambda: hf_hub_download(name, index, revision=revision), index)
-    return Path(found).parent.name
+    return file_of(name, revision, index).parent.name
 
 
 def directory_of(name: str, commit: str, *, has_encoders: bool = True) -> Path:
     """The directory of a commit in the hub's cache, with the parts that its index names, or without
     its text encoders; what is not there yet is downloaded. Raises as `commit_of`.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    index = _asked(name, commit, lambda: hf_hub_download(name, INDEX, revision=commit))
-    parts = components(read_index(Path(index).parent))
+    parts = components(read_index(file_of(name, commit).parent))
     parts = [part for part in parts if has_encoders or not part.startswith(ENCODER)]
     wanted = [INDEX, *(f"{part}/*" for part in parts)]
     options = {"revision": commit, "allow_patterns": wanted, "ignore_patterns": UNREAD}
-    return Path(_asked(name, commit, lambda: snapshot_download(name, **options)))
+    return Path(_asked(name, commit, partial(snapshot_download, name, **options)))
+
+
+def file_of(name: str, revision: str | None, file: str = INDEX) -> Path:
+    """A file of a revision, in the hub's cache. Raises as `commit_of`."""
+    from huggingface_hub import hf_hub_download
+
+    ask = partial(hf_hub_download, name, file, revision=revision)
+    return Path(_asked(name, revision, ask, file))
 
 
 def folder_of(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
@@ -52,17 +54,34 @@ def folder_of(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
 
     commit = commit_of(name, revision, wanted[0])
     options = {"revision": commit, "allow_patterns": list(wanted)}
-    return Path(_asked(name, commit, lambda: snapshot_download(name, **options), wanted[0]))
+    return Path(_asked(name, commit, partial(snapshot_download, name, **options), wanted[0]))
 
 
-def _asked(name: str, revision: str | None, ask: Callable[[], Found], index: str = INDEX) -> Found:
+def no_answer() -> str | None:
+    """Why the hub gives no answer at all; None: it gives one.
+
+    One question: huggingface_hub asks a host that is not there six times, in 23 s, and says each.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of the transport that huggingface_hub has chosen
+        said = " ".join(str(error).split()) or type(error).__name__
+        return f"the hub cannot be reached: {said:.200}"
+    return None
+
+
+def _asked(name: str, revision: str | None, ask: Callable[..., str], index: str = INDEX) -> str:
     from huggingface_hub import constants, errors
 
     kinds = {INDEX: "pipeline", "config.json": "model of transformers"}
     kind = kinds.get(index, f"model with {index}")
-
+    why = no_answer()
     try:
-        return ask()
+        return ask(local_files_only=why is not None)
     except errors.GatedRepoError:
         raise FileNotFoundError(
             f"path: {name!r} asks for consent at {constants.ENDPOINT}/{name}, and then for a login "
@@ -78,7 +97,7 @@ def _asked(name: str, revision: str | None, ask: Callable[[], Found], index: str
             f"revision: {name!r} has no {revision!r}; expected a branch, a tag or a commit"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        why = why or "the hub cannot be reached"
         at = f"the hub's cache, {constants.HF_HUB_CACHE!r}"
         cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
         if revision is not None and any(cached.glob(f"*/{index}")):

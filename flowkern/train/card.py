@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, errors, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flowkern import __version__
 from flowkern.lookup import is_hub_id, load
-from flowkern.models import MODELS
+from flowkern.models import MODELS, hub
 from flowkern.models.directory import INDEX, read_index
 from flowkern.models.pipeline import FILE
 from flowkern.rl.algorithms import PLANNERS
@@ -92,10 +92,10 @@ def _family(run: Run) -> Any:
     path = str(run.option("model.path"))
     try:
         if is_hub_id(path):
-            file = hf_hub_download(path, INDEX, revision=run.option("model.revision"))
-            path = str(Path(file).parent)
+            file = hub.file_of(path, run.option("model.revision"))
+            path = str(file.parent)
         name = read_index(path)["_class_name"]
-    except (OSError, ValueError, errors.HfHubHTTPError):
+    except (OSError, ValueError):
         return None
     return load(name, MODELS) if name in MODELS else None
 
@@ -121,11 +121,11 @@ def _license(base: str, revision: str | None) -> dict[str, str]:
     """As the base model's own card has it; nothing where it has none."""
     try:
         if is_hub_id(base):
-            file = Path(hf_hub_download(base, "README.md", revision=revision))
+            file = hub.file_of(base, revision, "README.md")
         else:
             file = Path(base) / "README.md"
         said = ModelCard.load(file).data.to_dict() if file.is_file() else {}
-    except (OSError, ValueError, errors.HfHubHTTPError):
+    except (OSError, ValueError):
         return {}
     return {key: said[key] for key in LICENSE if isinstance(said.get(key), str)}
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowkern.checks import ConfigError, shown
+from flowkern.lookup import is_hub_id
+from flowkern.models.hub import no_answer
 from flowkern.train.errors import describe
 from flowkern.train.fields import is_file
 from flowkern.train.prompts import READERS, Columns, Prompt, checked, from_table, read_prompts
@@ -63,7 +65,7 @@ def _digest(path: str, name: str | None, split: str, revision: str | None, key: 
 
 @cache
 def _loaded(path: str, name: str | None, split: str, revision: str | None, key: str) -> Any:
-    """The pyarrow table of a split. From the hub's cache where the hub cannot be reached."""
+    """The pyarrow table of a split. From the cache where the hub gives no answer."""
     if find_spec("datasets") is None:
         raise ConfigError(
             f"{key}: got {shown(path)}, a data set or a directory, which takes datasets: "
@@ -72,10 +74,17 @@ def _loaded(path: str, name: str | None, split: str, revision: str | None, key: 
     import datasets
 
     datasets.disable_progress_bars()
+    why = no_answer() if is_hub_id(path) else None
+    asks = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = asks or why is not None
     try:
         found = datasets.load_dataset(path, name, split=split, revision=revision)
     except Exception as error:  # of every kind, some without a word
-        raise ConfigError(
-            f"{key}: {shown(path)}, split {split!r}: {describe(error):.400}"
-        ) from error
+        if why is not None and isinstance(error, ConnectionError):
+            why = f"{shown(path)} is not in the cache of data sets, and {why}"
+        else:
+            why = f"{shown(path)}, split {split!r}: {describe(error):.400}"
+        raise ConfigError(f"{key}: {why}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = asks
     return found.data.table

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flowkern.torch_private import process_groups
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.errors import RunError, describe
+from flowkern.train.prompts import draw_prompts
 from flowkern.train.stop import Stop
 
 Found = TypeVar("Found")
@@ -113,6 +114,14 @@ def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:
             f"processes x {updates} updates per rollout"
         )
     return torch.arange(prompts).view(updates, world, -1)[:, rank].flatten()
+
+
+def require_prompts(config: Config, accelerator: Accelerator, available: int) -> None:
+    """Raise ConfigError where a rollout takes more prompts than there are, or processes would get
+    unequal parts of them."""
+    recipe, count = config.algorithm, config.algorithm.prompts_per_rollout
+    draw_prompts(available, count, config.seed, 0)
+    share(count, accelerator.process_index, accelerator.num_processes, recipe.updates_per_rollout)
 
 
 def together(accelerator: Accelerator, work: Callable[[], Found]) -> list[Found]:

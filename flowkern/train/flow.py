@@ -80,9 +80,14 @@ class FlowTask:
     """Answers `loop.Task`."""
 
     @staticmethod
-    def require(config: Config) -> None:
+    def require(config: Config, accelerator: Accelerator) -> None:
         """Raise ConfigError for what shows before a model is looked for."""
         require_attention(config.model)
+        require_quantization(config, accelerator.device)
+        distributed.require_prompts(
+            config, accelerator, len(prompts_of(config.data, "train_prompts"))
+        )
+        held_out(config)
 
     def __init__(
         self,
@@ -95,11 +100,9 @@ class FlowTask:
         self.config, self.recipe = config, config.algorithm
         self.accelerator, self.stop, self.device = accelerator, stop, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        require_quantization(config, self.device)
         self.prompts = prompts_of(config.data, "train_prompts")
         count, updates = self.recipe.prompts_per_rollout, self.recipe.updates_per_rollout
         self.slots = distributed.share(count, self.rank, self.world, updates)  # on the host
-        draw_prompts(len(self.prompts), count, config.seed, 0)  # refuses too many, before loading
         validated = held_out(config)
         torch.manual_seed(config.seed)
         self.rewards = load_rewards(config.reward)  # in seconds; the model may take minutes

@@ -37,7 +37,7 @@ from flowkern.train.optimizer import (
 )
 from flowkern.train.ratio_guard import RatioGuard
 from flowkern.train.revision import pinned
-from flowkern.train.run_directory import RunDirectory
+from flowkern.train.run_directory import RunDirectory, require_place
 from flowkern.train.served import require_served, served
 from flowkern.train.sharding import require, saves_alone, spread
 from flowkern.train.stop import Stop, StopRequest
@@ -67,7 +67,8 @@ class Loop:
         require(config, self.accelerator)
         task: Callable[..., Task] = load(config.algorithm.task, TASKS, "algorithm: task")
         if hasattr(task, "require"):
-            task.require(config)
+            task.require(config, self.accelerator)
+        require_place(config)
         config = pinned(config, self.accelerator) if model is None else config
         self.config, self.recipe = config, config.algorithm
         self.device = self.accelerator.device

@@ -78,8 +78,9 @@ class PlannerTask:
     """Answers `loop.Task`."""
 
     @staticmethod
-    def require(config: PlannerConfig) -> None:
-        """Raises ConfigError where the engine's server is not there, and for split weights."""
+    def require(config: PlannerConfig, accelerator: Accelerator) -> None:
+        """Raises ConfigError where the engine's server is not there, for too few questions, and for
+        split weights."""
         if config.train.sharding is not None:
             raise ConfigError(
                 f"train.sharding: got {config.train.sharding}, but turns of a planner differ in "
@@ -90,6 +91,9 @@ class PlannerTask:
         kind = load(engine.kind, ENGINES, "agent.engine.kind")
         if hasattr(kind, "require"):
             kind.require(engine.options)
+        questions = read_questions(config.data, "train_prompts")
+        distributed.require_prompts(config, accelerator, len(questions))
+        read_questions(config.data, "test_prompts")
 
     def __init__(
         self,
@@ -108,7 +112,6 @@ class PlannerTask:
         data, agent, recipe = config.data, config.agent, self.recipe
         engine_kind = load(agent.engine.kind, ENGINES, "agent.engine.kind")
         self.questions = read_questions(data, "train_prompts")
-        draw_prompts(len(self.questions), count, config.seed, 0)  # refuses too many
         found = read_questions(data, "test_prompts")
         self.held_out = found[: config.validation.num_prompts]
         self.rewards = {

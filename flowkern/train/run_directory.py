@@ -7,6 +7,7 @@ names of checkpoints, the newest first; then their bytes; then the lines that sp
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -223,13 +224,23 @@ class RunDirectory:
             events.note(self.path, event, self.logged, said, **more)
 
 
-def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
-    """Make the directory one of a run that has no checkpoint yet.
-
-    is_restart: the command continues whatever there is; a run that was killed before its first
-    checkpoint is then begun again. Raises ConfigError where there is a run to be lost.
+def require_place(config: Config) -> None:
+    """Raise ConfigError, before a model is looked for, where no run can be begun; nothing is
+    changed there. What a resume finds is looked at by `RunDirectory.claim`.
     """
-    checkpoint.tidy(output_dir)
+    place, options = Path(config.output_dir), config.train
+    there = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir: {str(there)!r} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir: Permission denied: {str(there)!r}")
+    if options.resume_from_checkpoint in (None, "latest"):
+        is_restart = options.resume_from_checkpoint is not None
+        is_kept = is_restart and bool(checkpoint.checkpoints(place))
+        _refuse_a_run(place, options.overwrite_output_dir or is_kept, is_restart)
+
+
+def _refuse_a_run(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
     holds = checkpoint.checkpoints(output_dir) or (
         durable.read_lines(output_dir / METRICS) and not is_restart
     )
@@ -239,6 +250,16 @@ def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
             "train.resume_from_checkpoint=latest, replace it with train.overwrite_output_dir=true, "
             "or name another"
         )
+
+
+def begin(output_dir: Path, overwrite: bool, is_restart: bool) -> None:
+    """Make the directory one of a run that has no checkpoint yet.
+
+    is_restart: the command continues whatever there is; a run that was killed before its first
+    checkpoint is then begun again. Raises ConfigError where there is a run to be lost.
+    """
+    checkpoint.tidy(output_dir)
+    _refuse_a_run(output_dir, overwrite, is_restart)
     checkpoint.discard(output_dir)
     shutil.rmtree(output_dir / SAMPLES, ignore_errors=True)
     for pattern in (

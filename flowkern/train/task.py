@@ -37,9 +37,9 @@ class Batch:
 class Task(Protocol):
     """What is trained. It is made of (config, accelerator, stop, model) and refuses what it cannot
     use; model: one in memory, on the device, in place of model.path's. One that has a static
-    `require(config)` refuses there what shows before a model is looked for. Where it has `calls`,
-    of the network so far on this process, and `planned(iteration)`, those of an iteration there by
-    phase, "sampling" and "training", people see how far it is.
+    `require(config, accelerator)` refuses there what shows before a model is looked for. Where it
+    has `calls`, of the network so far on this process, and `planned(iteration)`, those of an
+    iteration there by phase, "sampling" and "training", people see how far it is.
     """
 
     facts: Sequence[str]

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,10 @@ import torch
 from huggingface_hub import constants, errors
 
 from flowkern.models import load_model
+from flowkern.models.hub import commit_of
+from flowkern.train.config import ConfigError, DataConfig
+from flowkern.train.data import prompts_of
+from flowkern.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "assets/digits-sd3"
@@ -183,3 +189,40 @@ def test_the_command_refuses_an_id_that_is_not_in_the_cache(cache, tiny_file, ca
         error = capsys.readouterr().err
         assert error.startswith(f"flowkern: model.{key}: 'someone/else' is no directory here")
         assert error.count("\n") == 1
+
+
+def test_without_a_network_one_question_is_asked_and_one_line_said(cache, monkeypatch, capfd):
+    """huggingface_hub asks a host that is not there six times, in 23 s, with two lines for each."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", place)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    assert commit_of(NAME) == FIRST
+    with pytest.raises(FileNotFoundError, match="^path: .* and the hub cannot be reached: .*refu"):
+        commit_of("someone/else")
+    pytest.importorskip("datasets", reason="datasets is not installed: flowkern[data]")
+    with pytest.raises(ConfigError, match="^data.train_prompts: .* is not in the cache of"):
+        prompts_of(DataConfig(train_prompts="someone/prompts"), "train_prompts")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["algorithm.prompts_per_rollout=400"], "algorithm.prompts_per_rollout: got 400, expected"),
+        (["data.test_prompts=/none.txt"], "data.test_prompts: cannot read '/none.txt'"),
+        (["output_dir={file}"], "output_dir: '{file}' is no directory"),
+        (["output_dir={run}"], "output_dir: '{run}' holds a run already"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_looked_for(
+    cache, tiny, tmp_path, monkeypatch, options, said
+):
+    monkeypatch.setattr("flowkern.models.hub.no_answer", lambda: pytest.fail("it was looked for"))
+    places = {"file": tmp_path / "file", "run": tmp_path / "begun"}
+    places["file"].write_text("")
+    (places["run"] / "checkpoint-4").mkdir(parents=True)
+    given = [option.format(**places) for option in options]
+    with pytest.raises(ConfigError, match=f"^{re.escape(said.format(**places))}"):
+        Loop(tiny(f"model.path={NAME}", *given))
