@@ -106,6 +106,12 @@ def shown_in_a_line(value: Any) -> str:
     return " ".join(shown(value).split())
 
 
+def counted(count: float, noun: str) -> str:
+    """``1 step``, ``2,000 steps``, ``2 processes``: so many, as messages say it."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,.0f} {noun if round(count) == 1 else plural}"
+
+
 def is_integer(value: Any) -> bool:
     """An integer of Python or numpy; a bool is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

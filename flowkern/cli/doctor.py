@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, counted
 from flowkern.cli.environment import environment, in_lines
 from flowkern.cli.estimate import show as show_estimate
 from flowkern.cli.train import OVERRIDE
@@ -170,7 +170,7 @@ def _facts(report: Report) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     height, width = facts["size"]
-    frames = f" x {facts['num_frames']} frames" if facts["num_frames"] else ""
+    frames = f" x {counted(facts['num_frames'], 'frame')}" if facts["num_frames"] else ""
     shape = " x ".join(map(str, facts["latent_shape"]))
     rows = {
         "model": f"{facts['family']}, {facts['parameters']:,} weights, {facts['dtype']} on "
@@ -178,10 +178,10 @@ def _facts(report: Report) -> Table:
         "size": f"{height} x {width} px{frames}; latents {shape}",
         "D": f"{facts['elements']:,} elements of a latent",
         "guidance": f"{facts['guidance']}, guidance_scale {facts['guidance_scale']:g}",
-        "text": f"{facts['text_length']} tokens",
+        "text": counted(facts["text_length"], "token"),
         "training": facts["trained"],
         "clip range": _clip_range(report),
-        "batches": f"{facts['batch']['sampling']} rows in sampling, "
+        "batches": f"{counted(facts['batch']['sampling'], 'row')} in sampling, "
         f"{facts['batch']['training']} in training"
         + (f", in each of {facts['processes']} processes" if facts["processes"] > 1 else ""),
         "backends": "; ".join(

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from flowkern.train.cards import Card
     from flowkern.train.estimate import Estimate
 
+from flowkern.checks import counted
+
 KINDS = ("sampling", "learning", "not learning")
 
 
@@ -30,7 +32,8 @@ def lines(found: Estimate, name: str | None, card: Card | None) -> Iterable[str]
     if facts["processes"] > 1:
         split = facts["sharding"] or "all weights on each"
         yield f"processes   {facts['processes']}, {split}; the rest is of one of them"
-    yield f"batches     {batches['sampling']} rows in sampling, {batches['learning']} in training"
+    rows = counted(batches["sampling"], "row")
+    yield f"batches     {rows} in sampling, {batches['learning']} in training"
     yield "memory      GB"
     yield from _figures({part: size / 1e9 for part, size in found.memory.items() if size})
     whole = facts["all weights in place of LoRA"] / 1e9
@@ -40,7 +43,8 @@ def lines(found: Estimate, name: str | None, card: Card | None) -> Iterable[str]
     yield "on the host GB"
     yield from _figures({part: size / 1e9 for part, size in found.host.items()}, digits=4)
     rows = ", ".join(f"{found.rows[kind]:,.0f} {kind}" for kind in KINDS)
-    yield f"iteration   {found.rows['images']:,.0f} images; rows: {rows}; {found.tflop:,.0f} TFLOP"
+    images = counted(found.rows["images"], "image")
+    yield f"iteration   {images}; rows: {rows}; {found.tflop:,.0f} TFLOP"
     if card is not None and found.seconds is not None:
         yield f"seconds     on {name}"
         yield from _figures(found.seconds)

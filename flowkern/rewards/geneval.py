@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowkern.checks import finite_number, shown, whole_number
+from flowkern.checks import counted, finite_number, shown, whole_number
 from flowkern.rewards.asking import ask_all, server, understanding
 from flowkern.rewards.clauses import Thing, Verdict, check_clauses, judge
 from flowkern.rewards.files import pictures, png_base64
@@ -119,7 +119,7 @@ class GenEval(FrameReward):
             self.detector = str(answer.get("version", "unknown"))
             found = answer["verdicts" if "verdicts" in answer else "detections"]
             if len(found) != len(part):
-                raise ValueError(f"answers for {len(found)} of {len(part)} images")
+                raise ValueError(f"answers for {len(found)} of {counted(len(part), 'image')}")
             if "verdicts" in answer:
                 return [_graded(one) for one in found]
             return [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, counted
 from flowkern.ops._common.dispatch import backends
 from flowkern.train.cards import CARDS
 
@@ -39,7 +39,7 @@ def lines(loop: Loop) -> Iterator[str]:
 def _model(loop: Loop) -> str:
     model = loop.task.model
     about = model.describe()
-    frames = f" x {about['num_frames']} frames" if about.get("num_frames") else ""
+    frames = f" x {counted(about['num_frames'], 'frame')}" if about.get("num_frames") else ""
     height, width = about["size"]
     return (
         f"{about['pipeline']}, {loop.config.model.path}: {about['parameters']:,} weights in "
@@ -55,10 +55,10 @@ def _iteration(loop: Loop) -> str:
     sampling, training = (loop.world * planned[phase] for phase in ("sampling", "training"))
     updates = recipe.updates_per_rollout
     steps = f" in {updates} optimizer steps" if updates > 1 else ""
+    drawn = f"{counted(recipe.prompts_per_rollout, 'prompt')}, {counted(images, 'image')}"
     return (
-        f"{recipe.prompts_per_rollout} prompts, {images:,.0f} images; rows of the network: "
-        f"{sampling:,.0f} sampling, {training:,.0f} training{steps}; "
-        f"{loop.config.train.steps - loop.global_step} steps to go"
+        f"{drawn}; rows of the network: {sampling:,.0f} sampling, {training:,.0f} training{steps}; "
+        f"{counted(loop.config.train.steps - loop.global_step, 'step')} to go"
     )
 
 

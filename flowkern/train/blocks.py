@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowkern import torch_private as private
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, counted
 from flowkern.models import Model, quantize
 from flowkern.models.compiled import Compiled
 from flowkern.train.attention import of_attention, set_attention
@@ -124,11 +124,9 @@ def try_blocks(model: Model, config: Config, device: torch.device) -> list[str]:
         raise ConfigError(f"{key}: the network's gradient has the norm {size}")
     if compiled is None:
         return []
-    count, graphs = len(compiled.blocks), compiled.graphs
-    return [
-        f"compiled {count} blocks, {graphs} graphs, for {compiled.rows} rows in "
-        f"{compiled.seconds:.0f} s"
-    ]
+    counts = (len(compiled.blocks), "block"), (compiled.graphs, "graph"), (compiled.rows, "row")
+    blocks, graphs, rows = (counted(*one) for one in counts)
+    return [f"compiled {blocks}, {graphs}, for {rows} in {compiled.seconds:.0f} s"]
 
 
 def asked_twice(model: Model, rows: int, device: torch.device) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flowkern import __version__
+from flowkern.checks import counted
 from flowkern.lookup import is_hub_id, load
 from flowkern.models import MODELS, hub
 from flowkern.models.directory import INDEX, read_index
@@ -52,6 +53,7 @@ def write_card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["counted"] = counted
     text = environment.get_template("card.md.jinja").render(
         card_data=data.to_yaml(),
         here=name or "THIS_FOLDER",

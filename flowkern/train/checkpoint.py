@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flowkern.checks import counted
 from flowkern.train.config import ConfigError
 from flowkern.train.durable import DELETED, PARTIAL, replace, set_aside, sync
 from flowkern.train.errors import describe
@@ -110,7 +111,7 @@ def broken(directory: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
+            return f"{name} has {counted(path.stat().st_size, 'byte')} of {size}"
         if _digest(path) != digest:
             return f"{name} is not what was written (SHA-256)"
     return None

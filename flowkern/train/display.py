@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from flowkern.checks import counted
+
 SHARES = {
     "timing_s/rollout": "sampling",
     "timing_s/reward": "scoring",
@@ -156,7 +158,7 @@ class Display:
         return rate * (self._steps - done)
 
     def _show(self) -> None:
-        said = [f"{self._step} of {self._steps} steps", *self._said()]
+        said = [f"{self._step:,} of {counted(self._steps, 'step')}", *self._said()]
         said += [f"{_clock(self._left())} left", *self._shares(self.seconds.most_common())]
         room = self._bars.console.width - NAME - _bar_width(self._bars.console) - 2  # and two gaps
         while len(said) > 1 and len(", ".join(said)) > room:
@@ -184,8 +186,8 @@ def _bar_width(console: Any) -> int:
 
 def _rows(done: float, planned: float | None) -> str:
     if planned:
-        return f"{done:,.0f} of {planned:,.0f} rows"
-    return f"{done:,.0f} rows" if done else ""
+        return f"{done:,.0f} of {counted(planned, 'row')}"
+    return counted(done, "row") if done else ""
 
 
 def _clock(seconds: float | None) -> str:

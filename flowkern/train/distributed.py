@@ -18,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import LoggerType, gather_object
 from torch import Tensor, nn
 
+from flowkern.checks import counted
 from flowkern.torch_private import process_groups
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.errors import RunError, describe
@@ -110,8 +111,8 @@ def share(prompts: int, rank: int, world: int, updates: int) -> Tensor:
     """
     if prompts % (world * updates):
         raise ConfigError(
-            f"algorithm.prompts_per_rollout: got {prompts}, expected a multiple of {world} "
-            f"processes x {updates} updates per rollout"
+            f"algorithm.prompts_per_rollout: got {prompts}, expected a multiple of "
+            f"{counted(world, 'process')} x {counted(updates, 'update')} per rollout"
         )
     return torch.arange(prompts).view(updates, world, -1)[:, rank].flatten()
 

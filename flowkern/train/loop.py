@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flowkern.checks import counted
 from flowkern.lookup import load
 from flowkern.split import gathered, whole
 from flowkern.train import banner, distributed, metrics, tracking
@@ -270,7 +271,7 @@ class Loop:
                 except BaseException as error:
                     return self.leave(error)
             why = f", ended early: {self.cadence.ends}" if self.cadence.ends else ""
-            done = f"done: {self.global_step} steps in {self.directory.path}"
+            done = f"done: {counted(self.global_step, 'step')} in {self.directory.path}"
             self.directory.say(done + why, "done")
             distributed.finish(self.accelerator)
             self.directory.publish()

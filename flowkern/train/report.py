@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flowkern import __version__
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, counted
 from flowkern.train import charts, durable
 from flowkern.train import tree as trees
 from flowkern.train.charts import Chart, Series, short
@@ -82,7 +82,7 @@ def page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = short
+    environment.filters |= {"short": short, "counted": counted}
     others = other_charts(run)
     return environment.get_template("report.html.jinja").render(
         name=run.path.resolve().name,
@@ -113,7 +113,7 @@ def page(run: Run) -> str:
 def state(run: Run) -> str:
     kinds = [event.get("event") for event in run.events if event.get("event") not in BESIDE]
     last = kinds[-1] if kinds else None
-    of = f"{run.step:,} of {run.option('train.steps') or run.step:,} optimizer steps"
+    of = f"{run.step:,} of {counted(run.option('train.steps') or run.step, 'optimizer step')}"
     owner = owner_of(run.path)
     if owner is not None:
         return f"under way on {owner}: {of}"
@@ -327,7 +327,9 @@ def faults(run: Run) -> list[tuple[str, int, str, str]]:
     for key in dict.fromkeys(key for record in run.metrics for key in record):
         count = sum(key in record and record[key] is None for record in run.metrics)
         if count:
-            found.append(("no number", run.step, f"{key} was not finite in {count} steps", ""))
+            said = f"{key} was not finite in {counted(count, 'step')}"
+            found.append(("no number", run.step, said, ""))
     for name, count in run.broken.items():
-        found.append(("records", run.step, f"{name}: {count} lines are no records", ""))
+        said = f"{name}: {counted(count, 'line')} without a record"
+        found.append(("records", run.step, said, ""))
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, counted
 from flowkern.rewards import RewardError, load_reward, option_of
 from flowkern.rl.advantage import LARGEST
 from flowkern.train.prompts import Prompt
@@ -70,7 +70,9 @@ class Scores:
     def explained(self) -> dict[str, str]:
         """Of the rewards that have no score of some image, why, or of how many."""
         return {
-            name: self.reasons.get(name, f"reward.{name}: NaN for {count} of {len(self)} images")
+            name: self.reasons.get(
+                name, f"reward.{name}: NaN for {count} of {counted(len(self), 'image')}"
+            )
             for name, count in self.failed().items()
             if count and name != MEAN
         }
@@ -277,7 +279,8 @@ def require_drawn(finite: Tensor, prompts: Sequence[str]) -> None:
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         raise RewardError(
-            f"model: {len(bad)} of {len(finite)} images are not finite, the first of prompt "
+            f"model: {len(bad)} of {counted(len(finite), 'image')} "
+            f"{'is' if len(bad) == 1 else 'are'} not finite, the first of prompt "
             f"{prompts[bad[0]]!r:.80}; expected weights of numbers, and a "
             "train.mixed_precision that holds what the network computes (bf16 where fp16 overflows)"
         )

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from flowkern.checks import ConfigError
+from flowkern.checks import ConfigError, counted
 from flowkern.models import Model
 from flowkern.train.config import LoraConfig
 from flowkern.train.lora import add_lora, layers, restore_lora
@@ -24,7 +24,7 @@ def set_trained(model: Model, lora: LoraConfig | None) -> str:
         network = add_lora(model, lora)
         total, counts = layers(model, lora)
         places = ", ".join(f"{name} {count}" for name, count in counts.items())
-        where = f", of rank {lora.rank} in {total} layers: {places}"
+        where = f", of rank {lora.rank} in {counted(total, 'layer')}: {places}"
     else:
         network, where = model.network, ""
         for name in model.unread:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flowkern.checks import counted
 from flowkern.models import Model, guide_of
 from flowkern.rewards import RewardError
 from flowkern.rollout import Guidance, Plan, Source, prompt_ids, run
@@ -132,13 +133,14 @@ class Validation:
         directory, means = Path(self.config.output_dir), scores.means()
         mean, failed = means[f"reward/{MEAN}"], scores.failed()[MEAN]
         of = f"{len(images) - failed} of {len(images)}" if failed else len(images)
+        after = counted(step, "optimizer step")
         shown = images[: self.config.validation.num_images]
         tracking.save_grid(
             directory / "samples" / f"step-{step}.png",
             shown,
             [prompt["prompt"] for prompt in self.prompts[: len(shown)]],
             scores.rewards[MEAN][: len(shown)].tolist(),
-            f"held-out prompts after {step} optimizer steps, mean reward {mean:.2f} over {of}",
+            f"held-out prompts after {after}, mean reward {mean:.2f} over {of}",
         )
         return means
 

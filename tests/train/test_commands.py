@@ -91,7 +91,7 @@ def test_sample_loads_the_model_as_training_did(tiny, tmp_path, monkeypatch, cap
     (tmp_path / "sample.png").unlink()
     for content, status, begins, ends in (
         (b"of another version", 2, "checkpoint: 'run/check", "header too large"),
-        (broken, 1, "model: 1 of 1 images are not finite", "(bf16 where fp16 overflows)"),
+        (broken, 1, "model: 1 of 1 image is not finite", "(bf16 where fp16 overflows)"),
     ):
         (saved / "adapter_model.safetensors").write_bytes(content)
         (saved / "manifest.json").unlink()

@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
+from flowkern.checks import counted
 from flowkern.train.display import Display
 from flowkern.train.loop import Loop
 
@@ -158,3 +159,9 @@ def test_on_a_known_card_the_first_minute_has_an_estimate(tiny, monkeypatch):
                     banner.estimated(there))  # fmt: skip
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA T4")
     assert banner.estimated(there) is None
+
+
+def test_one_is_said_as_one():
+    said = [counted(n, noun) for n in (0, 1, 1.0, 2, 12_000) for noun in ("step", "process")]
+    assert said[:6] == ["0 steps", "0 processes", *["1 step", "1 process"] * 2]
+    assert said[6:] == ["2 steps", "2 processes", "12,000 steps", "12,000 processes"]

@@ -84,7 +84,7 @@ def test_a_page_says_what_the_directory_has(run, capsys):
         "75.0 %",
         "cuda, H200",
         "kl was not finite in 30 steps",
-        "metrics.jsonl: 1 lines are no records",
+        "metrics.jsonl: 1 line without a record",
         "ended without a word before this resume",
         "2026-01-02 03:04:05 UTC",
     ):
@@ -118,11 +118,11 @@ def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, monkeypatch, cap
         "".join(json.dumps({"event": e, "step": 0, "said": e}) + "\n" for e in ("begun", "warned"))
     )
     for path, said in (
-        (cut, "1 of 1 optimizer steps"),
+        (cut, "1 of 1 optimizer step"),
         (warned, "ended without a word (killed?) after 1 of 1"),
         (fresh, "No optimizer step is recorded yet"),
         (fresh, "done: ended early: it fell"),
-        (bare, "1 of 1 optimizer steps"),
+        (bare, "1 of 1 optimizer step"),
         (busy, "under way on far away: 2 of 2"),
     ):
         assert main(["report", str(path), "--output", str(tmp_path / "page.html")]) == 0

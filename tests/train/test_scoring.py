@@ -206,7 +206,7 @@ def test_images_that_are_no_numbers_are_not_the_rewards_fault():
     broken = IMAGES.clone()
     broken[1, 0, 0, 0] = float("nan")
     for function in (lambda *_: [0, 0, 0], lambda images, *_: 1 / 0):
-        with pytest.raises(RewardError, match="^model: 1 of [36] images are not finite.* 'a dog'"):
+        with pytest.raises(RewardError, match="^model: 1 of [36] images is not finite.* 'a dog'"):
             score(named(f=function), [(broken, ASKED), (IMAGES, ASKED)])
 
 

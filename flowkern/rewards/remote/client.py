@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from flowkern.checks import shown
+from flowkern.checks import counted, shown
 from flowkern.lookup import nearest
 from flowkern.rewards import RewardError, Unscored, Values
 from flowkern.rewards.asking import server
@@ -134,7 +134,8 @@ class RemoteReward:
                 info.setdefault(entry, torch.full_like(scores, math.nan))[places] = values
         if count := int(scores.isnan().sum()):
             reasons = reasons or ["the server does not say why"]
-            said = f"{self.name} at {self.server.url}: no score for {count} of {len(scores)} images"
+            of = f"{count} of {counted(len(scores), 'image')}"
+            said = f"{self.name} at {self.server.url}: no score for {of}"
             warnings.warn(f"{said}: {line(reasons[0], 200)}", stacklevel=2)
         return scores, info
 
