@@ -57,8 +57,9 @@ def grid_of(
     """The edges that `make(sigmas, *arguments)` makes, S of them, on `device`."""
 
     def made() -> Grid:
-        sampler, euler = make(sigmas, *arguments), step_coefficients(sigmas, "ode", 0.0)
-        sqrt_dt = torch.sqrt(sampler.sigma - sigmas[1:].detach().double().cpu())
+        on_host = sigmas.detach().cpu()  # waits for a device: once for a grid
+        sampler, euler = make(on_host, *arguments), step_coefficients(on_host, "ode", 0.0)
+        sqrt_dt = torch.sqrt(sampler.sigma - on_host[1:].double())
         narrow = (t.to(device, torch.float32) for t in (sampler, euler))
         numbers = (sampler.std, sampler.std / sqrt_dt, sqrt_dt)
         return Grid(

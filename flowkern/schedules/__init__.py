@@ -13,7 +13,9 @@ so a sampler is a row of coefficients here, and never a kernel of its own.
 """
 
 from flowkern.schedules.coefficients import COLUMNS, MAX_HISTORY, Coefficients
-from flowkern.schedules.edges import KINDS, edge_coefficients, step_coefficients
+from flowkern.schedules.device import device_coefficients
+from flowkern.schedules.edges import edge_coefficients, step_coefficients
+from flowkern.schedules.formulas import KINDS
 from flowkern.schedules.grids import flux_sigmas, sd3_sigmas, shifted_sigmas
 from flowkern.schedules.multistep import multistep_coefficients
 
@@ -22,6 +24,7 @@ __all__ = [
     "KINDS",
     "MAX_HISTORY",
     "Coefficients",
+    "device_coefficients",
     "edge_coefficients",
     "flux_sigmas",
     "multistep_coefficients",

@@ -95,6 +95,18 @@ class Coefficients:
             self._converted[key] = Coefficients(self.table.to(device, dtype), self.num_history)
         return self._converted[key]
 
+    def without_normalizer(self) -> Coefficients:
+        """c = 0, k as it is: log-probabilities without -log std - log sqrt(2 pi), as MixGRPO's."""
+        table = self.table.clone()
+        table[..., 4] = 0.0
+        return self._checked(table, self.num_history)
+
+    def tempered(self) -> Coefficients:
+        """k = 1, c = 0: the negative mean square, as CPS has it and SGLang's no_const."""
+        table = self.table.clone()
+        table[..., 3], table[..., 4] = 1.0, 0.0
+        return self._checked(table, self.num_history)
+
     def __reduce__(self):
         return Coefficients, (self.table, self.num_history)
 
@@ -130,16 +142,30 @@ def table_of(
     tempered: bool = False,
     history: Sequence[Tensor] = (),
 ) -> Coefficients:
-    noisy = std > 0
-    safe = torch.where(noisy, std, torch.ones_like(std))
-    zero = torch.zeros_like(std)
-    k = torch.ones_like(std) if tempered else torch.where(noisy, 1 / (2 * safe**2), zero)
-    c = zero if tempered else torch.where(noisy, -torch.log(safe) - _HALF_LOG_2PI, zero)
-    weights = [*history, *[zero] * (MAX_HISTORY - len(history))]
-    table = torch.stack([a, b, std, k, c, *weights, sigma], dim=-1)
+    table = stacked(a, b, std, sigma, tempered, history)
     if not bool(torch.isfinite(table.float()).all()):  # float: what the kernels compute with
         raise ValueError(
             f"the edges from sigma {sigma.tolist()} have coefficients beyond float32: "
             f"{table.tolist()}"
         )
     return Coefficients(table, len(history))
+
+
+def stacked(
+    a: Tensor,
+    b: Tensor,
+    std: Tensor,
+    sigma: Tensor,
+    tempered: bool = False,
+    history: Sequence[Tensor] = (),
+) -> Tensor:
+    """The table (..., 9), with the k and c of the Gaussian, 0 where std is; no value is read."""
+    zero = torch.zeros_like(std)
+    if tempered:
+        k, c = torch.ones_like(std), zero
+    else:
+        is_still = std.logical_not()
+        k = torch.where(is_still, zero, 0.5 / (std * std))
+        c = torch.where(is_still, zero, -_HALF_LOG_2PI - torch.log(std))
+    weights = [*history, *[zero] * (MAX_HISTORY - len(history))]
+    return torch.stack([a, b, std, k, c, *weights, sigma], dim=-1)

@@ -9,7 +9,7 @@ import torch
 
 from flowkern.checks import is_integer
 from flowkern.schedules.coefficients import Coefficients, table_of
-from flowkern.schedules.edges import exp_minus_h
+from flowkern.schedules.formulas import exp_minus_h
 from flowkern.schedules.sigmas import edge_of, sigmas_of
 
 
@@ -45,7 +45,7 @@ def multistep_coefficients(
         path = path[1:]
     order = 1 if path[-1] == 0 else min(order, len(path) - 1)
 
-    decay = float(exp_minus_h(s, n))
+    decay = float(exp_minus_h(s, n, 1 - s, 1 - n))
     weights = _x0_weights(path, order, decay, variant, sde)
     a = n / s * (decay if sde else 1) + weights[0]
     b = -s * weights[0]

@@ -12,12 +12,21 @@ import torch
 from interpreter import DEVICE, INTERPRETED
 
 import flowkern as fk
-from flowkern.schedules import Coefficients, multistep_coefficients, sd3_sigmas, step_coefficients
+from flowkern.schedules import (
+    KINDS,
+    Coefficients,
+    device,
+    multistep_coefficients,
+    sd3_sigmas,
+    step_coefficients,
+)
 
 pytestmark = pytest.mark.gpu
 interpreter.require()
 
 import fused  # noqa: E402
+
+from flowkern.schedules import triton_impl  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = step_coefficients(sd3_sigmas(10), "flow_sde", 0.7).to(DEVICE, torch.float32)
@@ -291,3 +300,26 @@ def test_tokens_keep_their_length(dtype):
     nothing = torch.zeros(1, 4, 2, 2, device=DEVICE)
     for result in both(fk.rescaled_guidance, nothing, nothing, 4.0, (2, 2)):
         assert result.isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edges_are_those_of_the_formulas(kind):
+    """The second writing of `schedules.formulas`: more than a tile of edges, and where they break;
+    levels that are numbers, one for all, one for each; sigmas in other dtypes and strides.
+    """
+    s = torch.rand(2, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    n = s * 0.9 * s.flip(0)
+    s[:, :3] = torch.tensor([1.0, 1 - 9e-6, 1 - 2e-5], dtype=torch.float64)
+    n[:, 2:4] = 0.0
+    s, n = s.to(DEVICE), n.to(DEVICE)
+    each = s[1].clamp(0.01, 0.99)
+    for sigma, level, second in (
+        (s[0], 0.7, None), (s.T[:, 0], each, 0.95), (s[0].float(), each[:1].float(), each.float()),
+        (s[0].bfloat16(), torch.tensor(0.3, device=DEVICE), each[5]),
+    ):  # fmt: skip
+        arguments = kind, len(sigma), sigma, n[0], level, second
+        got, expected = triton_impl.rows(*arguments), device._rows(*arguments)
+        torch.testing.assert_close(got, expected, rtol=2**-23, atol=0)
+    one = kind, 1, s[0, 4:5], n[0, 4], 0.7, each[5]
+    torch.testing.assert_close(triton_impl.rows(*one), device._rows(*one), rtol=2**-23, atol=0)
+    assert triton_impl.rows(kind, 0, s[0, :0], n[0, :0], 0.7, None).shape == (0, 9)

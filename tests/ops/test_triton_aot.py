@@ -7,8 +7,10 @@ and vector widths.
 """
 
 import itertools
+import math
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -35,6 +37,8 @@ from flowkern.ops._common.rows_triton import LONG  # noqa: E402
 
 # Before `compiling` interprets.
 from flowkern.ops.token_loss import chunks, triton_impl  # noqa: E402, F401
+from flowkern.schedules import KINDS  # noqa: E402
+from flowkern.schedules import triton_impl as edges_triton  # noqa: E402
 
 SIZE, VIDEO = 65_536, 2_096_640  # multiples of 16: sizes of one side of LONG make the same kernels
 assert SIZE <= LONG < VIDEO
@@ -413,6 +417,31 @@ def test_token_rows_are_read_in_vectors_and_kept_in_registers(arch, dtype, verbs
         assert found["loads128"] >= reads * vectors, (verb, found)
         assert found["stores128"] == writes * vectors, (verb, found)
         assert found["registers"] <= MOST_REGISTERS, (verb, found)
+
+
+ALL_GIVEN = torch.empty(8), torch.empty(8), torch.empty(8), torch.empty(1, dtype=H)
+EDGES = [(90, kind, ALL_GIVEN) for kind in ("flow_sde", "cps")]
+EDGES += [(80, "dpm_sde", (*ALL_GIVEN[:2], 0.7, None))]
+if EVERY:
+    EDGES = list(itertools.product(ARCHS, KINDS, (ALL_GIVEN, (*ALL_GIVEN[:2], 0.7, None))))
+
+
+@pytest.mark.parametrize("arch, kind, given", EDGES)
+def test_edges_are_computed_in_float64(arch, kind, given):
+    """Division and roots are IEEE, and constants whole: 1e-5, log sqrt(2 pi), pi / 2."""
+    with compiling(arch) as launches:
+        edges_triton.rows(kind, 8, *given)
+    ((kernel, *_),) = launches
+    found, ptx = report(kernel), kernel.asm["ptx"]
+    # Of cps: where libdevice's sine reduces an angle beyond 1e5, which none is.
+    assert found["stack"] == (40 if kind == "cps" else 0), found
+    assert found["registers"] <= MOST_REGISTERS, found
+    assert not re.search(r"\.f32 *\{? *%\w+, *%\w+, *%\w+", ptx), "arithmetic in float32"
+    for constant in (1e-5, math.pi / 2 if kind == "cps" else 0.5 * math.log(2 * math.pi)):
+        assert struct.pack(">d", constant).hex().upper() in ptx.replace("0dBFED", "0d3FED"), (
+            constant
+        )
+    assert ("sqrt.rn.f64" in ptx) == (kind != "cps") and "sqrt.approx" not in ptx
 
 
 def table():
