@@ -146,7 +146,8 @@ class TrainConfig(Section):
     """Start anew in an output_dir that holds a run, and delete that run."""
     max_failed_rewards: Annotated[float, Range(0, 1)] = 0.05
     """Of the images of the last ten rollouts, the share that may have no score, for reasons outside
-    of the run; beyond it the run stops. It stops at once where a rollout has no score at all."""
+    of the run; beyond it the run stops. A run's first rollouts count as the first of ten. It stops
+    at once where a rollout has no score at all."""
     report_to: Text | None = None
     """A tracker of accelerate beside metrics.jsonl: "tensorboard", "wandb", ..."""
     push_to_hub: bool = False
