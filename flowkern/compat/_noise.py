@@ -24,8 +24,10 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 def drawn_unless(x_next: Tensor | None, x: Tensor, generator: Generators = None) -> Tensor | None:
     """`randn_like(x, generator)`, or None where there is an x_next to replay: either, not both."""
-    if x_next is None:
-        return randn_like(x, generator)
-    if generator is not None:
+    refuse_both(x_next, generator)
+    return randn_like(x, generator) if x_next is None else None
+
+
+def refuse_both(x_next: Tensor | None, generator: Generators) -> None:
+    if x_next is not None and generator is not None:
         raise ValueError("generator: prev_sample is given, so nothing is drawn; expected one alone")
-    return None
