@@ -11,12 +11,13 @@ from flowkern.torch_private import assert_async
 def step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
     """(B,) or (1,) step indices on `device`.
 
-    Asking the scheduler costs one host synchronization per timestep on a GPU; for diffusers' own,
-    whose timesteps are known to be distinct, the same look-up is made on the device, with an
-    assertion there that each timestep was found.
+    Asking the scheduler costs one host synchronization per timestep on a GPU; where its look-up is
+    diffusers' own, over timesteps that are known to be distinct, the same look-up is made on the
+    device, with an assertion there that each timestep was found.
     """
     timestep = torch.as_tensor(timestep).reshape(-1)
-    stock = type(scheduler).__module__.startswith("diffusers.")
+    look_up = getattr(type(scheduler), "index_for_timestep", None)
+    stock = getattr(look_up, "__module__", "").startswith("diffusers.")
     if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
         found = timestep[:, None] == scheduler.timesteps[None, :]
         assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")

@@ -19,6 +19,7 @@ def scored_step(
     edges: Coefficients,
     x_next: Tensor | None = None,
     noise: Tensor | None = None,
+    round_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_next, its log-probability and the mean: replayed where x_next is given, else drawn with
     noise.
@@ -26,12 +27,13 @@ def scored_step(
     Args:
         x_t, velocity, x_next, noise: (B, *D).
         edges: one for all samples, or B.
+        round_dtype: what is drawn goes through it, and log_prob is of what it has become.
 
     Returns:
         x_next (B, *D), in float32; log_prob (B,), a mean over D; mean (B, *D) in float32. log_prob
         and mean are differentiable in velocity, x_next is not.
     """
-    x_next, log_prob = scored(x_t, velocity, edges, x_next, noise)
+    x_next, log_prob = scored(x_t, velocity, edges, x_next, noise, round_dtype)
     return x_next, log_prob, mean_of(x_t, velocity, edges)
 
 
@@ -41,10 +43,12 @@ def scored(
     edges: Coefficients,
     x_next: Tensor | None = None,
     noise: Tensor | None = None,
+    round_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """`scored_step` without the mean."""
     if x_next is None:
-        x_next, log_prob = sde_step(x_t, velocity, edges, noise=noise, out_dtype=torch.float32)
+        x_next, log_prob = sde_step(x_t, velocity, edges, noise=noise, out_dtype=round_dtype)
+        x_next = x_next.float()
         if velocity.requires_grad and torch.is_grad_enabled():
             log_prob = sde_log_prob(x_t, velocity, x_next, edges)
         return x_next, log_prob
