@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowkern.schedules import COLUMNS, Coefficients, step_coefficients
+from flowkern.schedules import Coefficients, step_coefficients
 
 from ._grid import Grid, grid_of
 from ._step import Step, mean_of, step_of_grid, x0_of
@@ -22,9 +22,8 @@ def dance_coefficients(
     table = step_coefficients(sigmas, "dance_sde", eta).table.clone()
     if not sde_solver:
         table[:, :2] = step_coefficients(sigmas, "ode", 0.0).table[:, :2]
-    if not normalizer:
-        table[:, COLUMNS.index("c")] = 0
-    return Coefficients(table)
+    edges = Coefficients(table)
+    return edges if normalizer else edges.without_normalizer()
 
 
 def dance_grid(

@@ -59,12 +59,10 @@ def grid_of(
     def made() -> Grid:
         on_host = sigmas.detach().cpu()  # waits for a device: once for a grid
         sampler, euler = make(on_host, *arguments), step_coefficients(on_host, "ode", 0.0)
-        sqrt_dt = torch.sqrt(sampler.sigma - on_host[1:].double())
+        sqrt_dt = torch.sqrt(euler.sigma - on_host[1:].double())
         narrow = (t.to(device, torch.float32) for t in (sampler, euler))
         numbers = (sampler.std, sampler.std / sqrt_dt, sqrt_dt)
-        return Grid(
-            *narrow, sampler.sigma.tolist(), *(t.to(device, torch.float32) for t in numbers)
-        )
+        return Grid(*narrow, euler.sigma.tolist(), *(t.to(device, torch.float32) for t in numbers))
 
     return remembered(sigmas, (make, arguments, device), made)
 

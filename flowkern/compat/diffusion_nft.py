@@ -83,10 +83,10 @@ def _sde(sigmas: Tensor, z: Tensor, solver: str, eta: float) -> Callable:
 
 def _dpm(sigmas: Tensor, z: Tensor, order: int) -> Callable:
     def edges() -> list[Coefficients]:
-        made = []
+        made, on_host = [], sigmas.cpu()
         for i in range(len(sigmas) - 1):
             used = 1 if i in (0, len(sigmas) - 2) else order
-            path = sigmas[max(0, i + 1 - used) : i + 2]
+            path = on_host[i + 1 - used : i + 2]
             made.append(multistep_coefficients(path, used).to(z.device, torch.float32))
         return made
 

@@ -11,13 +11,10 @@ formula divides by a standard deviation of 0.
 
 from __future__ import annotations
 
-import itertools
-
-import torch
 from torch import Tensor
 
 from flowkern.ops.sde_step import ode_step
-from flowkern.schedules import COLUMNS, Coefficients, edge_coefficients, step_coefficients
+from flowkern.schedules import Coefficients, device_coefficients, step_coefficients
 
 from ._grid import grid_of, per_sample
 from ._noise import Generators, drawn_unless, randn_like
@@ -116,13 +113,9 @@ def wan_sde_step_with_logprob(
 
 def wan_coefficients(sigmas: Tensor) -> Coefficients:
     """All edges (S,) of Wan's sampler: dance_sde whose eta is another on each edge."""
-    values = sigmas.detach().double().cpu().tolist()
-    lowest, highest = values[-1], values[1]
-    edges = [
-        edge_coefficients(s, n, "dance_sde", lowest + (highest - lowest) * s).table
-        for s, n in itertools.pairwise(values)
-    ]
-    return Coefficients(torch.stack(edges))
+    wide = sigmas.detach().double().cpu()
+    g = wide[-1] + (wide[1] - wide[-1]) * wide[:-1]
+    return device_coefficients(wide[:-1], wide[1:], "dance_sde", g)
 
 
 def ode_step_with_logprob(
@@ -171,6 +164,4 @@ def ode_step_with_logprob(
 
 def distance_coefficients(sigmas: Tensor) -> Coefficients:
     """All edges (S,) of Euler's step whose log-probability is minus the squared distance: k = 1."""
-    table = step_coefficients(sigmas, "ode", 0.0).table.clone()
-    table[:, COLUMNS.index("k")] = 1
-    return Coefficients(table)
+    return step_coefficients(sigmas, "ode", 0.0).tempered()

@@ -205,9 +205,8 @@ def _variant(args, order: int) -> str:
 def _multistep(
     sigmas: Tensor, index: int, order: int, variant: str, sde: bool, device
 ) -> Coefficients:
-    path = sigmas[index + 1 - order : index + 2]
-    return remembered(
-        sigmas,
-        ("dpm", index, order, variant, sde, device),
-        lambda: multistep_coefficients(path, order, variant, sde).to(device, torch.float32),
-    )
+    def made() -> Coefficients:
+        path = sigmas[index + 1 - order : index + 2].cpu()  # waits for a device: once
+        return multistep_coefficients(path, order, variant, sde).to(device, torch.float32)
+
+    return remembered(sigmas, ("dpm", index, order, variant, sde, device), made)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowkern.ops.sde_step import ode_step, sde_step
-from flowkern.schedules import Coefficients, edge_coefficients
+from flowkern.schedules import Coefficients, device_coefficients
 
 from ._install import replace
 
@@ -65,7 +65,7 @@ def flow_sde_sampling(
         velocity = model_output = model_output.float()
         noise = self._rollout_variance_noise(batch, velocity, generator)
         edge = _edge(current_sigma, next_sigma, _KINDS[kind], batch, session.sigma_max)
-        edge = edge.to(sample.device, torch.float32)
+        edge = edge.to(sample.device)
         x_next, _ = sde_step(sample, velocity, edge, noise=noise, out_dtype=torch.float32)
         std, full = edge.std, session.noise_buffer
         count = full[0].numel()
@@ -107,7 +107,7 @@ def _edge(
     sigma: Tensor, sigma_next: Tensor, kind: str, batch: Any, sigma_max: float
 ) -> Coefficients:
     level = float(batch.rollout_noise_level)
-    return edge_coefficients(sigma.reshape(()), sigma_next.reshape(()), kind, level, sigma_max)
+    return device_coefficients(sigma.reshape(()), sigma_next.reshape(()), kind, level, sigma_max)
 
 
 def _log_prob(squares: Tensor, count: int, std: Tensor, without_constant: bool) -> Tensor:
