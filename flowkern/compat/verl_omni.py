@@ -15,9 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowkern.checks import finite_number
 from flowkern.ops.matching_loss import matching_loss
-from flowkern.schedules import device_coefficients
+from flowkern.schedules import Coefficients, step_coefficients
 
+from ._grid import grid_of, per_sample
 from ._noise import Generators, randn_like
 from ._peer import attribute, imported
 from ._scheduler import step_index
@@ -36,7 +38,7 @@ class _Step:
     Args of `sample_previous_step`:
         sample, model_output, prev_sample: (B, *D), any floating dtype; computed in float32.
         timestep: (B,) or (1,) of the scheduler's. None: the step at its `step_index`.
-        noise_level: a number, or () or (B,); of sde_type="cps" the angle.
+        noise_level: of the SDE; of sde_type="cps" the angle.
         return_sqrt_dt: return sqrt(-dt) (B or 1,) as a fifth value.
         include_logprob_normalizer: False leaves -log(std sqrt(2 pi)) out of log_prob.
 
@@ -54,7 +56,7 @@ class _Step:
         timestep: Tensor | None = None,
         generator: Generators = None,
         per_token_timesteps: Tensor | None = None,
-        noise_level: float | Tensor = 0.7,
+        noise_level: float = 0.7,
         prev_sample: Tensor | None = None,
         sde_type: str = "sde",
         return_logprobs: bool = True,
@@ -74,25 +76,24 @@ class _Step:
                 "timestep: None is the step at the scheduler's step_index, which `step` sets; "
                 "expected one of its timesteps for each sample"
             )
-        sigmas = self.sigmas.to(sample.device)
-        sigma, sigma_next = sigmas[index], sigmas[index + 1]
-        edges = device_coefficients(sigma, sigma_next, _KINDS[sde_type], noise_level, sigmas[1])
+        level = finite_number("noise_level", noise_level, "a finite number >= 0", lambda x: x >= 0)
+        how = (_KINDS[sde_type], level, include_logprob_normalizer)
+        grid = grid_of(self.sigmas, sample.device, _edges, *how)
+        edges = grid.sampler[index] if timestep is None else per_sample(grid.sampler, index)
         noise = None if prev_sample is not None else randn_like(model_output.detach(), generator)
-        drawn, log_prob, mean = scored_step(
-            sample,
-            model_output,
-            edges if include_logprob_normalizer else edges.without_normalizer(),
-            prev_sample,
-            noise,
-        )
-        sqrt_dt = torch.sqrt(sigma - sigma_next)
-        std_dev_t = edges.std / sqrt_dt if sde_type == "sde" else edges.std
+        drawn, log_prob, mean = scored_step(sample, model_output, edges, prev_sample, noise)
+        std_dev_t, sqrt_dt = (grid.g if sde_type == "sde" else grid.std)[index], grid.sqrt_dt[index]
         if timestep is None:
             sqrt_dt = sqrt_dt.expand(len(sample)).clone()
-        if timestep is not None or std_dev_t.ndim:
+        else:
             std_dev_t = std_dev_t.reshape(-1, *[1] * (sample.ndim - 1))
         returns = (drawn, log_prob if return_logprobs else None, mean, std_dev_t)
         return (*returns, sqrt_dt) if return_sqrt_dt else returns
+
+
+def _edges(sigmas: Tensor, kind: str, noise_level: float, with_normalizer: bool) -> Coefficients:
+    edges = step_coefficients(sigmas, kind, noise_level)
+    return edges if with_normalizer else edges.without_normalizer()
 
 
 class _Loss:

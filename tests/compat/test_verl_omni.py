@@ -88,14 +88,13 @@ def published(sigmas, index, v, x, level, sde_type, noise=None, x_next=None, nor
     """The equations in float64: prev_sample, log_prob, mean, std_dev_t, sqrt(-dt)."""
     s, n = (sigmas.double()[i].reshape(-1, 1, 1) for i in (index, index + 1))
     v, x = v.double(), x.double()
-    level = torch.as_tensor(level, dtype=torch.float64).reshape(-1, 1, 1)
     sqrt_dt = torch.sqrt(s - n)
     if sde_type == "sde":
         returned = level * torch.sqrt(s / (1 - torch.where(s == 1, sigmas[1].double(), s)))
         std = returned * sqrt_dt
         mean = x + (v + returned**2 / 2 * (x + (1 - s) * v) / s) * (n - s)
     else:
-        std = returned = n * torch.sin(level * math.pi / 2)
+        std = returned = n * math.sin(level * math.pi / 2)
         mean = (1 - n) * (x - s * v) + torch.sqrt(n**2 - std**2) * (x + (1 - s) * v)
     if x_next is None:
         x_next = mean + std * noise
@@ -167,13 +166,10 @@ def test_a_rollout_of_steps_and_its_replay(scheduler, sde_type, dtype):
 def test_forms_of_the_arguments(scheduler):
     x, v, x_next = torch.randn(3, 3, 16, 8)
     t = scheduler.timesteps
-    levels = torch.tensor([0.2, 0.7, 0.0])
     index = torch.tensor([2, 3, 4])
-    got = scheduler.sample_previous_step(
-        x, v, t[index], prev_sample=x_next, noise_level=levels, return_logprobs=False
-    )
+    got = scheduler.sample_previous_step(x, v, t[index], prev_sample=x_next, return_logprobs=False)
     assert got[1] is None and len(got) == 4
-    expected = published(scheduler.sigmas, index, v, x, levels, "sde", None, x_next)
+    expected = published(scheduler.sigmas, index, v, x, 0.7, "sde", None, x_next)
     close(got[2], expected[2])
     close(got[3], expected[3])
     # without noise theirs is not finite
@@ -201,6 +197,8 @@ def test_what_cannot_be_served_is_said(scheduler):
         scheduler.sample_previous_step(x, x)
     with pytest.raises(ValueError, match="sde_type: expected one of"):
         scheduler.sample_previous_step(x, x, t, sde_type="ode")
+    with pytest.raises(ValueError, match="noise_level: expected a finite number >= 0, got"):
+        scheduler.sample_previous_step(x, x, t, noise_level=torch.tensor([0.7, 0.2]))
     with pytest.raises(NotImplementedError, match="per_token_timesteps: verl-omni has one"):
         scheduler.sample_previous_step(x, x, t, per_token_timesteps=torch.ones(2, 16))
 
