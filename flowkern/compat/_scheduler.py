@@ -13,15 +13,20 @@ def step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
 
     Asking the scheduler costs one host synchronization per timestep on a GPU; where its look-up is
     diffusers' own, over timesteps that are known to be distinct, the same look-up is made on the
-    device, with an assertion there that each timestep was found.
+    device, with an assertion there that each timestep was found; on the CPU it is made of numbers.
     """
     timestep = torch.as_tensor(timestep).reshape(-1)
     look_up = getattr(type(scheduler), "index_for_timestep", None)
     stock = getattr(look_up, "__module__", "").startswith("diffusers.")
-    if device.type == "cuda" and stock and scheduler.timesteps.device == timestep.device == device:
-        found = timestep[:, None] == scheduler.timesteps[None, :]
-        assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
-        return found.int().argmax(1)
+    if stock and scheduler.timesteps.device == timestep.device == device:
+        if device.type == "cuda":
+            found = timestep[:, None] == scheduler.timesteps[None, :]
+            assert_async(found.any(1).all(), "timestep: not among the scheduler's timesteps")
+            return found.int().argmax(1)
+        times, wanted = scheduler.timesteps.tolist(), timestep.tolist()
+        steps = {t: i for i, t in enumerate(times)}
+        if len(steps) == len(times) and all(t in steps for t in wanted):
+            return torch.tensor([steps[t] for t in wanted])
     return torch.tensor([_asked(scheduler, t) for t in timestep], device=device)
 
 
