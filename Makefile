@@ -1,4 +1,4 @@
-# make speed | algorithms | test | train | lint | docs | fuzz | sanitize | gpu | wheel.   VENV=none uses the Python that is there and installs nothing.
+# make speed | algorithms | test | train | lint | docs | fuzz | sanitize | gpu | wheel | kernels | versions.   VENV=none uses the Python that is there and installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 FLOWKERN_BUILD ?= auto
@@ -14,7 +14,7 @@ READY = $(VENV)/.ready-$(FLOWKERN_BUILD)
 unexport PYTHONDONTWRITEBYTECODE
 endif
 
-.PHONY: speed algorithms test train lint docs fuzz sanitize gpu wheel native clean
+.PHONY: speed algorithms test train lint docs fuzz sanitize gpu wheel kernels versions native clean
 
 speed: $(READY)
 	$(RUN) benchmarks/speed.py $(ARGS)
@@ -66,9 +66,14 @@ PART ?= all
 gpu:
 	$(PYTHON) scripts/gpu $(PART)
 
-# A manylinux wheel with the CPU kernels, tested where nothing of the tree is in reach; it goes to dist/.
+# Manylinux wheels with the CPU kernels, each tested where nothing of the tree is in reach; they go to dist/.
+# make wheel PYTHONS="3.11 3.12 3.13 3.14" ARGS=--sdist: versions or interpreters; without, the Python that is there. docs/install.md
 wheel: $(READY)
-	$(RUN) scripts/build_wheel.py $(ARGS)
+	$(RUN) scripts/build_wheel.py $(PYTHONS) $(ARGS)
+
+# The folder that Hugging Face's kernels package loads, build/kernels/flowkern, and that package loading it.
+kernels: $(READY)
+	$(RUN) scripts/kernels_folder.py --check $(ARGS)
 
 # The kernels are compiled while pip, which takes one core, installs what needs no compiler. The pinned torch first: whatever else
 # wants a torch then takes that one. Modules become bytecode when they are first imported: of the many that are installed few are.

