@@ -75,6 +75,10 @@ wheel: $(READY)
 kernels: $(READY)
 	$(RUN) scripts/kernels_folder.py --check $(ARGS)
 
+# The core tests on the lowest, the tested and the newest torch and triton that pyproject.toml allows: rows of the table in docs/install.md.
+versions: $(READY)
+	$(RUN) scripts/versions.py $(ARGS)
+
 # The kernels are compiled while pip, which takes one core, installs what needs no compiler. The pinned torch first: whatever else
 # wants a torch then takes that one. Modules become bytecode when they are first imported: of the many that are installed few are.
 PIP = $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
