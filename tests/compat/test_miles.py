@@ -167,6 +167,48 @@ def test_a_noise_level_may_be_a_tensor(kind):
         torch.testing.assert_close(part, same, rtol=2e-6, atol=2e-6)
 
 
+class Shifted(SdeStepBackend):
+    """Derived: sigmas of its own."""
+
+    def resolve_sigmas(self, timesteps, next_timesteps, *, ndim):
+        shape = (-1, *[1] * (ndim - 1))
+        return tuple((t / 1000).reshape(shape) for t in (timesteps, next_timesteps))
+
+
+class Louder(SdeStepBackend):
+    """Derived: a deviation of its own."""
+
+    def prev_sample_mean_and_std(self, *given, **level):
+        mean, std, g = super().prev_sample_mean_and_std(*given, **level)
+        return mean, 2 * std, g
+
+
+def test_a_derived_backend_has_its_own_layers():
+    """In a score and in the loss, which asks it."""
+    v, x, x_next, sigma, sigma_next = transitions(steps=(1, 4, 7))
+    given = (v, 1000 * sigma, 1000 * sigma_next, x)
+    options = {"prev_sample": x_next, "noise_level": LEVEL}
+    plain = backend_of("flow_sde").sde_step_logprob(*given, **options)
+    shifted = Shifted(Scheduler()).sde_step_logprob(v, 900 * sigma, 900 * sigma_next, x, **options)
+    second = Scheduler().sigmas[1]
+    expected = published("flow_sde", v, x, x_next, 0.9 * sigma, 0.9 * sigma_next, second)
+    close(shifted.log_prob, expected[0])
+    louder = Louder(Scheduler())
+    score = louder.sde_step_logprob(*given, **options)
+    torch.testing.assert_close(score.noise_std, 2 * plain.noise_std)
+    own = louder.log_prob(x_next, plain.prev_mean, 2 * plain.noise_std)
+    torch.testing.assert_close(score.log_prob, own)
+
+    ctx, batch, prepared, v, _ = micro_batch("flow_sde", backend=louder)
+    grpo_loss(ctx, batch, prepared, new_pred=v, metrics=Metrics(), write_old_log_prob=True)
+    score = louder.sde_step_logprob(
+        v, prepared.timesteps, prepared.extras["next_timesteps"], prepared.latents,
+        prev_sample=prepared.extras["next_latents"], noise_level=LEVEL,
+    )  # fmt: skip
+    stored = torch.stack([pair["log_prob_old"] for pair in batch])
+    torch.testing.assert_close(stored, score.log_prob, rtol=2e-6, atol=2e-6)
+
+
 def test_the_miles_that_takes_four_gets_four(monkeypatch):
     """Its loss has no room for a fifth; the first MILES whose loss has calls it SdeStepScore."""
     v, x, x_next, sigma, sigma_next = transitions()

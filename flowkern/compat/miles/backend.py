@@ -129,11 +129,34 @@ class SdeStepBackend:
             if sigmas is None:
                 sigmas, next_sigmas = timesteps, next_timesteps
             of = self._between(sigmas, next_sigmas, noise_level, sigma_max)
+        elif self.has_own_step:
+            return self._by_layers(
+                model_output, timesteps, next_timesteps, sample, prev_sample, noise_level
+            )
         else:
             of = self.transition(timesteps, next_timesteps, noise_level, sample.device)
         scored = scored_step(sample, model_output, of.edges, prev_sample)
         score = SdeStepScore(*scored, _wide(of.g, sample), _wide(of.std, sample))
         return score[:4] if has_sigmas or _takes_four() else score
+
+    @property
+    def has_own_step(self) -> bool:
+        """Does a class derived from this one have another mean, deviation or log-probability?"""
+        return self._overrides("prev_sample_mean_and_std") or self._overrides("log_prob")
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(SdeStepBackend, name)
+
+    def _by_layers(self, model_output, timesteps, next_timesteps, sample, prev_sample, noise_level):
+        """What a derived class overrides, one after the other."""
+        model_output, sample, prev_sample = (x.float() for x in (model_output, sample, prev_sample))
+        sigmas = self.resolve_sigmas(timesteps, next_timesteps, ndim=sample.ndim)
+        mean, noise_std, std_dev_t = self.prev_sample_mean_and_std(
+            model_output, sample, *sigmas, noise_level=noise_level
+        )
+        log_prob = self.log_prob(prev_sample, mean, noise_std)
+        score = SdeStepScore(prev_sample, log_prob, mean, std_dev_t, noise_std)
+        return score[:4] if _takes_four() else score
 
     def transition(
         self,
@@ -143,7 +166,8 @@ class SdeStepBackend:
         device: torch.device,
     ) -> Transition:
         """From the scheduler's grid, whose edges are made once, where that is asked for sigmas."""
-        if not self._has_grid or isinstance(noise_level, Tensor):
+        resolves = self._has_grid and not self._overrides("resolve_sigmas")
+        if not resolves or isinstance(noise_level, Tensor):
             sigmas = self.resolve_sigmas(timesteps, next_timesteps, ndim=1)
             return self._between(*(s.to(device) for s in sigmas), noise_level)
         level = float(noise_level)

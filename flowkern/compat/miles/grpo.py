@@ -51,7 +51,7 @@ def grpo_loss(
         raise ValueError("ref_pred: needed for --diffusion-kl-beta > 0, got None")
     over_g2 = (
         (std / g).square() if beta > 0 else 0.0
-    )  # their KL divides by g^2, flowkern's by std^2
+    )  # flowkern's KL divides by std^2, theirs by g^2
     old = None if old_log_prob_from_new else prepared.extras["log_prob_old"]
     out = policy_loss(
         new_pred, x_t, x_next, edges, prepared.advantage, old_log_prob=old,
@@ -73,7 +73,7 @@ def grpo_loss(
 def _transition(ctx, prepared) -> Transition:
     backend, x_t, level = ctx.sde_backend, prepared.latents, ctx.args.diffusion_noise_level
     times = prepared.timesteps, prepared.extras["next_timesteps"]
-    if isinstance(backend, SdeStepBackend):
+    if isinstance(backend, SdeStepBackend) and not backend.has_own_step:
         return backend.transition(*times, level, x_t.device)
     sigmas = backend.resolve_sigmas(*times, ndim=x_t.ndim)
     return _asked(backend, *(s.to(x_t.device) for s in sigmas), level)
@@ -110,7 +110,7 @@ def _asked(backend, sigma: Tensor, sigma_next: Tensor, level) -> Transition:
 def _emit_policy(metrics, ctx, prepared, out: PolicyLoss, old: Tensor, kl_of: tuple) -> None:
     """What MILES reports of a micro-batch, in a few small operations on (statistics, B)."""
     beta, over_g2 = kl_of
-    kl = out.kl * over_g2
+    kl = out.kl * over_g2 if beta > 0 else out.kl  # 0 without a reference
     policy = out.loss - beta * kl if beta > 0 else out.loss
     away = out.ratio - 1
     rows = torch.stack([out.loss, policy, kl, prepared.advantage, away, out.log_ratio])
@@ -130,11 +130,8 @@ def _emit_policy(metrics, ctx, prepared, out: PolicyLoss, old: Tensor, kl_of: tu
     if len(ctx.models) > 1:
         sums[f"log_prob_mean_abs_diff_{prepared.component_name}"] = log_size
     emit_means(metrics, sums, rows.shape[1])
-    emit_means(
-        metrics,
-        {"log_prob_new_idx_0": old[0] + out.log_ratio[0], "log_prob_old_idx_0": old[0]},
-        1,
-    )
+    first = {"log_prob_new_idx_0": old[0] + out.log_ratio[0], "log_prob_old_idx_0": old[0]}
+    emit_means(metrics, first, 1)
 
 
 def _expected_score(
