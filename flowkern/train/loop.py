@@ -20,7 +20,7 @@ import torch
 from flowkern.checks import counted
 from flowkern.lookup import load
 from flowkern.split import gathered, whole
-from flowkern.train import banner, distributed, metrics, tracking
+from flowkern.train import banner, distributed, garbage, metrics, tracking
 from flowkern.train.cadence import Cadence
 from flowkern.train.checkpoint import taking
 from flowkern.train.config import Config
@@ -299,19 +299,23 @@ class Loop:
                     self.cadence.judge()
                 else:
                     self.validate_if_due(before)
-            while self.global_step < options.steps and self.cadence.ends is None:
-                self.stop.poll()
-                before = self.global_step - self.updates_done
-                records = self.step()
-                self.directory.log(records)
-                self.display.log(records)
-                self.stop.poll()
-                self.validate_if_due(before)
-                if self.cadence.saves(before):
-                    with self.display.phase("saving"):
-                        self.checkpoint()
-                        self.directory.draw_curves()
-                        self.accelerator.wait_for_everyone()
+            with garbage.found_soon():
+                self.advance_to(options.steps)
+
+    def advance_to(self, steps: int) -> None:
+        while self.global_step < steps and self.cadence.ends is None:
+            self.stop.poll()
+            before = self.global_step - self.updates_done
+            records = self.step()
+            self.directory.log(records)
+            self.display.log(records)
+            self.stop.poll()
+            self.validate_if_due(before)
+            if self.cadence.saves(before):
+                with self.display.phase("saving"):
+                    self.checkpoint()
+                    self.directory.draw_curves()
+                    self.accelerator.wait_for_everyone()
 
     def validate_if_due(self, before: int) -> None:
         if not self.cadence.is_due(self.config.validation.steps, before):
