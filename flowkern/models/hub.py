@@ -57,6 +57,22 @@ def folder_of(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     return Path(_asked(name, commit, partial(snapshot_download, name, **options), wanted[0]))
 
 
+def data_commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set is; None where neither the hub says it nor, of one
+    that is named, the hub's cache. Who reads the data set says why.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    if no_answer() is not None:
+        cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs"
+        noted = cached / str(revision)
+        return noted.read_text().strip() if revision is not None and noted.is_file() else None
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except errors.HfHubHTTPError:
+        return None
+
+
 def no_answer() -> str | None:
     """Why the hub gives no answer at all; None: it gives one.
 

@@ -46,6 +46,7 @@ class GenEval(FrameReward):
 
     may_fail: ClassVar[bool] = True
     overlaps: ClassVar[bool] = True
+    takes_bytes: ClassVar[bool] = True
 
     url: str
     """Of the detector."""

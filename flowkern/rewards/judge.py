@@ -61,6 +61,7 @@ class VlmJudge(FrameReward):
 
     may_fail: ClassVar[bool] = True
     overlaps: ClassVar[bool] = True
+    takes_bytes: ClassVar[bool] = True
     scales: ClassVar[Mapping[str, tuple[float, float]]] = {
         "raw": (1.0, 0.0),
         "flow_grpo": (1 / 5, 0.0),

@@ -44,6 +44,7 @@ class Ocr(FrameReward):
 
     overlaps: ClassVar[bool] = True
     """It reads on the host, in a thread beside the network that draws."""
+    takes_bytes: ClassVar[bool] = True
 
     rule: str = "flow_grpo"
     """What counts: see `text_match`."""

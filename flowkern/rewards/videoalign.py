@@ -49,6 +49,7 @@ class VideoAlign:
 
     may_fail: ClassVar[bool] = True
     overlaps: ClassVar[bool] = True
+    takes_bytes: ClassVar[bool] = True
     scales: ClassVar[Mapping[str, tuple[float, float]]] = {"raw": (1.0, 0.0)}
     default_scale: ClassVar[str] = "raw"
 

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from flowkern.models import hub
 
 __all__ = [
     "DTYPES",
+    "commits",
     "device_of",
     "dtype_of",
     "file_of",
@@ -36,20 +38,43 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+_COMMITS: ContextVar[dict[str, str] | None] = ContextVar("commits", default=None)
+
+
+@contextmanager
+def commits() -> Iterator[dict[str, str]]:
+    """What ids of the hub were when `folder_of` was asked for them within: id -> commit."""
+    found: dict[str, str] = {}
+    before = _COMMITS.set(found)
+    try:
+        yield found
+    finally:
+        _COMMITS.reset(before)
+
+
 def folder_of(path: str, revision: str | None, wanted: Sequence[str], key: str = "path") -> Path:
     """A directory here, or that of an id in the hub's cache, where what is not there yet is
     downloaded.
 
-    wanted: a file that there must be, then patterns of others. key: the option that has the path.
-    Raises FileNotFoundError or OSError, of one line that begins with the option, where there is no
-    such model, and ValueError for a directory with a revision.
+    path: a directory, OWNER/NAME, or OWNER/NAME@REVISION. wanted: a file that there must be, then
+    patterns of others. key: the option that has the path. Raises FileNotFoundError or OSError, of
+    one line that begins with the option, where there is no such model, and ValueError for a
+    directory with a revision, and for two revisions.
     """
+    name, at, own = path.partition("@")
+    if at and own and is_hub_id(name) and not Path(path).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: got {revision!r} beside {path!r}, expected one of the two")
+        path, revision = name, own
     if is_hub_id(path):
         try:
-            return hub.folder_of(path, revision, wanted)
+            found = hub.folder_of(path, revision, wanted)
         except OSError as error:
             option, _, why = str(error).partition(": ")
-            raise type(error)(f"{key if option == 'path' else option}: {why}") from None
+            raise type(error)(f"{key if at or option == 'path' else option}: {why}") from None
+        if (noted := _COMMITS.get()) is not None:
+            noted[path] = found.name
+        return found
     if revision is not None:
         raise ValueError(
             f"revision: got {revision!r}, but {path!r} is a directory; expected an id of the hub"

@@ -31,6 +31,8 @@ def lines(loop: Loop) -> Iterator[str]:
         yield f"iteration  {_iteration(loop)}"
         yield f"device     {_device(loop)}"
     yield f"rewards    {_rewards(config)}"
+    if images and (said := waiting(loop)):
+        yield f"           {said}"
     yield f"folder     {loop.directory.path}"
     if images and (said := estimated(loop)):
         yield f"estimate   {said}"
@@ -74,6 +76,18 @@ def _rewards(config: Any) -> str:
     return ", ".join(
         f"{name} {one.weight:g}" if one.weight else f"{name} (reported only)"
         for name, one in config.reward.root.items()
+    )
+
+
+def waiting(loop: Loop) -> str | None:
+    """Where rewards are asked elsewhere, and nothing is sampled meanwhile."""
+    elsewhere = [name for name, one in loop.task.rewards.items() if one.overlaps]
+    if not elsewhere or loop.config.train.prompts_per_block or len(loop.task.slots) == 1:
+        return None
+    verb = "is" if len(elsewhere) == 1 else "are"
+    return (
+        f"{', '.join(elsewhere)} {verb} asked when all of a rollout is sampled; with "
+        "train.prompts_per_block while other prompts are"
     )
 
 

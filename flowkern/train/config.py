@@ -56,7 +56,8 @@ class DataConfig(Section):
     test_split: Text | None = None
     """Of data.test_prompts; None: test."""
     revision: Text | None = None
-    """Of a data set on the hub: a branch, a tag or a commit; None: its main branch."""
+    """Of a data set on the hub: a branch, a tag or a commit; None: its main branch, or on a resume
+    what the run began with. A run's own configuration has the commit, where it has one data set."""
     source: Text | None = None
     """Where these files are published; said where one is not there."""
 

@@ -87,4 +87,16 @@ def _loaded(path: str, name: str | None, split: str, revision: str | None, key: 
         raise ConfigError(f"{key}: {why}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = asks
+    if why is not None and revision is not None:
+        _require_revision(found, path, revision, why, key)
     return found.data.table
+
+
+def _require_revision(found: Any, path: str, revision: str, why: str, key: str) -> None:
+    """Of its cache `datasets` takes the newest version, whichever was asked for."""
+    commits = {Path(file["filename"]).parent.name for file in found.cache_files}
+    if commits != {revision}:
+        raise ConfigError(
+            f"{key}: {shown(path)} is in the cache of data sets as {', '.join(sorted(commits))}, "
+            f"data.revision is {revision!r}, and {why}"
+        )

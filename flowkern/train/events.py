@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,8 +43,10 @@ def note(output_dir: Path, event: str, step: int, said: str = "", **more: Any) -
         )
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Of this process, in plain values."""
+def environment(
+    accelerator: Accelerator, rewards: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """Of this process, in plain values. rewards: what is known of each, as a commit by its id."""
     device = accelerator.device
     name = platform.machine()
     if device.type == "cuda":
@@ -60,6 +63,10 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "python": platform.python_version(),
         "flowkern": __version__,
         **packages,
+        **{
+            f"reward.{name}": ", ".join(f"{key} {value}" for key, value in known.items())
+            for name, known in rewards.items()
+        },
     }
 
 

@@ -37,7 +37,7 @@ from flowkern.train.optimizer import (
     set_rate,
 )
 from flowkern.train.ratio_guard import RatioGuard
-from flowkern.train.revision import pinned
+from flowkern.train.revision import pinned, with_data_pinned
 from flowkern.train.run_directory import RunDirectory, require_place
 from flowkern.train.served import require_served, served
 from flowkern.train.sharding import require, saves_alone, spread
@@ -66,6 +66,7 @@ class Loop:
         require_optimizer(config)
         self.accelerator = distributed.make_accelerator(config)
         require(config, self.accelerator)
+        config = with_data_pinned(config, self.accelerator)
         task: Callable[..., Task] = load(config.algorithm.task, TASKS, "algorithm: task")
         if hasattr(task, "require"):
             task.require(config, self.accelerator)
@@ -286,7 +287,8 @@ class Loop:
             with taking(found):
                 self.load(found)
         self.task.begin(self.iteration)
-        self.directory.prepare(found, self.global_step)
+        rewards = served(getattr(self.task, "rewards", {}))
+        self.directory.prepare(found, self.global_step, rewards)
         for line in (*banner.lines(self), *self.processes.facts):
             self.directory.say(line)
 

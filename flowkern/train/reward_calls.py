@@ -15,10 +15,10 @@ import time
 import traceback
 import warnings
 from asyncio import CancelledError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class KeyedReward:
     """Factor and offset: what is optimized is score * factor + offset."""
     may_be_nan: bool = False
     """Is NaN an image without a score, and not a mistake of the reward's?"""
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """Of its files on the hub, by id."""
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Prompt], **more: Any
@@ -63,6 +65,11 @@ class KeyedReward:
     def overlaps(self) -> bool:
         """Does it wait for others, and lets sampling go on meanwhile?"""
         return bool(getattr(self.reward, "overlaps", False))
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Does it make bytes of images at once, so that it may get these?"""
+        return bool(getattr(self.reward, "takes_bytes", False))
 
     @property
     def by_group(self) -> bool:

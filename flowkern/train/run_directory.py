@@ -58,12 +58,15 @@ class RunDirectory:
         found = distributed.on_main(self.accelerator, self._claim)
         return None if found is None else Path(found)
 
-    def prepare(self, found: Path | None, step: int) -> None:
-        """Make the directory what it is at `step` of the checkpoint that was found, or anew."""
+    def prepare(
+        self, found: Path | None, step: int, rewards: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Make the directory what it is at `step` of the checkpoint that was found, or anew.
+        rewards: what is to be kept of them, as `served` has it."""
         if found is not None:
             self.logged = step
             self.saved = step if self._is_mine(found) else 0
-        distributed.on_main(self.accelerator, lambda: self._prepare(found, step))
+        distributed.on_main(self.accelerator, lambda: self._prepare(found, step, rewards))
         if self.config.train.report_to:
             self._trackers.begin(flat(to_dict(self.config)))
 
@@ -101,7 +104,9 @@ class RunDirectory:
                 )
         return str(found)
 
-    def _prepare(self, found: Path | None, step: int) -> None:
+    def _prepare(
+        self, found: Path | None, step: int, rewards: Mapping[str, Mapping[str, str]]
+    ) -> None:
         options, tree = self.config.train, to_dict(self.config)
         if found is not None and self._is_mine(found):
             resume(self.path, found, step, tree)
@@ -118,7 +123,7 @@ class RunDirectory:
         self.note(
             "begun" if found is None else "resumed",
             "; ".join(taken),
-            environment=events.environment(self.accelerator),
+            environment=events.environment(self.accelerator, rewards),
         )
 
     def _is_mine(self, found: Path) -> bool:

@@ -7,7 +7,7 @@ and so is the weighted sum of that image: it is as if it had never been sampled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flowkern.checks import ConfigError, counted
 from flowkern.rewards import RewardError, load_reward, option_of
+from flowkern.rewards.pixels import as_bytes
+from flowkern.rewards.weights import commits
 from flowkern.rl.advantage import LARGEST
 from flowkern.train.prompts import Prompt
 from flowkern.train.reward_calls import AHEAD, Answer, Begun, Call, KeyedReward, Threads, line
@@ -99,7 +101,8 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
     for name, one in config.root.items():
         key = f"reward.{name}"
         try:
-            reward = load_reward(one.kind or name, name, **one.options)
+            with commits() as files:
+                reward = load_reward(one.kind or name, name, **one.options)
         except ConfigError:
             raise
         except (Exception, SystemExit) as error:
@@ -110,7 +113,7 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
             raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
         may_be_nan = one.allow_nan or bool(getattr(reward, "may_fail", False))
         scale = _scale(f"{key}.scale", one, reward)
-        found[name] = KeyedReward(key, one.weight, reward, one.timeout, scale, may_be_nan)
+        found[name] = KeyedReward(key, one.weight, reward, one.timeout, scale, may_be_nan, files)
     return found
 
 
@@ -175,7 +178,7 @@ class _Round:
         places = range(first, first + len(images))
         for name in names:
             reward = self.rewards[name]
-            seen = images.cpu() if reward.overlaps else images  # they leave for elsewhere
+            seen = _on_host(images, reward.takes_bytes) if reward.overlaps else images
             group = [i if self.group is None else self.group[i] for i in places]
             call = Call.of(reward, seen, prompts, group)
             with self.around():
@@ -227,6 +230,14 @@ class _Round:
         require_drawn(torch.cat(self.drawn), texts)
 
 
+def _on_host(images: Tensor, in_bytes: bool) -> Tensor:
+    """Images that leave for elsewhere; as bytes a quarter crosses and waits."""
+    if in_bytes:
+        with suppress(ValueError):  # the reward says what is wrong with them
+            images = as_bytes(images)
+    return images.cpu()
+
+
 def score(
     rewards: Mapping[str, KeyedReward],
     batches: Iterable[tuple[Tensor, Sequence[Prompt]]],
@@ -236,9 +247,10 @@ def score(
     """Every reward of the images of batches (images, prompts), and what is optimized.
 
     A reward that says that it overlaps is asked in other threads while the next batches are made,
-    with images on the host; all others one after another. Every reward gets images, texts and
-    metadata of its own, to write into as it likes. around: makes what each call runs in. group: a
-    number for each image, all of one number in a row: rewards that take it see whole groups.
+    with images on the host, in bytes where it takes them; all others one after another. Every
+    reward gets images, texts and metadata of its own, to write into as it likes. around: makes what
+    each call runs in. group: a number for each image, all of one number in a row: rewards that take
+    it see whole groups.
 
     The host waits in the end. Raises what `Call.ask` does, and RewardError for images that are not
     finite, and for a score that is above 1e150 in size or, unless its reward may leave an image
@@ -293,7 +305,7 @@ def _check(
     is_fine = (value.abs() <= LARGEST) | (value.isnan() & may_be_none)
     bad = (~is_fine).nonzero().flatten().tolist()
     if bad:
-        others = f", and of {len(bad) - 1} others" if bad[1:] else ""
+        others = f", and of {counted(len(bad) - 1, 'other')}" if bad[1:] else ""
         first, text = value[bad[0]].item(), prompts[bad[0]]["prompt"]
         raise RewardError(
             f"{key}: {first:g} for image {bad[0]} of {len(value)}, prompt {text!r:.80}{others}; "

@@ -25,6 +25,7 @@ from flowkern.rewards.resize import CLIP_MEAN, CLIP_STD
 from flowkern.rewards.weights import read_state
 from flowkern.train.config import ConfigError, Rewards
 from flowkern.train.scoring import load_rewards
+from flowkern.train.served import require_served, served
 
 pytestmark = pytest.mark.filterwarnings("ignore:a reward reads the first 77")
 LONG = "many words of a prompt that goes on and on, " * 3
@@ -427,6 +428,18 @@ def test_from_the_hubs_cache_without_a_network(made, images, tmp_path, monkeypat
         assert torch.equal(load_reward("clipscore", **options)(images, PROMPTS)[0], expected)
     with pytest.raises(OSError, match="revision: 'v2' of 'openai/clip-.*HF_HUB_OFFLINE is set$"):
         load_reward("clipscore", revision="v2")
+    name = "openai/clip-vit-large-patch14"
+    own = {"kind": "pickscore", "path": str(made.clip), "processor": f"{name}@{commit}"}
+    loaded = load_rewards(Rewards.model_validate({"clipscore": {}, "own": own}))
+    assert served(loaded) == {"clipscore": {name: commit}, "own": {name: commit}}
+    require_served(loaded, {"clipscore": {name: commit}, "own": {}})
+    said = f"^reward.own: {name} is at commit {commit} and was at 2, as {name}@2 is: scores"
+    with pytest.raises(ConfigError, match=said):
+        require_served(loaded, {"own": {name: "2"}})
+    with pytest.raises(OSError, match="^processor: 'v2' of 'openai/clip-.*HF_HUB_OFFLINE is set$"):
+        load_reward("pickscore", path=str(made.clip), processor=f"{name}@v2")
+    with pytest.raises(ValueError, match="^revision: got 'v1' beside 'openai/.*@v2', expected one"):
+        load_reward("clipscore", path=f"{name}@v2", revision="v1")
     for options, key in (({}, "path"), ({"path": str(made.clip)}, "processor")):
         with pytest.raises(ConfigError, match=f"^reward.pickscore.{key}: .*and HF_HUB_OFFLINE is"):
             load_rewards(Rewards.model_validate({"pickscore": {"weight": 1.0, **options}}))

@@ -146,6 +146,22 @@ def test_the_first_minute_says_what_is_trained_on_what_and_no_library_does(
     assert len(lines) == 9, "and nothing else"
 
 
+def test_a_reward_that_is_waited_for_says_how_it_would_not_be():
+    from types import SimpleNamespace
+
+    from flowkern.train.banner import waiting
+
+    def said(block, slots, *names):
+        rewards = {n: SimpleNamespace(overlaps=n.startswith("far")) for n in ("near", *names)}
+        task = SimpleNamespace(rewards=rewards, slots=range(slots))
+        train = SimpleNamespace(prompts_per_block=block)
+        return waiting(SimpleNamespace(task=task, config=SimpleNamespace(train=train)))
+
+    assert said(None, 2, "far").startswith("far is asked when all of a rollout is sampled; with")
+    assert said(None, 2, "far", "far2").startswith("far, far2 are asked when ")
+    assert said(1, 2, "far") is said(None, 1, "far") is said(None, 2) is None
+
+
 def test_on_a_known_card_the_first_minute_has_an_estimate(tiny, monkeypatch):
     from types import SimpleNamespace
 

@@ -83,7 +83,7 @@ def told(config):
     """The directory of a run that was told a validation with a picture, a step, and one without."""
     directory = RunDirectory(config, make_accelerator(config))
     directory.claim()
-    directory.prepare(None, 0)
+    directory.prepare(None, 0, {})
     save_image(directory.path / "samples/step-0.png", torch.zeros(3, 2, 4))
     directory.log_validation(0, {"reward/mean": 0.25})
     directory.log([{"step": 1, "lr": 0.5}])

@@ -1,6 +1,8 @@
 """Prompt files: what is a line, what is a row, and what is refused."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from flowkern.train.config import ConfigError, DataConfig
 from flowkern.train.data import digest_of, prompts_of
 from flowkern.train.distributed import share
 from flowkern.train.prompts import Columns, draw_prompts, read_prompts
+from flowkern.train.revision import with_data_pinned
 
 ODD = "form\x0cfeed, sep\x1carator, line\u2028s, par\u2029s, next\x85line, \x0bv, lone\rreturn"
 
@@ -180,6 +183,7 @@ def test_a_data_set_is_read_by_split_and_columns_and_has_a_digest(tmp_path, monk
         raise ConnectionError("no cache, and no hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("flowkern.train.data.no_answer", lambda: None)
     hub = DataConfig(train_prompts="someone/prompts", revision="v2", dataset_config_name="short")
     assert hub.train_prompts == "someone/prompts", "no path"
     with pytest.raises(ConfigError, match="'someone/prompts', split 'train': .*no cache, and no h"):
@@ -189,6 +193,57 @@ def test_a_data_set_is_read_by_split_and_columns_and_has_a_digest(tmp_path, monk
         patch.setattr("flowkern.train.data.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"takes datasets: pip install 'flowkern\[data\]'"):
             prompts_of(hub.model_copy(update={"revision": "v3"}), "train_prompts")
+
+
+def test_a_run_keeps_the_commit_of_its_data_set(tiny, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr("flowkern.models.hub.no_answer", lambda: why)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def dataset_info(self, name, revision):
+        asked.append((name, revision))
+        return SimpleNamespace(sha="1" * 40)
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+
+    def pinned(*options):
+        config = tiny("data.train_prompts=someone/prompts", *options)
+        return with_data_pinned(config, Accelerator(cpu=True)).data.revision
+
+    none, latest = "data.test_prompts=null", "train.resume_from_checkpoint=latest"
+    why = None
+    assert (
+        pinned(none) == pinned("data.test_prompts=someone/prompts", "data.revision=v2") == "1" * 40
+    )
+    assert asked == [("someone/prompts", None), ("someone/prompts", "v2")]
+    assert pinned("data.test_prompts=someone/others", "data.revision=v2") == "v2", "not of both"
+    kept = {"train_prompts": "someone/prompts", "test_prompts": None, "revision": "2" * 40}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(json.dumps({"data": kept}))
+    pinned(none, latest)
+    assert asked[2:] == [("someone/prompts", "2" * 40)], "of the run that is resumed"
+    why = "the hub cannot be reached"
+    (tmp_path / "datasets--someone--prompts/refs").mkdir(parents=True)
+    (tmp_path / "datasets--someone--prompts/refs/v2").write_text("3" * 40)
+    revisions = [pinned(none, *more) for more in ((), (latest,), ("data.revision=v2",))]
+    assert revisions == [None, "2" * 40, "3" * 40] and len(asked) == 3
+
+
+def test_without_the_hub_a_data_set_is_that_of_its_revision(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("flowkern.train.data.no_answer", lambda: "the hub cannot be reached")
+    table = datasets.Dataset.from_dict({"prompt": ["a"]})
+    monkeypatch.setattr(type(table), "cache_files", [{"filename": "/cache/set/0.0.0/abc/x.arrow"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    of = partial(DataConfig, train_prompts="someone/prompts")
+    assert prompts_of(of(revision="abc"), "train_prompts") == [{"prompt": "a"}]
+    with pytest.raises(
+        ConfigError, match="is in the cache of data sets as abc, data.revision is 'd"
+    ):
+        prompts_of(of(revision="def"), "train_prompts")
 
 
 def test_options_of_a_data_set_are_refused_for_files():

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("accelerate")
 from flowkern.rewards import RewardError
+from flowkern.rewards.pixels import as_bytes
 from flowkern.rl.advantage import Credit
 from flowkern.rollout import Plan
 from flowkern.train import distributed
@@ -119,6 +120,28 @@ def leaving(images, prompts, metadata):
     sys.exit(0)
 
 
+def test_images_leave_in_bytes_where_a_reward_takes_them():
+    """What it would make of them itself; other rewards that overlap get them as they were drawn."""
+    seen = {}
+
+    class Far:
+        overlaps = True
+
+        def __init__(self, name, takes_bytes=False):
+            self.name, self.takes_bytes = name, takes_bytes
+
+        def __call__(self, images, prompts, metadata):
+            seen[self.name] = images
+            return as_bytes(images).double().mean((1, 2, 3))
+
+    rewards = named(far=Far("far", True), own=Far("own"))
+    found = score(rewards, [(IMAGES, ASKED)]).rewards
+    assert seen["far"].dtype == torch.uint8 and torch.equal(seen["far"], as_bytes(IMAGES))
+    assert torch.equal(seen["own"], IMAGES) and torch.equal(found["far"], found["own"])
+    with pytest.raises(RewardError, match="^reward.far: ValueError: images: .* to 2, exp"):
+        score(named(far=Far("far", True)), [(IMAGES / IMAGES.max() * 2, ASKED)])
+
+
 def cancelled(images, prompts, metadata):
     raise asyncio.CancelledError  # no Exception, either
 
@@ -193,7 +216,7 @@ def test_a_reward_that_never_returns_is_named():
 def test_scores_that_are_not_finite_are_refused_with_the_image(bad):
     values = iter([[0, 1, 2], [0, bad, bad]])
     rewards = named(fine=lambda *_: [0, 0, 0], f=lambda *_: next(values))
-    text = r"^reward.f: (-?inf|nan|1e\+160) for image 4 of 6, prompt 'a dog', and of 1 others"
+    text = r"^reward.f: (-?inf|nan|1e\+160) for image 4 of 6, prompt 'a dog', and of 1 other"
     with pytest.raises(RewardError, match=text):
         score(rewards, [(IMAGES, ASKED), (IMAGES, ASKED)])
     large = {name: KeyedReward(name, 1e60, lambda *_: [1e100, 0, 0]) for name in "ab"}

@@ -48,6 +48,7 @@ class RemoteReward:
     may_fail: ClassVar[bool] = True
     overlaps: ClassVar[bool] = True
     """Many threads may call it."""
+    takes_bytes: ClassVar[bool] = True
 
     def __init__(
         self,
