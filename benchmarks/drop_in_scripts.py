@@ -1,0 +1,83 @@
+"""Rows of functions that stand inside of scripts: DanceGRPO's, G2RPO's and AWM's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import plain_steps
+import torch
+from drop_ins import LATENT, against
+from plain_steps import mean_over_sample
+
+from flowkern.compat.awm import compute_log_prob_awm
+from flowkern.compat.dance_grpo import flux_step
+from flowkern.compat.g2rpo import flow_grpo_step
+from flowkern.schedules import shifted_sigmas
+
+
+def inputs(device, count=3):
+    """Latents, and a grid."""
+    generator = torch.Generator(device).manual_seed(0)
+    made = [torch.randn(LATENT, generator=generator, device=device) for _ in range(count)]
+    return (*made, shifted_sigmas(16, 3.0).float())
+
+
+def dance_training(device):
+    v, x, x_next, sigmas = inputs(device)
+
+    def drop_in(v, x, x_next, sigmas):
+        return flux_step(v, x, 0.3, sigmas, 4, x_next, True, True)[2].sum()
+
+    def published(v, x, x_next, sigmas):
+        return plain_steps.dance(v, x, 0.3, sigmas, 4, x_next)[2].sum()
+
+    name = "dance_grpo, replay + gradient"
+    return against(name, drop_in, published, (v.requires_grad_(), x, x_next, sigmas), leaf=0)
+
+
+def dance_replay(device):
+    def drop_in(v, x, x_next, sigmas):
+        return flux_step(v, x, 0.3, sigmas, 4, x_next, True, True)
+
+    def published(v, x, x_next, sigmas):
+        return plain_steps.dance(v, x, 0.3, sigmas, 4, x_next)
+
+    return against("dance_grpo, replay", drop_in, published, inputs(device))
+
+
+def g2rpo_training(device):
+    v, x, x_next, sigmas = inputs(device)
+
+    def drop_in(v, x, x_next, sigmas):
+        return flow_grpo_step(v, x, 0.7, sigmas, 4, x_next)[2].sum()
+
+    def published(v, x, x_next, sigmas):
+        return plain_steps.flow(v, x, 0.7, sigmas, 4, x_next)[2].sum()
+
+    name = "g2rpo, replay + gradient"
+    return against(name, drop_in, published, (v.requires_grad_(), x, x_next, sigmas), leaf=0)
+
+
+def awm_training(device):
+    """With a network that has its answer ready."""
+    v, x0, noise, _ = inputs(device)
+    t = torch.linspace(0.2, 0.9, len(v), device=device).view(-1, 1, 1, 1)
+    config = SimpleNamespace(train=SimpleNamespace(cfg=False, ghuber_power=0.25))
+
+    def drop_in(v, x0, noise, t):
+        def network(**_):
+            return (v,)
+
+        given = (network, None, None, t, None, None, config, x0, x0, noise)
+        return compute_log_prob_awm(*given, "ghuber")[0].sum()
+
+    def published(v, x0, noise, t):
+        error = (v.double() - (noise.double() - x0.double())) ** 2
+        error = mean_over_sample(error) + 1e-10
+        return (-(error**0.25 - 1e-10**0.25) * t.view(-1) / 0.25).sum()
+
+    name = "awm, ghuber + gradient"
+    return against(name, drop_in, published, (v.requires_grad_(), x0, noise, t), leaf=0)
+
+
+ROWS = [dance_training, dance_replay, g2rpo_training, awm_training]
