@@ -8,7 +8,7 @@ from torch import Tensor
 from flowkern.schedules import Coefficients, step_coefficients
 
 from ._grid import Grid, grid_of
-from ._step import Step, mean_of, step_of_grid, x0_of
+from ._step import mean_of, scored_with_x0, x0_of
 
 
 def dance_coefficients(
@@ -35,12 +35,12 @@ def dance_grid(
 
 def drawn_or_replayed(
     model_output: Tensor, latents: Tensor, grid: Grid, index: int, prev_sample: Tensor | None
-) -> Step:
-    """The step with noise of latents' shape in float32, from torch's own generator."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_next, x0 and log_prob; noise is drawn in float32 with torch's own generator."""
     noise = None
     if prev_sample is None:
         noise = torch.randn_like(latents, dtype=torch.float32)
-    return step_of_grid(latents, model_output, grid, index, prev_sample, noise)
+    return scored_with_x0(latents, model_output, grid, index, prev_sample, noise)
 
 
 def without_score(

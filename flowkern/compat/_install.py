@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import Any
 
+from ._peer import attribute, imported
 
-def replace(place: str, project: str, names: dict[str, Any]) -> None:
-    """Put `names` into a module, or into its class: place is "module" or "module:Class".
 
-    Loaded modules that have imported the module's own by name get ours, too. A second time is like
-    once. A place that is not installed, or has no such name, is refused before anything changes.
+def replace(module: str, project: str, names: dict[str, Any]) -> None:
+    """Put `names` into a module, and into loaded modules that have imported its own by name.
+
+    A second time is like once. One that is not installed, or lacks a name, is refused before
+    anything changes.
     """
-    module, _, inside = place.partition(":")
-    try:
-        found = importlib.import_module(module)
-        found = getattr(found, inside) if inside else found
-        theirs = {name: getattr(found, name) for name in names}
-    except ImportError as error:
-        raise ImportError(f"install: {project} is not installed here ({error})") from error
-    except AttributeError as error:
-        raise ImportError(
-            f"install: another version of {project} than this drop-in is for ({error})"
-        ) from error
-    for name, ours in names.items():
-        setattr(found, name, ours)
-        for other in [] if inside else list(sys.modules.values()):
-            if getattr(other, "__dict__", {}).get(name) is theirs[name]:
-                setattr(other, name, ours)
+    found = imported(module, project)
+    theirs = {name: attribute(found, name, project) for name in names}
+    for place in list(sys.modules.values()):
+        for name, ours in names.items():
+            if getattr(place, "__dict__", {}).get(name) is theirs[name]:
+                setattr(place, name, ours)

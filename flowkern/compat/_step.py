@@ -84,12 +84,29 @@ def step_of_grid(
     noise: Tensor | None = None,
     is_euler: bool = False,
 ) -> Step:
-    """Edge `index` of a grid for all samples. is_euler: x_next is Euler's, scored as if drawn."""
+    """Edge `index` of a grid for all samples, with its mean.
+
+    is_euler: x_next is Euler's, scored as if drawn.
+    """
     edge = grid.sampler[grid.step(index)]
     if is_euler:
         x_next = ode_step(x_t, velocity, grid.euler[index], out_dtype=torch.float32)
     x_next, log_prob, mean = scored_step(x_t, velocity, edge, x_next, noise)
     return Step(x_next, x0_of(x_t, velocity, grid, index), log_prob, mean, grid.std[index])
+
+
+def scored_with_x0(
+    x_t: Tensor,
+    velocity: Tensor,
+    grid: Grid,
+    index: int,
+    x_next: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_next, x0 and log_prob of edge `index` of a grid for all samples."""
+    edge = grid.sampler[grid.step(index)]
+    x_next, log_prob = scored(x_t, velocity, edge, x_next, noise)
+    return x_next, x0_of(x_t, velocity, grid, index), log_prob
 
 
 def x0_of(x_t: Tensor, velocity: Tensor, grid: Grid, index: int) -> Tensor:

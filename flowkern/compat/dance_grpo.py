@@ -42,4 +42,4 @@ def flux_step(
     grid = dance_grid(latents, sigmas, eta, sde_solver)
     if not grpo:
         return without_score(model_output, latents, grid, index)
-    return drawn_or_replayed(model_output, latents, grid, index, prev_sample)[:3]
+    return drawn_or_replayed(model_output, latents, grid, index, prev_sample)

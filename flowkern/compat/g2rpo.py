@@ -14,7 +14,7 @@ from flowkern.schedules import step_coefficients
 
 from ._grid import grid_of
 from ._noise import drawn_unless
-from ._step import step_of_grid
+from ._step import scored_with_x0
 
 
 def flow_grpo_step(
@@ -41,4 +41,4 @@ def flow_grpo_step(
     """
     grid = grid_of(sigmas, latents.device, step_coefficients, "flow_sde", float(eta))
     noise = drawn_unless(prev_sample, model_output, generator)
-    return step_of_grid(latents, model_output, grid, index, prev_sample, noise)[:3]
+    return scored_with_x0(latents, model_output, grid, index, prev_sample, noise)

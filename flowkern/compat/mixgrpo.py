@@ -101,7 +101,7 @@ def dance_grpo_step(
         return without_score(model_output, latents, grid, index)
     if prev_sample is None and not sde_solver:
         prev_sample = mean_of(latents, model_output, grid.sampler[grid.step(index)]).detach()
-    return drawn_or_replayed(model_output, latents, grid, index, prev_sample)[:3]
+    return drawn_or_replayed(model_output, latents, grid, index, prev_sample)
 
 
 @dataclass

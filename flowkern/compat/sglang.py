@@ -19,7 +19,7 @@ from torch import Tensor
 from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, device_coefficients
 
-from ._install import replace
+from ._peer import attribute, imported
 
 MODULE = "sglang.multimodal_gen.runtime.post_training.scheduler_rl_mixin"
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
@@ -27,7 +27,8 @@ _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
 def install() -> None:
     """Put `flow_sde_sampling` into SGLang's SchedulerRLMixin, and so into all its schedulers."""
-    replace(f"{MODULE}:SchedulerRLMixin", "SGLang", {"flow_sde_sampling": flow_sde_sampling})
+    mixin = attribute(imported(MODULE, "SGLang"), "SchedulerRLMixin", "SGLang")
+    mixin.flow_sde_sampling = flow_sde_sampling
 
 
 def flow_sde_sampling(
@@ -65,13 +66,15 @@ def flow_sde_sampling(
         velocity = model_output = model_output.float()
         noise = self._rollout_variance_noise(batch, velocity, generator)
         edge = _edge(current_sigma, next_sigma, _KINDS[kind], batch, session.sigma_max)
-        edge = edge.to(sample.device)
-        x_next, _ = sde_step(sample, velocity, edge, noise=noise, out_dtype=torch.float32)
-        std, full = edge.std, session.noise_buffer
+        edge = edge.tempered().to(sample.device)  # log_prob is minus the mean square
+        x_next, log_prob = sde_step(sample, velocity, edge, noise=noise, out_dtype=torch.float32)
+        std, full, mean = edge.std, session.noise_buffer, None
         count = full[0].numel()
-        squares = torch.linalg.vector_norm(full.flatten(1), dim=1).square()
+        if noise.shape == full.shape:
+            squares = -count * log_prob
+        else:  # of all shards, so that every process records the same
+            squares = torch.linalg.vector_norm(full.flatten(1), dim=1).square() * std**2
         sums = _log_prob(squares, count, std, batch.rollout_log_prob_no_const)
-        mean = None
     if getattr(batch, "rollout_debug_mode", False):
         if mean is None:
             mean = ode_step(sample, velocity, edge, out_dtype=torch.float32)
@@ -111,9 +114,9 @@ def _edge(
 
 
 def _log_prob(squares: Tensor, count: int, std: Tensor, without_constant: bool) -> Tensor:
-    """(B,) sums over the latents, from the sums of the noise's squares; 0 where std is 0."""
+    """(B,) sums over the latents, from those of (x_next - mean)^2; 0 where std is 0."""
     if without_constant:
-        return -squares * std**2
-    log_std = torch.log(torch.where(std > 0, std, 1.0))
-    sums = -0.5 * squares - count * (log_std + 0.5 * math.log(2 * math.pi))
+        return -squares
+    safe = torch.where(std > 0, std, 1.0)
+    sums = -squares / (2 * safe**2) - count * (torch.log(safe) + 0.5 * math.log(2 * math.pi))
     return torch.where(std > 0, sums, 0.0)
