@@ -102,8 +102,11 @@ class _FusedStep:
         self, *, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float = 0.99
     ) -> Tensor:
         """The diffusion coefficient; of CPS the standard deviation, which has no sqrt(-dt)."""
-        std = self.transition_std(sigma=sigma, sigma_next=sigma_next, eta=eta, sigma_max=sigma_max)
-        return std if self.kind == "cps" else std / (sigma - sigma_next).float().sqrt()
+        edges = self._edges(sigma, sigma_next, eta, sigma_max)
+        g, s = edges.std.reshape(-1), edges.sigma.reshape(-1)  # 1 where sigma counts as 1
+        if self.kind != "cps":
+            g = g / (s - sigma_next.float().reshape(-1)).sqrt()
+        return g.reshape(sigma.shape)
 
     def _edges(
         self, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float

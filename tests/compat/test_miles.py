@@ -142,6 +142,7 @@ def test_the_contract_with_sigmas_has_four_values(kind):
     by_name = {"sigmas": sigma, "next_sigmas": sigma_next}
     for found in (
         backend.sde_step_logprob(v, sigma, sigma_next, x, **options),
+        backend.sde_step_logprob(v, x, **by_name, **options),
         backend.sde_step_logprob(v, sample=x, **by_name, **options),
     ):
         _, log_prob, mean, std_dev_t = found
@@ -152,6 +153,18 @@ def test_the_contract_with_sigmas_has_four_values(kind):
         v, x, sigma, sigma_next, noise_level=LEVEL, sigma_max=second
     )
     close(found[0], expected[1])
+    if kind == "cps":  # it has no such value, and is given one all the same
+        options["sigma_max"] = torch.full((3,), math.nan)
+        close(backend.sde_step_logprob(v, x, **by_name, **options)[1], expected[0])
+    derived = type("Derived", (type(backend),), {"log_prob": lambda self, *of: of})()
+    of = derived.sde_step_logprob(v, x, **by_name, **options)[1]
+    close(of[1], expected[1])
+    near = {"sigmas": torch.tensor([0.999993]), "next_sigmas": torch.tensor([0.99])}
+    if kind == "flow_sde":  # a grid that is rounded
+        one = backend.sde_step_logprob(
+            v[:1], x[:1], prev_sample=x[:1], noise_level=LEVEL, sigma_max=0.99, **near
+        )
+        assert float(one[3]) == pytest.approx(LEVEL * 10, rel=1e-5)
 
 
 @KINDS
@@ -345,6 +358,25 @@ def test_grpo_stores_what_it_is_asked_to_store(kind):
     prepared.extras["log_prob_old"] = stored
     grpo_loss(ctx, batch, prepared, **call)
     assert call["metrics"]["ratio_abs_minus_1"] <= 2e-7
+
+
+@KINDS
+def test_grpo_of_pairs_with_sigmas(kind):
+    """As MILES has them where pairs carry sigmas; what is neither form is said."""
+    ctx, batch, prepared, v, _ = micro_batch(kind)
+    call = {"new_pred": v, "metrics": Metrics()}
+    expected = grpo_loss(ctx, batch, prepared, **call)
+    sigma, sigma_next = prepared.timesteps / 1000, prepared.extras.pop("next_timesteps") / 1000
+    prepared.extras |= {"sigmas": sigma, "next_sigmas": sigma_next}
+    prepared.extras["sigma_max"] = Scheduler().sigmas[1].expand(len(v))
+    found = grpo_loss(ctx, batch, prepared, **call | {"metrics": Metrics()})
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+    ctx.sde_backend = OfOnesOwn(kind)
+    with pytest.raises(ValueError, match="--sde-step-backend-path: of pairs with sigmas"):
+        grpo_loss(ctx, batch, prepared, **call)
+    del prepared.extras["next_sigmas"]
+    with pytest.raises(ValueError, match="prepared.extras: expected next_timesteps, or sigmas"):
+        grpo_loss(ctx, batch, prepared, **call)
 
 
 @KINDS

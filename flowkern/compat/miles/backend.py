@@ -80,9 +80,9 @@ class SdeStepBackend:
         sigma_max: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mean (B, *D), differentiable in model_output; noise_std and std_dev_t (B, 1, ...)."""
-        of = self._between(sigma, sigma_prev, noise_level, sigma_max)
+        of = self.between(sigma, sigma_prev, noise_level, sigma_max)
         mean = scored_step(sample, model_output, of.edges, sample)[2]
-        return mean, _wide(of.std, sample), _wide(of.g, sample)
+        return mean, _wide(of.std, sample.ndim), _wide(of.g, sample.ndim)
 
     def log_prob(self, prev_sample: Tensor, prev_mean: Tensor, noise_std: Tensor) -> Tensor:
         """(B,), a mean over D; of cps without its constants. Differentiable in prev_mean."""
@@ -117,26 +117,32 @@ class SdeStepBackend:
         Args:
             model_output, sample, prev_sample: (B, *D) velocity, latent and the next latent, any
                 floating dtype; computed in float32.
-            timesteps, next_timesteps: (B,). Or else sigmas and next_sigmas, (B,) or (B, 1, ...),
-                by name or, with sigma_max, in their place.
+            timesteps, next_timesteps: (B,). Or else sigmas and next_sigmas, (B,) or (B, 1, ...):
+                by name, and then sample is the second argument; or, with sigma_max, in their place.
 
         Returns:
             SdeStepScore; its first four values where sigmas are given, or where the MILES that is
             running takes four.
         """
-        has_sigmas = sigmas is not None or sigma_max is not None
-        if has_sigmas:
-            if sigmas is None:
-                sigmas, next_sigmas = timesteps, next_timesteps
-            of = self._between(sigmas, next_sigmas, noise_level, sigma_max)
-        elif self.has_own_step:
-            return self._by_layers(
-                model_output, timesteps, next_timesteps, sample, prev_sample, noise_level
+        if sigmas is not None and sample is None:
+            sample = timesteps
+        elif sigmas is None and sigma_max is not None:
+            sigmas, next_sigmas = timesteps, next_timesteps
+        has_sigmas, ndim = sigmas is not None, sample.ndim
+        if self.has_own_step:
+            pair = (sigmas, next_sigmas)
+            if not has_sigmas:
+                pair = self.resolve_sigmas(timesteps, next_timesteps, ndim=ndim)
+            score = self._by_layers(
+                (model_output, sample, prev_sample), pair, noise_level, sigma_max
             )
         else:
-            of = self.transition(timesteps, next_timesteps, noise_level, sample.device)
-        scored = scored_step(sample, model_output, of.edges, prev_sample)
-        score = SdeStepScore(*scored, _wide(of.g, sample), _wide(of.std, sample))
+            if has_sigmas:
+                of = self.between(sigmas, next_sigmas, noise_level, sigma_max)
+            else:
+                of = self.transition(timesteps, next_timesteps, noise_level, sample.device)
+            scored = scored_step(sample, model_output, of.edges, prev_sample)
+            score = SdeStepScore(*scored, _wide(of.g, ndim), _wide(of.std, ndim))
         return score[:4] if has_sigmas or _takes_four() else score
 
     @property
@@ -147,16 +153,15 @@ class SdeStepBackend:
     def _overrides(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(SdeStepBackend, name)
 
-    def _by_layers(self, model_output, timesteps, next_timesteps, sample, prev_sample, noise_level):
+    def _by_layers(self, latents: tuple, sigmas: tuple, noise_level, sigma_max) -> SdeStepScore:
         """What a derived class overrides, one after the other."""
-        model_output, sample, prev_sample = (x.float() for x in (model_output, sample, prev_sample))
-        sigmas = self.resolve_sigmas(timesteps, next_timesteps, ndim=sample.ndim)
+        model_output, sample, prev_sample = (x.float() for x in latents)
+        options = {} if sigma_max is None else {"sigma_max": sigma_max}
         mean, noise_std, std_dev_t = self.prev_sample_mean_and_std(
-            model_output, sample, *sigmas, noise_level=noise_level
+            model_output, sample, *sigmas, noise_level=noise_level, **options
         )
         log_prob = self.log_prob(prev_sample, mean, noise_std)
-        score = SdeStepScore(prev_sample, log_prob, mean, std_dev_t, noise_std)
-        return score[:4] if _takes_four() else score
+        return SdeStepScore(prev_sample, log_prob, mean, std_dev_t, noise_std)
 
     def transition(
         self,
@@ -169,7 +174,7 @@ class SdeStepBackend:
         resolves = self._has_grid and not self._overrides("resolve_sigmas")
         if not resolves or isinstance(noise_level, Tensor):
             sigmas = self.resolve_sigmas(timesteps, next_timesteps, ndim=1)
-            return self._between(*(s.to(device) for s in sigmas), noise_level)
+            return self.between(*(s.to(device) for s in sigmas), noise_level)
         level = float(noise_level)
         grid = grid_of(self.scheduler.sigmas, device, step_coefficients, self.kind, level)
         at = step_index(self.scheduler, timesteps, device)
@@ -179,19 +184,19 @@ class SdeStepBackend:
     def _has_grid(self) -> bool:
         return self.kind == "flow_sde" and self.scheduler is not None
 
-    def _between(
-        self, sigma: Tensor, sigma_next: Tensor, noise_level, sigma_max=None
-    ) -> Transition:
+    def between(self, sigma: Tensor, sigma_next: Tensor, noise_level, sigma_max=None) -> Transition:
         """sigma_max: None is the scheduler's second sigma, which is also the next one of a grid's
         first edge."""
         sigma, sigma_next = (x.float().reshape(-1) for x in (sigma, sigma_next))
-        if sigma_max is None and self._has_grid:
+        if self.kind == "cps":  # which has no need of it, and gets a NaN
+            sigma_max = None
+        elif sigma_max is None and self.scheduler is not None:
             sigma_max = self.scheduler.sigmas[1]
         if isinstance(sigma_max, Tensor):
             sigma_max = sigma_max.to(sigma.device, torch.float32).reshape(-1)
         edges = device_coefficients(sigma, sigma_next, self.kind, noise_level, sigma_max)
         std = edges.std.reshape(-1)
-        g = std if self.kind == "cps" else std / (sigma - sigma_next).sqrt()
+        g = std if self.kind == "cps" else std / (edges.sigma.reshape(-1) - sigma_next).sqrt()
         return Transition(edges, std, g)
 
 
@@ -208,6 +213,6 @@ def _takes_four() -> bool:
     return theirs is not None and not hasattr(theirs, "SdeStepScore")
 
 
-def _wide(x: Tensor, like: Tensor) -> Tensor:
+def _wide(x: Tensor, ndim: int) -> Tensor:
     """(B,) as (B, 1, ...)."""
-    return x.reshape(-1, *[1] * (like.ndim - 1))
+    return x.reshape(-1, *[1] * (ndim - 1))

@@ -33,7 +33,7 @@ def grpo_loss(
         ctx: args, sde_backend, models and device are read. A backend that is not of this module is
             asked for its coefficients.
         prepared: latents (B, *D), timesteps (B,), advantage (B,), and as extras next_latents,
-            next_timesteps and log_prob_old.
+            log_prob_old, and next_timesteps (or sigmas, next_sigmas and sigma_max).
         new_pred, ref_pred: (B, *D) velocities; ref_pred only with a KL. old_pred: not used.
         write_old_log_prob: store each pair["log_prob_old"] and return None.
         old_log_prob_from_new: on policy: the ratio is exactly 1, its gradient kept.
@@ -72,8 +72,22 @@ def grpo_loss(
 
 def _transition(ctx, prepared) -> Transition:
     backend, x_t, level = ctx.sde_backend, prepared.latents, ctx.args.diffusion_noise_level
-    times = prepared.timesteps, prepared.extras["next_timesteps"]
-    if isinstance(backend, SdeStepBackend) and not backend.has_own_step:
+    is_ours = isinstance(backend, SdeStepBackend) and not backend.has_own_step
+    extras = prepared.extras
+    if "next_timesteps" not in extras:
+        if "next_sigmas" not in extras:
+            raise ValueError(
+                "prepared.extras: expected next_timesteps, or sigmas, next_sigmas and sigma_max, "
+                f"got {', '.join(extras)}"
+            )
+        if not is_ours:
+            raise ValueError(
+                "--sde-step-backend-path: of pairs with sigmas grpo_loss needs "
+                f"flowkern.compat.miles.SdeStepBackend, got {type(backend).__name__}"
+            )
+        return backend.between(extras["sigmas"], extras["next_sigmas"], level, extras["sigma_max"])
+    times = prepared.timesteps, extras["next_timesteps"]
+    if is_ours:
         return backend.transition(*times, level, x_t.device)
     sigmas = backend.resolve_sigmas(*times, ndim=x_t.ndim)
     return _asked(backend, *(s.to(x_t.device) for s in sigmas), level)
