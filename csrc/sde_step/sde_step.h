@@ -17,6 +17,9 @@ FK_INLINE float step_gradient(float scale, float residual) { return scale * resi
 
 FK_INLINE float step_residual(float x_next, float mean) { return x_next - mean; }
 
+// d mean / d velocity of one element, times the gradient that comes in: by_mean = b guidance_scale.
+FK_INLINE float mean_gradient(float by_mean, float grad_mean) { return by_mean * grad_mean; }
+
 // ---- what the kernels take ----
 // A tensor that is not given is not read.
 
@@ -25,17 +28,21 @@ struct StepArguments {
   Latent x_t, velocity, velocity_uncond, noise, x_next, x0;
   Latent history[3];
   int num_history;
-  float guidance_scale;
+  float guidance_scale;  // of a gradient from the mean: of the velocity, 1 without guidance
   const float* edges;  // edge_stride 0: one edge for all samples
   int64_t edge_stride;
   NoiseKey key;
   // (batch, size) of float32: x_next - mean. A replay writes it; given to its backward pass, it takes the place of x_t, velocity and
   // x_next, and becomes the gradient.
   Latent residual;
+  // (batch, size) of float32: a draw or a replay writes it where it is wanted, and its backward pass reads it in place of x_t and velocity.
+  Latent mean;
+  DType rounded;          // what a float32 x_next is rounded through before it is stored; float32: as it is
   float* log_prob;        // (batch,), nullptr: not wanted
   const float* grad_out;  // (batch,), backward only, grad_stride apart
   int64_t grad_stride;
-  Latent grad;  // backward only
+  Latent grad_mean;  // backward only: one of them may be absent
+  Latent grad;       // backward only
   int threads;  // of a CPU
 };
 
@@ -49,6 +56,9 @@ struct NormalArguments {
 // Its kernels, on every device.
 #define FK_KERNELS_OF_sde_step(X)       \
   X(sde_draw, StepArguments)            \
+  X(sde_draw_mean, StepArguments)       \
   X(sde_replay, StepArguments)          \
+  X(sde_replay_mean, StepArguments)     \
   X(sde_replay_backward, StepArguments) \
+  X(sde_mean_backward, StepArguments)   \
   X(fill_philox, NormalArguments)
