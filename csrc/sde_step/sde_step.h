@@ -29,7 +29,7 @@ struct StepArguments {
   Latent history[3];
   int num_history;
   float guidance_scale;  // of a gradient from the mean: of the velocity, 1 without guidance
-  const float* edges;  // edge_stride 0: one edge for all samples
+  const float* edges;    // edge_stride 0: one edge for all samples
   int64_t edge_stride;
   NoiseKey key;
   // (batch, size) of float32: x_next - mean. A replay writes it; given to its backward pass, it takes the place of x_t, velocity and
@@ -43,7 +43,7 @@ struct StepArguments {
   int64_t grad_stride;
   Latent grad_mean;  // backward only: one of them may be absent
   Latent grad;       // backward only
-  int threads;  // of a CPU
+  int threads;       // of a CPU
 };
 
 struct NormalArguments {

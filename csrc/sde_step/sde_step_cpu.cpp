@@ -211,8 +211,7 @@ void sde_mean_backward(const StepArguments& s) {
     const float by_mean = edge.b * s.guidance_scale;
     const float* grad_mean = s.grad_mean.data ? widen(s.grad_mean.at(sample, first), s.grad_mean.dtype, count, buffers.other) : nullptr;
     if (s.grad_out) {
-      const float scale =
-          float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * edge.k * edge.b * s.guidance_scale / double(s.size));
+      const float scale = float(double(s.grad_out[sample * s.grad_stride]) * 2.0 * edge.k * edge.b * s.guidance_scale / double(s.size));
       const float* next = widen(s.x_next.at(sample, first), s.x_next.dtype, count, buffers.next);
       const float* mean = reinterpret_cast<const float*>(s.mean.at(sample, first));
       if (grad_mean) {

@@ -35,6 +35,7 @@ template <Calls kCalls>
 FK_DEVICE StepArguments known(StepArguments s) {
   know_dtypes<kCalls>(s.x_t, s.velocity, s.velocity_uncond, s.noise, s.x_next, s.x0, s.history[0], s.history[1], s.history[2], s.residual,
                       s.grad);
+  s.mean.dtype = s.grad_mean.dtype = DType::float32;
   return s;
 }
 
@@ -97,8 +98,9 @@ FK_DEVICE Group noise_of(const StepArguments& s, const Place& at) {
   return s.key.sample_id ? narrow(normals(s.key, at.sample, at.first), DType::float32) : Group{};
 }
 
-// Writes x_next (and x0) and returns the sum of squares of what is stored, after rounding, minus the mean.
-template <bool kWhole, int kHistory>
+// Writes x_next (and x0) and returns the sum of squares of what is stored, after rounding, minus the mean. kMore: the mean is written
+// where it is wanted, and x_next may be rounded first.
+template <bool kWhole, int kHistory, bool kMore>
 FK_DEVICE float draw(const StepArguments& s, const Place& at) {
   const Inputs in = load_inputs<kWhole>(s, at);
   Group earlier[kHistory + 1];
@@ -129,19 +131,27 @@ FK_DEVICE float draw(const StepArguments& s, const Place& at) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) next.v[i] = step_draw(edge, mean.v[i], noise.v[i]);
   }
+  if constexpr (kMore) {
+    if (s.mean.data) store<kWhole>(s.mean, at, narrow(mean, DType::float32));
+    if (s.rounded != DType::float32) next = widen(narrow(next, s.rounded), s.rounded);
+  }
   const Group stored = narrow(next, s.x_next.dtype);
   store<kWhole>(s.x_next, at, stored);
   return sum_of_squares(residual_of(widen(stored, s.x_next.dtype), mean), at.count);
 }
 
-template <bool kWhole, bool kKept>
+// What a replay leaves for its gradient.
+enum class Keeps : int { nothing, residual, mean };
+
+template <bool kWhole, Keeps kKeeps>
 FK_DEVICE float replay(const StepArguments& s, const Place& at) {
   const Inputs in = load_inputs<kWhole>(s, at);
   const Group next = load<kWhole>(s.x_next, at);
   const StepEdge edge = edge_of(s, at.sample);
   const Floats mean = mean_of(edge, widen(in.x, s.x_t.dtype), velocity_of(s, in));
   const Floats residual = residual_of(widen(next, s.x_next.dtype), mean);
-  if constexpr (kKept) store<kWhole>(s.residual, at, narrow(residual, DType::float32));
+  if constexpr (kKeeps == Keeps::residual) store<kWhole>(s.residual, at, narrow(residual, DType::float32));
+  if constexpr (kKeeps == Keeps::mean) store<kWhole>(s.mean, at, narrow(mean, DType::float32));
   return sum_of_squares(residual, at.count);
 }
 
@@ -175,30 +185,71 @@ FK_DEVICE void replay_backward_kept(const StepArguments& s, const Place& at) {
   store<kWhole>(s.residual, at, narrow(gradient_of(scale, residual), DType::float32));
 }
 
-// kHistory: how many earlier predictions there may be. Their registers would cost the plain draw half its threads.
-template <Calls kCalls, int kHistory>
-__global__ void __launch_bounds__(256, kHistory == 0                     ? 0
-                                       : kCalls == Calls::plain_bfloat16 ? 3
-                                                                         : 2) sde_draw_kernel(const __grid_constant__ StepLaunch launch) {
+// Both gradients that come in, from the mean: one of them may be absent, and is not read for.
+template <bool kWhole>
+FK_DEVICE void mean_backward(const StepArguments& s, const Place& at) {
+  Group stored = {}, center = {}, of_mean = {};
+  if (s.grad_out) stored = load<kWhole>(s.x_next, at), center = load<kWhole>(s.mean, at);
+  if (s.grad_mean.data) of_mean = load<kWhole>(s.grad_mean, at);
+  const StepEdge edge = edge_of(s, at.sample);
+  const float by_mean = edge.b * s.guidance_scale;
+  Floats gradient = {};
+  if (s.grad_out) {
+    const float scale = s.grad_out[at.sample * s.grad_stride] * 2.0f * edge.k * edge.b * s.guidance_scale / float(s.size);
+    gradient = gradient_of(scale, residual_of(widen(stored, s.x_next.dtype), widen(center, DType::float32)));
+  }
+  if (s.grad_mean.data) {
+    const Floats given = widen(of_mean, DType::float32);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) gradient.v[i] += mean_gradient(by_mean, given.v[i]);
+  }
+  store<kWhole>(s.grad, at, narrow(gradient, s.grad.dtype));
+}
+
+template <Calls kCalls, int kHistory, bool kMore>
+FK_DEVICE void draw_tile(const StepLaunch& launch) {
   const StepArguments s = known<kCalls>(launch.s);
   const Tile tile = tile_of_block(launch.tiles);
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
   float sum = 0;
-  if (launch.vectors && at.count == kGroup) sum = draw<true, kHistory>(s, at);
-  else if (at.count > 0) sum = draw<false, kHistory>(s, at);
+  if (launch.vectors && at.count == kGroup) sum = draw<true, kHistory, kMore>(s, at);
+  else if (at.count > 0) sum = draw<false, kHistory, kMore>(s, at);
   if (s.log_prob) finish(launch, tile, sum);
+}
+
+constexpr int draw_blocks(Calls calls, int history) { return history == 0 ? 0 : calls == Calls::plain_bfloat16 ? 3 : 2; }
+
+// kHistory: how many earlier predictions there may be. Their registers would cost the plain draw half its threads.
+template <Calls kCalls, int kHistory>
+__global__ void __launch_bounds__(256, draw_blocks(kCalls, kHistory)) sde_draw_kernel(const __grid_constant__ StepLaunch launch) {
+  draw_tile<kCalls, kHistory, false>(launch);
+}
+
+template <Calls kCalls, int kHistory>
+__global__ void __launch_bounds__(256, draw_blocks(kCalls, kHistory)) sde_draw_mean_kernel(const __grid_constant__ StepLaunch launch) {
+  draw_tile<kCalls, kHistory, true>(launch);
+}
+
+template <Calls kCalls, Keeps kKeeps>
+FK_DEVICE void replay_tile(const StepLaunch& launch) {
+  const StepArguments s = known<kCalls>(launch.s);
+  const Tile tile = tile_of_block(launch.tiles);
+  const Place at = place_of_thread(tile.sample, tile.index, s.size);
+  float sum = 0;
+  if (launch.vectors && at.count == kGroup) sum = replay<true, kKeeps>(s, at);
+  else if (at.count > 0) sum = replay<false, kKeeps>(s, at);
+  finish(launch, tile, sum);
 }
 
 // kKept: the residual is stored.
 template <Calls kCalls, bool kKept>
 __global__ void __launch_bounds__(256) sde_replay_kernel(const __grid_constant__ StepLaunch launch) {
-  const StepArguments s = known<kCalls>(launch.s);
-  const Tile tile = tile_of_block(launch.tiles);
-  const Place at = place_of_thread(tile.sample, tile.index, s.size);
-  float sum = 0;
-  if (launch.vectors && at.count == kGroup) sum = replay<true, kKept>(s, at);
-  else if (at.count > 0) sum = replay<false, kKept>(s, at);
-  finish(launch, tile, sum);
+  replay_tile<kCalls, kKept ? Keeps::residual : Keeps::nothing>(launch);
+}
+
+template <Calls kCalls>
+__global__ void __launch_bounds__(256) sde_replay_mean_kernel(const __grid_constant__ StepLaunch launch) {
+  replay_tile<kCalls, Keeps::mean>(launch);
 }
 
 template <Calls kCalls>
@@ -208,6 +259,15 @@ __global__ void __launch_bounds__(256) sde_replay_backward_kernel(const __grid_c
   const Place at = place_of_thread(tile.sample, tile.index, s.size);
   if (launch.vectors && at.count == kGroup) replay_backward<true>(s, at);
   else if (at.count > 0) replay_backward<false>(s, at);
+}
+
+template <Calls kCalls>
+__global__ void __launch_bounds__(256) sde_mean_backward_kernel(const __grid_constant__ StepLaunch launch) {
+  const StepArguments s = known<kCalls>(launch.s);
+  const Tile tile = tile_of_block(launch.tiles);
+  const Place at = place_of_thread(tile.sample, tile.index, s.size);
+  if (launch.vectors && at.count == kGroup) mean_backward<true>(s, at);
+  else if (at.count > 0) mean_backward<false>(s, at);
 }
 
 // From the residual, in whose memory the gradient is left. The first blocks, which run first, take the last tiles, of which caches still
@@ -235,6 +295,10 @@ __global__ void __launch_bounds__(256) fill_philox_kernel(const __grid_constant_
 template <int kHistory>
 constexpr Kernels<StepLaunch> kDraw = {{sde_draw_kernel<Calls::any, kHistory>, sde_draw_kernel<Calls::plain_float32, kHistory>,
                                         sde_draw_kernel<Calls::plain_bfloat16, kHistory>}};
+template <int kHistory>
+constexpr Kernels<StepLaunch> kDrawMean = {{sde_draw_mean_kernel<Calls::any, kHistory>,
+                                            sde_draw_mean_kernel<Calls::plain_float32, kHistory>,
+                                            sde_draw_mean_kernel<Calls::plain_bfloat16, kHistory>}};
 constexpr Kernels<StepLaunch> kReplay = {{sde_replay_kernel<Calls::any, false>, sde_replay_kernel<Calls::plain_float32, false>,
                                           sde_replay_kernel<Calls::plain_bfloat16, false>}};
 // A residual is float32: there are two of these, and one.
@@ -245,11 +309,18 @@ constexpr Kernels<StepLaunch> kReplayBackwardKept = {
 constexpr Kernels<StepLaunch> kReplayBackward = {{sde_replay_backward_kernel<Calls::any>, sde_replay_backward_kernel<Calls::plain_float32>,
                                                   sde_replay_backward_kernel<Calls::plain_bfloat16>}};
 
+constexpr Kernels<StepLaunch> kReplayMean = {
+    {sde_replay_mean_kernel<Calls::any>, sde_replay_mean_kernel<Calls::plain_float32>, sde_replay_mean_kernel<Calls::plain_bfloat16>}};
+constexpr Kernels<StepLaunch> kMeanBackward = {{sde_mean_backward_kernel<Calls::any>, sde_mean_backward_kernel<Calls::plain_float32>,
+                                                sde_mean_backward_kernel<Calls::plain_bfloat16>}};
+
+// The mean and its gradient are float32 in all of them, and not among the latents that decide which kernel it is.
 void launch_step(const char* name, const Kernels<StepLaunch>& kernels, const StepArguments& s, const Queue& queue) {
   StepLaunch launched = {s, queue.scratch, divisor(tiles_of(s.size)), true};
   const std::initializer_list<const Latent*> latents = {&s.x_t,        &s.velocity,   &s.velocity_uncond, &s.noise,    &s.x_next, &s.x0,
                                                         &s.history[0], &s.history[1], &s.history[2],      &s.residual, &s.grad};
   for (const Latent* latent : latents) launched.vectors = launched.vectors && takes_vectors(*latent, s.batch);
+  for (const Latent* latent : {&s.mean, &s.grad_mean}) launched.vectors = launched.vectors && takes_vectors(*latent, s.batch);
   launch(name, kernels.for_calls[int(calls_of(latents))], launched, s.batch * launched.tiles.by, threads_of(s.size), queue);
 }
 
@@ -264,6 +335,14 @@ void sde_replay(const StepArguments& s, const Queue& queue) {
   launch_step("sde_replay", s.residual.data ? kReplayKept : kReplay, s, queue);
 }
 
+void sde_draw_mean(const StepArguments& s, const Queue& queue) {
+  launch_step("sde_draw_mean", s.num_history ? kDrawMean<3> : kDrawMean<0>, s, queue);
+}
+
+void sde_replay_mean(const StepArguments& s, const Queue& queue) { launch_step("sde_replay_mean", kReplayMean, s, queue); }
+
+void sde_mean_backward(const StepArguments& s, const Queue& queue) { launch_step("sde_mean_backward", kMeanBackward, s, queue); }
+
 void sde_replay_backward(const StepArguments& s, const Queue& queue) {
   launch_step("sde_replay_backward", s.residual.data ? kReplayBackwardKept : kReplayBackward, s, queue);
 }
@@ -275,5 +354,7 @@ void fill_philox(const NormalArguments& n, const Queue& queue) {
 
 std::string sde_step_why_not(int device) {
   const std::string why_not = load_kernels<NormalLaunch>(device, {{{fill_philox_kernel, fill_philox_kernel, fill_philox_kernel}}});
-  return why_not.empty() ? load_kernels(device, {kDraw<0>, kDraw<3>, kReplay, kReplayKept, kReplayBackward, kReplayBackwardKept}) : why_not;
+  if (!why_not.empty()) return why_not;
+  return load_kernels(device, {kDraw<0>, kDraw<3>, kDrawMean<0>, kDrawMean<3>, kReplay, kReplayKept, kReplayMean, kReplayBackward,
+                               kReplayBackwardKept, kMeanBackward});
 }

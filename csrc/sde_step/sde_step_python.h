@@ -155,7 +155,7 @@ py::object sde_mean_backward(Given<7> given, Reader& read) {
   s.size = read.size;
   const Element element = latent_element(dtype, read, "velocity");
   read.require(s.mean.dtype == DType::float32 && s.batch * s.size > 0, "mean");
-  read.require(s.grad_out || s.grad_mean.data, "grad");
+  read.require((s.grad_out || s.grad_mean.data) && s.grad_mean.dtype == DType::float32, "grad");
   if (!read.serves) return py::none();
   const Made gradient = make_like_first(read, DType(element), s.grad);
   run(kernels.sde_mean_backward, s, read);

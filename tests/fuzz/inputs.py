@@ -215,6 +215,16 @@ class Draw:
             return {"out": p[name]}
         return {}
 
+    def rounding(self, p: dict) -> dict:
+        """Now and then a dtype that x_next is rounded through: one of those that its own holds."""
+        if self.maybe(0.7):
+            return {}
+        out = p.get("out")
+        stored = p.get("out_dtype") or (p["x_t"] if out is None else out).dtype
+        dtype = self.r.choice(DTYPES if stored == torch.float32 else (stored,))
+        self.drawn["rounded" if dtype != stored else "rounded to what it is stored in"] += 1
+        return {"round_dtype": dtype}
+
     def overlap(self, p: dict) -> bool:
         """Makes `out` memory that something the call reads lies in, where it may not."""
         x = p["x_t"]

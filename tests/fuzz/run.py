@@ -65,7 +65,13 @@ def kinds(ops) -> list[str]:
         names += [f"output {name}" for name in OUTPUTS if name != "in place"]
         names += [f"output in place, {name}" for name in ("x_t", "velocity")]
     if "sde_step" in {op.name for op in ops}:
-        names.append("output in place, noise")
+        names += ["output in place, noise", "rounded", "rounded to what it is stored in"]
+        names.append("gradient of nothing, with a mean")
+    if {"sde_step", "sde_log_prob"} & {op.name for op in ops}:
+        names += [
+            "mean",
+            *(f"gradient of {of}, with a mean" for of in ("log_prob", "mean", "both")),
+        ]
     if set(TOKENS) & set(ops):
         names += KINDS
     if "linear_policy_loss" in {op.name for op in ops}:

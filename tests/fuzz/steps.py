@@ -18,7 +18,8 @@ from flowkern.schedules import COLUMNS
 from .bounds import Bounded, monotone, unless_zero, where
 from .inputs import GUIDANCE, Draw
 
-WEIGHTS = "loss_weights"  # the gradient that comes in, not an argument of the verb
+# The gradients that come in, not arguments of the verb: of the first result, and of the mean.
+WEIGHTS, MEAN_WEIGHTS = "loss_weights", "mean_weights"
 
 
 def exact(x) -> Bounded | None:
@@ -76,16 +77,52 @@ def noise_of(p, shape, stream: str) -> Bounded:
 
 
 def with_gradient(p, run) -> dict[str, torch.Tensor]:
-    """The results of `run`, and the gradient of its first one in the velocity."""
+    """The results of `run`, and the gradient of its first one, of its mean, or of both in the
+    velocity.
+    """
     velocity = p["velocity"]
     if isinstance(velocity, torch.Tensor):  # else it is wrong on purpose
         velocity = velocity.detach()
         velocity.requires_grad_(velocity.is_floating_point())
-    arguments = {n: v for n, v in p.items() if n != WEIGHTS} | {"velocity": velocity}
-    results = run(arguments)
-    first = next(iter(results.values()))
-    (gradient,) = torch.autograd.grad(first, velocity, p[WEIGHTS].to(first.dtype))
+    results = run(arguments_of(p) | {"velocity": velocity})
+    given = [(next(iter(results.values())), WEIGHTS), (results.get("mean"), MEAN_WEIGHTS)]
+    given = [(x, p[name].to(x.dtype)) for x, name in given if name in p]
+    of, weights = zip(*given, strict=True)
+    (gradient,) = torch.autograd.grad(of, velocity, weights)
     return {n: x.detach() for n, x in results.items()} | {"gradient": gradient}
+
+
+def arguments_of(p) -> dict:
+    return {n: v for n, v in p.items() if n not in (WEIGHTS, MEAN_WEIGHTS)}
+
+
+def with_mean(draw: Draw, p: dict, may_be_still: bool) -> dict:
+    """Now and then the mean, and which of the gradients come in: of log_prob, of the mean, of both;
+    none, where that may be.
+    """
+    of_log_prob = {WEIGHTS: draw.per_sample(len(p["x_t"]))}
+    if draw.maybe():
+        return p if may_be_still else p | of_log_prob
+    draw.drawn["mean"] += 1
+    p |= {"return_mean": True}
+    way = draw.r.choice(("log_prob", "mean", "both", *["nothing"] * may_be_still))
+    draw.drawn[f"gradient of {way}, with a mean"] += 1
+    shape = p["x_t"].shape
+    of_mean = draw.laid_out(draw.values(shape).to(draw.device)) if way in ("mean", "both") else None
+    p |= of_log_prob if way in ("log_prob", "both") else {}
+    return p if of_mean is None else p | {MEAN_WEIGHTS: of_mean}
+
+
+def gradient_of_both(edges: Edges, p, mean: Bounded, x_next: torch.Tensor) -> Bounded:
+    """By hand, of those weights that there are."""
+    size, parts = max(1, math.prod(p["x_t"].shape[1:])), []
+    if WEIGHTS in p:
+        slope = exact(p[WEIGHTS]) * (2 * scale_of(p) / size) * edges.k * edges.b
+        parts.append(unless_zero(edges.wide(slope), exact(x_next) - mean))
+    if MEAN_WEIGHTS in p:
+        parts.append(edges.wide(edges.b * scale_of(p)) * exact(p[MEAN_WEIGHTS]))
+    gradient = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    return gradient.within(p["velocity"].dtype)
 
 
 def with_own_output(p) -> dict:
@@ -112,23 +149,33 @@ class Op:
 
 
 class SdeStep(Op):
-    name, exact_names = "sde_step", ("x_next",)
+    name, exact_names = "sde_step", ("x_next", "mean")
 
     def arguments(self, draw: Draw) -> dict:
         p = draw.step()
         p |= draw.noise(p["x_t"].shape)
-        return _with_output(draw, p)
+        p = with_mean(draw, _with_output(draw, p), may_be_still=True)
+        return p | draw.rounding(p)
 
     def call(self, p) -> dict:
-        x_next, log_prob = fk.sde_step(**with_own_output(p))
-        return {"x_next": x_next.clone(), "log_prob": log_prob}
+        p = with_own_output(p)
+        if WEIGHTS in p or MEAN_WEIGHTS in p:
+            return with_gradient(p, self._results)
+        return self._results(p)
+
+    def _results(self, p) -> dict:
+        x_next, log_prob, *mean = fk.sde_step(**p)
+        results = {"log_prob": log_prob, "x_next": x_next.clone()}
+        return results | ({"mean": mean[0]} if mean else {})
 
     def in_float64(self, p, got) -> dict:
-        results = {"x_next": self.call(p)["x_next"]}
+        drawn = self._results(arguments_of(p) | {"round_dtype": None})
+        results = {n: x for n, x in drawn.items() if n != "log_prob"}
         if not p["history"]:  # a replay has none
             keys = ("x_t", "velocity", "c_rows", "velocity_uncond", "guidance_scale", "backend")
+            keys += ("return_mean", WEIGHTS, MEAN_WEIGHTS)
             replay = {n: p[n] for n in keys if n in p} | {"x_next": got["x_next"].double()}
-            results["log_prob"] = fk.sde_log_prob(**replay)
+            results |= SdeLogProb().call(replay)
         return results
 
     def bounds(self, p, got) -> dict[str, Bounded]:
@@ -137,7 +184,11 @@ class SdeStep(Op):
         x_next = edges.drawn(mean, noise_of(p, p["x_t"].shape, "step"))
         residual = exact(got["x_next"]) - mean  # the log-probability is of what was stored
         log_prob = edges.c - edges.k * (residual * residual).mean()
-        return {"x_next": x_next.within(got["x_next"].dtype), "log_prob": log_prob}
+        stored = p.get("round_dtype") or got["x_next"].dtype
+        bounds = {"x_next": x_next.within(stored), "log_prob": log_prob, "mean": mean}
+        if "gradient" in got:
+            bounds["gradient"] = gradient_of_both(edges, p, mean, got["x_next"])
+        return {n: bound for n, bound in bounds.items() if n in got}
 
 
 def mean_with_history(edges: Edges, p, v: Bounded) -> Bounded:
@@ -170,21 +221,28 @@ class SdeLogProb(Op):
 
     def arguments(self, draw: Draw) -> dict:
         p = draw.step(history=False)
-        x_next = draw.near(p["x_t"], p["velocity"])
-        return p | {"x_next": x_next, WEIGHTS: draw.per_sample(len(x_next))}
+        p["x_next"] = draw.near(p["x_t"], p["velocity"])
+        return with_mean(draw, p, may_be_still=False)
 
     def call(self, p) -> dict:
-        return with_gradient(p, lambda a: {"log_prob": fk.sde_log_prob(**a)})
+        if WEIGHTS in p or MEAN_WEIGHTS in p:
+            return with_gradient(p, self._results)
+        return self._results(p)
+
+    def _results(self, p) -> dict:
+        results = fk.sde_log_prob(**p)
+        names = ("log_prob", "mean") if p.get("return_mean") else ("log_prob",)
+        return dict(zip(names, results if len(names) > 1 else [results], strict=True))
 
     def bounds(self, p, got) -> dict[str, Bounded]:
         edges = Edges(p["c_rows"], p["x_t"])
-        residual = exact(p["x_next"]) - edges.mean(exact(p["x_t"]), guided(p))
-        size = max(1, math.prod(p["x_t"].shape[1:]))
-        slope = exact(p[WEIGHTS]) * (2 * scale_of(p) / size) * edges.k * edges.b
-        gradient = unless_zero(edges.wide(slope), residual)
+        mean = edges.mean(exact(p["x_t"]), guided(p))
+        residual = exact(p["x_next"]) - mean
         log_prob = edges.c - edges.k * (residual * residual).mean()
-        log_prob = log_prob + exact(torch.zeros_like(p[WEIGHTS]))  # one row for all: (B,)
-        return {"log_prob": log_prob, "gradient": gradient.within(p["velocity"].dtype)}
+        log_prob = log_prob + exact(torch.zeros(len(p["x_t"]), device=p["x_t"].device))  # (B,)
+        bounds = {"log_prob": log_prob, "mean": mean}
+        bounds["gradient"] = gradient_of_both(edges, p, mean, p["x_next"])
+        return {n: bound for n, bound in bounds.items() if n in got}
 
 
 # ---- guidance that keeps the length of tokens ----

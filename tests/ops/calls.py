@@ -22,6 +22,7 @@ NOISE, OLD, ROW, HISTORY = ({n: GIVEN} for n in ("noise", "old_velocity", "row",
 GUIDED = {"velocity_uncond": GIVEN, "guidance_scale": 4.5}
 KL = {"velocity_ref": GIVEN, "kl_coef": 0.1}
 ANCHORS = {"velocity_ref": GIVEN, "velocity_ema": GIVEN, "ref_coef": 0.3, "ema_coef": 0.7}
+MEAN, ROUNDED = {"return_mean": True}, {"round_dtype": GIVEN}
 DRAWN, REDRAWN = KEY | {"x_next": None}, NOISE | {"x_next": None}
 GUARD, NFT, EACH = {"ratio": "guard"}, {"objective": "nft"}, {"reduction": "none"}
 UNIFORM = {"weighting": "uniform", "reduction": "sum", "clip_low": 0.5, "clip_high": 0.5}
@@ -32,13 +33,18 @@ WEIGHTS = {"step_weight": GIVEN, "velocity_ref": GIVEN, "kl_coef": GIVEN}
 TABLE = {
     "sde_step": (
         {"": KEY, "noise given": NOISE},
-        {"guided, history": NOISE | GUIDED | HISTORY},
+        {
+            "guided, history": NOISE | GUIDED | HISTORY,
+            "mean": KEY | MEAN,
+            "rounded": KEY | ROUNDED,
+            "guided, history, mean, rounded": NOISE | GUIDED | HISTORY | MEAN | ROUNDED,
+        },
     ),
     "ode_step": (
         {"": {"return_x0": True}, "guided, order 3": {"return_x0": True} | GUIDED | HISTORY},
         {},
     ),
-    "sde_log_prob": ({"": {}}, {"guided": GUIDED}),
+    "sde_log_prob": ({"": {}}, {"guided": GUIDED, "mean": MEAN, "guided, mean": GUIDED | MEAN}),
     "policy_loss": (
         {
             "": OLD,
@@ -166,7 +172,8 @@ KEEPING = take(
     ("reads no latent forward, or has two residuals", _keeps_nothing),
 )
 KEEPING.append(BY_NAME["policy_loss"].but(name="clipped"))
-REPLAYS = [call for call in CALLS if call.verb == "sde_log_prob"]  # native kernels keep theirs
+# Native kernels keep the residual, but where they keep the mean.
+REPLAYS = [c for c in CALLS if c.verb == "sde_log_prob" and not c.has("return_mean")]
 
 
 def twice(p, backend):
@@ -214,6 +221,11 @@ class Problem:
         weight = torch.linspace(-1, 2, math.prod(like)).reshape(like)
         weight = torch.ones(()) if is_scalar else weight
         self.weight = weight.to(device)
+        self.more_weights = []  # of what is differentiable beside the first result: the mean
+        if self.call.learned and self.call.has("return_mean"):
+            shape = self._shape_of("velocity")
+            of_mean = self._values(shape, len(LATENTS)) / max(1, math.prod(shape[1:]))
+            self.more_weights = [of_mean.to(device)]
         if self.call.learned:
             self[self.call.learned].requires_grad_()
 
@@ -284,6 +296,9 @@ class Problem:
     def _shape(self):
         return self.samples, *self.size
 
+    def _round_dtype(self):
+        return torch.float16 if self.state == torch.float16 else torch.bfloat16
+
     def _seed(self):
         return 2**64 - 5
 
@@ -305,7 +320,9 @@ class Problem:
         out = self.call.function(**arguments, backend=backend)
         out = tuple(out) if isinstance(out, tuple) else (out,)
         if learn and self.call.learned:
-            out += torch.autograd.grad(out[0], arguments[self.call.learned], self.weight)
+            weights = [self.weight, *self.more_weights]
+            learned = arguments[self.call.learned]
+            out += torch.autograd.grad(out[: len(weights)], learned, weights)
         return out
 
     def changed(self, change):
@@ -320,7 +337,7 @@ class Problem:
 
         other = copy.copy(self)
         other.arguments = {name: of(value) for name, value in self.arguments.items()}
-        other.weight = of(self.weight)
+        other.weight, other.more_weights = of(self.weight), of(self.more_weights)
         return other
 
     def double(self):

@@ -26,6 +26,7 @@ from flowkern.ops.policy_loss import native_impl as policy_native
 from flowkern.ops.sde_step import api as step_api
 from flowkern.ops.sde_step import native_impl as step_native
 from flowkern.ops.sde_step import operators as step_operators
+from flowkern.ops.sde_step.inputs import StepOutputs
 from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
 
 pytest.importorskip("pybind11")
@@ -138,13 +139,19 @@ def on_device(call, device="cuda"):
     def there_and_back(*args):
         there = [moved(value) for value in args]
         result = call(*there)
-        for value, copy in zip(args, there, strict=True):
-            if isinstance(value, torch.Tensor):
-                value.detach().copy_(copy)  # what was written
+        for value, copy in zip(written(args), written(there), strict=True):
+            value.detach().copy_(copy)
         back = lambda x: x.cpu() if isinstance(x, torch.Tensor) else x  # noqa: E731
         return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
 
     return there_and_back
+
+
+def written(arguments):
+    """The tensors among them that a call may write."""
+    for value in arguments:
+        outputs = value if isinstance(value, StepOutputs) else (value,)
+        yield from (x for x in outputs if isinstance(x, torch.Tensor))
 
 
 def latent(*shape, dtype=torch.float32, seed=0):
@@ -259,6 +266,49 @@ def test_gradient_of_the_replay(kernels, dtype):
             got = gradient("native")
         assert got.dtype == dtype and (got[2] == 0).all()
         close_gradients(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mean_and_the_gradient_of_both(kernels, dtype):
+    """Of a draw and its replay, x_next rounded and not; one gradient missing, the other, none."""
+    for size, (uncond, history) in itertools.product(SIZES, ((False, 0), (True, 0), (True, 3))):
+        arguments = step_problem(size, dtype, uncond, history)
+        arguments["velocity"].requires_grad_()
+        weights = torch.tensor([1.0, -2.0, 0.0]), latent(3, size, seed=8) / size
+
+        def run(backend, size=size, arguments=arguments, weights=weights, history=history):
+            round_dtype = torch.float16 if size % 2 else None
+            call = {"noise": latent(3, size, seed=9), "out_dtype": torch.float32}
+            call |= {"round_dtype": round_dtype, "return_mean": True, "backend": backend}
+            results = [fk.sde_step(**arguments, **call)]
+            if not history:
+                call = {"x_next": results[0][0], "return_mean": True, "backend": backend}
+                results.append((call["x_next"], *fk.sde_log_prob(**arguments, **call)))
+            gradients = [
+                torch.autograd.grad(
+                    [log_prob, mean][j], arguments["velocity"], weights[j], retain_graph=True
+                )[0]
+                for _, log_prob, mean in results
+                for j in (0, 1)
+            ]
+            gradients += [
+                torch.autograd.grad((log_prob, mean), arguments["velocity"], weights)[0]
+                for _, log_prob, mean in results
+            ]
+            return results, gradients
+
+        expected, wanted = run("reference")
+        with kernels():
+            got, gradients = run("native")
+        for (x, log_prob, mean), (true_x, true_log_prob, true_mean) in zip(
+            got, expected, strict=True
+        ):
+            assert torch.equal(x, true_x) and torch.equal(mean, true_mean)
+            torch.testing.assert_close(log_prob, true_log_prob, rtol=2e-6, atol=2e-7)
+        assert history or torch.equal(got[0][1], got[1][1])
+        for have, want in zip(gradients, wanted, strict=True):
+            assert have.dtype == dtype
+            close_gradients(have, want)
 
 
 def close_gradients(got, expected):

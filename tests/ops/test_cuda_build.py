@@ -32,6 +32,10 @@ FIGURES = ("registers", "stack", "spills", "shared", "loads128", "stores128")
 LATENTS = {
     "sde_draw_kernel<0>": (4, 4, 2),  # x_next and x0 are stored
     "sde_draw_kernel<3>": (7, 7, 2),
+    "sde_draw_mean_kernel<0>": (4, 4, 2),  # beside the mean, which is float32
+    "sde_draw_mean_kernel<3>": (7, 7, 2),
+    "sde_replay_mean_kernel": (4, 4, 0),
+    "sde_mean_backward_kernel": (1, 1, 1),
     "sde_replay_kernel<0>": (4, 4, 0),
     "sde_replay_kernel<1>": (4, 4, 1),
     "sde_replay_backward_kernel": (4, 4, 1),
@@ -57,6 +61,13 @@ LIGHT |= {"sde_replay_backward_kernel", "policy_forward_kernel<0,0>"}
 LIGHT |= {"policy_forward_kernel<0,1>", "policy_backward_kept_kernel"}
 LIGHT |= {"matching_backward_kept_kernel", "sde_replay_kernel<1>"}
 LIGHT |= {"sde_replay_backward_kept_kernel"}
+# Latents of float32 whatever the call: read and written beside those above.
+MEANS = {
+    "sde_draw_mean_kernel<0>": (0, 1),
+    "sde_draw_mean_kernel<3>": (0, 1),
+    "sde_replay_mean_kernel": (0, 1),
+    "sde_mean_backward_kernel": (2, 0),  # and its gradient
+}
 OF_RESIDUALS = {k for k in LATENTS if "kept" in k or k.endswith(",1>")} | {"sde_replay_kernel<1>"}
 CALLS = {"any": 2, "float32": 2, "bfloat16": 1}  # the order of Calls; accesses of a latent
 
@@ -69,7 +80,8 @@ def accesses():
             if calls == "bfloat16" and kernel in OF_RESIDUALS:
                 continue
             read = each * (reads if calls == "any" else plain_reads)
-            table[f"{kernel} {calls}"] = (read, each * writes)
+            means, written = MEANS.get(kernel, (0, 0))
+            table[f"{kernel} {calls}"] = (read + 2 * means, each * writes + 2 * written)
     return table
 
 
@@ -181,7 +193,8 @@ def test_one_atomic_to_arrive_with_and_no_other(objects):
     for path in objects:
         for kernel, ptx in by_kernel(dump(path, "-ptx"), r"\.entry (\S+)\(").items():
             found = set(re.findall(r"\b(?:atom|red)\.\S+", ptx))
-            adds_up = "forward" in kernel or kernel.startswith(("sde_draw", "sde_replay_kernel"))
+            adds_up = "forward" in kernel or kernel.startswith(("sde_draw", "sde_replay"))
+            adds_up &= "backward" not in kernel
             assert found == ({"atom.acq_rel.gpu.global.add.s32"} if adds_up else set()), kernel
 
 

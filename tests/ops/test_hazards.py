@@ -71,8 +71,9 @@ def test_out_that_overlaps_an_input_is_refused(name, value, backend):
     change |= {"guidance_scale": 2.0} if name == "velocity_uncond" else {}
     arguments |= change | ({} if name == "noise" else KEY | change)
     before = MEMORY.clone()
-    with pytest.raises(ValueError, match=f"^out: overlaps {re.escape(name)}; expected memory"):
-        fk.sde_step(**arguments, out=MEMORY[1:3])
+    for more in ({}, {"return_mean": True}, {"round_dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=f"^out: overlaps {re.escape(name)}; expected memory"):
+            fk.sde_step(**arguments, **more, out=MEMORY[1:3])
     keyed = {"noise", "seed", "sample_id", "step"}
     if name not in keyed:
         called = name.replace("c_rows", "m_rows")
@@ -98,6 +99,38 @@ def test_a_graph_notices_that_its_input_was_overwritten(backend):
     fk.sde_step(X, V, C[0], **KEY | {"seed": 2}, out=out, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         log_prob.sum().backward()
+
+
+def test_a_draw_in_place_has_a_gradient_as_elsewhere(backend):
+    """It is made from the mean: that x_t has been overwritten does not show."""
+    results = []
+    for x in (X.clone(), X):
+        v = V.clone().requires_grad_()
+        out = None if x is X else x
+        _, log_prob, mean = fk.sde_step(
+            x, v, C[3], **KEY, out=out, return_mean=True, backend=backend
+        )
+        results.append([log_prob, *torch.autograd.grad(log_prob.sum() + mean.sum(), v)])
+    assert all(map(torch.equal, *results))
+    into = torch.empty_like(X)  # and that x_next has been does
+    _, log_prob, _ = fk.sde_step(X, v, C[3], **KEY, out=into, return_mean=True, backend=backend)
+    into.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
+
+
+@needs_native
+def test_a_mean_is_written_apart_from_all_that_is_read():
+    """Past the verbs, where memory is the caller's."""
+    kernels, edge = fk.ops._common.native.cpu(), C.table[3].float()
+    x, mean, log_prob = torch.empty(2, 64), torch.empty(2, 64), torch.empty(2)
+    given = (X, V, edge, None, 1.0, [], NOISE, None, None, None)
+    assert kernels.sde_draw_mean(*given, x, None, log_prob, None, mean, None, False) is not None
+    for across in (x, X, NOISE, mean.double(), mean[:1], torch.empty(64, 2).t()):
+        call = (*given, x, None, log_prob, None, across, None)
+        assert kernels.sde_draw_mean(*call, False) is None
+        with pytest.raises(ValueError, match="mean: not as the kernels read it"):
+            kernels.sde_draw_mean(*call, True)
 
 
 @needs_native

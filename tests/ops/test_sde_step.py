@@ -1,5 +1,7 @@
 """The step against the float64 truth, and the laws of the numerical contract (docs/numerics.md)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -258,6 +260,241 @@ def test_noise_does_not_depend_on_the_batch(backend):
         assert torch.equal(alone, whole[i : i + 1])
 
 
+# ---- the mean, and x_next through a storage dtype ----
+
+
+def written_out(arguments, velocity, x_next=None, noise=None):
+    """(log_prob, mean) by the formula, as functions of the velocity, in its dtype; and x_next."""
+    columns = arguments["c_rows"].table.to(velocity.dtype)
+    columns = columns.reshape(-1, 9, *[1] * (velocity.ndim - 1)).unbind(1)
+    a, b, std, k, c, *weights = columns
+    v = velocity
+    if "velocity_uncond" in arguments:
+        u = arguments["velocity_uncond"].to(v.dtype)
+        v = u + arguments["guidance_scale"] * (v - u)
+    mean = a * arguments["x_t"].to(v.dtype) + b * v
+    for weight, earlier in zip(weights, arguments.get("history", ()), strict=False):
+        mean = mean + weight * earlier.to(v.dtype)
+    if x_next is None:
+        x_next = (mean + std * noise).detach()
+    return (c - k * (x_next.to(v.dtype) - mean) ** 2).flatten(1).mean(1), mean, x_next
+
+
+@pytest.mark.parametrize("verb", ["draw", "replay"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_and_both_gradients_against_autograd(dtype, verb, backend, poisoned_empty):
+    """Of log_prob, of the mean, of both: with and without guidance and history."""
+    for shape, uncond, history in zip(SHAPES, (False, True) * 3, (0, 2, 0, 1, 0, 3), strict=True):
+        history *= verb == "draw"
+        arguments = problem(shape, dtype=dtype, uncond=uncond, history=history)
+        if history:
+            arguments["c_rows"] = multistep_coefficients((0.9, 0.8, 0.7), 2, sde=True)
+        velocity = arguments.pop("velocity").requires_grad_()
+        noise = noise_of(arguments)
+        if verb == "draw":
+            given = {**arguments, "noise": noise, "out_dtype": torch.float32, "backend": backend}
+            x_next, log_prob, mean = fk.sde_step(velocity=velocity, **given, return_mean=True)
+            plain = fk.sde_step(velocity=velocity, **given)
+            assert torch.equal(x_next, plain[0]) and torch.equal(log_prob, plain[1])
+            assert not x_next.requires_grad
+        else:
+            x_next = written_out(arguments, velocity.detach().float(), noise=noise)[2]
+            given = {**arguments, "x_next": x_next, "backend": backend}
+            log_prob, mean = fk.sde_log_prob(velocity=velocity, **given, return_mean=True)
+            assert torch.equal(log_prob, fk.sde_log_prob(velocity=velocity, **given))
+        true = velocity.detach().double().requires_grad_()
+        expected = written_out(arguments, true, x_next)
+        assert mean.dtype == torch.float32 and (mean - expected[1]).abs().max() < 4e-6
+        weights = torch.linspace(-1, 2, shape[0]), noise / noise[0].numel()
+        for used in ((0,), (1,), (0, 1)):  # either may be missing
+            (got,), (wanted,) = (
+                torch.autograd.grad(
+                    [r[j] for j in used], x, [weights[j].to(r[j].dtype) for j in used],
+                    retain_graph=True,
+                )
+                for r, x in (((log_prob, mean), velocity), (expected, true))
+            )  # fmt: skip
+            near = max(torch.finfo(dtype).eps, 1e-5) * float(wanted.abs().max())
+            torch.testing.assert_close(got.double(), wanted, rtol=torch.finfo(dtype).eps, atol=near)
+            assert got.dtype == dtype
+
+
+def test_a_mean_alone_does_not_read_what_was_drawn(backend):
+    """Its gradient is b times what comes in, though x_next is not a number."""
+    arguments = problem((2, 3, 5))
+    velocity = arguments.pop("velocity").requires_grad_()
+    x_next = torch.full((2, 3, 5), torch.nan)
+    log_prob, mean = fk.sde_log_prob(
+        velocity=velocity, x_next=x_next, **arguments, return_mean=True, backend=backend
+    )
+    assert log_prob.isnan().all()
+    (gradient,) = torch.autograd.grad(mean.sum(), velocity)
+    b = arguments["c_rows"].b.float().reshape(2, 1, 1)
+    assert torch.equal(gradient, b.expand_as(gradient))
+
+
+def test_a_mean_that_was_written_over_is_noticed(backend):
+    arguments = problem((2, 3, 5))
+    arguments["velocity"].requires_grad_()
+    _, log_prob, mean = fk.sde_step(**arguments, **key(2), return_mean=True, backend=backend)
+    with torch.no_grad():
+        mean.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
+    with torch.no_grad():
+        _, log_prob, mean = fk.sde_step(**arguments, **key(2), return_mean=True, backend=backend)
+    assert not log_prob.requires_grad and not mean.requires_grad
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_mean_under_torch_func(transform):
+    """log_prob and mean as functions of the velocity; x_next is held fixed."""
+    arguments = {n: v for n, v in double(problem((2, 3, 5), uncond=True)).items()}
+    velocity, noise = arguments.pop("velocity"), torch.randn(2, 3, 5, dtype=torch.float64)
+    x_next = written_out(arguments, velocity, noise=noise)[2]
+    x_t, tangent = arguments.pop("x_t"), torch.randn_like(velocity)
+
+    def replay(v):
+        return fk.sde_log_prob(x_t, v, x_next, **arguments, return_mean=True)
+
+    def draw(v):
+        return fk.sde_step(x_t, v, **arguments, noise=noise, return_mean=True)[1:]
+
+    def plain(v):
+        return written_out(arguments | {"x_t": x_t}, v, x_next)[:2]
+
+    total = lambda f: lambda v: sum(x.sum() for x in f(v))  # noqa: E731
+    for ours in (replay, draw):
+        if transform == "grad":
+            results = (torch.func.grad(total(f))(velocity) for f in (ours, plain))
+        elif transform == "jvp":
+            results = (torch.func.jvp(f, (velocity,), (tangent,)) for f in (ours, plain))
+        else:
+            if ours is draw:
+                continue  # a draw writes into memory that vmap has not wrapped
+            both = torch.stack([velocity, tangent])
+            results = (torch.func.vmap(f)(both) for f in (ours, plain))
+        torch.testing.assert_close(*results)
+
+
+def test_second_derivative_through_a_mean_of_the_reference():
+    arguments = double(problem((2, 3, 4), uncond=True))
+    velocity = arguments.pop("velocity").requires_grad_()
+    x_next = torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def both(v):
+        log_prob, mean = fk.sde_log_prob(velocity=v, x_next=x_next, **arguments, return_mean=True)
+        return log_prob, mean
+
+    assert torch.autograd.gradcheck(both, velocity)
+    assert torch.autograd.gradgradcheck(both, velocity)
+
+
+def test_both_halves_of_guidance_learn_from_a_mean(backend):
+    arguments = problem((2, 3, 40), uncond=True)
+    x_next = torch.randn(2, 3, 40)
+    halves = [arguments[n].requires_grad_() for n in ("velocity", "velocity_uncond")]
+    log_prob, mean = fk.sde_log_prob(
+        **arguments, x_next=x_next, uncond_gradient=True, return_mean=True, backend=backend
+    )
+    of = lambda log_prob, mean: log_prob.sum() + mean.square().mean()  # noqa: E731
+    got = torch.autograd.grad(of(log_prob, mean), halves)
+    v, u = (x.detach().double().requires_grad_() for x in halves)
+    guided = u + 4.5 * (v - u)
+    rest = {n: arguments[n] for n in ("x_t", "c_rows")}
+    wanted = torch.autograd.grad(of(*written_out(rest, guided, x_next)[:2]), (v, u))
+    for have, true in zip(got, wanted, strict=True):
+        torch.testing.assert_close(
+            have.double(), true, rtol=1e-5, atol=1e-6 * float(true.abs().max())
+        )
+
+
+def test_means_compile_whole(backend):
+    """Draw and replay, both differentiable, with the bits of the eager way; in place, too."""
+    arguments = problem((3, 4, 33))
+    rows = arguments["c_rows"].to(dtype=torch.float32)
+
+    def train(x, v, ids, into):
+        drawn = {"seed": 5, "sample_id": ids, "step": 2, "return_mean": True, "backend": backend}
+        x_next, log_prob, mean = fk.sde_step(x, v * 1.0, rows, **drawn, out=into)
+        with torch.no_grad():
+            still = fk.sde_step(x, v, rows, **drawn, round_dtype=torch.bfloat16)
+        replayed = fk.sde_log_prob(x, v * 1.0, x_next, rows, return_mean=True, backend=backend)
+        return x_next, log_prob, mean, *still, *replayed
+
+    results = []
+    for run in (train, torch.compile(train, fullgraph=True, backend="aot_eager")):
+        v = arguments["velocity"].clone().requires_grad_()
+        into = torch.empty_like(v)
+        out = run(arguments["x_t"], v, torch.arange(3), into)
+        # Of the replay the mean alone, of the draw both.
+        (out[1].sum() + out[2].square().mean() + out[-1].square().mean()).backward()
+        assert torch.equal(into, out[0]) and torch.equal(out[1], out[-2])
+        results.append([x.detach() for x in out] + [v.grad])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_and_kept_wide(dtype, backend, instruction_sets):
+    """The bits of a draw that is stored in the dtype and read again, and their log-probability."""
+    arguments, keyed = problem((3, 5, 700), dtype=dtype, uncond=True), key(3)
+    for round_dtype in (torch.bfloat16, torch.float16):
+        for _ in instruction_sets():
+            given = arguments | keyed | {"backend": backend}
+            rounded, log_prob = fk.sde_step(
+                **given, out_dtype=torch.float32, round_dtype=round_dtype
+            )
+            stored, expected = fk.sde_step(**given, out_dtype=round_dtype)
+            assert rounded.dtype == torch.float32 and torch.equal(rounded, stored.float())
+            assert torch.equal(log_prob, expected)
+            keep = {n: v for n, v in arguments.items() if n != "velocity"}
+            again = fk.sde_log_prob(
+                velocity=arguments["velocity"], x_next=rounded, **keep, backend=backend
+            )
+            assert torch.equal(again, log_prob)
+    same = fk.sde_step(**arguments, **keyed, round_dtype=dtype, backend=backend)  # as it is stored
+    assert all(map(torch.equal, same, fk.sde_step(**arguments, **keyed, backend=backend)))
+
+
+def test_round_dtypes_that_make_no_sense_are_refused(backend):
+    half = problem((2, 8), dtype=torch.float16)
+    for round_dtype, stored in (
+        (torch.bfloat16, None), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
+    ):  # fmt: skip
+        stored = stored or torch.float16
+        with pytest.raises(ValueError, match=f"^round_dtype: x_next is stored in {stored}, which"):
+            fk.sde_step(
+                **half, **key(2), out_dtype=stored, round_dtype=round_dtype, backend=backend
+            )
+    for odd in (torch.int32, torch.float8_e4m3fn, "bfloat16"):
+        with pytest.raises(TypeError, match=f"^round_dtype: expected float32.*got {odd}"):
+            fk.sde_step(**half, **key(2), round_dtype=odd, backend=backend)
+    wide = double(problem((2, 8)))
+    x_next, _ = fk.sde_step(**wide, noise=noise_of(wide).double(), round_dtype=torch.float32)
+    assert x_next.dtype == torch.float64 and torch.equal(x_next, x_next.float().double())
+
+
+def test_an_older_build_of_the_kernels_serves_what_it_has(monkeypatch, request):
+    """What it lacks is refused where it is named, and else the reference's."""
+    kernels = native.cpu()
+    if kernels is None:
+        pytest.skip("not built")
+    lacking = {"sde_draw_mean", "sde_replay_mean", "sde_mean_backward"}
+    older = SimpleNamespace(**{n: getattr(kernels, n) for n in {*dir(kernels)} - lacking})
+    monkeypatch.setattr(native, "_load", lambda: (older, None))
+    choose.cache_clear()
+    request.addfinalizer(choose.cache_clear)
+    arguments = problem((2, 8)) | key(2)
+    plain = fk.sde_step(**arguments, backend="native")
+    more = fk.sde_step(**arguments, return_mean=True)
+    assert torch.equal(plain[0], more[0])
+    reference = fk.sde_step(**arguments, return_mean=True, backend="reference")
+    assert all(map(torch.equal, more, reference))
+    for option in ({"return_mean": True}, {"round_dtype": torch.bfloat16}):
+        with pytest.raises(fk.BackendError, match="of an older build, without sde_draw_mean"):
+            fk.sde_step(**arguments, **option, backend="native")
+
+
 # ---- the deterministic step ----
 
 
@@ -311,9 +548,13 @@ def test_a_draw_in_place_is_the_draw(dtype, uncond, history, backend, instructio
         for shape in ((3, 4, 16, 16), (2, 1), (2, 1061), (1, 17_000)):
             step = problem(shape, dtype=dtype, uncond=uncond, history=history)
             given = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            more = {"return_mean": True}
+            if dtype == torch.float32:
+                more["round_dtype"] = torch.bfloat16
             for noise, names in (
                 (key(shape[0]), ("x_t", "velocity")),
                 ({"noise": given}, ("x_t", "velocity", "noise")),
+                ({"noise": given} | more, ("x_t", "velocity", "noise")),
             ):
                 options = step | noise
                 expected = fk.sde_step(**options, backend=backend)

@@ -19,6 +19,7 @@ MOVING = take(
         "parts of its value are fixed, which its differences move",
         lambda c: c.verb.endswith("_loss") and not (c.has("old_velocity") or c.has("old_log_prob")),
     ),
+    ("its differences see steps where it rounds", lambda c: c.has("round_dtype")),
     ("the weights of nft are fixed, too", lambda c: c.given.get("objective") == "nft"),
 )
 LOSSES = [call for call in CALLS if call.learned]

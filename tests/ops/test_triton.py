@@ -204,6 +204,46 @@ def test_gradient(dtype):
         assert true.abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mean_and_the_gradient_of_both(dtype):
+    """Of a draw and its replay, x_next rounded first; of log_prob, of the mean, of both."""
+    for shape, uncond, history in (((3, 777), True, 0), ((2, 256), False, 3), ((3, 1), True, 0)):
+        arguments = problem(*shape, dtype=dtype, uncond=uncond, history=history)
+        weights = torch.linspace(-1, 2, shape[0], device=DEVICE), latent(*shape, seed=8) / shape[1]
+        found = []
+        for backend in ("triton", "reference"):
+            velocity = arguments["velocity"].clone().requires_grad_()
+            options = {"return_mean": True, "backend": backend}
+            given = arguments | {"velocity": velocity} | options
+            x_next, log_prob, mean = fk.sde_step(
+                **given, noise=latent(*shape, seed=9), out_dtype=torch.float32,
+                round_dtype=torch.float16,
+            )  # fmt: skip
+            results = [x_next, mean, log_prob]
+            pairs = [(log_prob, mean)]
+            if not history:
+                pairs.append(fk.sde_log_prob(**given, x_next=x_next))
+                assert torch.equal(pairs[1][0], log_prob) and torch.equal(pairs[1][1], mean)
+            gradients = [
+                torch.autograd.grad(
+                    [pair[j] for j in which], velocity, [weights[j] for j in which],
+                    retain_graph=True,
+                )[0]
+                for pair in pairs
+                for which in ((0,), (1,), (0, 1))
+            ]  # fmt: skip
+            found.append((results, gradients))
+        (got, gradients), (expected, wanted) = found
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        assert torch.equal(got[0], got[0].half().float())
+        torch.testing.assert_close(got[2], expected[2], rtol=1e-6, atol=1e-6)
+        for have, want in zip(gradients, wanted, strict=True):
+            close = torch.finfo(dtype).eps * (2 if INTERPRETED else 1)
+            atol = close * float(want.abs().max())
+            assert have.dtype == dtype and want.abs().max() > 0
+            torch.testing.assert_close(have, want, rtol=close, atol=atol)
+
+
 def test_std_zero_reads_no_noise():
     """The deterministic rows of a mixed batch are Euler steps bit for bit, whatever the noise."""
     table = GRID.table[:3].clone()
