@@ -14,7 +14,8 @@ from flowkern.train import tree
 from flowkern.train.checkpoint import find_checkpoint
 from flowkern.train.config import from_dict
 from flowkern.train.loop import Loop
-from flowkern.train.planner import EVALUATION, PlannerTask, query_of
+from flowkern.train.planner import EVALUATION, PlannerTask
+from flowkern.train.questions import query_of
 
 
 def planner_of(run: Path, checkpoint: str) -> PlannerTask:

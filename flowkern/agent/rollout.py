@@ -71,12 +71,17 @@ class Flow:
 
 
 async def roll_out(
-    flow: Flow, starts: Sequence[tuple[Query, int]], sampling: Sampling, seed: tuple[int, ...]
+    flow: Flow,
+    starts: Sequence[tuple[Query, int]],
+    sampling: Sampling,
+    seed: tuple[int, ...],
+    passed: Callable[[int], object] = lambda turns: None,
 ) -> list[Trajectory]:
     """The trajectories of (query, member) pairs.
 
     Each is a function of its query, its member, `seed`, the weights, and what its tools say; not of
-    the others.
+    the others. passed: told of turns, where one is over or is not needed any more: in the end of
+    max_turns for each pair.
     """
     found = [Trajectory(query, member, Memory(query)) for query, member in starts]
     limit = asyncio.Semaphore(flow.concurrency)
@@ -86,7 +91,13 @@ async def roll_out(
             break
         await _planned(flow, running, sampling, [seed_of(*seed, t, turn) for t in running], turn)
         await asyncio.gather(*(_acted(flow, one, limit) for one in running))
-        done = await asyncio.gather(*(_verified(flow, one, limit) for one in running))
+
+        async def verified(one: Trajectory, left: int = flow.max_turns - turn) -> bool:
+            is_done = await _verified(flow, one, limit)
+            passed(left if is_done else 1)
+            return is_done
+
+        done = await asyncio.gather(*(verified(one) for one in running))
         for one, is_done in zip(running, done, strict=True):
             one.ended = "verifier" if is_done else "max_turns"
         running = [one for one, is_done in zip(running, done, strict=True) if not is_done]

@@ -29,9 +29,12 @@ NAME = 10  # columns of a phase's name
 class Display:
     """Where a run is. `with display:` around it; outside nothing is shown and nothing is kept."""
 
-    def __init__(self, steps: int, is_main: bool, calls: Callable[[], float]) -> None:
-        """steps: of the whole run. calls: of the network so far, on this process."""
-        self._steps, self._is_main, self._calls = steps, is_main, calls
+    def __init__(
+        self, steps: int, is_main: bool, calls: Callable[[], float], unit: str = "row"
+    ) -> None:
+        """steps: of the whole run. calls: of the network so far, on this process, or what there is
+        of another unit."""
+        self._steps, self._is_main, self._calls, self._unit = steps, is_main, calls, unit
         self._is_on = False
         self._bars: Any = None
         self.seconds: Counter[str] = Counter()
@@ -102,7 +105,7 @@ class Display:
             description="scoring" if is_scoring else self._phase,
             total=planned,
             completed=min(done, planned) if planned else 0,
-            said=_rows(done, planned),
+            said=_rows(done, planned, self._unit),
         )
         self._show()
 
@@ -184,10 +187,10 @@ def _bar_width(console: Any) -> int:
     return min(24, console.width // 6)
 
 
-def _rows(done: float, planned: float | None) -> str:
+def _rows(done: float, planned: float | None, unit: str) -> str:
     if planned:
-        return f"{done:,.0f} of {counted(planned, 'row')}"
-    return counted(done, "row") if done else ""
+        return f"{done:,.0f} of {counted(planned, unit)}"
+    return counted(done, unit) if done else ""
 
 
 def _clock(seconds: float | None) -> str:

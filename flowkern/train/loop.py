@@ -79,8 +79,9 @@ class Loop:
         self.stop = StopRequest(is_main and saves_alone(config), is_main)
         self.directory = RunDirectory(config, self.accelerator)
         self.task = task(config, self.accelerator, self.stop, model)
-        calls = partial(getattr, self.task, "calls", 0)
-        self.display = Display(config.train.steps, is_main, calls)
+        unit = getattr(self.task, "unit", None)
+        done = partial(getattr, self.task, "done" if unit else "calls", 0)
+        self.display = Display(config.train.steps, is_main, done, unit or "row")
         self.stop.watch = self.display.tick
         modules = self.task.modules()
         self.processes = spread(config, self.accelerator, modules)

@@ -28,9 +28,7 @@ from flowkern.lookup import load
 from flowkern.ops.token_loss import token_weights
 from flowkern.rl.objectives import Outcome
 from flowkern.train import distributed
-from flowkern.train.config import DataConfig
 from flowkern.train.copies import REFERENCE, Weights
-from flowkern.train.data import prompts_of
 from flowkern.train.distributed import Laps
 from flowkern.train.language import (
     load_language,
@@ -41,7 +39,8 @@ from flowkern.train.language import (
 from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
 from flowkern.train.planner_config import PlannerConfig
-from flowkern.train.prompts import Prompt, draw_prompts
+from flowkern.train.prompts import draw_prompts
+from flowkern.train.questions import query_of, read_questions
 from flowkern.train.stop import StopRequest
 from flowkern.train.turn_figures import Told, evaluated, figures
 
@@ -76,6 +75,8 @@ class TurnCalls(Batch):
 
 class PlannerTask:
     """Answers `loop.Task`."""
+
+    unit = "turn"
 
     @staticmethod
     def require(config: PlannerConfig, accelerator: Accelerator) -> None:
@@ -138,6 +139,8 @@ class PlannerTask:
         self.flow = Flow(system, engine, self.tokenizer, *limits)
         self.facts = [trained, *engine.facts]
         self.trained_rows = 0  # through the network, beside the engine's
+        self.done = 0
+        """Turns that are over or are not needed any more, drawn and trained: see `planned`."""
         needs_copy = config.lora is None and recipe.kl_coef > 0
         self.copies = [REFERENCE] if needs_copy else []
 
@@ -164,6 +167,14 @@ class PlannerTask:
     @property
     def calls(self) -> int:
         return self.flow.engine.calls + self.trained_rows
+
+    def planned(self, iteration: int) -> dict[str, float]:
+        """Turns of this rank, at most: one that no trajectory needs counts as done."""
+        most = len(self.slots) * self.recipe.group_size * self.config.agent.max_turns
+        return {"sampling": most, "training": most}
+
+    def _passed(self, turns: int) -> None:
+        self.done += turns
 
     def collect(self, iteration: int) -> TurnExperience:
         """A rollout of all the questions of an iteration, rewarded."""
@@ -207,7 +218,8 @@ class PlannerTask:
         """Of these questions, with their rewards."""
 
         async def walk() -> list[Trajectory]:
-            found = await roll_out(self.flow, starts, sampling, (self.config.seed, number))
+            seed = self.config.seed, number
+            found = await roll_out(self.flow, starts, sampling, seed, self._passed)
             if laps is not None:
                 laps.mark(SAMPLING)
             await score(found, self.rewards, self.flow.concurrency, self.flow.seconds)
@@ -294,6 +306,8 @@ class PlannerTask:
 
     def batches(self, experience: TurnExperience, update: int) -> list[TurnCalls]:
         rows, teaches = experience.rows[update], experience.teaches[update]
+        share = self.planned(0)["training"] // self.recipe.updates_per_rollout
+        self._passed(share - len(rows))
         parts = experience.turns.chunks(rows, self.config.train.max_batch)
         parts += [rows[:0]] * (experience.batches[update] - len(parts))
         # Weights are of all ranks already: nothing is left to be divided by.
@@ -302,6 +316,7 @@ class PlannerTask:
     def loss(self, batch: TurnCalls, weights: Weights) -> Outcome:
         recipe, experience = self.recipe, batch.experience
         has_rows = len(batch.rows) > 0
+        self._passed(len(batch.rows))
         padded = self._on_device(experience.turns.padded(batch.rows) if has_rows else NO_ROW)
         self.trained_rows += len(batch.rows)
 
@@ -372,18 +387,3 @@ class PlannerTask:
 
     def load(self, directory: Path) -> None:
         load_language_weights(self.policy.model, directory)
-
-
-def read_questions(data: DataConfig, which: str) -> list[Prompt]:
-    """As `prompts_of`. Raises ConfigError for a question without an answer."""
-    found = prompts_of(data, which)
-    for number, one in enumerate(found, 1):
-        if not isinstance(one.get("answer"), str | int | float):
-            path = getattr(data, which)
-            raise ConfigError(f'data.{which}: question {number} of {path} has no "answer"')
-    return found
-
-
-def query_of(question: Prompt, number: int) -> Query:
-    rest = {name: value for name, value in question.items() if name not in ("prompt", "answer")}
-    return Query(question["prompt"], str(question["answer"]), number, rest)

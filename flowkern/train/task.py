@@ -39,7 +39,8 @@ class Task(Protocol):
     use; model: one in memory, on the device, in place of model.path's. One that has a static
     `require(config, accelerator)` refuses there what shows before a model is looked for. Where it
     has `calls`, of the network so far on this process, and `planned(iteration)`, those of an
-    iteration there by phase, "sampling" and "training", people see how far it is.
+    iteration there by phase, "sampling" and "training", people see how far it is; in another
+    `unit`, where it has one, as `done` counts it.
     """
 
     facts: Sequence[str]

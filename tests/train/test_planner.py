@@ -58,7 +58,8 @@ def weights(path):
 
 
 def test_a_run_is_the_same_stopped_and_resumed(planner, tmp_path, lines):
-    Loop(planner(name="whole")).run()
+    loop = Loop(planner(name="whole"))
+    loop.run()
     Loop(planner("train.steps=2", name="parts")).run()
     Loop(planner("train.resume_from_checkpoint=latest", name="parts")).run()
     whole, again = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
@@ -74,6 +75,9 @@ def test_a_run_is_the_same_stopped_and_resumed(planner, tmp_path, lines):
     first = whole[0]
     assert first["ratio_mean"] == 1 and whole[1]["ratio_mean"] != 1
     assert first["nfe/sample"] > first["nfe/train"] > 0 and first["turns/mean"] > 2
+    # What is shown of the way comes to its end, whatever trajectories ended early.
+    asked = 2 * 2 * len(loop.task.held_out) * loop.config.agent.max_turns
+    assert loop.task.done == loop.iteration * sum(loop.task.planned(0).values()) + asked
 
 
 def test_two_processes_are_one(planner, tmp_path, train_on, lines):
