@@ -9,7 +9,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from flowkern.compat.miles import CpsSdeStepBackend, SdeStepBackend, grpo_loss, nft_loss
+from flowkern.compat.miles import (
+    CpsSdeStepBackend,
+    SdeStepBackend,
+    grpo_loss,
+    nft_loss,
+    sde_step_with_logprob,
+)
 from flowkern.schedules import sd3_sigmas
 
 LEVEL = 0.7
@@ -232,6 +238,15 @@ def test_the_miles_that_takes_four_gets_four(monkeypatch):
     assert len(backend_of("cps").sde_step_logprob(*given, **options)) == 4
     theirs.SdeStepScore = object
     assert len(backend_of("cps").sde_step_logprob(*given, **options)) == 5
+
+
+def test_the_function_before_there_were_backends():
+    v, x, x_next, sigma, sigma_next = transitions()
+    found = sde_step_with_logprob(Scheduler(), v, 1000 * sigma, x, x_next, LEVEL)
+    second = Scheduler().sigmas[1]
+    log_prob, mean, _, g = published("flow_sde", v, x, x_next, sigma, sigma_next, second)
+    for part, expected in zip(found, (x_next.double(), log_prob, mean, g), strict=True):
+        close(part, expected)
 
 
 def test_backends_say_what_they_cannot_do():

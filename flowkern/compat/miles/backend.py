@@ -206,6 +206,23 @@ class CpsSdeStepBackend(SdeStepBackend):
     kind = "cps"
 
 
+def sde_step_with_logprob(
+    scheduler,
+    model_output: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    noise_level: float = 0.7,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """miles.utils.sde_log_prob's, which MILES's actor called before there were step backends.
+
+    Args and returns: the first four of `SdeStepBackend.sde_step_logprob`.
+    """
+    backend, options = SdeStepBackend(scheduler), {"noise_level": noise_level}
+    given = (model_output, timestep, timestep, sample)  # the scheduler knows what comes next
+    return backend.sde_step_logprob(*given, prev_sample=prev_sample, **options)[:4]
+
+
 def _takes_four() -> bool:
     """Does the MILES of this process take four values of sde_step_logprob? The first that had
     five called them SdeStepScore."""
