@@ -58,15 +58,15 @@ class PlainLoop(ABC):
 
     released_batch: ClassVar[Mapping[str, int]] = MappingProxyType({})
     """Samples that go together in the released loop, by the model's class; of others 1."""
-    sde: ClassVar[str | None] = None
-    """Of drawn steps, as flowkern.schedules names it; None: as the recipe says."""
 
     def __init__(self, trainer, batch_size: int, noise: Noise | None = None):
         """noise: of the first iteration; None: torch.randn, as in all that follow."""
         self.trainer, self.batch_size, self.noise = trainer, batch_size, noise
         self.recipe, self.model, self.device = trainer.recipe, trainer.task.model, trainer.device
         self.guidance_scale = trainer.recipe.guidance_scale
-        self.kind = self.sde or getattr(self.recipe, "sde_type", "flow_sde")
+        self.kind = getattr(self.recipe, "sde_type", "flow_sde")
+        if self.kind not in ("flow_sde", "dance_sde", "cps"):
+            raise ValueError(f"sde_type: the plain loop has no {self.kind}")
         self.learns_both_halves = getattr(self.recipe, "uncond_gradient", False)
         self.gradient: Tensor | None = None  # of the first update ever
         self.calls = (0, 0)  # of the network in the last iteration: in sampling, in training

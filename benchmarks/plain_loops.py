@@ -140,8 +140,6 @@ class GRPOGuard(FlowGRPO):
 class DanceGRPO(OneNoise):
     """Each sample is trained on its own part of its steps."""
 
-    sde = "dance_sde"
-
     def path(self) -> list[Step]:
         *edges, last = pairwise(self.recipe.levels(self.model.sigmas))
         return [*(Step(*edge, is_drawn=True) for edge in edges), Step(*last)]

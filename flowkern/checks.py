@@ -6,6 +6,7 @@ import dataclasses
 import math
 import reprlib
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +18,17 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, on one line."""
 
 
+class Held(ABC):
+    """What a field's value is held to, as its annotation says: ``Annotated[int, Range(1)]``."""
+
+    @abstractmethod
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError naming the field whose value is outside; None is inside."""
+
+
 @dataclass(frozen=True)
-class Range:
-    """Numbers that a field takes, as its annotation says: ``Annotated[int, Range(1)]``."""
+class Range(Held):
+    """Numbers that a field takes."""
 
     low: float
     high: float = math.inf
@@ -43,7 +52,6 @@ class Range:
         return f"{start} to {'below ' if self.below else ''}{self.high}"
 
     def check(self, name: str, value: float | None) -> None:
-        """Raise ValueError naming the field whose value is outside; None is inside."""
         wanted = None if value is None else self.refused(value)
         if wanted is not None:
             raise ValueError(f"{name}: got {shown(value)}, expected a number {wanted}")
@@ -65,19 +73,19 @@ def check_fields(owner: Any) -> None:
 
     A class that sets another default keeps the range of the one it derives from.
     """
-    for name, allowed in ranges(type(owner)).items():
+    for name, allowed in held(type(owner)).items():
         allowed.check(name, getattr(owner, name))
 
 
 @lru_cache(maxsize=256)
-def ranges(kind: type) -> dict[str, Range]:
-    """The range of each field of a dataclass, its own or one that it derives from."""
+def held(kind: type) -> dict[str, Held]:
+    """What the fields of a dataclass are held to, its own or those that it derives from."""
     found = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
             for name, hint in typing.get_type_hints(base, include_extras=True).items():
                 for note in getattr(hint, "__metadata__", ()):
-                    if isinstance(note, Range):
+                    if isinstance(note, Held):
                         found[name] = note
     return found
 

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flowkern.checks import Range, ranges  # noqa: E402
+from flowkern.checks import Held, Range, held  # noqa: E402
 from flowkern.lookup import load  # noqa: E402
 from flowkern.rewards import REWARDS  # noqa: E402
 from flowkern.rl.algorithms import ALGORITHMS, PLANNERS, recipe  # noqa: E402
-from flowkern.rl.recipe import EvenGridRecipe, PolicyRecipe, Recipe  # noqa: E402
+from flowkern.rl.recipe import SDES, EvenGridRecipe, PolicyRecipe, Recipe, SdeType  # noqa: E402
 from flowkern.train.config import Config  # noqa: E402
 from flowkern.train.fields import Collection, Origin, Phrase, Place, Section, Text  # noqa: E402
 from flowkern.train.planner_config import PlannerConfig  # noqa: E402
@@ -66,6 +66,7 @@ WORDS: dict[Any, str] = {
     Phrase: "text, also none",
     Place: "a path",
     Origin: "a directory, or OWNER/NAME of the hub",
+    SdeType: ", ".join(f"`{one}`" for one in (*SDES, "module:function")),
     Collection: "a file, a directory, or OWNER/NAME of the hub",
     int: "integer",
     float: "number",
@@ -87,7 +88,7 @@ class Key(NamedTuple):
 def keys(owner: type) -> list[Key]:
     """Of a section, or of a recipe; those that hold sections are left out."""
     hints, said = typing.get_type_hints(owner, include_extras=True), docstrings(owner)
-    allowed = ranges(owner) if dataclasses.is_dataclass(owner) else stated(owner)
+    allowed = held(owner) if dataclasses.is_dataclass(owner) else stated(owner)
     return [
         Key(name, in_words(hints[name], allowed.get(name)), default, said.get(name, ""))
         for name, default in defaults(owner)
@@ -109,11 +110,9 @@ def defaults(owner: type) -> Iterator[tuple[str, Any]]:
             )
 
 
-def stated(section: type[Section]) -> dict[str, Range]:
+def stated(section: type[Section]) -> dict[str, Held]:
     notes = {name: field.metadata for name, field in section.model_fields.items()}
-    return {
-        name: note for name, found in notes.items() for note in found if isinstance(note, Range)
-    }
+    return {name: note for name, found in notes.items() for note in found if isinstance(note, Held)}
 
 
 def docstrings(owner: type) -> dict[str, str]:

@@ -134,7 +134,7 @@ def test_the_recipe_in_the_docs_costs_what_it_says(capsys, tmp_path, monkeypatch
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/algorithms.md").read_text(), re.DOTALL
     )
-    recipe, credit, cost = blocks
+    recipe, credit, cost, *_ = blocks
     (tmp_path / "fork.py").write_text(recipe)
     monkeypatch.syspath_prepend(tmp_path)
     exec(compile(cost, "docs/algorithms.md", "exec"), {})

@@ -270,7 +270,7 @@ def test_indexing():
         ),
         (lambda: step_coefficients([1.0, math.nan, 0.0], "ode", 0.0), "expected values in"),
         (lambda: step_coefficients([1.5, 0.5], "ode", 0.0), r"sigma: expected values in \(0, 1\]"),
-        (lambda: step_coefficients([1.0, 0.0], "sde", 0.7), "kind: expected one of"),
+        (lambda: step_coefficients([1.0, 0.0], "sde", 0.7), "kind: got 'sde', expected one of cps"),
         (lambda: step_coefficients([1.0, 0.5], "flow_sde", -0.1), "noise_level"),
         (lambda: step_coefficients([1.0, 0.5], "flow_sde", math.inf), "noise_level"),
         (lambda: step_coefficients([1.0, 0.5], "cps", 2.5), "noise_level: cps"),

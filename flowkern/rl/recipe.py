@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from flowkern import rl, rollout
-from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, Range, check_fields, count
+from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, Held, Range, check_fields, count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "PolicyRecipe",
     "Recipe",
     "RewardAggregation",
+    "SdeType",
     "shared_random",
 ]
 
@@ -43,6 +44,21 @@ weighted sum, as in Flow-GRPO's code; normalize_then_sum: the weighted sum of ea
 advantages, as in GDPO (arXiv 2601.05242) and G2RPO's code; normalize_then_mean: over the sum of the
 sizes of the weights, so that a negative one stays a penalty, as MixGRPO's --multi_reward_mix
 advantage_aggr."""
+
+SDES = ("flow_sde", "dance_sde", "cps", "dpm_sde")
+"""Of `schedules.KINDS`, those that draw."""
+
+
+class _Draws(Held):
+    def check(self, name: str, value: Any) -> None:
+        if value is not None and value not in SDES:
+            from flowkern.schedules.own import sampler_of  # here, as it imports torch
+
+            sampler_of(value, name, SDES)
+
+
+SdeType = Annotated[str, _Draws()]
+"""A sampler of steps that are drawn: one of `SDES`, or "module:function" of one's own."""
 
 Levels = Annotated[int, count(1000)]
 """A number of noise levels; models are trained on a thousand."""
@@ -136,6 +152,10 @@ class PolicyRecipe(Recipe):
 
     noise_level: Annotated[float, ABOVE_0]
     """Of the SDE, as `schedules.edge_coefficients` takes it."""
+    sde_type: SdeType = "flow_sde"
+    """The sampler of drawn steps: Flow-GRPO's SDE (`flow_sde`), DanceGRPO's (`dance_sde`),
+    coefficients-preserving sampling (`cps`, with noise levels around 0.8), SDE-DPM-Solver++ of the
+    first order (`dpm_sde`), or `module:function` of your own (docs/algorithms.md)."""
     clip_range: Annotated[float, BELOW_1] = 1e-4
     """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
     kl_coef: Annotated[float, AT_LEAST_0] = 0.0
@@ -168,16 +188,16 @@ class PolicyRecipe(Recipe):
         sigmas: list[float],
         window: range,
         tail: list[float],
-        kind: str = "flow_sde",
         is_shared: bool = True,
         order: int = 1,
     ) -> rollout.Plan:
         """A group of samples, drawn and trained in a window of steps and deterministic around it.
 
         sigmas: the noise levels up to the window's end, at least; tail: those after it; order: of
-        the solver there. kind: of the SDE. is_shared: the samples are one up to the window.
+        the solver there. is_shared: the samples are one up to the window.
         """
         plan, trunk = self.empty_plan(), None
+        sde = self.sde_type, self.noise_level
         for member in range(self.group_size):
             if trunk is None or not is_shared:
                 trunk = plan.root(member)
@@ -185,7 +205,7 @@ class PolicyRecipe(Recipe):
                     trunk = plan.step(trunk, sigma)
             node = trunk
             for sigma in sigmas[window.start + 1 : window.stop + 1]:
-                node = plan.draw(node, sigma, kind, self.noise_level, member, is_trained=True)
+                node = plan.draw(node, sigma, *sde, member, is_trained=True)
             for sigma in tail:
                 node = plan.step(node, sigma, order)
             plan.leaf(node)

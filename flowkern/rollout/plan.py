@@ -17,7 +17,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flowkern.schedules import Coefficients, edge_coefficients, multistep_coefficients
+from flowkern.schedules import (
+    Coefficients,
+    Sampler,
+    edge_coefficients,
+    multistep_coefficients,
+)
 
 MAX_NODES = 2**20  # beyond it a plan takes minutes and gigabytes, and no network follows it
 
@@ -90,7 +95,7 @@ class Plan:
         self,
         node: int,
         sigma_next: float,
-        kind: str,
+        kind: str | Sampler,
         noise_level: float,
         member: int,
         is_trained: bool = False,
@@ -192,7 +197,7 @@ class Plan:
 
 @lru_cache(maxsize=65536)
 def _sde_edge(
-    sigma: float, sigma_next: float, kind: str, noise_level: float
+    sigma: float, sigma_next: float, kind: str | Sampler, noise_level: float
 ) -> tuple[Coefficients, float, float]:
     """With its k and its std."""
     edge = edge_coefficients(sigma, sigma_next, kind, noise_level)

@@ -9,7 +9,8 @@ dt = sigma_next - sigma < 0:
     x_next   = mean + std noise
     log_prob = mean_D(-k (x_next - mean)^2) + c
 
-so a sampler is a row of coefficients here, and never a kernel of its own.
+so a sampler is a row of coefficients here, and never a kernel of its own. One of yours is a
+function that gives rows (`own.Sampler`).
 """
 
 from flowkern.schedules.coefficients import COLUMNS, MAX_HISTORY, Coefficients
@@ -18,12 +19,14 @@ from flowkern.schedules.edges import edge_coefficients, step_coefficients
 from flowkern.schedules.formulas import KINDS
 from flowkern.schedules.grids import flux_sigmas, sd3_sigmas, shifted_sigmas
 from flowkern.schedules.multistep import multistep_coefficients
+from flowkern.schedules.own import Sampler
 
 __all__ = [
     "COLUMNS",
     "KINDS",
     "MAX_HISTORY",
     "Coefficients",
+    "Sampler",
     "device_coefficients",
     "edge_coefficients",
     "flux_sigmas",

@@ -134,21 +134,14 @@ def _check_table(table: Tensor) -> None:
         raise ValueError(f"table: expected std >= 0, got {std.tolist()}")
 
 
-def table_of(
-    a: Tensor,
-    b: Tensor,
-    std: Tensor,
-    sigma: Tensor,
-    tempered: bool = False,
-    history: Sequence[Tensor] = (),
-) -> Coefficients:
-    table = stacked(a, b, std, sigma, tempered, history)
-    if not bool(torch.isfinite(table.float()).all()):  # float: what the kernels compute with
+def checked(table: Tensor, num_history: int = 0) -> Coefficients:
+    """Edges that were computed, and may be beyond what the kernels compute with."""
+    if not bool(torch.isfinite(table.float()).all()):
         raise ValueError(
-            f"the edges from sigma {sigma.tolist()} have coefficients beyond float32: "
+            f"the edges from sigma {table[..., -1].tolist()} have coefficients beyond float32: "
             f"{table.tolist()}"
         )
-    return Coefficients(table, len(history))
+    return Coefficients(table, num_history)
 
 
 def stacked(

@@ -34,7 +34,10 @@ def device_coefficients(
     `edge_coefficients`, computed in float64 and rounded to float32. Without gradient.
     """
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+        raise ValueError(
+            f"kind: expected one of {KINDS}, got {kind!r}; a sampler of one's own takes numbers: "
+            "step_coefficients makes a grid's edges of it, which an index on the device selects"
+        )
     if not isinstance(sigma, Tensor):
         raise TypeError(
             f"sigma: expected a tensor, got {type(sigma).__name__}; edge_coefficients takes numbers"

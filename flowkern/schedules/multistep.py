@@ -8,7 +8,7 @@ import math
 import torch
 
 from flowkern.checks import is_integer
-from flowkern.schedules.coefficients import Coefficients, table_of
+from flowkern.schedules.coefficients import Coefficients, checked, stacked
 from flowkern.schedules.formulas import exp_minus_h
 from flowkern.schedules.sigmas import edge_of, sigmas_of
 
@@ -51,7 +51,7 @@ def multistep_coefficients(
     b = -s * weights[0]
     std = n * math.sqrt(1 - decay**2) if sde else torch.zeros_like(s)
     history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:]]
-    return table_of(a, b, std, s, history=history)
+    return checked(stacked(a, b, std, s, history=history), len(history))
 
 
 def _x0_weights(path, order: int, decay: float, variant: str, sde: bool) -> list[float]:

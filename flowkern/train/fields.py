@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from flowkern.checks import ConfigError, Range, shown
+from flowkern.checks import ConfigError, Held, shown
 from flowkern.lookup import is_hub_id, nearest
 from flowkern.rl.algorithms import recipe
 from flowkern.rl.recipe import AnyRecipe, PolicyRecipe
@@ -114,7 +114,7 @@ class Section(BaseModel):
     def _in_range(self) -> Self:
         for name, field in type(self).model_fields.items():
             for note in field.metadata:
-                if isinstance(note, Range):
+                if isinstance(note, Held):
                     note.check(name, getattr(self, name))
         return self
 

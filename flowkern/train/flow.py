@@ -187,8 +187,11 @@ class FlowTask:
         try:
             self.recipe.plan(self.model.sigmas)
         except ValueError as error:
-            is_option = str(error).partition(":")[0] in {f.name for f in fields(self.recipe)}
-            raise ConfigError(f"algorithm{'.' if is_option else ': '}{error}") from error
+            name, colon, reason = str(error).partition(":")
+            name = {"kind": "sde_type"}.get(name, name)  # as a recipe calls it
+            is_option = name in {f.name for f in fields(self.recipe)}
+            key = "algorithm." if is_option else "algorithm: "
+            raise ConfigError(f"{key}{name}{colon}{reason}") from error
 
     def modules(self) -> dict[str, nn.Module]:
         return {NETWORK: self.model.network}

@@ -62,7 +62,8 @@ class World:
 class Step:
     sigma_next: float
     solver: str = "ode"
-    """ "ode" (Euler), "dpm" (DPM-Solver++ 2M), or an SDE: "flow_sde", "dance_sde", "cps"."""
+    """ "ode" (Euler), "dpm" (DPM-Solver++ 2M), or an SDE: "flow_sde", "dance_sde", "cps",
+    "precise"."""
     level: float = 0.0
     weight: float | None = None
     """Of the policy loss of this step; None: it is not trained."""
@@ -101,6 +102,9 @@ def mean_and_std(x: Tensor, v: Tensor, sigma: float, step: Step) -> tuple[Tensor
     if step.solver == "cps":
         angle = level * math.pi / 2
         return (1 - n) * clean + n * math.cos(angle) * noise, n * math.sin(angle)
+    if step.solver == "precise":
+        std = n * math.sqrt(1 - (n * (1 - sigma) / (sigma * (1 - n))) ** level**2)
+        return (1 - n) * clean + math.sqrt(n**2 - std**2) * noise, std
     if step.solver == "flow_sde":  # 1 - sigma is 0 at pure noise, where the next level stands in
         g = level * math.sqrt(sigma / (1 - (n if sigma == 1 else sigma)))
     else:

@@ -9,9 +9,11 @@ P prompts, L images and C choices (trained steps, or points to match at) of each
 
 import dataclasses
 import math
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 
 import naive
 import pytest
@@ -297,6 +299,11 @@ POPULATION, ALL_STD = {"eps": 1e-4}, {"eps": 1e-4, "all_std": True}
 UNBIASED = {"eps": 1e-8, "unbiased": True, "mix": "mean"}
 
 
+MIXED = {"num_inference_steps": 8, "window": 2, "window_iterations": 5}
+EXAMPLE = Path(__file__).parents[2] / "examples/own_sampler.py"
+OWN_SAMPLER = runpy.run_path(str(EXAMPLE))["precise"]
+
+
 def policy(name, options, *rest, **more):
     return Case(name, SMALL | options, *rest, **more)
 
@@ -335,8 +342,18 @@ CASES = {
         grid=shifted, best_of=2,
     ),
     "mixgrpo": policy(
-        "mixgrpo", {"num_inference_steps": 8, "window": 2, "window_iterations": 5},
+        "mixgrpo", MIXED,
         lambda sigmas, _: naive.window(sigmas, range(2, 4), 3, "flow_sde", 0.7),
+        UNBIASED, grid=shifted, iteration=10,
+    ),
+    "mixgrpo, cps": policy(
+        "mixgrpo", MIXED | {"sde_type": "cps", "noise_level": 0.8},
+        lambda sigmas, _: naive.window(sigmas, range(2, 4), 3, "cps", 0.8),
+        UNBIASED, grid=shifted, iteration=10,
+    ),
+    "mixgrpo, one's own": policy(
+        "mixgrpo", MIXED | {"sde_type": OWN_SAMPLER, "noise_level": 1.2},
+        lambda sigmas, _: naive.window(sigmas, range(2, 4), 3, "precise", 1.2),
         UNBIASED, grid=shifted, iteration=10,
     ),
     "mixgrpo_flash": policy(

@@ -7,7 +7,6 @@ ratio and advantages by prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from flowkern import rl, rollout
 from flowkern.rl.recipe import Grid, PolicyRecipe
@@ -23,8 +22,6 @@ class FlowGRPO(PolicyRecipe):
     prompts_per_rollout: int = 48
     updates_per_rollout: int = 2
     noise_level: float = 0.7
-    sde_type: Literal["flow_sde", "cps"] = "flow_sde"
-    """The sampler: Flow-GRPO's SDE, or coefficients-preserving sampling (CPS)."""
     kl_coef: float = 0.004
     """As in the paper; the code's later 0.04 lacks a dt."""
     global_std: bool = True

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated
 
 from flowkern import rollout
 from flowkern.checks import AT_LEAST_0
 from flowkern.rl.algorithms.flow_grpo import FlowGRPO
-from flowkern.rl.recipe import Grid, Levels, shared_random
+from flowkern.rl.recipe import Grid, Levels, SdeType, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class FlowGRPOFast(FlowGRPO):
 
     guidance_scale: float = 1.0
     noise_level: float = 0.8
-    sde_type: Literal["flow_sde", "cps"] = "cps"
+    sde_type: SdeType = "cps"
     clip_range: float = 1e-5
     kl_coef: float = 0.0
     window: Annotated[int, AT_LEAST_0] = 3
@@ -55,7 +55,7 @@ class FlowGRPOFast(FlowGRPO):
         sigmas, start = grid(self.num_inference_steps).tolist(), self.window_start(iteration, seed)
         window = range(start, start + self.num_drawn)
         tail = sigmas[window.stop + 1 :]
-        return self.windowed(sigmas, window, tail, self.sde_type, is_shared=self.branching)
+        return self.windowed(sigmas, window, tail, is_shared=self.branching)
 
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size, steps = self.group_size, self.num_inference_steps

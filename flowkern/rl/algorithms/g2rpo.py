@@ -47,7 +47,7 @@ class G2RPO(EvenGridRecipe):
         for i in range(self.branch_steps):
             state = plan.step(state, sigmas[i]) if i else state
             for member in range(self.group_size):
-                sde = "flow_sde", self.noise_level, member
+                sde = self.sde_type, self.noise_level, member
                 branch = plan.draw(state, sigmas[i + 1], *sde, is_trained=True)
                 made: dict[tuple[int, float], int] = {}  # what step sizes share is computed once
                 for j, size in enumerate(sizes):

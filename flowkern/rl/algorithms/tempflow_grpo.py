@@ -34,7 +34,7 @@ class TempFlowGRPO(PolicyRecipe):
         from flowkern.schedules import step_coefficients
 
         plan, sigmas = self.empty_plan(), grid(self.num_inference_steps)
-        sde, size = ("flow_sde", self.noise_level), self.group_size
+        sde, size = (self.sde_type, self.noise_level), self.group_size
         std = step_coefficients(sigmas, *sde).std[:-1]
         # By the noise of the step, 1 on average: a constant of one grid is wrong on another.
         weights, sigmas = (std / std.mean()).tolist(), sigmas.tolist()
