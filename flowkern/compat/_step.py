@@ -33,8 +33,11 @@ def scored_step(
         x_next (B, *D), in float32; log_prob (B,), a mean over D; mean (B, *D) in float32. log_prob
         and mean are differentiable in velocity, x_next is not.
     """
-    x_next, log_prob = scored(x_t, velocity, edges, x_next, noise, round_dtype)
-    return x_next, log_prob, mean_of(x_t, velocity, edges)
+    if x_next is None:
+        stored = {"round_dtype": round_dtype, "out_dtype": torch.float32}
+        return sde_step(x_t, velocity, edges, noise=noise, return_mean=True, **stored)
+    log_prob, mean = sde_log_prob(x_t, velocity, x_next.detach(), edges, return_mean=True)
+    return x_next.float(), log_prob, mean
 
 
 def scored(
@@ -47,8 +50,8 @@ def scored(
 ) -> tuple[Tensor, Tensor]:
     """`scored_step` without the mean."""
     if x_next is None:
-        x_next, log_prob = sde_step(x_t, velocity, edges, noise=noise, out_dtype=round_dtype)
-        x_next = x_next.float()
+        stored = {"round_dtype": round_dtype, "out_dtype": torch.float32}
+        x_next, log_prob = sde_step(x_t, velocity, edges, noise=noise, **stored)
         if velocity.requires_grad and torch.is_grad_enabled():
             log_prob = sde_log_prob(x_t, velocity, x_next, edges)
         return x_next, log_prob
