@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -170,26 +171,26 @@ def _returned_std(
 
 def register() -> None:
     """From here on Flow-Factory builds this scheduler wherever it would build its own."""
-    _scheduler()  # what is missing is said here, not when an adapter is built
+    __getattr__(_NAME)  # what is missing is said here, not when an adapter is built
     registry = imported("flow_factory.scheduler.registry", _PROJECT)
     attribute(registry, "register_scheduler", _PROJECT)(
         "FlowMatchEulerDiscreteScheduler", f"{__name__}.{_NAME}"
     )
 
 
-def _scheduler() -> type:
-    """A subclass of Flow-Factory's scheduler."""
-    scheduler = imported("flow_factory.scheduler", _PROJECT)
-
-    class FlowMatchEulerDiscreteSDEScheduler(_Step, attribute(scheduler, _NAME, _PROJECT)):
-        __doc__ = _Step.__doc__
-        __qualname__ = _NAME
-        _output_class = attribute(scheduler, "SDESchedulerOutput", _PROJECT)
-
-    return FlowMatchEulerDiscreteSDEScheduler
-
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> type:
     if name != _NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, _scheduler())  # made once
+    theirs = imported("flow_factory.scheduler", _PROJECT)
+    names = (_NAME, "SDESchedulerOutput")
+    return _scheduler(*(attribute(theirs, each, _PROJECT) for each in names))
+
+
+@cache
+def _scheduler(theirs: type, output: type) -> type:
+    class FlowMatchEulerDiscreteSDEScheduler(_Step, theirs):
+        __doc__ = _Step.__doc__
+        __qualname__ = _NAME
+        _output_class = output
+
+    return FlowMatchEulerDiscreteSDEScheduler

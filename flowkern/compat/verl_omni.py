@@ -12,6 +12,8 @@ not multiplied in bfloat16; sigma within 1e-5 of 1 counts as 1; and the log-prob
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from ._step import scored_step
 
 _PROJECT = "verl-omni"
 _NAME = "FlowMatchSDEDiscreteScheduler"
+_ALGORITHMS = "verl_omni.trainer.diffusion.diffusion_algos"
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
 
@@ -168,41 +171,48 @@ class _Loss:
 
 
 def install() -> None:
-    """From here on verl-omni's scheduler steps by the kernel, and "diffusion_nft" is its loss."""
-    _base_scheduler().sample_previous_step = _Step.sample_previous_step
-    algorithms = imported("verl_omni.trainer.diffusion.diffusion_algos", _PROJECT)
-    attribute(algorithms, "register_diffusion_loss", _PROJECT)("diffusion_nft")(_loss())
+    """From here on verl-omni's scheduler steps by the kernel, and "diffusion_nft" is its loss.
+
+    One that is not installed, or lacks a name, is refused before anything changes.
+    """
+    scheduler, algorithms = _their_scheduler(), imported(_ALGORITHMS, _PROJECT)
+    register = attribute(algorithms, "register_diffusion_loss", _PROJECT)
+    loss = _loss(_their_loss())
+    scheduler.sample_previous_step = _Step.sample_previous_step
+    register("diffusion_nft")(loss)
 
 
-def _base_scheduler() -> type:
+def __getattr__(name: str) -> type:
+    if name == _NAME:
+        return _scheduler(_their_scheduler())
+    if name == "DiffusionNFTLoss":
+        return _loss(_their_loss())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _their_scheduler() -> type:
     return attribute(imported("verl_omni.pipelines.schedulers", _PROJECT), _NAME, _PROJECT)
 
 
-def _scheduler() -> type:
-    """A subclass of verl-omni's scheduler."""
+def _their_loss() -> type:
+    return attribute(imported(_ALGORITHMS, _PROJECT), "DiffusionNFTLoss", _PROJECT)
 
-    class FlowMatchSDEDiscreteScheduler(_Step, _base_scheduler()):
+
+@cache
+def _scheduler(theirs: type) -> type:
+    class FlowMatchSDEDiscreteScheduler(_Step, theirs):
         __doc__ = _Step.__doc__
         __qualname__ = _NAME
 
     return FlowMatchSDEDiscreteScheduler
 
 
-def _loss() -> type:
-    """A subclass of verl-omni's loss: how it prepares a batch, and calls this, stays."""
-    algorithms = imported("verl_omni.trainer.diffusion.diffusion_algos", _PROJECT)
+@cache
+def _loss(theirs: type) -> type:
+    """How verl-omni's class prepares a batch, and calls the loss, stays."""
 
-    class DiffusionNFTLoss(_Loss, attribute(algorithms, "DiffusionNFTLoss", _PROJECT)):
+    class DiffusionNFTLoss(_Loss, theirs):
         __doc__ = _Loss.__doc__
         __qualname__ = "DiffusionNFTLoss"
 
     return DiffusionNFTLoss
-
-
-_CLASSES = {_NAME: _scheduler, "DiffusionNFTLoss": _loss}
-
-
-def __getattr__(name: str):
-    if name not in _CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, _CLASSES[name]())  # made once

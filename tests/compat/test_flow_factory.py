@@ -53,8 +53,7 @@ def registered(monkeypatch):
     registry.register_scheduler = found.__setitem__
     for module in (ModuleType("flow_factory"), package, registry):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    yield found
-    vars(flow_factory).pop("FlowMatchEulerDiscreteSDEScheduler", None)
+    return found
 
 
 @pytest.fixture

@@ -72,9 +72,7 @@ def losses(monkeypatch):
     packages = map(ModuleType, (*packages, "verl_omni.trainer.diffusion"))
     for module in (*packages, schedulers, algorithms):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    yield found
-    for name in ("FlowMatchSDEDiscreteScheduler", "DiffusionNFTLoss"):
-        vars(verl_omni).pop(name, None)
+    return found
 
 
 @pytest.fixture
