@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowkern.ops.sde_step import ode_step
 from flowkern.schedules import Coefficients, multistep_coefficients, step_coefficients
-from flowkern.schedules.coefficients import table_of
+from flowkern.schedules.coefficients import checked, stacked
 
 from ._dance import dance_coefficients
 from ._grid import grid_of, remembered
@@ -118,4 +118,4 @@ def ddim_coefficients(sigmas: Tensor, eta: float) -> Coefficients:
     if bool((std > n).any()):
         raise ValueError(f"eta: ddim takes one whose noise the next sigma can hold, got {eta}")
     keep = torch.sqrt(n**2 - std**2)
-    return table_of((1 - n) + keep, keep * (1 - s) - (1 - n) * s, std, s)
+    return checked(stacked((1 - n) + keep, keep * (1 - s) - (1 - n) * s, std, s))
