@@ -25,7 +25,8 @@ def second_order_path(device):
             x, x0_before = plain_steps.second_order(v, x, x0_before, sigmas, index)
         return (x - sigmas[9] * v,)
 
-    return against("diffusion_nft, dpm2, ten steps", drop_in, published, (v, x, sigmas))
+    name = "diffusion_nft, dpm2, ten steps"
+    return against(name, drop_in, published, (v, x, sigmas), waits=True)  # for the network
 
 
 ROWS = [second_order_path]

@@ -25,7 +25,8 @@ def against(
     Both return a tuple of tensors, which are held to the published ones in float64; or with `leaf`
     a loss, of which they are asked the gradient in arguments[leaf].
     drop_in: with the caller's own noise as theirs, or with none of either.
-    waits: the published function reads from the device: it is not compiled in one piece.
+    waits: the published function reads from the device, or is called piece by piece: there is no
+        one graph to compile.
     """
 
     def run(function: Callable, given: tuple = arguments) -> tuple[Tensor, ...]:
