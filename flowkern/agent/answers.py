@@ -17,8 +17,8 @@ from typing import Annotated, Any, TypeAlias
 
 from flowkern.agent.memory import Query
 from flowkern.agent.options import built
-from flowkern.agent.tools.extras import wanting
 from flowkern.checks import AT_LEAST_0, ConfigError, Range, is_integer, shown
+from flowkern.extras import wanting
 from flowkern.lookup import load, locate
 
 __all__ = ["ANSWERS", "Exact", "Judge", "MathVerify", "Numeric", "load_answer", "require_answer"]

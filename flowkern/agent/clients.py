@@ -7,8 +7,8 @@ from typing import Any
 
 from flowkern.agent import network
 from flowkern.agent.network import Caller, FailedCall, Patience
-from flowkern.agent.tools.extras import wanting
 from flowkern.checks import ConfigError, finite_number
+from flowkern.extras import wanting
 
 __all__ = ["FailedCall", "Patience", "TextClient"]
 

@@ -12,6 +12,7 @@ from flowkern import __version__
 from flowkern.checks import ConfigError
 from flowkern.cli import cost, demo, doctor, export, report, sample, serve_reward, train
 from flowkern.cli.errors import say
+from flowkern.extras import how_to_have
 from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
 
@@ -19,9 +20,6 @@ COMMANDS = (train, demo, doctor, export, report, sample, serve_reward, cost)
 """In the order of `flowkern --help`: each adds its parser, whose `command` runs it."""
 VALUED = ("config", "algorithm", "json", "card", "processes", *serve_reward.VALUED)
 OPTIONS = ("help", "traceback", "estimate", *VALUED)  # which are no keys
-# What `pip install 'flowkern[train]'` brings, as it is imported.
-EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "PIL", "yaml", "safetensors"}
-EXTRAS |= {"huggingface_hub", "jinja2", "pydantic", "rich", "tqdm", "transformers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.traceback:
             raise
-        message = " ".join(str(error).split())
-        missing = (getattr(error, "name", None) or "").partition(".")[0]
-        if isinstance(error, ImportError) and missing in EXTRAS:
-            message += "; training and sampling need: pip install 'flowkern[train]'"
-        say(message)
+        say(" ".join(str(error).split()) + how_to_have(error))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         say("interrupted")

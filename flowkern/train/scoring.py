@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkern.checks import ConfigError, counted
+from flowkern.extras import how_to_have
 from flowkern.rewards import RewardError, load_reward, option_of
 from flowkern.rewards.pixels import as_bytes
 from flowkern.rewards.weights import commits
@@ -109,7 +110,7 @@ def load_rewards(config: Rewards) -> dict[str, KeyedReward]:
             text = " ".join(str(error).split())
             is_option = text.partition(":")[0] in one.options or option_of(one.kind or name, text)
             is_said = isinstance(error, ValueError | TypeError | FileNotFoundError)
-            message = text if is_said or is_option else line(error)
+            message = (text if is_said or is_option else line(error)) + how_to_have(error)
             raise ConfigError(f"{key}{'.' if is_option else ': '}{message}") from error
         may_be_nan = one.allow_nan or bool(getattr(reward, "may_fail", False))
         scale = _scale(f"{key}.scale", one, reward)

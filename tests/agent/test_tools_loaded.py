@@ -3,14 +3,12 @@
 import asyncio
 import re
 import sys
-import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from flowkern.agent.tools import TOOLS, Limits, load_tool
-from flowkern.agent.tools.extras import EXTRAS
 from flowkern.checks import ConfigError
 
 pytest.importorskip("pydantic", reason="pydantic is not installed: flowkern[agent]")
@@ -107,16 +105,6 @@ def test_generator_asks_the_client_that_it_is_given():
 
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_an_install_line_names_an_extra_that_brings_the_package():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    for package, extra in EXTRAS.items():
-        brought = [re.split("[<>=]", one)[0].replace("-", "_") for one in extras[extra]]
-        assert package in brought
-    assert set(EXTRAS.values()) < set(extras)
 
 
 def test_the_tool_of_the_documentation(tmp_path, monkeypatch):

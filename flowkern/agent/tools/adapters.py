@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from flowkern.agent.tools.apart import reason_of
-from flowkern.agent.tools.extras import wanting
 from flowkern.agent.tools.output import ToolFailure
 from flowkern.agent.tools.tool import Tool
 from flowkern.checks import ConfigError, shown
+from flowkern.extras import wanting
 from flowkern.lookup import load
 
 __all__ = ["McpTool", "SmolagentsTool"]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowkern.agent.tools.extras import wanting
 from flowkern.agent.tools.output import ToolFailure
 from flowkern.checks import ConfigError, is_integer, shown
+from flowkern.extras import wanting
 
 __all__ = ["Search", "read_passages"]
 

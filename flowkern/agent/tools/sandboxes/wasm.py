@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flowkern.agent.tools.extras import install_line
 from flowkern.agent.tools.output import one_line
 from flowkern.agent.tools.sandboxes import warden
 from flowkern.agent.tools.sandboxes.process import run_bounded
 from flowkern.checks import ConfigError, shown
+from flowkern.extras import install_line
 
 __all__ = ["command", "settings"]
 
