@@ -94,22 +94,28 @@ def _looked_up(scheduler, timesteps, like):
 
 
 def replay_with_gradient(device) -> Case:
+    """What is made of log-prob and mean is eager in every contender, as it is a script's own."""
     draw, scheduler, sigmas = _inputs(device)
     backend = SdeStepBackend(scheduler)
     times = _times(scheduler)
-    v, x, x_next = draw().requires_grad_(), draw(), draw()
+    arguments = (draw().requires_grad_(), draw(), draw())
+
+    def loss(log_prob, mean):
+        return log_prob.sum() + mean.square().mean()
 
     def drop_in(v, x, x_next):
         found = backend.sde_step_logprob(v, *times, x, prev_sample=x_next, noise_level=0.7)
-        return found.log_prob.sum() + found.prev_mean.square().mean()
+        return loss(found.log_prob, found.prev_mean)
 
-    def theirs(v, x, x_next, *sigmas):
-        sigmas = sigmas or _looked_up(scheduler, times[0], x)
-        log_prob, mean, _ = score(v, x, x_next, *sigmas)
-        return log_prob.sum() + mean.square().mean()
+    def theirs(v, x, x_next):
+        return loss(*score(v, x, x_next, *_looked_up(scheduler, times[0], x))[:2])
 
     name = "MILES, replay + gradient of log-prob and mean"
-    return _with_compiled(name, drop_in, theirs, (v, x, x_next), (*sigmas, scheduler.sigmas[1]))
+    case = against(name, drop_in, theirs, arguments, leaf=0, waits=True)
+    code = compiled(score, *arguments, *sigmas, scheduler.sigmas[1])
+    gradient = lambda: torch.autograd.grad(loss(*code()[:2]), arguments[0])  # noqa: E731
+    case.contenders.append(Contender("torch.compile", gradient))
+    return case
 
 
 def loss(device) -> Case:

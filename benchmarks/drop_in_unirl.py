@@ -60,19 +60,25 @@ def draw(device):
 
 
 def replay_with_gradient(device):
+    """What is made of log-prob and mean is eager in every contender, as it is a script's own."""
     v, *rest = _inputs(device)[1]
-    strategy = FlowSDEStrategy()
+    arguments, strategy = (v.requires_grad_(), *rest), FlowSDEStrategy()
 
-    def drop_in(v, x, sigma, sigma_next, x_next):
-        _, log_prob, mean = strategy.denoise(v, x, sigma, sigma_next, eta=0.7, prev_sample=x_next)
+    def loss(of):
+        _, log_prob, mean = of
         return log_prob.sum() + mean.square().mean()
 
-    def theirs(*given):
-        _, log_prob, mean = published(*given)
-        return log_prob.sum() + mean.square().mean()
+    def drop_in(*given):
+        return loss(strategy.denoise(*given[:4], eta=0.7, prev_sample=given[4]))
 
     name = "UniRL, replay + gradient of log-prob and mean"
-    return against(name, drop_in, theirs, (v.requires_grad_(), *rest), leaf=0)
+    case = against(
+        name, drop_in, lambda *given: loss(published(*given)), arguments, leaf=0, waits=True
+    )
+    code = compiled(published, *arguments)
+    gradient = lambda: torch.autograd.grad(loss(code()), v)  # noqa: E731
+    case.contenders.append(Contender("torch.compile", gradient))
+    return case
 
 
 ROWS = [draw, replay_with_gradient]
