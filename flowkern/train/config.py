@@ -204,8 +204,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _judges(self) -> Self:
-        is_validated, is_flow = self.data.test_prompts is not None, self.algorithm.task == "flow"
-        require_judges(self.validation, is_validated, self.reward, is_flow)
+        is_validated = self.data.test_prompts is not None
+        require_judges(self.validation, is_validated, self.reward, self.algorithm.task)
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from flowkern.checks import counted
 from flowkern.torch_private import process_groups
 from flowkern.train.config import Config, ConfigError
 from flowkern.train.errors import RunError, describe
+from flowkern.train.launcher import end_with_launcher
 from flowkern.train.prompts import draw_prompts
 from flowkern.train.stop import Stop
 
@@ -33,6 +34,7 @@ def make_accelerator(config: Config) -> Accelerator:
 
     Raises ConfigError for a tracker that there is not, or that is not installed.
     """
+    end_with_launcher()
     tracker = config.train.report_to
     if tracker is not None and tracker not in LoggerType.list():
         known = ", ".join(LoggerType.list())

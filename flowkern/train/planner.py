@@ -40,7 +40,7 @@ from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
 from flowkern.train.planner_config import PlannerConfig
 from flowkern.train.prompts import draw_prompts
-from flowkern.train.questions import query_of, read_questions
+from flowkern.train.questions import query_of, read_questions, require_kinds
 from flowkern.train.stop import StopRequest
 from flowkern.train.turn_figures import Told, evaluated, figures
 
@@ -94,7 +94,7 @@ class PlannerTask:
             kind.require(engine.options)
         questions = read_questions(config.data, "train_prompts")
         distributed.require_prompts(config, accelerator, len(questions))
-        read_questions(config.data, "test_prompts")
+        require_kinds(config.validation, read_questions(config.data, "test_prompts"))
 
     def __init__(
         self,

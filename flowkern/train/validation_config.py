@@ -64,11 +64,25 @@ class ValidationConfig(Judged):
     """Classifier-free guidance; up to 1 is none."""
 
 
-def require_judges(options: Judged, is_validated: bool, reward: Rewards, is_flow: bool) -> None:
+ANSWERED = (
+    "eval/success",
+    "eval/success_greedy",
+    "eval/malformed",
+    "turns/mean",
+    "turns/lost",
+    "tool/failed",
+    "unanswered",
+    "tokens/prompt",
+    "tokens/response",
+)
+"""What a validation of a planner has beside rewards, and the first two of each kind of question."""
+
+
+def require_judges(options: Judged, is_validated: bool, reward: Rewards, task: str) -> None:
     """Raise ValueError for figures that no validation has, and for an optimized one as a judge.
 
-    is_flow: validations are of images, whose figures are known by name; of another task, those of
-    rewards alone are, and the first validation shows the others.
+    task: of the recipe. The figures of "flow", of images, and of "planner" are known by name; of a
+    task of one's own those of rewards alone are, and the first validation shows the others.
     """
     scores = [f"reward/{name}" for name in (*reward.root, "mean")]
     lost = ["failed_rewards", *(f"failed_rewards/{name}" for name in reward.root)]
@@ -79,18 +93,27 @@ def require_judges(options: Judged, is_validated: bool, reward: Rewards, is_flow
                 f"validation.{key}: got {name}, but data.test_prompts is null: there is no "
                 "validation"
             )
-        is_open = not (is_flow or name.startswith("reward/"))
-        if not (is_open or name in (*scores, *lost) or _is_entry(name, reward)):
-            near = nearest(name, [*scores, *lost])
+        known = {"flow": [*scores, *lost], "planner": [*scores, *ANSWERED]}.get(task, scores)
+        is_open = task not in ("flow", "planner") and not name.startswith("reward/")
+        is_one = {"flow": _is_entry, "planner": _is_of_a_kind}.get(task)
+        if not (is_open or name in known or (is_one is not None and is_one(name, reward))):
+            near = nearest(name, known)
             hint = f"; did you mean {near}?" if near else ""
-            more = "or info/REWARD/ENTRY" if is_flow else "or a figure that is no reward's"
-            there = ", ".join(scores)
-            raise ValueError(f"validation.{key}: got {name}, expected {there}, {more}{hint}")
+            there = {
+                "flow": [*scores, "or info/REWARD/ENTRY"],
+                "planner": [*known, "or eval/success/KIND"],
+            }.get(task, [*scores, "or a figure that is no reward's"])
+            raise ValueError(f"validation.{key}: got {name}, expected {', '.join(there)}{hint}")
         if key == "collapse" and name in [f"reward/{one}" for one in (*reward.weights, "mean")]:
             raise ValueError(
                 f"validation.collapse: got {name}, which is optimized; expected a judge, a reward "
                 "with weight 0, or another figure"
             )
+
+
+def _is_of_a_kind(name: str, reward: Rewards) -> bool:
+    """Of questions of one kind. Which kinds there are, the questions say."""
+    return any(name.startswith(f"{of}/") for of in ANSWERED[:2])
 
 
 def _is_entry(name: str, reward: Rewards) -> bool:

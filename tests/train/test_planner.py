@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from flowkern.checks import ConfigError
 from flowkern.train.config import load_config
 from flowkern.train.loop import Loop
+from flowkern.train.validation_config import ANSWERED
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets/agent-demo"
@@ -71,6 +72,8 @@ def test_a_run_is_the_same_stopped_and_resumed(planner, tmp_path, lines):
     kinds = {f"eval/success/{kind}" for kind in ("total", "difference", "times")}
     wanted = {"eval/success", "eval/success_greedy", "eval/malformed", "turns/mean", "tool/failed"}
     assert kinds | wanted | {"tokens/prompt", "tokens/response"} <= evaluations[0].keys()
+    others = {key for key in evaluations[0] if not key.startswith(("reward/", "eval/success"))}
+    assert others | set(ANSWERED[:2]) == {"step", *ANSWERED}, "known before there is one"
     assert not unknown(*whole, *evaluations) and "entropy" in whole[0]
     first = whole[0]
     assert first["ratio_mean"] == 1 and whole[1]["ratio_mean"] != 1
@@ -185,6 +188,9 @@ def test_what_cannot_be_trained_is_said_in_a_line(planner, tmp_path):
         "agent.tools={calculator: {}}": r"agent.tools: got \['calculator'\], expected",
         "agent.modules={url: x}": "agent.modules.url: unknown key",
         f"agent.prompts={tmp_path / 'none'}": "agent.prompts: got .* expected a folder",
+        "validation.metric=eval/sucess": r"got eval/sucess, .*KIND; did you mean eval/success\?$",
+        "validation.collapse={eval/success_greedy/totl: 1}": "collapse: got .*difference, .*total",
+        "validation.metric=eval/malformd": r"validation.metric: .* did you mean eval/malformed\?$",
     }.items():
         with pytest.raises(ConfigError, match=message):
             Loop(planner(override))
