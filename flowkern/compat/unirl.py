@@ -61,12 +61,12 @@ class _FusedStep:
         """
         is_scored = eta >= _NO_NOISE
         edges = self._edges(sigma, sigma_next, eta, sigma_max)
-        stored = sample.dtype if is_scored else torch.float32
-        noise = None
-        if prev_sample is None:  # without noise, too: the stream of random numbers is theirs
-            noise = randn_like(
-                noise_pred.new_empty((), dtype=torch.float32).expand_as(sample), generator
-            )
+        stored, noise = sample.dtype if is_scored else torch.float32, None
+        if prev_sample is not None:
+            prev_sample = prev_sample.to(stored)
+        else:  # without noise, too: the stream of random numbers is theirs
+            like = noise_pred.new_empty((), dtype=torch.float32).expand_as(noise_pred)
+            noise = randn_like(like, generator)
         prev_sample, log_prob, mean = scored_step(
             sample, noise_pred, edges, prev_sample, noise, stored
         )

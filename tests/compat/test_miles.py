@@ -232,7 +232,8 @@ def test_the_miles_that_takes_four_gets_four(monkeypatch):
     """Its loss has no room for a fifth; the first MILES whose loss has calls it SdeStepScore."""
     v, x, x_next, sigma, sigma_next = transitions()
     theirs = ModuleType("miles.backends.fsdp_utils.sde_step_backend")
-    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+    for name, module in (("miles", ModuleType("miles")), (theirs.__name__, theirs)):
+        monkeypatch.setitem(sys.modules, name, module)
     given = (v, 1000 * sigma, 1000 * sigma_next, x)
     options = {"prev_sample": x_next, "noise_level": LEVEL}
     assert len(backend_of("cps").sde_step_logprob(*given, **options)) == 4

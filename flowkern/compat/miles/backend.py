@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -185,8 +186,8 @@ class SdeStepBackend:
         return self.kind == "flow_sde" and self.scheduler is not None
 
     def between(self, sigma: Tensor, sigma_next: Tensor, noise_level, sigma_max=None) -> Transition:
-        """sigma_max: None is the scheduler's second sigma, which is also the next one of a grid's
-        first edge."""
+        """From sigmas. sigma_max: None is the scheduler's second one, which is also the next one of
+        a grid's first edge."""
         sigma, sigma_next = (x.float().reshape(-1) for x in (sigma, sigma_next))
         if self.kind == "cps":  # which has no need of it, and gets a NaN
             sigma_max = None
@@ -226,8 +227,13 @@ def sde_step_with_logprob(
 def _takes_four() -> bool:
     """Does the MILES of this process take four values of sde_step_logprob? The first that had
     five called them SdeStepScore."""
-    theirs = sys.modules.get("miles.backends.fsdp_utils.sde_step_backend")
-    return theirs is not None and not hasattr(theirs, "SdeStepScore")
+    if "miles" not in sys.modules:
+        return False
+    try:  # it has not been imported where this backend is in its place
+        theirs = import_module("miles.backends.fsdp_utils.sde_step_backend")
+    except ImportError:
+        return False
+    return not hasattr(theirs, "SdeStepScore")
 
 
 def _wide(x: Tensor, ndim: int) -> Tensor:
