@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowkern.rewards.pixels import check_range
+
 __all__ = [
     "DigitsClassifier",
     "DigitsJudge",
@@ -66,13 +68,17 @@ def real_digits(split: str, directory: str | Path | None = None) -> tuple[Tensor
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] of any size -> gray (B, 1, 8, 8) in [-1, 1], by area mean.
+    """Images (B, C, H, W) in [0, 1], or uint8, of any size -> gray (B, 1, 8, 8) in [-1, 1], by
+    area mean.
 
-    Raises ValueError for another rank or an image of fewer than 8 x 8 pixels.
+    Raises ValueError for another rank, an image of fewer than 8 x 8 pixels, and another range.
     """
     if images.ndim != 4 or min(images.shape[-2:]) < 8:
         shape = tuple(images.shape)
         raise ValueError(f"images: got shape {shape}, expected (B, C, H, W), H and W at least 8")
+    if images.dtype == torch.uint8:
+        images = images.float().div(255)
+    check_range(images)
     gray = images.float().mean(1, keepdim=True)
     return F.interpolate(gray, size=(8, 8), mode="area").mul(2).sub(1)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_bytes", "check_layout"]
+__all__ = ["as_bytes", "check_layout", "check_range"]
 
 SLACK = 1e-3
 """How far out of [0, 1] a pixel may be: less than a third of a level."""
@@ -36,9 +36,14 @@ def as_bytes(images: Tensor) -> Tensor:
     check_layout(images)
     if images.dtype == torch.uint8:
         return images
+    check_range(images)
+    return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def check_range(images: Tensor) -> None:
+    """Raise ValueError, as `as_bytes`, for what is no floating point in [0, 1]."""
     if not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype}, expected floating point in [0, 1], or uint8")
     low, high = torch.stack(images.aminmax()).tolist()  # a NaN is both
     if not (low >= -SLACK and high <= 1 + SLACK):
         raise ValueError(f"images: got values from {low:g} to {high:g}, expected [0, 1]")
-    return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)

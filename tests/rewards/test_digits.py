@@ -83,3 +83,17 @@ def test_load_reward_takes_any_function_and_says_what_it_wants(held_out):
         classifier(images[:2], ["", ""], [asked[0], {}])
     with pytest.raises(ValueError, match=r"images: got shape \(3, 32, 32\), expected"):
         classifier(images[0], [""], asked[:1])
+
+
+@pytest.mark.parametrize("name", ["digits_classifier", "digits_judge", "distance_to_real"])
+def test_another_range_of_pixels_is_refused_and_bytes_are_taken(held_out, name):
+    images, asked = held_out[0][:4], held_out[1][:4]
+    reward = load_reward(name)
+    for wrong in (images * 2 - 1, images * 255, images * float("nan"), images.long()):
+        with pytest.raises(
+            ValueError, match=r"^images: got .*, expected (\[0, 1\]|floating point)"
+        ):
+            reward(wrong, [""] * 4, asked)
+    levels = images.mul(255).round()
+    found = reward(levels.to(torch.uint8), [""] * 4, asked)
+    torch.testing.assert_close(found, reward(levels / 255, [""] * 4, asked))
