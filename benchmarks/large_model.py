@@ -168,7 +168,7 @@ def t5_of(width: int, config: type = T5Config, kind: type[nn.Module] = T5Encoder
 
 
 def tokenizer(suffix: str, length: int):
-    found = AutoTokenizer.from_pretrained(DEMO / f"tokenizer{suffix}")
+    found = AutoTokenizer.from_pretrained(DEMO / f"tokenizer{suffix}", trust_remote_code=False)
     found.model_max_length = length  # the demo's end at 8
     return found
 

@@ -106,6 +106,7 @@ def test_torch_alone_is_enough_to_count_also_an_algorithm_of_the_working_directo
 import sys
 sys.path[:] = [p for p in sys.path if p] + [{str(ROOT)!r}]
 import flowkern
+assert not {{"torch", "numpy", "triton"}} & sys.modules.keys(), "it costs them when they are used"
 [getattr(flowkern, name) for name in flowkern.__all__]
 heavy = [name for name in {sorted(HEAVY)!r} if name in sys.modules]
 assert not heavy, heavy

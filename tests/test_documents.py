@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("pydantic")
 pytest.importorskip("PIL")
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in OUTSIDE)]
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
@@ -55,7 +55,7 @@ def test_every_page_has_its_place_on_the_site():
     )
     listed = re.findall(r"(?m)^ *- .+: ([\w/]+\.md)", navigation, re.MULTILINE)
     pages = {str(path.relative_to(ROOT / "docs")) for path in PAGES if "docs" in path.parts}
-    assert pages == set(listed) - {"index.md", "changelog.md", "contributing.md"}
+    assert pages == set(listed) - {"index.md", "changelog.md", "contributing.md", "security.md"}
     assert len(listed) == len(set(listed))
 
 

@@ -180,7 +180,7 @@ def rated_of(state: Mapping[str, Tensor], reward: HpsV3, base: Path, file: str) 
     from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLModel
 
     with reading("base", base):
-        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     if not isinstance(config, Qwen2VLConfig):
         raise ValueError(f"base: {str(base)!r} is a {config.model_type}, expected qwen2_vl")
     inside, head = _renamed(state)
@@ -255,7 +255,7 @@ def _head(state: Mapping[str, Tensor], width: int, file: str) -> nn.Module:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     found.add_special_tokens(
         {"additional_special_tokens": [TOKEN]}, replace_extra_special_tokens=False
     )

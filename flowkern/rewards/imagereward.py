@@ -213,7 +213,9 @@ def _tokenizer(path: str) -> Any:
     files = ["tokenizer_config.json", "config.json", "tokenizer.json", "vocab.txt"]
     folder = folder_of(path, None, files, "tokenizer")
     with reading("tokenizer", folder):
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     found.add_special_tokens({"bos_token": "[DEC]"})
     found.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     if found.cls_token_id is None or found.pad_token_id is None:

@@ -98,7 +98,9 @@ class Words:
                 f"{key}: {str(folder)!r} has no tokenizer.json, nor vocab.json and merges.txt"
             )
         with reading(key, folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         self.length = text.max_position_embeddings
         # The tower is read where the end token stands first, or, where its configuration still
         # says 2, at the highest id: another token there, and every prompt is the same to it.

@@ -29,10 +29,12 @@ def load_language(config: PlannerConfig, device: torch.device) -> tuple[nn.Modul
     """
     options, lora = config.model, config.lora
     dtype = torch.float32 if lora is None else DTYPES[config.train.mixed_precision]
-    where = {"pretrained_model_name_or_path": options.path, "revision": options.revision}
+    where = {"revision": options.revision, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.path, **where, dtype=dtype, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(options.path, **where)
     except (ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:
