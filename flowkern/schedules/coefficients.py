@@ -158,7 +158,7 @@ def stacked(
         k, c = torch.ones_like(std), zero
     else:
         is_still = std.logical_not()
-        k = torch.where(is_still, zero, 0.5 / (std * std))
-        c = torch.where(is_still, zero, -_HALF_LOG_2PI - torch.log(std))
+        k = torch.where(is_still, zero, (2 * std * std).reciprocal())
+        c = torch.where(is_still, zero, -(torch.log(std) + _HALF_LOG_2PI))
     weights = [*history, *[zero] * (MAX_HISTORY - len(history))]
     return torch.stack([a, b, std, k, c, *weights, sigma], dim=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkern.schedules.coefficients import Coefficients, stacked
-from flowkern.schedules.formulas import KINDS, TEMPERED, at_most_one, step
+from flowkern.schedules.formulas import KINDS, TEMPERED, rest_of, step
 from flowkern.schedules.sigmas import level_of, second_of
 from flowkern.torch_private import is_in_func, num_modes
 
@@ -76,8 +76,11 @@ def _rows(kind: str, size: int, *inputs: Tensor | float | None) -> Tensor:
     """The table by torch, in float64."""
     shape = () if size == 1 else (size,)
     s, n, level, second = (_wide(x) if isinstance(x, Tensor) else x for x in inputs)
-    s = at_most_one(s) if s.shape == shape else at_most_one(s).expand(shape)
-    return stacked(*step(kind, s, n, level, second), s, kind in TEMPERED).float()
+    rest = rest_of(s)
+    if s.shape != shape:
+        rest = rest.expand(shape)
+    s = 1 - rest
+    return stacked(*step(kind, s, rest, n, level, second), s, kind in TEMPERED).float()
 
 
 def _wide(x: Tensor) -> Tensor:

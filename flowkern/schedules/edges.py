@@ -42,7 +42,7 @@ def edge_coefficients(
     noise_level, sigma_max = level_of(kind, noise_level), second_of(sigma_max)
     if is_own:
         return own_edges(kind, s, n, noise_level)
-    return checked(stacked(*step(kind, s, n, noise_level, sigma_max), s, kind in TEMPERED))
+    return checked(stacked(*step(kind, s, 1 - s, n, noise_level, sigma_max), s, kind in TEMPERED))
 
 
 def step_coefficients(sigmas, kind: str | Sampler, noise_level: float) -> Coefficients:

@@ -18,6 +18,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
 TEMPERED = ("cps",)
@@ -25,22 +26,31 @@ TEMPERED = ("cps",)
 NEAR_ONE = 1e-5  # a sigma as near to 1 counts as 1: rounded grids begin at .999999
 
 
+def rest_of(s: Tensor) -> Tensor:
+    """1 - sigma, and 0 where sigma is near 1."""
+    return hardshrink(1 - s, NEAR_ONE)
+
+
 def at_most_one(s: Tensor) -> Tensor:
     """Sigma, and 1 where it is near 1."""
-    return s.masked_fill((s - 1).abs() <= NEAR_ONE, 1.0)
+    return s.masked_fill(rest_of(s) == 0, 1.0)
 
 
 def step(
-    kind: str, s: Tensor, n: Tensor, level: float | Tensor, second: float | Tensor | None
+    kind: str,
+    s: Tensor,
+    rest: Tensor,
+    n: Tensor,
+    level: float | Tensor,
+    second: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(a, b, std) of `kind`, of the shape of s; s is `at_most_one`.
+    """(a, b, std) of `kind`, of the shape of s. rest: `rest_of(s)`, of a sigma that is at most 1.
 
     second: stands for sigma in flow_sde's 1 / (1 - sigma) where that is 1; None: sigma_next.
     """
     dt = n - s
     if kind == "ode":
         return torch.ones_like(s), dt, torch.zeros_like(s)
-    rest = 1 - s
     if kind in ("flow_sde", "dance_sde"):
         # g^2 = level^2 s / (1 - s), or level^2
         over = s if kind == "dance_sde" else _but_at_one(rest, n, second)

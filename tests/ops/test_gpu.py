@@ -10,6 +10,7 @@ import torch
 from calls import FEW, GRID, KEEPING, REPLAYS, Problem, take, twice
 
 import flowkern as fk
+from flowkern.schedules import KINDS, device_coefficients, edge_coefficients, sd3_sigmas
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
 BACKENDS = [name for name in ("triton", "native") if fk.backends("cuda")[name] is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DEVICE = torch.device("cuda", torch.cuda.current_device())
+GRID_ON_HOST = sd3_sigmas(10).float()
 
 
 CALLS = take(
@@ -173,6 +175,36 @@ def test_no_synchronization(call, backend):
         p.run(backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edges_of_tensors(kind):
+    """Made in one launch, without a synchronization, in a graph too: the host's, to rounding."""
+    s, n = GRID_ON_HOST[:-1], GRID_ON_HOST[1:]
+    level, second = 0.3 + 0.4 * s, GRID_ON_HOST[1]
+    expected = device_coefficients(s, n, kind, level, second).table
+    given = [x.to(DEVICE) for x in (s, n, level, second)]
+    make = lambda: device_coefficients(*given[:2], kind, *given[2:]).table  # noqa: E731
+    make()  # compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = make()
+        one = device_coefficients(given[0][:1], given[1][0], kind, 0.6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    near = {"rtol": 2**-23, "atol": 0}
+    torch.testing.assert_close(made.cpu(), expected, **near)
+    torch.testing.assert_close(one.table.cpu(), device_coefficients(s[0], n[0], kind, 0.6).table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = make()
+    given[2].mul_(0.5)
+    graph.replay()
+    halved = device_coefficients(s, n, kind, 0.5 * level, second).table
+    torch.testing.assert_close(captured.cpu(), halved, **near)
+    with pytest.raises(ValueError, match="got one on cuda:.*device_coefficients takes it"):
+        edge_coefficients(given[0], given[1], kind, 0.6)
 
 
 @every_backend

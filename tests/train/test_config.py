@@ -300,3 +300,8 @@ def test_what_a_checkpoint_names_is_not_imported_when_it_is_sampled(tmp_path, mo
     assert found.lora.rank == tree["lora"]["rank"] and found.model.path == tree["model"]["path"]
     with pytest.raises(ConfigError, match="importing evil_recipe raised SystemExit: imported"):
         load_config(tmp_path / "config.yaml")
+    tree["algorithm"] = {"name": "flow_grpo", "sde_type": "evil_recipe:step"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert load_sampling(tmp_path / "config.yaml").model.path == tree["model"]["path"]
+    with pytest.raises(ConfigError, match="algorithm.sde_type: .*importing evil_recipe raised"):
+        load_config(tmp_path / "config.yaml")
