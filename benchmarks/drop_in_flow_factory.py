@@ -66,23 +66,47 @@ def draw(device):
 
 
 def replay_with_gradient(device):
-    """A time for each sample, and the next one, as in training."""
-    scheduler, (v, x, x_next) = _inputs(device)
-    steps = torch.arange(LATENT[0], device=device)
-    times = scheduler.timesteps[steps], scheduler.timesteps[steps + 1]
+    """A time for each sample, and the next one, as in training; the log-probability alone."""
+    scheduler, given = _training(device)
+
+    def drop_in(v, t, t_next, x, x_next, _):
+        asked = {"noise_level": _LEVEL, "return_kwargs": ["log_prob"]}
+        return scheduler.step(v, t, x, x_next, t_next, **asked).log_prob
+
+    def theirs(*given):
+        return _replayed(*given)[0]
+
+    name = "Flow-Factory, replay + gradient"
+    return against(name, drop_in, theirs, given, leaf=0, loss=torch.sum)
+
+
+def replay_with_gradient_of_both(device):
+    """The mean has a gradient, too, as of a KL: here the cheapest that there is."""
+    scheduler, given = _training(device)
+    direction = torch.linspace(-1, 1, math.prod(LATENT), device=device)
 
     def drop_in(v, t, t_next, x, x_next, _):
         made = scheduler.step(v, t, x, x_next, t_next, noise_level=_LEVEL)
-        return made.log_prob.sum() + made.next_latents_mean.square().mean()
+        return made.log_prob, made.next_latents_mean
 
-    def theirs(v, t, t_next, x, x_next, second):
-        s, n = (q.view(-1, 1, 1, 1) / 1000 for q in (t, t_next))
-        _, log_prob, mean = published(v, s, n, x, second, x_next)
-        return log_prob.sum() + mean.square().mean()
+    def loss(made):
+        log_prob, mean = made
+        return log_prob.sum() + torch.dot(mean.flatten(), direction.to(mean.dtype))
 
-    given = (v.requires_grad_(), *times, x, x_next, scheduler.sigmas[1])
     name = "Flow-Factory, replay + gradient of log-prob and mean"
-    return against(name, drop_in, theirs, given, leaf=0)
+    return against(name, drop_in, _replayed, given, leaf=0, loss=loss)
 
 
-ROWS = [draw, replay_with_gradient]
+def _training(device):
+    scheduler, (v, x, x_next) = _inputs(device)
+    steps = torch.arange(LATENT[0], device=device)
+    times = scheduler.timesteps[steps], scheduler.timesteps[steps + 1]
+    return scheduler, (v.requires_grad_(), *times, x, x_next, scheduler.sigmas[1])
+
+
+def _replayed(v, t, t_next, x, x_next, second):
+    s, n = (q.view(-1, 1, 1, 1) / 1000 for q in (t, t_next))
+    return published(v, s, n, x, second, x_next)[1:]
+
+
+ROWS = [draw, replay_with_gradient, replay_with_gradient_of_both]

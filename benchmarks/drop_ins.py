@@ -19,19 +19,21 @@ def against(
     arguments: tuple,
     leaf: int | None = None,
     waits: bool = False,
+    loss: Callable = lambda made: made,
 ) -> Case:
     """`published(*arguments)` in plain PyTorch, eager and compiled, against `drop_in(*arguments)`.
 
     Both return a tuple of tensors, which are held to the published ones in float64; or with `leaf`
     a loss, of which they are asked the gradient in arguments[leaf].
     drop_in: with the caller's own noise as theirs, or with none of either.
+    loss: of what both return, where that is no loss yet: a script's own, which is compiled in none.
     waits: the published function reads from the device, or is called piece by piece: there is no
         one graph to compile.
     """
 
     def run(function: Callable, given: tuple = arguments) -> tuple[Tensor, ...]:
         made = function(*given)
-        return made if leaf is None else torch.autograd.grad(made, given[leaf])
+        return made if leaf is None else torch.autograd.grad(loss(made), given[leaf])
 
     wide = tuple(map(_doubled, arguments))
     truth = [x.detach() for x in run(published, wide)]
