@@ -9,9 +9,10 @@ import device_time
 import torch
 from harness import IMAGE, Case, Contender, ours, random_source, rotating, video
 from rivals import compiled
+from solver_step import third_order
 
 import flowkern as fk
-from flowkern.schedules import multistep_coefficients, sd3_sigmas, step_coefficients
+from flowkern.schedules import sd3_sigmas, step_coefficients
 
 # ---- the rivals: the same formula in PyTorch ----
 
@@ -30,6 +31,17 @@ def plain_draw_given(x, v, noise, a, b, std, k, c):
 
 def plain_replay(x, v, x_next, a, b, k, c):
     return (-k * (x_next - (a * x + b * v)) ** 2 + c).mean(1)
+
+
+def plain_draw_mean(x, v, noise, a, b, std, k, c):
+    mean = a * x + b * v
+    x_next = mean + std * noise
+    return x_next, (-k * (x_next - mean) ** 2 + c).mean(1), mean
+
+
+def plain_replay_mean(x, v, x_next, a, b, k, c):
+    mean = a * x + b * v
+    return (-k * (x_next - mean) ** 2 + c).mean(1), mean
 
 
 def published_draw(x, v, timestep, grid, timesteps, noise_level):
@@ -122,15 +134,17 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
     if device_time.applies(device) and not quick:
         sizes = itertools.product((IMAGE, video(device)), (torch.float32, torch.bfloat16))
-        verbs = (_draw, _draw_given, _replay, _replay_gradient, _third_order)
+        verbs = (_draw, _draw_given, _replay, _replay_gradient, third_order)
+        verbs += (_draw_mean, _replay_mean_gradient)
         more = [of(verb, IMAGE) for verb in (_draw_guided, _normals)]
         return [of(verb, *size) for size in sizes for verb in verbs] + more
-    result = [of(verb, IMAGE) for verb in (_draw, _draw_given, _replay, _replay_gradient)]
+    verbs = (_draw, _draw_given, _draw_mean, _replay, _replay_gradient, _replay_mean_gradient)
+    result = [of(verb, IMAGE) for verb in verbs]
     if not quick:
         result += [of(_draw, IMAGE, torch.bfloat16), of(_replay, IMAGE, torch.bfloat16)]
         result += [of(_draw, video(device)), of(_replay, video(device), torch.bfloat16)]
         result += [of(_draw_guided, IMAGE)]
-    result += [of(_third_order, IMAGE), of(_normals, IMAGE)]
+    result += [of(third_order, IMAGE), of(_normals, IMAGE)]
     return [*result, of(_replay, video(device))]
 
 
@@ -225,6 +239,60 @@ def _replay_gradient(shape, dtype, device) -> Case:
     return case
 
 
+def _draw_mean(shape, dtype, device) -> Case:
+    """With the caller's noise, as the drop-ins draw."""
+    i = Inputs(shape, dtype, device)
+    arguments = (i.x, i.v, i.noise, i.a, i.b, i.std, i.k, i.c)
+    draw = lambda backend: fk.sde_step(  # noqa: E731
+        i.x, i.v, i.edges, noise=i.noise, out=i.out, return_mean=True, backend=backend
+    )
+    contenders = ours(i.x.device, draw)
+    if dtype == torch.float32:
+        contenders += [
+            Contender("eager", lambda: plain_draw_mean(*arguments)),
+            Contender("torch.compile", compiled(plain_draw_mean, *arguments)),
+        ]
+    mean_of = i.a.double() * i.x.double() + i.b.double() * i.v.double()
+
+    def check(x_next, log_prob, mean):
+        return max(i.check_draw(x_next, log_prob), float((mean - mean_of).abs().max()))
+
+    case = _case("draw with its mean, noise given", i, contenders, check, 4)
+    case.bytes_moved += 4 * i.x.numel()  # the mean is float32
+    return case
+
+
+def _replay_mean_gradient(shape, dtype, device) -> Case:
+    """Of a log-probability and of a loss of the mean, as one of a KL is."""
+    i = Inputs(shape, dtype, device)
+    v, truth = i.v.clone().requires_grad_(), i.v.double().requires_grad_()
+    wide = [t.double() for t in (i.x_next, i.a, i.b, i.k, i.c)]
+    log_prob, mean = plain_replay_mean(i.x.double(), truth, *wide)
+    weights = torch.ones_like(i.log_prob), i.noise.float() / i.x[0].numel()
+    grads = [w.double() for w in weights]
+    torch.autograd.backward((log_prob, mean), grads)
+
+    def with_gradient(replayed):
+        return torch.autograd.grad(replayed(), v, weights)
+
+    arguments = (i.x, v, i.x_next, i.a, i.b, i.k, i.c)
+    replay = lambda backend: with_gradient(  # noqa: E731
+        lambda: fk.sde_log_prob(i.x, v, i.x_next, i.edges, return_mean=True, backend=backend)
+    )
+    contenders = ours(i.x.device, replay)
+    if dtype == torch.float32:
+        run = compiled(plain_replay_mean, *arguments)
+        contenders += [
+            Contender("eager", lambda: with_gradient(lambda: plain_replay_mean(*arguments))),
+            Contender("torch.compile", lambda: with_gradient(run)),
+        ]
+    check = lambda grad: float((grad - truth.grad).abs().max() / truth.grad.abs().max())  # noqa: E731
+    case = _case("replay with its mean + both gradients", i, contenders, check, 5)
+    case.allowed = case.allowed if dtype == torch.float32 else 1e-2
+    case.bytes_moved += 12 * i.x.numel()  # the mean written and read, and its gradient: float32
+    return case
+
+
 def _compiled_gradient(with_gradient, arguments):
     run = compiled(plain_replay, *arguments)
     return lambda: with_gradient(run)
@@ -260,79 +328,6 @@ def guided_draw(name, i: Inputs, uncond, guide, draw, streams) -> Case:
     truth = Inputs.__new__(Inputs)
     truth.__dict__ |= i.__dict__ | {"v": guide(i.v.double(), uncond.double())}
     return _case(name, i, contenders, truth.check_draw, streams)
-
-
-# ---- the third-order solver step ----
-
-
-def plain_third_order(x, v, history, sigmas, ratios, h):
-    """DPM-Solver++ (arXiv 2211.01095) as one writes it down: from differences of x0 predictions."""
-    (m1, m2), (sigma, sigma_next), (r0, r1) = history, sigmas, ratios
-    decay, alpha = math.exp(-h), 1 - sigma_next
-    m0 = x - sigma * v
-    first, second = (m0 - m1) / r0, (m1 - m2) / r1
-    slope = first + r0 / (r0 + r1) * (first - second)
-    curvature = (first - second) / (r0 + r1)
-    x_next = sigma_next / sigma * x - alpha * (decay - 1) * m0
-    x_next = x_next + alpha * ((decay - 1) / h + 1) * slope
-    return x_next - alpha * ((decay - 1 + h) / h**2 - 0.5) * curvature, m0
-
-
-class DiffusersThirdOrder:
-    """One step of diffusers' scheduler, in the state that it has after three others."""
-
-    def __init__(self, sigmas, x, v, history):
-        from diffusers import DPMSolverMultistepScheduler
-
-        self.scheduler = DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3,
-            lower_order_final=False, final_sigmas_type="zero",
-        )  # fmt: skip
-        self.scheduler.set_timesteps(len(sigmas) - 1)
-        self.scheduler.sigmas = torch.tensor(sigmas)
-        self.scheduler.timesteps = self.scheduler.sigmas[:-1] * 1000
-        self.x, self.v, self.history = x, v, history
-
-    def __call__(self):
-        s = self.scheduler
-        s.model_outputs, s.lower_order_nums, s._step_index = [None, *self.history[::-1]], 3, 3
-        return s.step(self.v, s.timesteps[3], self.x).prev_sample, s.model_outputs[-1]
-
-
-def _third_order(shape, dtype, device) -> Case:
-    draw = random_source(shape, device, dtype)
-    x, v, m1, m2 = (draw() for _ in range(4))
-    sigmas = sd3_sigmas(10).tolist()[1:]
-    edges = multistep_coefficients(sigmas[1:5], 3).to(device, torch.float32)
-    log_snr = [math.log((1 - s) / s) for s in sigmas[1:5]]
-    h1, h0, h = (b - a for a, b in itertools.pairwise(log_snr))
-    scalars = sigmas[3:5], (h0 / h, h1 / h), h
-    wide_x, wide_v, *wide = (t.double() for t in (x, v, m1, m2))
-    truth, _ = plain_third_order(wide_x, wide_v, wide, *scalars)
-    out = torch.empty_like(x)
-
-    def step(backend):
-        return fk.ode_step(x, v, edges, history=(m1, m2), return_x0=True, out=out, backend=backend)
-
-    arguments = (x, v, (m1, m2), *scalars)
-    contenders = ours(device, step)
-    if dtype == torch.float32:
-        contenders += [
-            Contender("eager", lambda: plain_third_order(*arguments)),
-            Contender("torch.compile", compiled(plain_third_order, *arguments)),
-        ]
-        try:
-            contenders.append(Contender("diffusers", DiffusersThirdOrder(sigmas, x, v, (m1, m2))))
-        except ImportError:
-            pass  # a kernel machine may have torch alone
-    check = lambda x_next, x0: float((x_next - truth).abs().max())  # noqa: E731
-    size = "" if shape == IMAGE else ", video"
-    name = str(dtype).removeprefix("torch.")
-    case = Case("sde_step", f"ode, third order{size}", shape, name, contenders, check, 1e-4)
-    if dtype != torch.float32:
-        case.allowed = 0.05  # half of the last place of a number up to 16
-    case.bytes_moved = 6 * x.numel() * x.element_size()  # x, velocity, two of history; x_next, x0
-    return case
 
 
 # ---- the noise by itself ----

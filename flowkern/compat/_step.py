@@ -51,10 +51,8 @@ def scored(
     """`scored_step` without the mean."""
     if x_next is None:
         stored = {"round_dtype": round_dtype, "out_dtype": torch.float32}
-        x_next, log_prob = sde_step(x_t, velocity, edges, noise=noise, **stored)
-        if velocity.requires_grad and torch.is_grad_enabled():
-            log_prob = sde_log_prob(x_t, velocity, x_next, edges)
-        return x_next, log_prob
+        learns = velocity.requires_grad and torch.is_grad_enabled()  # from the mean
+        return sde_step(x_t, velocity, edges, noise=noise, return_mean=learns, **stored)[:2]
     x_next = x_next.float()
     return x_next, sde_log_prob(x_t, velocity, x_next.detach(), edges)
 

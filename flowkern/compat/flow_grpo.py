@@ -3,10 +3,10 @@
     from flowkern.compat.flow_grpo import sde_step_with_logprob
 
 replaces the import from flow_grpo.diffusers_patch.sd3_sde_with_logprob (as wan_... that from
-wan_pipeline_with_logprob). What differs: two kernels
-(the step with its log-probability, and the mean) instead of some sixty small operations, no host
-synchronization with diffusers' own schedulers, and a finite log-probability (0) where the published
-formula divides by a standard deviation of 0.
+wan_pipeline_with_logprob). What differs: one kernel (the step, its log-probability and its mean,
+and one for both gradients) instead of some sixty small operations, no host synchronization with
+diffusers' own schedulers, and a finite log-probability (0) where the published formula divides by a
+standard deviation of 0.
 """
 
 from __future__ import annotations

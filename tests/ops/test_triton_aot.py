@@ -51,7 +51,8 @@ FIGURES = ("registers", "stack", "spills", "shared", "loads128", "stores128")
 # Triton 3.6 does so elsewhere, too.
 MOST_REGISTERS, MOST_OF_DRAWN_SIBLINGS = 80, 128
 BETWEEN = {
-    "sde_step, guided, history", "ode_step", "sde_log_prob, guided", "policy_loss, drawn again",
+    "sde_step, guided, history", "sde_step, mean", "sde_step, rounded", "sde_log_prob, mean",
+    "ode_step", "sde_log_prob, guided", "policy_loss, drawn again",
     "policy_loss, guard, KL", "policy_loss, on policy, guard", "policy_loss, recorded",
     "policy_loss, weights, one edge", "policy_loss, guided", "policy_loss, guard, drawn again",
     "matching_loss, nft, on policy, KL", "matching_loss, anchors",
@@ -116,10 +117,13 @@ def latents(p):
     is_kept = any(str(call) == str(other) for other in KEEPING) and p.of_velocity == F
     unused = unread(call, is_kept)
     reads = [[t for n in dtypes if n not in names for t in dtypes[n]] for names in unused]
+    mean = [F] * call.has("return_mean")
+    if call.learned and mean:  # backward reads it, its gradient, and x_next
+        return [(reads[0], mean), ([*dtypes["x_next"], F, F], dtypes[call.learned])]
     if call.learned:
         kept = [F] * is_kept
         return [(reads[0], kept), (kept + reads[1], dtypes[call.learned])]
-    return [(reads[0], [p.state] * (2 if call.given.get("return_x0") else 1))]
+    return [(reads[0], [p.state] * (2 if call.given.get("return_x0") else 1) + mean)]
 
 
 class Target:

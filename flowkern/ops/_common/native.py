@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -29,7 +30,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "FLOWKERN_BUILD=cpu shows why a build fails"
         )
     connect(_cpu, private.exchange)
+    lacking = [name for name in _NEWEST if not hasattr(_cpu, name)]
+    if lacking:  # a checkout that is newer than its build
+        warnings.warn(
+            f"{_cpu.__file__} is an older build of the native kernels, without "
+            f"{', '.join(lacking)}: what it lacks is the reference's; build again",
+            stacklevel=2,
+        )
     return _cpu, None
+
+
+_NEWEST = ("sde_draw_mean", "sde_replay_mean", "sde_mean_backward")
 
 
 def connect(module: ModuleType, exchange_api: object, served: int = _CPU, **others) -> None:
