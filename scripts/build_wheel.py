@@ -54,7 +54,9 @@ def main() -> int:
             if not options.no_check:
                 check(wheel, python, folder / str(number))
         if options.sdist:
-            check_sdist(sdist, (options.pythons or [sys.executable])[0], folder)
+            python = (options.pythons or [sys.executable])[0]
+            check_sdist_alone(sdist, python, folder)
+            check_sdist(sdist, python, folder)
     return 0
 
 
@@ -108,25 +110,28 @@ def check(wheel: Path, python: str, folder: Path) -> None:
 
 
 def check_sdist(sdist: Path, python: str, folder: Path) -> None:
-    """Two environments that install it as a person does, who has an nvcc or not even a compiler."""
+    """Installed as a person does who has a compiler, and an nvcc where this machine has one."""
     place = tests_alone(folder / "place")
-    few = ("-m", "pytest", *QUICK, *CORE[:2])
-    cuda = "cuda" if shutil.which("nvcc") else "cpu"
+    kind = "cuda" if shutil.which("nvcc") else "cpu"
     interpreter = environment(folder / "compiled", python, *TESTED_WITH)
-    install(interpreter, "--no-deps", sdist, FLOWKERN_BUILD=cuda)
+    install(interpreter, "--no-deps", sdist, FLOWKERN_BUILD=kind)
     code = (
         "import flowkern as fk; from importlib.util import find_spec; "
         "assert fk.backends('cpu')['native'] is None; "
-        f"assert bool(find_spec('flowkern._cuda')) == {cuda == 'cuda'}; "
+        f"assert bool(find_spec('flowkern._cuda')) == {kind == 'cuda'}; "
         "print('sdist, compiled:', fk.backends('cpu'), fk.backends('cuda'))"
     )
     run(interpreter, "-c", code, cwd=place)
-    run(interpreter, *few, cwd=place)
+    run(interpreter, "-m", "pytest", *QUICK, *CORE[:2], cwd=place)
 
-    bare = environment(folder / "bare", python, *TESTED_WITH, "triton")
+
+def check_sdist_alone(sdist: Path, python: str, folder: Path) -> None:
+    """Installed where there is no compiler: Triton serves, here in its interpreter."""
+    place = tests_alone(folder / "alone")
+    interpreter = environment(folder / "bare", python, *TESTED_WITH, "triton")
     nothing = folder / "nothing"
     nothing.mkdir()
-    install(bare, "--no-deps", sdist, PATH=str(nothing), CC="no-compiler", CXX="no-compiler")
+    install(interpreter, "--no-deps", sdist, PATH=str(nothing), CC="no-cc", CXX="no-cxx")
     code = (
         "import torch, flowkern as fk; "
         "assert fk.backends('cpu')['native'] and not fk.backends('cpu')['reference']; "
@@ -136,8 +141,8 @@ def check_sdist(sdist: Path, python: str, folder: Path) -> None:
         "sample_id=torch.arange(2), step=1, backend=b); "
         "[torch.testing.assert_close(x, y) for x, y in zip(draw('triton'), draw('reference'))]"
     )
-    run(bare, "-c", code, cwd=place, TRITON_INTERPRET="1")
-    run(bare, *few, cwd=place)
+    run(interpreter, "-c", code, cwd=place, TRITON_INTERPRET="1")
+    run(interpreter, "-m", "pytest", *QUICK, *CORE[:2], cwd=place)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ NOT_IN_METADATA = {"torchao": "BSD-3-Clause"}  # of the licence file in its whee
 HEAD = """\
 # Licences of dependencies
 
-flowkern is under Apache-2.0 and has no code of others in it. What it needs is installed by pip, under the licence that each package states in
-its own metadata; `python scripts/licences.py` wrote this page from what is installed. What these packages need in turn, and the weights
-of models and rewards, have licences of their own.
+flowkern is under Apache-2.0 and has no code of others in it. What it needs is installed by pip,
+under the licence that each package states in its own metadata; `python scripts/licences.py` wrote
+this page from what is installed. What these packages need in turn, and the weights of models and
+rewards, have licences of their own.
 
 | package | wanted by | version | licence |
 | --- | --- | --- | --- |
