@@ -28,11 +28,13 @@ def _compiler():
 
 
 SIZE = (4, 33)
-SIBLINGS = "policy_loss, siblings, all"
+SIBLINGS, MEAN = "policy_loss, siblings, all", "sde_log_prob, mean"
 CALLS = take(
     (
-        "takes seconds to compile: one of a verb, of the policy loss with siblings",
-        lambda call: str(call) != SIBLINGS and (call.verb == "policy_loss" or not call.is_first),
+        "takes seconds to compile: one of a verb, of the policy loss with siblings, and a mean",
+        lambda call: (
+            str(call) not in (SIBLINGS, MEAN) and (call.verb == "policy_loss" or not call.is_first)
+        ),
     ),
     ("below", lambda call: call.verb == "sde_step"),
     ("the op of sde_step", lambda call: call.verb == "ode_step"),
@@ -69,7 +71,9 @@ def sde_steps(p, weight, x, v, out):
     x_next, log_prob = p.run(x_t=x, velocity=velocity)
     again, _ = p.run(x_t=x, velocity=velocity, out=out)
     over, _ = p.run(x_t=x + 1, velocity=velocity, step=3, out=x)
-    return dict(zip("abcdef", (x_next, log_prob, again + 1, over, x * 2, velocity), strict=True))
+    _, of_mean, mean = p.run(x_t=v, velocity=velocity, return_mean=True)  # with gradients
+    results = x_next, log_prob, again + 1, over, x * 2, velocity, of_mean, mean * 2
+    return dict(zip("abcdefgh", results, strict=True))
 
 
 def test_every_op_in_one_graph():
@@ -87,7 +91,8 @@ def test_every_op_in_one_graph():
             given[first] = network(given[first], weight)
             out = p.run(None, False, **given)
             outputs[f"{p.call}: 0"] = out[0] * 2
-            outputs |= {f"{p.call}: {i}": x.detach() for i, x in enumerate(out) if i}
+            more = out if p.call.has("return_mean") else [out[0], *(x.detach() for x in out[1:])]
+            outputs |= {f"{p.call}: {i}": x for i, x in enumerate(more) if i}
             outputs[f"{p.call}: {first}"] = given[first]
         return outputs
 
