@@ -18,7 +18,8 @@ RUN = [
     "algorithm.updates_per_rollout=1", "algorithm.num_inference_steps=4",
     "validation.num_prompts=1", "validation.num_inference_steps=2",
 ]  # fmt: skip
-QUICK = {"own_reward": RUN, "own_algorithm": RUN, "own_sampler": RUN, "drop_in": ["2"]}
+QUICK = {"own_reward": RUN, "own_algorithm": RUN, "drop_in": ["2"]}
+QUICK["own_sampler"] = [*RUN, "algorithm.window=1"]
 
 
 def test_each_is_run():

@@ -170,4 +170,4 @@ def test_the_one_in_the_docs_keeps_the_noise_levels_as_they_say(tmp_path, monkey
 
 def test_the_samplers_that_draw_are_named_once_more():
     """Where options are read without torch."""
-    assert {*SDES} == {*KINDS} - {"ode"}
+    assert {*SDES} == {*KINDS} - {"ode", "dpm_sde"}

@@ -45,8 +45,8 @@ advantages, as in GDPO (arXiv 2601.05242) and G2RPO's code; normalize_then_mean:
 sizes of the weights, so that a negative one stays a penalty, as MixGRPO's --multi_reward_mix
 advantage_aggr."""
 
-SDES = ("flow_sde", "dance_sde", "cps", "dpm_sde")
-"""Of `schedules.KINDS`, those that draw."""
+SDES = ("flow_sde", "dance_sde", "cps")
+"""Of `schedules.KINDS`, those that have a noise level."""
 
 
 class _Draws(Held):
@@ -154,8 +154,8 @@ class PolicyRecipe(Recipe):
     """Of the SDE, as `schedules.edge_coefficients` takes it."""
     sde_type: SdeType = "flow_sde"
     """The sampler of drawn steps: Flow-GRPO's SDE (`flow_sde`), DanceGRPO's (`dance_sde`),
-    coefficients-preserving sampling (`cps`, with noise levels around 0.8), SDE-DPM-Solver++ of the
-    first order (`dpm_sde`), or `module:function` of your own (docs/algorithms.md)."""
+    coefficients-preserving sampling (`cps`, with noise levels around 0.8), or `module:function` of
+    your own (docs/algorithms.md)."""
     clip_range: Annotated[float, BELOW_1] = 1e-4
     """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
     kl_coef: Annotated[float, AT_LEAST_0] = 0.0

@@ -90,9 +90,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def _serves_torch(sigma: Tensor) -> bool:
     """Off CUDA, and where a compiler or a transform must see the arithmetic itself."""
-    if not sigma.is_cuda or not _has_triton() or type(sigma) is not Tensor:
+    if torch.compiler.is_compiling() or not sigma.is_cuda or type(sigma) is not Tensor:
         return True
-    return torch.compiler.is_compiling() or num_modes() > 0 or is_in_func()
+    return num_modes() > 0 or is_in_func() or not _has_triton()
 
 
 @functools.cache
