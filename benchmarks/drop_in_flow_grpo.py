@@ -46,21 +46,17 @@ def replay(device):
 
 
 def replay_with_gradient(device):
-    scheduler, arguments = _inputs(device)
-    arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    scheduler, (v, *rest) = _inputs(device)
 
     def drop_in(v, timestep, x, x_next, *_):
-        _, log_prob, mean, _ = sde_step_with_logprob(
-            scheduler, v, timestep, x, 0.7, prev_sample=x_next
-        )
+        return sde_step_with_logprob(scheduler, v, timestep, x, 0.7, prev_sample=x_next)[1:3]
+
+    def loss(made):
+        log_prob, mean = made
         return log_prob.sum() + mean.square().mean()
 
-    def theirs(*given):
-        log_prob, mean = published(*given)
-        return log_prob.sum() + mean.square().mean()
-
-    name = "flow_grpo, replay + gradient of log-prob and mean"
-    return against(name, drop_in, theirs, arguments, leaf=0, waits=True)
+    name, given = "flow_grpo, replay + gradient of log-prob and mean", (v.requires_grad_(), *rest)
+    return against(name, drop_in, published, given, leaf=0, waits=True, loss=loss)
 
 
 def published_wan(v, timestep, x, x_next, sigmas, timesteps):

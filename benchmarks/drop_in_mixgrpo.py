@@ -5,35 +5,30 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import plain_steps
-from drop_in_scripts import inputs
+from drop_in_scripts import inputs, log_prob_alone
 from drop_ins import against
 
 from flowkern.compat.mixgrpo import DPMState, dpm_step, flow_grpo_step
 
 
 def training(device):
-    v, x, x_next, sigmas = inputs(device)
-
-    def drop_in(v, x, x_next, sigmas):
-        _, _, log_prob, mean, _ = flow_grpo_step(v, x, 0.7, sigmas, 4, x_next)
-        return log_prob.sum() + mean.square().mean()
-
-    def published(v, x, x_next, sigmas):
-        _, _, log_prob, mean, _ = plain_steps.flow(v, x, 0.7, sigmas, 4, x_next)
-        return log_prob.sum() + mean.square().mean()
-
-    name = "mixgrpo, replay + gradient of log-prob and mean"
-    return against(name, drop_in, published, (v.requires_grad_(), x, x_next, sigmas), leaf=0)
+    """The loss of the log-probability alone, as theirs is."""
+    v, *rest = inputs(device)
+    name = "mixgrpo, replay + gradient"
+    given = (v.requires_grad_(), *rest)
+    return against(name, ours, published, given, leaf=0, loss=log_prob_alone)
 
 
 def replay(device):
-    def drop_in(v, x, x_next, sigmas):
-        return flow_grpo_step(v, x, 0.7, sigmas, 4, x_next)
+    return against("mixgrpo, replay", ours, published, inputs(device))
 
-    def published(v, x, x_next, sigmas):
-        return plain_steps.flow(v, x, 0.7, sigmas, 4, x_next)
 
-    return against("mixgrpo, replay", drop_in, published, inputs(device))
+def ours(v, x, x_next, sigmas):
+    return flow_grpo_step(v, x, 0.7, sigmas, 4, x_next)
+
+
+def published(v, x, x_next, sigmas):
+    return plain_steps.flow(v, x, 0.7, sigmas, 4, x_next)
 
 
 def solver(device):

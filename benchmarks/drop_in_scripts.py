@@ -23,39 +23,38 @@ def inputs(device, count=3):
 
 
 def dance_training(device):
-    v, x, x_next, sigmas = inputs(device)
-
-    def drop_in(v, x, x_next, sigmas):
-        return flux_step(v, x, 0.3, sigmas, 4, x_next, True, True)[2].sum()
-
-    def published(v, x, x_next, sigmas):
-        return plain_steps.dance(v, x, 0.3, sigmas, 4, x_next)[2].sum()
-
-    name = "dance_grpo, replay + gradient"
-    return against(name, drop_in, published, (v.requires_grad_(), x, x_next, sigmas), leaf=0)
+    v, *rest = inputs(device)
+    name, given = "dance_grpo, replay + gradient", (v.requires_grad_(), *rest)
+    return against(name, dance, plain_dance, given, leaf=0, loss=log_prob_alone)
 
 
 def dance_replay(device):
-    def drop_in(v, x, x_next, sigmas):
-        return flux_step(v, x, 0.3, sigmas, 4, x_next, True, True)
+    return against("dance_grpo, replay", dance, plain_dance, inputs(device))
 
-    def published(v, x, x_next, sigmas):
-        return plain_steps.dance(v, x, 0.3, sigmas, 4, x_next)
 
-    return against("dance_grpo, replay", drop_in, published, inputs(device))
+def dance(v, x, x_next, sigmas):
+    return flux_step(v, x, 0.3, sigmas, 4, x_next, True, True)
+
+
+def plain_dance(v, x, x_next, sigmas):
+    return plain_steps.dance(v, x, 0.3, sigmas, 4, x_next)
+
+
+def log_prob_alone(made):
+    return made[2].sum()
 
 
 def g2rpo_training(device):
-    v, x, x_next, sigmas = inputs(device)
+    v, *rest = inputs(device)
 
     def drop_in(v, x, x_next, sigmas):
-        return flow_grpo_step(v, x, 0.7, sigmas, 4, x_next)[2].sum()
+        return flow_grpo_step(v, x, 0.7, sigmas, 4, x_next)
 
     def published(v, x, x_next, sigmas):
-        return plain_steps.flow(v, x, 0.7, sigmas, 4, x_next)[2].sum()
+        return plain_steps.flow(v, x, 0.7, sigmas, 4, x_next)[:3]
 
-    name = "g2rpo, replay + gradient"
-    return against(name, drop_in, published, (v.requires_grad_(), x, x_next, sigmas), leaf=0)
+    name, given = "g2rpo, replay + gradient", (v.requires_grad_(), *rest)
+    return against(name, drop_in, published, given, leaf=0, loss=log_prob_alone)
 
 
 def awm_training(device):

@@ -150,8 +150,7 @@ def dpm_step(
         sde_solver, where theirs scores the ODE's point under the SDE. With sde_solver and order 1,
         as in training, log_prob is differentiable in model_output.
     """
-    grid = grid_of(sigmas, sample.device, step_coefficients, "ode", 0.0)
-    order = _order(args, grid.step(step_index), len(timesteps), dpm_state)
+    order = _order(args, step_index, len(timesteps), dpm_state)
     edge = _multistep(sigmas, step_index, order, _variant(args, order), sde_solver, sample.device)
     history = () if dpm_state is None else tuple(dpm_state.model_outputs[::-1][: order - 1])
     step = (sample, model_output, edge)
@@ -159,6 +158,7 @@ def dpm_step(
         prev_sample, x0 = ode_step(*step, history, return_x0=True, out_dtype=torch.float32)
         log_prob = x0.new_zeros(len(x0))
     else:
+        grid = grid_of(sigmas, sample.device, step_coefficients, "ode", 0.0)
         x0 = x0_of(sample, model_output, grid, step_index)
         noise = randn_like(x0, generator) if variance_noise is None else variance_noise.to(x0)
         if history:
@@ -192,6 +192,8 @@ def _order(args, index: int, count: int, state: DPMState | None) -> int:
         raise ValueError(
             f"dpm_algorithm_type: expected 'dpmsolver++', got {args.dpm_algorithm_type!r}"
         )
+    if not 0 <= index < count:
+        raise ValueError(f"step_index: expected a step from 0 to {count - 1}, got {index}")
     if state is None or state.lower_order_nums < 1 or index == count - 1:
         return 1
     is_short = index == count - 2 and count < 15

@@ -148,6 +148,8 @@ def test_what_is_refused():
     plain = SimpleNamespace(**ARGS | {"dpm_algorithm_type": "dpmsolver"}, dpm_solver_order=1)
     with pytest.raises(ValueError, match="dpm_algorithm_type: expected 'dpmsolver\\+\\+'"):
         dpm_step(plain, x, x, 0, SIGMAS[:-1], SIGMAS)
+    with pytest.raises(ValueError, match="step_index: expected a step from 0 to 7, got 8"):
+        dpm_step(SimpleNamespace(**ARGS, dpm_solver_order=2), x, x, 8, SIGMAS[:-1], SIGMAS)
     third, state = SimpleNamespace(**ARGS, dpm_solver_order=3), DPMState(3)
     for i in range(2):
         dpm_step(third, x, x, i, SIGMAS[:-1], SIGMAS, state, sde_solver=True)
