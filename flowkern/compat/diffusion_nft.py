@@ -33,7 +33,7 @@ def run_sampling(
     determistic: bool = False,
     eta: float = 0.7,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """A whole path from noise to latents.
+    """A whole path from noise to latents, without gradient.
 
     Args:
         v_pred_fn: (latents (B, *D) in z's dtype, sigma) -> velocity (B, *D), any floating dtype.
