@@ -6,6 +6,7 @@ import math
 import sys
 from types import ModuleType, SimpleNamespace
 
+import published
 import pytest
 import torch
 
@@ -45,21 +46,15 @@ class Metrics(dict):
         self[name] = float(value)
 
 
-def published(kind, v, x, x_next, sigma, sigma_next, sigma_max):
+def scored(kind, v, x, x_next, sigma, sigma_next, sigma_max):
     """log_prob, mean, noise_std and std_dev_t in float64."""
-    v, x = v.double(), x.double()
-    s, n = (t.double().reshape(-1, *[1] * (x.ndim - 1)) for t in (sigma, sigma_next))
+    s, n = (published.wide(t.reshape(-1), x) for t in (sigma, sigma_next))
     if kind == "cps":
-        std = g = n * math.sin(LEVEL * math.pi / 2)
-        mean = (1 - n) * (x - s * v) + torch.sqrt(n**2 - std**2) * (x + (1 - s) * v)
-        log_prob = -((x_next.double() - mean) ** 2)
-    else:
-        g = LEVEL * torch.sqrt(s / (1 - torch.where(s == 1, sigma_max.double(), s)))
-        std = g * torch.sqrt(s - n)
-        mean = x + (v + g**2 / (2 * s) * (x + (1 - s) * v)) * (n - s)
-        log_prob = -((x_next.double() - mean) ** 2) / (2 * std**2)
-        log_prob = log_prob - std.log() - 0.5 * math.log(2 * math.pi)
-    return log_prob.flatten(1).mean(1), mean, std, g
+        _, _, log_prob, mean, std = published.cps(s, n, v, x, LEVEL, x_next=x_next)
+        return log_prob, mean, std, std
+    how = {"sigma_max": sigma_max, "x_next": x_next}
+    _, _, log_prob, mean, std = published.flow(s, n, v, x, LEVEL, **how)
+    return log_prob, mean, std, std / torch.sqrt(s - n)
 
 
 def close(found, expected, rtol=2e-6, atol=2e-6):
@@ -90,7 +85,7 @@ def test_a_recorded_transition_is_scored(kind, dtype):
         leaf, 1000 * sigma, 1000 * sigma_next, x, prev_sample=x_next, noise_level=LEVEL
     )
     truth = v.double().requires_grad_()
-    log_prob, mean, std, g = published(kind, truth, x, x_next, sigma, sigma_next, second)
+    log_prob, mean, std, g = scored(kind, truth, x, x_next, sigma, sigma_next, second)
     assert torch.equal(score.prev_sample, x_next.float())
     assert all(part.dtype == torch.float32 for part in score)
     close(score.log_prob, log_prob)
@@ -116,7 +111,7 @@ def test_its_layers_are_the_same_step(kind):
     leaf = v.clone().requires_grad_()
     mean, std, g = backend.prev_sample_mean_and_std(leaf, x, *sigmas, noise_level=LEVEL)
     second = Scheduler().sigmas[1]
-    exact = published(kind, v, x, x_next, sigma, sigma_next, second)
+    exact = scored(kind, v, x, x_next, sigma, sigma_next, second)
     for found, expected in zip((mean, std, g), exact[1:], strict=True):
         close(found, expected)
     close(backend.log_prob(x_next, mean, std), exact[0])
@@ -142,7 +137,7 @@ def test_the_contract_with_sigmas_has_four_values(kind):
     """Without a scheduler: sigmas and, for each transition, what stands for a sigma of 1."""
     v, x, x_next, sigma, sigma_next = transitions()
     second = torch.tensor([0.96, 0.9, 0.8])
-    expected = published(kind, v, x, x_next, sigma, sigma_next, second.reshape(3, 1, 1, 1))
+    expected = scored(kind, v, x, x_next, sigma, sigma_next, second)
     backend = {"flow_sde": SdeStepBackend, "cps": CpsSdeStepBackend}[kind]()
     options = {"prev_sample": x_next, "noise_level": LEVEL, "sigma_max": second}
     by_name = {"sigmas": sigma, "next_sigmas": sigma_next}
@@ -210,7 +205,7 @@ def test_a_derived_backend_has_its_own_layers():
     plain = backend_of("flow_sde").sde_step_logprob(*given, **options)
     shifted = Shifted(Scheduler()).sde_step_logprob(v, 900 * sigma, 900 * sigma_next, x, **options)
     second = Scheduler().sigmas[1]
-    expected = published("flow_sde", v, x, x_next, 0.9 * sigma, 0.9 * sigma_next, second)
+    expected = scored("flow_sde", v, x, x_next, 0.9 * sigma, 0.9 * sigma_next, second)
     close(shifted.log_prob, expected[0])
     louder = Louder(Scheduler())
     score = louder.sde_step_logprob(*given, **options)
@@ -245,7 +240,7 @@ def test_the_function_before_there_were_backends():
     v, x, x_next, sigma, sigma_next = transitions()
     found = sde_step_with_logprob(Scheduler(), v, 1000 * sigma, x, x_next, LEVEL)
     second = Scheduler().sigmas[1]
-    log_prob, mean, _, g = published("flow_sde", v, x, x_next, sigma, sigma_next, second)
+    log_prob, mean, _, g = scored("flow_sde", v, x, x_next, sigma, sigma_next, second)
     for part, expected in zip(found, (x_next.double(), log_prob, mean, g), strict=True):
         close(part, expected)
 
@@ -275,7 +270,7 @@ class OfOnesOwn:
         assert noise_level == LEVEL
         second = Scheduler().sigmas[1]
         given = (model_output, sample, sample, sigma, sigma_prev, second)
-        _, mean, std, g = published(self.kind, *given)
+        _, mean, std, g = scored(self.kind, *given)
         return mean + self.bend * model_output * sample, std, g
 
 
@@ -290,7 +285,7 @@ def micro_batch(kind, dtype=torch.float32, beta=0.0, **change):
         models={"transformer": None},
         device=x.device,
     )
-    old = published(kind, v, x, x_next, sigma, sigma_next, Scheduler().sigmas[1])[0]
+    old = scored(kind, v, x, x_next, sigma, sigma_next, Scheduler().sigmas[1])[0]
     extras = {"next_latents": x_next.float(), "next_timesteps": 1000 * sigma_next}
     # Ratios on both sides of the clip range and inside of it.
     extras["log_prob_old"] = (old + torch.tensor([2e-3, -2e-3, 5e-4, 2e-3, -2e-3, 0.0])).float()
@@ -310,14 +305,14 @@ def published_grpo(kind, ctx, prepared, v, v_ref, on_policy=False):
     args, extras, advantage = ctx.args, prepared.extras, prepared.advantage.double()
     sigma, sigma_next = (t / 1000 for t in (prepared.timesteps, extras["next_timesteps"]))
     given = (prepared.latents, extras["next_latents"], sigma, sigma_next, Scheduler().sigmas[1])
-    log_prob, mean, _, g = published(kind, v, *given)
+    log_prob, mean, _, g = scored(kind, v, *given)
     old = log_prob.detach() if on_policy else extras["log_prob_old"].double()
     ratio, clip = (log_prob - old).exp(), args.diffusion_clip_range
     clipped = ratio.clamp(1 - clip, 1 + clip)
     policy = torch.maximum(-advantage * ratio, -advantage * clipped)
     kl = torch.zeros_like(policy)
     if args.diffusion_kl_beta > 0:
-        mean_ref = published(kind, v_ref, *given)[1]
+        mean_ref = scored(kind, v_ref, *given)[1]
         kl = ((mean - mean_ref) ** 2 / (2 * g**2)).flatten(1).mean(1)
     loss = policy.sum() + args.diffusion_kl_beta * kl.sum()
     log_ratio, off = log_prob - old, (ratio - 1).abs()
@@ -370,7 +365,7 @@ def test_grpo_stores_what_it_is_asked_to_store(kind):
     stored = torch.stack([pair["log_prob_old"] for pair in batch])
     given = (prepared.timesteps / 1000, prepared.extras["next_timesteps"] / 1000)
     x_next, second = prepared.extras["next_latents"], Scheduler().sigmas[1]
-    close(stored, published(kind, v, prepared.latents, x_next, *given, second)[0])
+    close(stored, scored(kind, v, prepared.latents, x_next, *given, second)[0])
     prepared.extras["log_prob_old"] = stored
     grpo_loss(ctx, batch, prepared, **call)
     assert call["metrics"]["ratio_abs_minus_1"] <= 2e-7

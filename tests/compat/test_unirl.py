@@ -2,11 +2,11 @@
 module plays the one whose classes are subclassed.
 """
 
-import math
 import pickle
 import sys
 from types import ModuleType
 
+import published
 import pytest
 import torch
 
@@ -16,26 +16,17 @@ KINDS = {"FlowSDEStrategy": "flow", "CPSSDEStrategy": "cps", "DanceSDEStrategy":
 NAMES = pytest.mark.parametrize("name", KINDS)
 
 
-def published(name, v, x, sigma, sigma_next, eta, x_next=None, noise=None, sigma_max=0.99):
-    """The transition in float64: prev_sample, log_prob, mean, the standard deviation and g."""
-    v, x = v.double(), x.double()
-    s, n = (t.float().double().reshape(-1, *[1] * (x.ndim - 1)) for t in (sigma, sigma_next))
-    dt = n - s
-    if name == "CPSSDEStrategy":
-        g = std = n * math.sin(eta * math.pi / 2)
-        mean = (1 - n) * (x - s * v) + torch.sqrt(n**2 - std**2) * (x + (1 - s) * v)
-    else:
-        g = torch.full_like(s, eta)
-        if name == "FlowSDEStrategy":
-            g = eta * torch.sqrt(s / (1 - torch.where(s == 1, sigma_max, s)))
-        std = g * torch.sqrt(-dt)
-        mean = x * (1 + g**2 / (2 * s) * dt) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
-    if x_next is None:
-        x_next = mean + std * noise
-    log_prob = -((x_next.double() - mean) ** 2)
-    if name != "CPSSDEStrategy":
-        log_prob = log_prob / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return x_next, log_prob.flatten(1).mean(1), mean, std, g
+def transition(name, v, x, sigma, sigma_next, eta, sigma_max=0.99, **how):
+    """In float64: prev_sample, log_prob, mean, the standard deviation and g."""
+    s, n = (published.wide(t.float(), x) for t in (sigma, sigma_next))
+    of = {
+        "FlowSDEStrategy": lambda: published.flow(s, n, v, x, eta, sigma_max, **how),
+        "CPSSDEStrategy": lambda: published.cps(s, n, v, x, eta, **how),
+        "DanceSDEStrategy": lambda: published.dance(s, n, v, x, eta, **how),
+    }
+    x_next, _, log_prob, mean, std = of[name]()
+    g = std if name == "CPSSDEStrategy" else std / torch.sqrt(s - n)
+    return x_next, log_prob, mean, std, g
 
 
 def close(found, expected):
@@ -59,14 +50,14 @@ def test_a_transition_is_drawn_and_replayed(name, dtype, sigmas):
     drawn = strategy.denoise(
         v, x, sigma, sigma_next, generator=torch.Generator().manual_seed(3), **options
     )
-    exact, _, mean, std, _ = published(
+    exact, _, mean, std, _ = transition(
         name, v, x, sigma, sigma_next, 0.7, noise=noise, sigma_max=0.95
     )
     assert all(part.dtype == torch.float32 for part in drawn)
     assert torch.equal(drawn[0], drawn[0].to(dtype).float())  # as it will be stored
     atol = 2e-6 if dtype == torch.float32 else 2**-8 * float(exact.abs().max())
     torch.testing.assert_close(drawn[0].double(), exact, rtol=0, atol=atol)
-    theirs = published(name, v, x, sigma, sigma_next, 0.7, x_next=drawn[0], sigma_max=0.95)
+    theirs = transition(name, v, x, sigma, sigma_next, 0.7, x_next=drawn[0], sigma_max=0.95)
     close(drawn[1], theirs[1])
     close(drawn[2], mean)
 
@@ -79,7 +70,7 @@ def test_a_transition_is_drawn_and_replayed(name, dtype, sigmas):
     assert torch.equal(again[0], drawn[0]) and torch.equal(again[1], drawn[1])
     (replayed[1].sum() + replayed[2].square().mean()).backward()
     truth = v.double().requires_grad_()
-    expected = published(name, truth, x, sigma, sigma_next, 0.7, x_next=drawn[0], sigma_max=0.95)
+    expected = transition(name, truth, x, sigma, sigma_next, 0.7, x_next=drawn[0], sigma_max=0.95)
     (expected[1].sum() + expected[2].square().mean()).backward()
     largest = float(truth.grad.abs().max())
     torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=0, atol=2e-6 * largest)
@@ -100,7 +91,7 @@ def test_without_noise_there_is_no_log_probability(name):
     generator = torch.Generator().manual_seed(0)
     found, log_prob, mean = strategy.denoise(v, x, sigma, sigma_next, eta=0.0, generator=generator)
     assert log_prob is None
-    close(found, published(name, v, x, sigma, sigma_next, 0.0, noise=0.0)[0])
+    close(found, transition(name, v, x, sigma, sigma_next, 0.0, noise=torch.zeros(()))[0])
     assert torch.equal(found, mean)
     same = torch.Generator().manual_seed(0)
     torch.randn(x.shape, generator=same)
@@ -126,7 +117,9 @@ def test_standard_deviations_of_a_schedule(name):
     x = torch.zeros(3, 1)
     sigma, sigma_next = torch.tensor([1.0, 0.9, 0.3]), torch.tensor([0.8, 0.7, 0.1])
     of = {"sigma": sigma, "sigma_next": sigma_next, "eta": 0.7, "sigma_max": 0.95}
-    *_, std, g = published(name, x, x, sigma, sigma_next, 0.7, noise=0.0, sigma_max=0.95)
+    *_, std, g = transition(
+        name, x, x, sigma, sigma_next, 0.7, noise=torch.zeros(()), sigma_max=0.95
+    )
     close(strategy.transition_std(**of), std.flatten())
     close(strategy._std_dev_t(**of), g.flatten())
     wide = of | {"sigma": sigma[:, None, None], "sigma_next": sigma_next[:, None, None]}
@@ -172,7 +165,7 @@ def test_a_strategy_is_a_subclass_of_unirls(peer, name):
     v, x = torch.randn(2, 2, 6)
     sigmas = torch.tensor(0.8), torch.tensor(0.6)
     found = strategy.denoise(v, x, *sigmas, prev_sample=x)
-    close(found[1], published(name, v, x, *sigmas, 1.0, x_next=x)[1])
+    close(found[1], transition(name, v, x, *sigmas, 1.0, x_next=x)[1])
     (
         strategy.step(v, x, *sigmas),
         strategy.transition_std(sigma=sigmas[0], sigma_next=sigmas[1], eta=1.0),
