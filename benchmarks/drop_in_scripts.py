@@ -12,6 +12,7 @@ from plain_steps import mean_over_sample
 from flowkern.compat.awm import compute_log_prob_awm
 from flowkern.compat.dance_grpo import flux_step
 from flowkern.compat.g2rpo import flow_grpo_step
+from flowkern.compat.tempflow import sde_step_with_logprob_perstep
 from flowkern.schedules import shifted_sigmas
 
 
@@ -79,4 +80,25 @@ def awm_training(device):
     return against(name, drop_in, published, (v.requires_grad_(), x0, noise, t), leaf=0)
 
 
-ROWS = [dance_training, dance_replay, g2rpo_training, awm_training]
+def tempflow_branches(device):
+    """Six of each of two samples, with their noise; the scheduler is no more than its grid."""
+    v, x, _, sigmas = inputs(device)
+    v, x = v[:2].contiguous(), x[:2].contiguous()
+    scheduler = SimpleNamespace(sigmas=sigmas, index_for_timestep=int)
+    generator, timestep = torch.Generator(device), torch.tensor([4])
+
+    def drop_in(v, x, sigmas):
+        seeded = generator.manual_seed(1)
+        return sde_step_with_logprob_perstep(scheduler, v, timestep, x, generator=seeded)[:3]
+
+    def published(v, x, sigmas):
+        *_, mean, std = plain_steps.flow(v, x, 0.7, sigmas, 4, x)
+        mean = mean.repeat_interleave(6, 0)
+        noise = torch.randn(mean.shape, generator=generator.manual_seed(1), device=device)
+        x_next = mean + std * noise
+        return x_next, plain_steps.density(x_next, mean, std), mean
+
+    return against("tempflow, six branches", drop_in, published, (v, x, sigmas), waits=True)
+
+
+ROWS = [dance_training, dance_replay, g2rpo_training, awm_training, tempflow_branches]
