@@ -21,7 +21,7 @@ import tomllib
 from pathlib import Path
 
 from build_wheel import build, source_distribution
-from environments import CORE, QUICK, ROOT, environment, install, run, tests_alone
+from environments import CONSTRAINTS, CORE, QUICK, ROOT, environment, install, run, tests_alone
 
 FOLDER = ROOT / "build" / "versions"
 SECONDS = 1800  # of each run of tests
@@ -54,18 +54,21 @@ def allowed() -> list[tuple[str, str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (torch,) = [text for text in project["dependencies"] if text.startswith("torch")]
     (triton,) = project["optional-dependencies"]["triton"]
-    pins = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
     lowest = [re.search(r">=([\d.]+)", text)[1] for text in (torch, triton)]
     upper = [text.partition(",")[2] for text in (torch, triton)]
-    return [tuple(lowest), (pins["torch"], ""), (upper[0], upper[1])]
+    return [tuple(lowest), (pins()["torch"], ""), (upper[0], upper[1])]
+
+
+def pins() -> dict[str, str]:
+    return dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text()))
 
 
 def found(python: str, torch: str, triton: str, wheel: Path, place: Path) -> dict[str, str]:
     """One row: what is installed, and what came out of each kind of test."""
     name = re.sub(r"[^\w.]+", "-", f"{torch}_{triton or 'its'}")
     interpreter = environment(FOLDER / name, python)
-    needed = (requirement("torch", torch), "numpy", "pytest", "hypothesis")
-    install(interpreter, *needed, constrained=False)
+    others = (f"{name}=={pins()[name]}" for name in ("numpy", "pytest", "hypothesis"))
+    install(interpreter, requirement("torch", torch), *others, constrained=False)
     install(interpreter, "--no-deps", wheel)
     if triton:  # another than the one that torch asks for
         install(interpreter, "--no-deps", requirement("triton", triton), constrained=False)
