@@ -5,11 +5,11 @@ scheduler, its registry by a dict. Arithmetic, diffusers' grid and look-up are t
 """
 
 import importlib
-import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType
 
+import published
 import pytest
 import torch
 
@@ -63,33 +63,18 @@ def scheduler(registered):
     return scheduler
 
 
-def published(v, x, sigma, sigma_next, level, sigma_max, dynamics, noise=None, x_next=None):
-    """The equations in float64: next_latents, mean, std_dev_t, dt, log_prob."""
-    v, x = v.double(), x.double()
-    s, n, level = (
-        torch.as_tensor(q, dtype=torch.float64).reshape(-1).expand(len(x)).reshape(-1, 1, 1)
-        for q in (sigma, sigma_next, level)
-    )
-    dt = n - s
-    if dynamics == "CPS":
-        std = returned = n * torch.sin(level * math.pi / 2)
-        mean = (1 - n) * (x - s * v) + torch.sqrt(n**2 - std**2) * (x + (1 - s) * v)
+def formula(dynamics, v, x, sigma, sigma_next, level, sigma_max, **how):
+    """In float64: next_latents, mean, std_dev_t, dt, log_prob."""
+    s, n = (published.wide(q, x) for q in (sigma, sigma_next))
+    if dynamics == "Flow-SDE":
+        made = published.flow(s, n, v, x, published.wide(level, x), sigma_max, **how)
+    elif dynamics == "Dance-SDE":
+        made = published.dance(s, n, v, x, level, **how)
     else:
-        if dynamics == "Flow-SDE":
-            returned = level * torch.sqrt(s / (1 - torch.where(s == 1, sigma_max, s)))
-        else:
-            returned = level
-        score = -(x + (1 - s) * v) / s  # of the marginal at sigma
-        mean = x + (v - returned**2 / 2 * score) * dt
-        std = returned * torch.sqrt(-dt)
-    if x_next is None:
-        x_next = mean + std * noise
-    squared = (x_next.double() - mean) ** 2
-    if dynamics == "CPS":
-        log_prob = -squared
-    else:
-        log_prob = -squared / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return x_next, mean, returned, dt, log_prob.flatten(1).mean(1)
+        made = published.cps(s, n, v, x, level, **how)
+    x_next, _, log_prob, mean, std = made
+    returned = std if dynamics == "CPS" else std / torch.sqrt(s - n)
+    return x_next, mean, returned, n - s, log_prob
 
 
 def latents(dtype=torch.float32, batch=3):
@@ -113,13 +98,13 @@ def test_a_draw_and_its_replay_are_the_published_formula(scheduler, dynamics, dt
             dynamics_type=dynamics,
         )  # fmt: skip
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-        at = (v, x, sigmas[index], sigmas[index + 1], 0.7, sigmas[1].double(), dynamics)
-        theirs = published(*at, noise=noise)
+        at = (x, sigmas[index], sigmas[index + 1], 0.7, sigmas[1])
+        theirs = formula(dynamics, v, *at, noise=noise)
         # what is stored has been through the dtype of the latents, and is kept in float32
         assert torch.equal(drawn.next_latents, drawn.next_latents.to(dtype).float())
         ulp = torch.finfo(dtype).eps
         torch.testing.assert_close(drawn.next_latents.double(), theirs[0], rtol=ulp, atol=2e-6)
-        theirs = published(*at, x_next=drawn.next_latents)
+        theirs = formula(dynamics, v, *at, x_next=drawn.next_latents)
         names = ("next_latents_mean", "std_dev_t", "dt", "log_prob")
         for name, expected in zip(names, theirs[1:], strict=True):
             got = getattr(drawn, name)
@@ -134,7 +119,7 @@ def test_a_draw_and_its_replay_are_the_published_formula(scheduler, dynamics, dt
         assert torch.equal(replay.log_prob, drawn.log_prob)  # the first ratio is exactly 1
         (replay.log_prob.sum() + replay.next_latents_mean.square().mean()).backward()
         truth = v.double().requires_grad_()
-        expected = published(truth, *at[1:], x_next=drawn.next_latents)
+        expected = formula(dynamics, truth, *at, x_next=drawn.next_latents)
         (expected[4].sum() + expected[1].square().mean()).backward()
         off = (leaf.grad.double() - truth.grad).abs().max() / truth.grad.abs().max()
         assert off < max(1e-5, ulp)
@@ -169,8 +154,8 @@ def test_noise_levels_of_samples_and_those_that_the_scheduler_has(scheduler):
     t, sigmas = scheduler.timesteps, scheduler.sigmas
     index, x_next = torch.tensor([0, 1, 5]), torch.randn_like(x)
     levels = torch.tensor([0.3, 0.7, 1.1])
-    expected = published(v, x, sigmas[index], sigmas[index + 1], levels, 0.9, "Flow-SDE",
-                         x_next=x_next)  # fmt: skip
+    at = (v, x, sigmas[index], sigmas[index + 1], levels, 0.9)
+    expected = formula("Flow-SDE", *at, x_next=x_next)
     for given in (levels, levels.double(), levels.reshape(3, 1, 1), levels.tolist()):
         got = scheduler.step(v, t[index], x, x_next, noise_level=given, sigma_max=0.9)
         close(got.next_latents_mean, expected[1])

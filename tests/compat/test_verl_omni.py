@@ -5,11 +5,11 @@ with a `step` that asks `sample_previous_step` as theirs does; its registry of l
 """
 
 import importlib
-import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType
 
+import published
 import pytest
 import torch
 
@@ -82,26 +82,18 @@ def scheduler(losses):
     return scheduler
 
 
-def published(sigmas, index, v, x, level, sde_type, noise=None, x_next=None, normalizer=True):
-    """The equations in float64: prev_sample, log_prob, mean, std_dev_t, sqrt(-dt)."""
-    s, n = (sigmas.double()[i].reshape(-1, 1, 1) for i in (index, index + 1))
-    v, x = v.double(), x.double()
+def formula(sigmas, index, v, x, level, sde_type, normalizer=True, **how):
+    """In float64: prev_sample, log_prob, mean, std_dev_t, sqrt(-dt)."""
+    s, n = (published.wide(sigmas[i], x) for i in (index, index + 1))
+    if not normalizer and sde_type == "sde":
+        how["score"] = lambda x_next, mean, std: published.squares(
+            1 / (2 * std**2), x_next, mean, std
+        )
+    at = (s, n, v, x, level)
+    made = published.flow(*at, sigmas[1], **how) if sde_type == "sde" else published.cps(*at, **how)
+    x_next, _, log_prob, mean, std = made
     sqrt_dt = torch.sqrt(s - n)
-    if sde_type == "sde":
-        returned = level * torch.sqrt(s / (1 - torch.where(s == 1, sigmas[1].double(), s)))
-        std = returned * sqrt_dt
-        mean = x + (v + returned**2 / 2 * (x + (1 - s) * v) / s) * (n - s)
-    else:
-        std = returned = n * math.sin(level * math.pi / 2)
-        mean = (1 - n) * (x - s * v) + torch.sqrt(n**2 - std**2) * (x + (1 - s) * v)
-    if x_next is None:
-        x_next = mean + std * noise
-    log_prob = -((x_next.double() - mean) ** 2)
-    if sde_type == "sde":
-        log_prob = log_prob / (2 * std**2)
-        if normalizer:
-            log_prob = log_prob - std.log() - 0.5 * math.log(2 * math.pi)
-    return x_next, log_prob.flatten(1).mean(1), mean, returned, sqrt_dt.flatten()
+    return x_next, log_prob, mean, std / sqrt_dt if sde_type == "sde" else std, sqrt_dt.flatten()
 
 
 def close(got, expected, tolerance=2e-6):
@@ -124,7 +116,7 @@ def test_training_replays_the_published_formula(scheduler, sde_type, normalizer)
         }
         leaf, truth = v.clone().requires_grad_(), v.double().requires_grad_()
         got = scheduler.sample_previous_step(x, leaf, prev_sample=x_next, **options)
-        expected = published(sigmas, index, truth, x, 0.8, sde_type, None, x_next, normalizer)
+        expected = formula(sigmas, index, truth, x, 0.8, sde_type, normalizer, x_next=x_next)
         assert torch.equal(got[0], x_next)
         for one, other in zip(got, expected, strict=True):
             assert one.dtype == torch.float32 and one.shape == other.shape
@@ -144,8 +136,8 @@ def test_a_rollout_of_steps_and_its_replay(scheduler, sde_type, dtype):
     for i, t in enumerate(scheduler.timesteps[:-1]):
         v = torch.randn(2, 16, 8).to(dtype)
         made = scheduler.step(v, t, x, generator=generator, **levels)
-        noise = torch.randn(v.shape, generator=same, dtype=dtype).double()
-        expected = published(scheduler.sigmas, torch.tensor([i]), v, x, 0.7, sde_type, noise)
+        noise = torch.randn(v.shape, generator=same, dtype=dtype)
+        expected = formula(scheduler.sigmas, torch.tensor([i]), v, x, 0.7, sde_type, noise=noise)
         ulp = torch.finfo(dtype).eps
         assert made.prev_sample.dtype == dtype  # theirs casts what the step has made
         torch.testing.assert_close(made.prev_sample.double(), expected[0], rtol=ulp, atol=2e-6)
@@ -167,7 +159,7 @@ def test_forms_of_the_arguments(scheduler):
     index = torch.tensor([2, 3, 4])
     got = scheduler.sample_previous_step(x, v, t[index], prev_sample=x_next, return_logprobs=False)
     assert got[1] is None and len(got) == 4
-    expected = published(scheduler.sigmas, index, v, x, 0.7, "sde", None, x_next)
+    expected = formula(scheduler.sigmas, index, v, x, 0.7, "sde", x_next=x_next)
     close(got[2], expected[2])
     close(got[3], expected[3])
     # without noise theirs is not finite
