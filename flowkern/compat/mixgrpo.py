@@ -21,7 +21,7 @@ from ._dance import dance_grid, drawn_or_replayed, without_score
 from ._grid import Grid, grid_of, remembered
 from ._install import replace
 from ._noise import drawn_unless, randn_like
-from ._step import mean_of, scored, step_of_grid, x0_of
+from ._step import mean_of, step_of_grid, x0_of
 
 
 def install() -> None:
@@ -147,8 +147,8 @@ def dpm_step(
 
     Returns:
         prev_sample (B, *D) float32; x0 (B, *D) float32; log_prob (B,), a mean over D: 0 without
-        sde_solver, where theirs scores the ODE's point under the SDE. With sde_solver and order 1,
-        as in training, log_prob is differentiable in model_output.
+        sde_solver, where theirs scores the ODE's point under the SDE. With sde_solver log_prob is
+        differentiable in model_output, and so is x0; prev_sample is not.
     """
     order = _order(args, step_index, len(timesteps), dpm_state)
     edge = _multistep(sigmas, step_index, order, _variant(args, order), sde_solver, sample.device)
@@ -161,12 +161,9 @@ def dpm_step(
         grid = grid_of(sigmas, sample.device, step_coefficients, "ode", 0.0)
         x0 = x0_of(sample, model_output, grid, step_index)
         noise = randn_like(x0, generator) if variance_noise is None else variance_noise.to(x0)
-        if history:
-            prev_sample, log_prob = sde_step(
-                *step, noise=noise, history=history, out_dtype=torch.float32
-            )
-        else:
-            prev_sample, log_prob = scored(*step, noise=noise)
+        learns = model_output.requires_grad and torch.is_grad_enabled()  # from the mean
+        how = {"history": history, "return_mean": learns, "out_dtype": torch.float32}
+        prev_sample, log_prob = sde_step(*step, noise, **how)[:2]
     if dpm_state is not None:
         dpm_state.update(x0)
         dpm_state.update_lower_order()

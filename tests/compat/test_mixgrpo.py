@@ -116,25 +116,29 @@ def test_paths_of_the_solver(count, order, variant, sde):
     assert state.lower_order_nums == order
 
 
-def test_the_solver_step_of_training_has_its_gradient():
-    args, x = SimpleNamespace(**ARGS, dpm_solver_order=2), torch.randn(2, 6, 4)
-    velocity, noise = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
-    path = SIGMAS[3:5].double()
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_step_of_the_solver_has_its_gradient(order):
+    """As in their training, which asks for one without a state and so of order 1; and with one."""
+    args = SimpleNamespace(**ARGS, dpm_solver_order=2)
+    x, velocity, noise, before = (torch.randn(2, 6, 4) for _ in range(4))
+    path = SIGMAS[4 - order : 5].double()
 
     def ours(v):
+        state = DPMState(2) if order == 2 else None
+        if state:
+            state.update(before)
+            state.update_lower_order()
         _, x0, log_prob = dpm_step(
-            args, v, x, 3, SIGMAS[:-1], SIGMAS, variance_noise=noise, sde_solver=True
+            args, v, x, 3, SIGMAS[:-1], SIGMAS, state, variance_noise=noise, sde_solver=True
         )
         return log_prob, x0
 
     def theirs(v):
-        x0 = x.double() - path[0] * v
-        stored = published.dpm(path, x, [x0.detach()], 1, noise=noise)[0]
-        mean = stored - published.dpm(path, x, [x0.detach()], 1, noise=noise)[0]
-        mean = mean + published.dpm(path, x, [x0], 1, noise=0 * noise)[0]
-        decay = path[1] * (1 - path[0]) / (path[0] * (1 - path[1]))
-        std = path[1] * torch.sqrt(1 - decay**2)
-        return published.gaussian(stored, mean, std), x0
+        x0s = [x.double() - path[-2] * v, before.double()]
+        mean, _ = published.dpm(path, x, x0s, order, noise=0 * noise)
+        decay = path[-1] * (1 - path[-2]) / (path[-2] * (1 - path[-1]))
+        std = path[-1] * torch.sqrt(1 - decay**2)
+        return published.gaussian((mean + std * noise).detach(), mean, std), x0s[0]
 
     gradients_agree(ours, theirs, velocity)
 
