@@ -72,6 +72,14 @@ FK_INLINE void add_anchor_sums(const MatchingArguments& m, const Place& at, cons
   add(m.ema, sums.ema);
 }
 
+// The chunk of a velocity where nft_beta puts it, in a buffer that may hold it already.
+FK_INLINE const float* mixed_chunk(const MatchingArguments& m, const float* v, const float* old, int64_t count, float* buffer) {
+  const float mix = m.rule.mix;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) buffer[i] = mixed(v[i], old[i], mix);
+  return buffer;
+}
+
 // Segments in order, so that no sum depends on the threads.
 void finish(const MatchingArguments& m, const std::vector<MatchingSums>& partial, const std::vector<AnchorSums>& anchors) {
   const int64_t segments = segments_of(m.rule.size);
@@ -89,7 +97,8 @@ void finish(const MatchingArguments& m, const std::vector<MatchingSums>& partial
       sums.ref += anchors[row * segments + j].ref;
       sums.ema += anchors[row * segments + j].ema;
     }
-    const MatchingResult result = matching_result(m.rule, m.sigma ? m.sigma[b] : m.sigma_value, m.advantage[b], sums);
+    MatchingResult result = matching_result(m, b, sums);
+    add_anchors(m, b, sums, result);
     if (!m.is_reduced) m.loss[b] = float(result.loss);
     loss += result.loss;
     m.log_ratio[b] = result.log_ratio;
@@ -149,6 +158,7 @@ void matching_forward(const MatchingArguments& m) {
     const float* v = load(m.velocity, at.row, at, buffers.velocity);
     const float* old = load(m.old_velocity, at.row, at, buffers.old);
     add_anchor_sums(m, at, v, buffers, anchors[at.row * segments + segment]);
+    if (m.rule.mix != 1) v = mixed_chunk(m, v, old, at.count, buffers.velocity);
     for (bool is_first = true; sample != end; ++sample, is_first = false) {
       const auto sample_ahead = prefetch_of(*sample, at.first, m.x0, m.noise);
       const auto row_ahead = prefetch_of(at.row, at.first, m.velocity, m.old_velocity);
@@ -208,6 +218,7 @@ void matching_backward(const MatchingArguments& given) {
     };
     pull(m.ref, ref_weight[at.row]);
     pull(m.ema, ema_weight[at.row]);
+    if (m.rule.mix != 1 && sample != end) v = mixed_chunk(m, v, load(m.old_velocity, at.row, at, buffers.old), at.count, buffers.velocity);
     for (; sample != end; ++sample) {
       const float plus = weight(*sample, 0), minus = weight(*sample, 1);
       if (is_kept) {

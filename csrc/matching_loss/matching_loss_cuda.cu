@@ -70,6 +70,7 @@ FK_DEVICE unsigned used_sums(const MatchingArguments& m) {
 }
 
 FK_DEVICE void add_terms(const MatchingRule& rule, float v, float old, float u, float (&sums)[kMatchingSums]) {
+  if (rule.nft) v = mixed(v, old, rule.mix);
   sums[0] += squared_difference(v, u);
   if (rule.nft) {
     sums[2] += fabsf(v - u);
@@ -104,14 +105,15 @@ FK_DEVICE void finish_sample(const MatchingLaunch& launch, int64_t sample, const
     sums.old_sizes = totals[3];
     sums.ref = totals[4];
     sums.ema = totals[5];
-    const MatchingResult out = matching_result(m.rule, m.sigma ? m.sigma[sample] : m.sigma_value, m.advantage[sample], sums);
+    MatchingResult out = matching_result(m, sample, sums);
     m.log_ratio[sample] = out.log_ratio;
     m.ratio[sample] = out.ratio;
     m.matching[sample] = out.matching;
-    m.ref_mean[sample] = out.ref;
-    m.ema_mean[sample] = out.ema;
     m.clipped_low[sample] = out.clipped_low;
     m.clipped_high[sample] = out.clipped_high;
+    add_anchors(m, sample, sums, out);  // after what is stored, so that coefficients are not held in registers meanwhile
+    m.ref_mean[sample] = out.ref;
+    m.ema_mean[sample] = out.ema;
 #pragma unroll
     for (int k = 0; k < 4; ++k) m.slopes[4 * sample + k] = out.slopes[k];
     launch.scratch.sample_loss[sample] = is_out_of_range(launch.walk, sample) ? NAN : float(out.loss);
@@ -229,7 +231,7 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
       const int lane = __ffs(left) - 1;
       const float to_target = __shfl_sync(kAllLanes, plus, lane), from_reflected = __shfl_sync(kAllLanes, minus, lane);
       need_velocity();
-      if (from_reflected != 0 && !has_old) {
+      if ((from_reflected != 0 || m.rule.mix != 1) && !has_old) {
         old_velocity = load_group(m.old_velocity, at, is_whole);
         has_old = true;
       }
@@ -239,8 +241,9 @@ __global__ void __launch_bounds__(256) matching_backward_kernel(const __grid_con
       const Floats old = widen(old_velocity, m.old_velocity.dtype);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        gradient.v[i] += to_target * (v.v[i] - u.v[i]);
-        if (from_reflected != 0) gradient.v[i] += from_reflected * (reflected(v.v[i], old.v[i]) - u.v[i]);
+        const float towards = mixed(v.v[i], old.v[i], m.rule.mix);
+        gradient.v[i] += to_target * (towards - u.v[i]);
+        if (from_reflected != 0) gradient.v[i] += from_reflected * (reflected(towards, old.v[i]) - u.v[i]);
       }
     }
   }

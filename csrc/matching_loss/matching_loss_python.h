@@ -6,12 +6,12 @@
 
 namespace {
 
-constexpr size_t kMatchingInputs = 19;  // flowkern.ops.matching_loss
+constexpr size_t kMatchingInputs = 21;  // flowkern.ops.matching_loss
 
 // What both passes take.
 void read_matching(Reader& read, MatchingArguments& m, Given<kMatchingInputs> inputs) {
-  const auto& [velocity, x0, sigma, advantage, row, noise, seed, sample_id, step, objective, weighting, old_velocity, velocity_ref,
-               velocity_ema, ref_coef, ema_coef, clip_low, clip_high, reduction] = inputs;
+  const auto& [velocity, x0, sigma, advantage, row, noise, seed, sample_id, step, objective, weighting, ghuber_power, nft_beta,
+               old_velocity, velocity_ref, velocity_ema, ref_coef, ema_coef, clip_low, clip_high, reduction] = inputs;
   m.velocity = read.first_latent(velocity, m.rows, "velocity");
   read.row(row, m);
   m.rule.size = read.size;
@@ -21,6 +21,17 @@ void read_matching(Reader& read, MatchingArguments& m, Given<kMatchingInputs> in
   m.ema = read.optional_latent(velocity_ema, m.rows, "velocity_ema");
   m.key = read.noise(noise, seed, sample_id, step, m.batch, kMatch, m.noise);
   read.require(is_given(noise) || is_given(sample_id), "noise");
+  m.rule.nft_beta = read.number(nft_beta, 0, HUGE_VAL, "nft_beta");
+  m.rule.mix = m.old_velocity.data ? float(m.rule.nft_beta) : 1.0f;
+  read.require(m.rule.nft_beta > 0 && std::isfinite(m.rule.nft_beta), "nft_beta");
+}
+
+// Of an anchor: a number, or (batch,).
+double anchor_coefficient(Reader& read, PyObject* x, PyObject* anchor, int64_t batch, const float*& each, const char* name) {
+  if (PyFloat_CheckExact(x) || PyLong_CheckExact(x)) return read.coefficient(x, anchor, name);
+  each = read.vector<const float>(x, batch, name);
+  read.require(is_given(anchor), name);
+  return 0;
 }
 
 namespace functions {
@@ -28,8 +39,8 @@ namespace functions {
 // flowkern.matching_loss's arguments, but for backend, and step None where noise is given; then whether gradients are recorded. Returns
 // the fields of MatchingLoss, slopes (batch, 4), and the residual where it is worth keeping.
 py::object matching_forward(Given<kMatchingInputs + 1> given, Reader& read) {
-  const auto& [velocity, x0, sigma, advantage, row, noise, seed, sample_id, step, objective, weighting, old_velocity, velocity_ref,
-               velocity_ema, ref_coef, ema_coef, clip_low, clip_high, reduction, records] = given;
+  const auto& [velocity, x0, sigma, advantage, row, noise, seed, sample_id, step, objective, weighting, ghuber_power, nft_beta,
+               old_velocity, velocity_ref, velocity_ema, ref_coef, ema_coef, clip_low, clip_high, reduction, records] = given;
   MatchingArguments m{};
   read_matching(read, m, part<0, kMatchingInputs>(given));
   if (PyFloat_CheckExact(sigma)) {
@@ -40,14 +51,19 @@ py::object matching_forward(Given<kMatchingInputs + 1> given, Reader& read) {
   }
   m.advantage = read.vector<const float>(advantage, m.batch, "advantage");
   const bool nft = read.choice(objective, {"awm", "nft"}, "objective");
-  const int weight = read.choice(weighting, {"uniform", "t", "ghuber"}, "weighting");  // of enum MatchingWeighting
-  const double ref = read.coefficient(ref_coef, velocity_ref, "ref_coef"), ema = read.coefficient(ema_coef, velocity_ema, "ema_coef");
+  const int weight = nft ? read.choice(weighting, {"adaptive", "uniform"}, "weighting")
+                         : read.choice(weighting, {"uniform", "t", "ghuber", "t2", "huber"}, "weighting");  // of the enums
+  const double power = read.number(ghuber_power, 0.01, 1, "ghuber_power"), beta = m.rule.nft_beta;
+  read.require(power == kGhuberPower || (!nft && weight == kGhuber), "ghuber_power");
+  read.require(beta == 1 || nft, "nft_beta");
+  const double ref = anchor_coefficient(read, ref_coef, velocity_ref, m.batch, m.ref_coef, "ref_coef");
+  const double ema = anchor_coefficient(read, ema_coef, velocity_ema, m.batch, m.ema_coef, "ema_coef");
   const double low = read.number(clip_low, 0, 1, "clip_low"), high = read.number(clip_high, 0, HUGE_VAL, "clip_high");
   const Reduction reduced = Reduction(read.choice(reduction, kReductions, "reduction"));
   if (!read.serves) return py::none();
 
   const double share = reduced == Reduction::mean && m.batch > 0 ? 1.0 / double(m.batch) : 1.0;
-  m.rule = {read.size, nft, m.old_velocity.data != nullptr, weight, ref, ema, low, high, share};
+  m.rule = {read.size, nft, m.old_velocity.data != nullptr, weight, power, beta, m.rule.mix, ref, ema, low, high, share};
   m.is_reduced = reduced != Reduction::none;
   LossResult<5, 4> result(read, m.batch, reduction, m.is_reduced);
   const bool is_one_residual = !(nft && m.old_velocity.data);

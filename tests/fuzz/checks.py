@@ -224,6 +224,8 @@ def _wrong_values(name: str, p: dict) -> list:
         "kl_coef": [-1.0, math.nan, math.inf, None],
         "ref_coef": [math.nan, math.inf, None],
         "ema_coef": [math.nan, math.inf, None],
+        "ghuber_power": [0.0, 1.5, math.nan, None],
+        "nft_beta": [0.0, -1.0, math.nan, math.inf, None],
         "temperature": [0.0, -1.0, math.nan, math.inf, None],
         "softcap": [0.0, -1.0, math.nan, math.inf],
         "budget_bytes": [0, -1, math.nan, None],
@@ -235,7 +237,7 @@ def _wrong_values(name: str, p: dict) -> list:
     }
     words = ("reduction", "ratio", "objective", "weighting", "stream", "backend")
     if name in words:
-        return [*anything, 3] + [None] * (name != "backend")
+        return [*anything, 3] + [None] * (name not in ("backend", "weighting"))
     return [*anything, *numbers[name]] if name in numbers else []
 
 

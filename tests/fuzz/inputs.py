@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from flowkern.ops.matching_loss.inputs import WEIGHTINGS
 from flowkern.schedules import (
     KINDS,
     Coefficients,
@@ -28,6 +29,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16]))
 LAYOUTS = (
     "contiguous", "transposed", "sliced", "gaps", "expanded", "repeated", "offset", "negated",
+)  # fmt: skip
+KINDS_OF_MATCHING = (
+    *(f"{objective} {weighting}" for objective, all in WEIGHTINGS.items() for weighting in all),
+    "ghuber_power", "nft_beta", "ref_coef of each", "ema_coef of each",
 )  # fmt: skip
 OUTPUTS = ("new", "out_dtype", "out", "neighbor", "overlapping", "in place")
 # One element, vectors and their remainders, primes, the kernels' chunks and segments and beyond.
@@ -319,19 +324,34 @@ class Draw:
             "x0": x0,
             "sigma": self.sigma(batch),
             "advantage": self.per_sample(batch),
-            "objective": self.r.choice(("awm", "nft")),
-            "weighting": self.r.choice(("uniform", "t", "ghuber")),
             "ref_coef": 0.0,
             "ema_coef": 0.0,
         } | row
+        p |= self.matched()
         if self.maybe(0.6):
             p["old_velocity"] = self.latent(shape, near())
         for anchor in ("ref", "ema"):
             if self.maybe(0.3):
                 p[f"velocity_{anchor}"] = self.latent(shape, near())
                 p[f"{anchor}_coef"] = self.r.choice((0.0, 0.1, 1.0))
+                if self.maybe(0.3):
+                    p[f"{anchor}_coef"] = self.per_sample(batch).abs()
+                    self.drawn[f"{anchor}_coef of each"] += 1
         clips = {n: self.r.choice((0.0, 1e-4, 0.2, 1.0)) for n in ("clip_low", "clip_high")}
         return p | self.noise(x0.shape) | clips | self.reduction(batch)
+
+    def matched(self) -> dict:
+        """How a velocity is matched."""
+        how = {"objective": self.r.choice(("awm", "nft"))}
+        how["weighting"] = self.r.choice(WEIGHTINGS[how["objective"]])
+        if how["weighting"] == "ghuber":
+            how["ghuber_power"] = self.r.choice((0.25, 0.25, 0.05, 0.6, 1.0))
+        if how["objective"] == "nft":
+            how["nft_beta"] = self.r.choice((1.0, 1.0, 0.1, 0.5, 1.5))
+        self.drawn[f"{how['objective']} {how['weighting']}"] += 1
+        self.drawn["ghuber_power"] += how.get("ghuber_power", 0.25) != 0.25
+        self.drawn["nft_beta"] += how.get("nft_beta", 1.0) != 1
+        return how
 
     def reduction(self, batch: int) -> dict:
         reduction = self.r.choice(("mean", "sum", "none"))

@@ -173,7 +173,9 @@ class MatchingLoss(Op):
             results[short] = Bounded(torch.zeros_like(t.value))
             if anchor is not None:
                 results[short] = mean_square(v - anchor)
-                factor = Bounded(torch.full_like(t.value, float32(coefficient)))
+                if not isinstance(coefficient, torch.Tensor):
+                    coefficient = torch.full_like(t.value, float32(coefficient))
+                factor = exact(coefficient.float())
                 loss = loss + unless_zero(factor, results[short])
                 terms.append((factor * (2 / size), v - anchor))
         loss, grad = reduced(p, loss)
@@ -185,25 +187,28 @@ class MatchingLoss(Op):
         return results | {"loss": loss, "gradient": gradient}
 
     def _awm(self, p, v, old, u, t, size):
-        power, floor = 0.25, 1e-10
-        matching, weighting = mean_square(v - u), p["weighting"]
+        floor, weighting = 1e-10, p["weighting"]
+        # huber: half of what ghuber makes of square roots.
+        power, part = (0.5, 0.5) if weighting == "huber" else (p.get("ghuber_power", 0.25), 1.0)
+        matching, one = mean_square(v - u), Bounded(torch.ones_like(t.value))
         log_ratio = Bounded(torch.zeros_like(t.value), unknown(2.0 * (v - u)))
-        if weighting == "ghuber":
-            slope = monotone(lambda m: (m.clamp(min=0) + floor) ** (power - 1), matching)
+        if weighting in ("huber", "ghuber"):
+            slope = monotone(lambda m: part * (m.clamp(min=0) + floor) ** (power - 1), matching)
             # Squares past float32 are infinite in a kernel: the value here is not the true one.
             is_known = matching.error.isfinite()
             minus = -t * Bounded(slope.value, torch.where(is_known, slope.error, torch.inf))
         else:
-            minus = -t if weighting == "t" else Bounded(-torch.ones_like(t.value))
+            minus = -{"uniform": one, "t": t, "t2": t * t}[weighting]
         if old is not None:
             change = ((v - old) * ((v - u) + (old - u))).mean()
 
             def ghuber(m, dm):
                 before = m + floor - dm
-                return before**power * torch.expm1(power * torch.log1p(dm / before)) / power
+                grown = torch.expm1(power * torch.log1p(dm / before))
+                return part * before**power * grown / power
 
             log_ratio = minus * change
-            if weighting == "ghuber":
+            if weighting in ("huber", "ghuber"):
                 log_ratio = -t * monotone(ghuber, matching, change)
         ratio = Ratio(p, log_ratio)
         terms = [(ratio.slope * minus * (2 / size), v - u)]
@@ -213,10 +218,15 @@ class MatchingLoss(Op):
         one = Bounded(torch.ones_like(t.value))
         half = lambda a: (0.5 + a / 2).clamp(0, 1)  # noqa: E731
         r = monotone(half, exact(p["advantage"].float()))
+        beta = Bounded(one.value * p["nft_beta"], one.value * p["nft_beta"] * U)
+        if old is not None and p["nft_beta"] != 1:
+            v = old + beta.reshape(-1, *[1] * (v.value.ndim - 1)) * (v - old)
         minus = v if old is None else 2.0 * old - v
-        weights = [
-            monotone(lambda w: w.clamp(min=1e-5), t * (x - u).abs().mean()) for x in (v, minus)
-        ]
+        weights = [one, one]
+        if p["weighting"] == "adaptive":
+            weights = [
+                monotone(lambda w: w.clamp(min=1e-5), t * (x - u).abs().mean()) for x in (v, minus)
+            ]
         parts = [mean_square(x - u) / w for x, w in zip((v, minus), weights, strict=True)]
         matching = t * t * (unless_zero(r, parts[0]) + unless_zero(one - r, parts[1]))
         slopes = [
@@ -224,9 +234,11 @@ class MatchingLoss(Op):
             for share, w in zip((r, -(one - r)), weights, strict=True)
         ]
         terms = list(zip(slopes, (v - u, minus - u), strict=True))
+        if old is None:  # both residuals are one: what cancels does not look at it
+            terms = [(slopes[0] + slopes[1], v - u)]
         zero = Bounded(torch.zeros_like(t.value))
         flags = {n: zero for n in ("log_ratio", "clipped_low", "clipped_high")}
-        return 5.0 * matching, terms, flags | {"ratio": one, "matching": matching}
+        return 5.0 * matching / beta, terms, flags | {"ratio": one, "matching": matching}
 
 
 LOSSES = (PolicyLoss(), MatchingLoss())

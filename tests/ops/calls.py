@@ -25,6 +25,8 @@ ANCHORS = {"velocity_ref": GIVEN, "velocity_ema": GIVEN, "ref_coef": 0.3, "ema_c
 MEAN, ROUNDED = {"return_mean": True}, {"round_dtype": GIVEN}
 DRAWN, REDRAWN = KEY | {"x_next": None}, NOISE | {"x_next": None}
 GUARD, NFT, EACH = {"ratio": "guard"}, {"objective": "nft"}, {"reduction": "none"}
+OF_EACH = ANCHORS | {"ref_coef": GIVEN, "ema_coef": GIVEN}
+NO_WEIGHT = {"nft_beta": 1.5, "weighting": "uniform", "reduction": "sum"}
 UNIFORM = {"weighting": "uniform", "reduction": "sum", "clip_low": 0.5, "clip_high": 0.5}
 WEIGHTS = {"step_weight": GIVEN, "velocity_ref": GIVEN, "kl_coef": GIVEN}
 
@@ -79,6 +81,11 @@ TABLE = {
             "nft": NFT | OLD | NOISE,
             "nft, on policy": NFT | NOISE | {"reduction": "sum"},
             "nft, all": NFT | OLD | KEY | ROW | ANCHORS,
+            "t2, of each": OLD | KEY | {"weighting": "t2"} | OF_EACH,
+            "huber": OLD | NOISE | {"weighting": "huber"},
+            "ghuber, another power": OLD | NOISE | {"ghuber_power": 0.6} | EACH,
+            "nft, beta": NFT | OLD | KEY | {"nft_beta": 0.3} | OF_EACH,
+            "nft, beta, uniform": NFT | OLD | NOISE | ROW | ANCHORS | NO_WEIGHT,
         },
     ),
     "rescaled_guidance": ({"": GUIDED}, {}),
@@ -101,6 +108,8 @@ PER_SAMPLE = {  # values from the first sample to the last
     "sigma": (0.1, 0.9),
     "step_weight": (0.5, 2),
     "kl_coef": (0.1, 0.3),
+    "ref_coef": (0.2, 0.6),
+    "ema_coef": (0.9, 0.1),
 }
 
 

@@ -371,12 +371,12 @@ def test_values_of_a_wrong_kind_are_named():
             call()
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "t", "ghuber"])
-def test_on_policy_ratio_is_one_though_the_matching_error_overflows(backend, weighting):
+@pytest.mark.parametrize("weighting", ["uniform", "t", "t2", "huber", "ghuber"])
+@pytest.mark.parametrize("power", [0.25, 0.6])
+def test_on_policy_ratio_is_one_though_the_matching_error_overflows(backend, weighting, power):
     """Squares of 1e25 are past float32: the ratio of a policy to itself is 1 all the same."""
-    out = fk.matching_loss(
-        1e25 * V, X, 0.5, torch.ones(2), noise=NOISE, weighting=weighting, backend=backend
-    )
+    how = {"weighting": weighting, "ghuber_power": power if weighting == "ghuber" else 0.25}
+    out = fk.matching_loss(1e25 * V, X, 0.5, torch.ones(2), noise=NOISE, backend=backend, **how)
     assert out.matching.isinf().all()
     assert (out.log_ratio == 0).all() and (out.ratio == 1).all() and out.loss == -1
 

@@ -66,23 +66,28 @@ def by_definition(p):
 
         def log_likelihood(velocity):
             m = mean((velocity[row] - u) ** 2)
-            weighting = p.get("weighting", "ghuber")
+            weighting, power = p.get("weighting", "ghuber"), p.get("ghuber_power", 0.25)
             if weighting == "ghuber":
-                return -t / 0.25 * ((m + 1e-10) ** 0.25 - 1e-10**0.25)
-            return -m if weighting == "uniform" else -t * m
+                return -t / power * ((m + 1e-10) ** power - 1e-10**power)
+            if weighting == "huber":
+                return -t * ((m + 1e-10).sqrt() - 1e-5)
+            return -(t ** {"uniform": 0, "t": 1, "t2": 2}[weighting]) * m
 
         ratio = (log_likelihood(v) - log_likelihood(old)).exp()
         loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - low, 1 + high))
-    else:  # in the space of x0, as published, with its constants: A_max = 5, b = 1
+    else:  # in the space of x0, as published, with its constant A_max = 5
         wide = t.reshape(-1, *[1] * (v.ndim - 1))
         x_t = (1 - wide) * p["x0"] + wide * p["noise"]
-        r = (0.5 + a / 2).clamp(0, 1)
+        r, b = (0.5 + a / 2).clamp(0, 1), p.get("nft_beta", 1.0)
 
         def normalized(velocity):
             error = x_t - wide * velocity - p["x0"]
+            if p.get("weighting") == "uniform":
+                return mean(error**2)
             return mean(error**2) / mean(error.detach().abs()).clamp(min=1e-5)
 
-        loss = 5 * (r * normalized(v[row]) + (1 - r) * normalized((2 * old - v)[row]))
+        towards, away = ((1 - b) * old + b * v)[row], ((1 + b) * old - b * v)[row]
+        loss = 5 / b * (r * normalized(towards) + (1 - r) * normalized(away))
     for anchor, coefficient in (("velocity_ref", "ref_coef"), ("velocity_ema", "ema_coef")):
         if anchor in p:
             loss = loss + p[coefficient] * mean((v - p[anchor])[row] ** 2)
@@ -90,19 +95,28 @@ def by_definition(p):
     return loss.detach(), v.grad
 
 
+AWM = [{"weighting": w} for w in ("uniform", "t", "ghuber", "huber", "t2")]
+AWM += [{"weighting": "ghuber", "ghuber_power": p} for p in (0.01, 0.7)]
+EACH = torch.linspace(0, 1, 12)  # a coefficient of its own for each sample
 VARIANTS = [
     *[("awm", {"weighting": w}, d) for w in ("uniform", "t", "ghuber") for d in (0.3, None)],
     ("awm", {"clip_low": 0.02, "clip_high": 0.2}, 0.3),
     ("awm", {"weighting": "uniform", "clip_low": 0.01, "clip_high": 0.001}, 0.05),
     *[("nft", {}, d) for d in (0.3, 0, None)],
+    *[("awm", {"weighting": w}, d) for w in ("t2", "huber") for d in (0.3, None)],
+    *[("awm", {"ghuber_power": p}, d) for p in (0.1, 0.7) for d in (0.3, None)],
+    *[("nft", {"nft_beta": 0.1}, d) for d in (0.3, 0, None)],
+    ("nft", {"nft_beta": 1.5, "weighting": "uniform"}, 0.3),
+    ("nft", {"weighting": "uniform"}, None),
 ]
+ALL = [(*variant, has_anchors) for variant in VARIANTS for has_anchors in (True, False)]
+ALL += [(o, {n: EACH for n in ("ref_coef", "ema_coef")}, 0.3, True) for o in ("awm", "nft")]
 
 
 # ---- against the definitions ----
 
 
-@pytest.mark.parametrize("objective, options, drift", VARIANTS)
-@pytest.mark.parametrize("anchors", [True, False])
+@pytest.mark.parametrize("objective, options, drift, anchors", ALL)
 def test_value_and_gradient_are_those_of_the_formula(objective, options, drift, anchors):
     p = problem(batch=12, objective=objective, drift=drift, anchors=anchors) | options
     p = double(p)
@@ -153,10 +167,10 @@ def test_first_step_of_nft_is_advantage_weighted_matching(old, backend):
     assert (gradient(p, backend=backend)[1].abs() <= 1e-8).all()
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "t", "ghuber"])
-def test_off_policy_at_the_old_velocity_the_ratio_is_exactly_one(weighting, backend):
+@pytest.mark.parametrize("options", AWM)
+def test_off_policy_at_the_old_velocity_the_ratio_is_exactly_one(options, backend):
     for dtype in DTYPES:
-        p = problem(drift=0, dtype=dtype, anchors=False) | {"weighting": weighting}
+        p = problem(drift=0, dtype=dtype, anchors=False) | options
         off, gradient_off = gradient(p, backend=backend)
         on, gradient_on = gradient(p | {"old_velocity": None}, backend=backend)
         assert (off.ratio == 1).all() and (on.ratio == 1).all() and (on.log_ratio == 0).all()
@@ -167,30 +181,33 @@ def test_off_policy_at_the_old_velocity_the_ratio_is_exactly_one(weighting, back
         assert not (tied.clipped_low | tied.clipped_high).any()
 
 
-@pytest.mark.parametrize("weighting", ["t", "ghuber"])
-def test_difference_form_resolves_what_two_losses_cannot(weighting, backend):
+@pytest.mark.parametrize("options", AWM[1:])
+def test_difference_form_resolves_what_two_losses_cannot(options, backend):
     """M and M_old differ by 1e-6 of themselves, ten float32 steps."""
     p = problem(4, (64, 64), drift=None, dtype=torch.float32, anchors=False)
     u = p["noise"] - p["x0"]
     old = p["velocity"]
-    p |= {"velocity": u + (old - u) * (1 + 5e-7), "old_velocity": old, "weighting": weighting}
+    p |= {"velocity": u + (old - u) * (1 + 5e-7), "old_velocity": old} | options
     truth = fk.matching_loss(**double(p)).log_ratio
-    assert (1e-7 < truth.abs() / p["sigma"]).all() and (truth.abs() < 1e-5).all()
+    assert (1e-8 < truth.abs() / p["sigma"]).all() and (truth.abs() < 1e-5).all()
     ours = fk.matching_loss(**p, backend=backend).log_ratio
     assert ((ours - truth) / truth).abs().max() < 1e-4
 
     def log_likelihood(v):
-        m = mean((v - u) ** 2)
-        return -p["sigma"] * (m if weighting == "t" else 4 * (m + 1e-10) ** 0.25)
+        power = options.get("ghuber_power", {"huber": 0.5, "ghuber": 0.25}.get(p["weighting"], 1))
+        return -p["sigma"] * (mean((v - u) ** 2) + 1e-10) ** power / power
 
     two = log_likelihood(p["velocity"]) - log_likelihood(old)
     assert ((two - truth) / truth).abs().max() > 100 * ((ours - truth) / truth).abs().max()
 
 
-def test_an_old_velocity_that_is_right_is_no_danger(backend):
-    """M_old is 0: the ratio needs it exactly, not as M less the difference."""
-    p = problem(4, (5, 1), drift=0.3, dtype=torch.float32, anchors=False)
-    p["old_velocity"] = p["noise"] - p["x0"]
+@pytest.mark.parametrize("options", AWM)
+@pytest.mark.parametrize("right", ["old_velocity", "velocity"])
+def test_an_old_velocity_that_is_right_is_no_danger(right, options, backend):
+    """M_old, or M, is 0: the ratio needs it exactly, not as the other less the difference."""
+    p = problem(4, (5, 1), drift=0.3, dtype=torch.float32, anchors=False) | options
+    p |= {n: (p[n] * 256).round() / 256 for n in ("x0", "noise")}  # their difference is exact
+    p[right] = p["noise"] - p["x0"]
     out, got = gradient(p, backend=backend)
     truth, true = gradient(double(p))
     torch.testing.assert_close(out.log_ratio.double(), truth.log_ratio, rtol=1e-4, atol=1e-6)
@@ -211,6 +228,48 @@ def test_siblings_share_their_parents_velocity(objective, backend, poisoned_empt
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
         assert (got[[1, 3]] == 0).all()
         _, true = by_definition(p | rows | {"row": row})
+        torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.5])
+def test_nft_beta_is_a_loss_of_mixed_velocities(beta, backend):
+    """loss_b(velocity) is loss_1(old + b (velocity - old)) / b, so their gradients are one; where
+    the velocity is the old one b is in the loss alone. The anchors see the velocity itself.
+    """
+    p = problem(6, (3, 700), "nft", drift=0.3, dtype=torch.float32)
+    far = p["old_velocity"] + beta * (p["velocity"] - p["old_velocity"])
+    anchors = {"ref_coef": 0.0, "ema_coef": 0.0}
+    mixed, got = gradient(p | anchors | {"nft_beta": beta}, backend=backend)
+    plain, expected = gradient(p | anchors | {"velocity": far}, backend=backend)
+    torch.testing.assert_close(mixed.loss * beta, plain.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
+    assert torch.equal(mixed.matching, plain.matching)
+    pulled, _ = gradient(p | {"nft_beta": beta}, backend=backend)
+    assert torch.equal(pulled.ref, gradient(p, backend=backend)[0].ref)
+    p |= anchors | {"old_velocity": None}
+    one, expected = gradient(p, backend=backend)
+    other, got = gradient(p | {"nft_beta": beta}, backend=backend)
+    torch.testing.assert_close(other.loss * beta, one.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["awm", "nft"])
+def test_coefficients_of_each_sample(objective, backend):
+    """(B,) that say one number are that number to the bit; else each is its own sample's."""
+    p = problem(7, (3, 700), objective, dtype=torch.float32)
+    row = torch.tensor([0, 2, 2, 4, 0, 2, 0])
+    rows = {n: p[n][:5] for n in ("velocity", "old_velocity", "velocity_ref", "velocity_ema")}
+    for change in ({"old_velocity": None}, rows | {"row": row}):
+        p |= change
+        each = {n: torch.full((7,), p[n]) for n in ("ref_coef", "ema_coef")}
+        one = {n: float(x[0]) for n, x in each.items()}
+        (number, expected), (same, got) = (gradient(p | x, backend=backend) for x in (one, each))
+        assert all(torch.equal(x, y) for x, y in zip(number, same, strict=True))
+        assert torch.equal(got, expected)
+        each = {"ref_coef": torch.linspace(0, 1, 7), "ema_coef": torch.linspace(2, 0, 7)}
+        out, got = gradient(p | each, reduction="none", weights=torch.ones(7), backend=backend)
+        truth, true = gradient(double(p | each), reduction="none", weights=torch.ones(7))
+        torch.testing.assert_close(out.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-7)
 
 
@@ -335,8 +394,9 @@ def test_opcheck():
         torch.library.opcheck(ops.add_noise, (p["x0"], p["sigma"], given, ids_of, *key, "native"))
         if objective is None:
             continue
-        coefficients = (0.3, 0.7, 0.1, 0.1, "mean")
-        inputs = MatchingInputs(*of_samples, *source, objective, "ghuber", *anchors, *coefficients)
+        coefficients = (p["sigma"], 0.7, 0.1, 0.1, "mean")
+        how = ("ghuber", 0.5, 1.0) if objective == "awm" else ("adaptive", 0.25, 0.5)
+        inputs = MatchingInputs(*of_samples, *source, objective, *how, *anchors, *coefficients)
         call = LOSS.op_arguments(inputs, "native")
         torch.library.opcheck(ops.matching_loss, call)
         slopes = ops.matching_loss(*call)[-1].detach()
@@ -449,6 +509,7 @@ def test_errors_name_the_argument():
     good = problem(3, dtype=torch.float32)
     half, nan = torch.zeros(3, 2, 8), float("nan")
     key = {"noise": None, "seed": 1, "sample_id": torch.arange(3)}
+    nft, huber, each = {"objective": "nft"}, {"weighting": "huber"}, torch.ones(3)
     cases = [
         ({"velocity": [1.0]}, TypeError, "velocity: expected a tensor, got list"),
         ({"x0": half}, ValueError, r"x0: expected shape \(3, 3, 8\), got \(3, 2, 8\)"),
@@ -477,7 +538,17 @@ def test_errors_name_the_argument():
         (key | {"step": None}, ValueError, "step: got None"),
         (key | {"sample_id": torch.arange(2)}, ValueError, "sample_id: expected shape"),
         ({"objective": "dpo"}, ValueError, "objective: expected 'awm' or 'nft', got 'dpo'"),
-        ({"weighting": "t2"}, ValueError, "weighting: expected one of .*'ghuber'.*got 't2'"),
+        ({"weighting": "t3"}, ValueError, "weighting: expected one of .*'ghuber'.*got 't3'"),
+        ({"weighting": "adaptive"}, ValueError, "of objective='awm', got 'adaptive'"),
+        (nft | {"weighting": "ghuber"}, ValueError, "of objective='nft', got 'ghuber'"),
+        ({"ghuber_power": 0.0}, ValueError, r"ghuber_power: expected a number in \[0.01, 1\], got"),
+        (huber | {"ghuber_power": 0.5}, ValueError, "0.5 is of weighting='ghuber', got 'huber'"),
+        (nft | {"ghuber_power": 0.5}, ValueError, "0.5 is of weighting='ghuber', got 'adaptive'"),
+        (nft | {"nft_beta": 0.0}, ValueError, "nft_beta: expected a finite number > 0, got 0.0"),
+        (nft | {"nft_beta": nan}, ValueError, "nft_beta: expected a finite number > 0, got nan"),
+        ({"nft_beta": 0.5}, ValueError, "nft_beta: 0.5 is of objective='nft', got 'awm'"),
+        ({"ref_coef": torch.ones(2)}, ValueError, r"ref_coef: expected shape \(3,\), got \(2,\)"),
+        ({"ref_coef": each, "velocity_ref": None}, ValueError, r"needed for ref_coef=\(B,\), got"),
         ({"reduction": "max"}, ValueError, "reduction: expected"),
         ({"clip_low": 1.1}, ValueError, "clip_low: expected 0 <= clip_low <= 1, got 1.1"),
         ({"clip_low": -0.1}, ValueError, "clip_low: expected"),
@@ -507,7 +578,7 @@ def test_a_row_out_of_range_never_reaches_memory():
     x, a = torch.zeros(2, 8), torch.zeros(2)
     row, none = torch.tensor([0, 2]), (None,) * 3
     inputs = MatchingInputs(
-        x, x, a, a, row, x, *none, "awm", "ghuber", *none, 0.0, 0.0, 1.0, 1.0, "mean"
+        x, x, a, a, row, x, *none, "awm", "ghuber", 0.25, 1.0, *none, 0.0, 0.0, 1.0, 1.0, "mean"
     )
     with pytest.raises(IndexError, match=r"row: expected values in \[0, 2\), got 2"):
         torch.ops.flowkern.matching_loss(*LOSS.op_arguments(inputs, "native"))

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from flowkern.ops._common.arguments import Noise
 
-WEIGHTINGS = ("uniform", "t", "ghuber")  # kernels take the index
+# Of each objective; kernels take the index.
+WEIGHTINGS = {"awm": ("uniform", "t", "ghuber", "t2", "huber"), "nft": ("adaptive", "uniform")}
+GHUBER_POWER = 0.25  # the published one, of which kernels take roots
 
 
 class MatchingInputs(NamedTuple):
@@ -28,11 +30,13 @@ class MatchingInputs(NamedTuple):
     step: int | Tensor | None  # or (B,) int64
     objective: str  # "awm" | "nft"
     weighting: str  # of WEIGHTINGS
+    ghuber_power: float
+    nft_beta: float
     old_velocity: Tensor | None  # (R, *D)
     velocity_ref: Tensor | None  # (R, *D)
     velocity_ema: Tensor | None  # (R, *D)
-    ref_coef: float
-    ema_coef: float
+    ref_coef: float | Tensor  # or (B,), as advantage
+    ema_coef: float | Tensor
     clip_low: float
     clip_high: float
     reduction: str  # "mean" | "sum" | "none"
@@ -40,3 +44,8 @@ class MatchingInputs(NamedTuple):
     @property
     def source(self) -> Noise:
         return Noise.of(self.noise, self.seed, self.sample_id, self.step)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether nft's velocities are mixed of the new and the old one."""
+        return self.nft_beta != 1 and self.old_velocity is not None

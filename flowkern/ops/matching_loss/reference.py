@@ -16,7 +16,7 @@ from flowkern.ops._common.loss_reference import (
 )
 from flowkern.ops._common.philox import reference_normal
 
-from .inputs import MatchingInputs
+from .inputs import GHUBER_POWER, MatchingInputs
 
 GHUBER_EPS = 1e-10
 
@@ -50,12 +50,12 @@ def matching_loss(i: MatchingInputs) -> tuple[Tensor, ...]:
     v_old = v.detach() if i.old_velocity is None else samples(i.old_velocity.detach())
     u = (noise_of(i.source, i.x0, dtype) - i.x0.to(dtype)).detach()
     if i.objective == "nft":
-        matching = _nft(v, v_old, u, sigma, i.advantage)
-        loss, log_ratio = 5 * matching, torch.zeros_like(sigma)
+        matching = _nft(i, v, v_old, u)
+        loss, log_ratio = 5 * matching / i.nft_beta, torch.zeros_like(sigma)
         clipped_low, clipped_high = (torch.zeros_like(sigma, dtype=torch.bool) for _ in range(2))
     else:
         matching = mean((v - u).square())
-        log_ratio = _awm_log_ratio(v, v_old, u, matching, sigma, i.weighting)
+        log_ratio = _awm_log_ratio(i, v, v_old, u, matching)
         loss, clipped_low, clipped_high = clipped_policy(
             i.advantage, log_ratio, log_clip(i.clip_low, i.clip_high)
         )
@@ -66,27 +66,42 @@ def matching_loss(i: MatchingInputs) -> tuple[Tensor, ...]:
     return loss, log_ratio, log_ratio.exp(), *statistics
 
 
-def _awm_log_ratio(v, v_old, u, matching, sigma, weighting) -> Tensor:
+def _awm_log_ratio(i: MatchingInputs, v, v_old, u, matching) -> Tensor:
     """log p - log p_old in difference form, so that the rounding is relative to the difference.
 
-    ghuber: 4 (a - b) with fourth roots a, b is 4 (a^4 - b^4) / ((a^2 + b^2) (a + b)).
+    ghuber: 4 (a - b) with fourth roots a, b is 4 (a^4 - b^4) / ((a^2 + b^2) (a + b)); with another
+    power, of the change of log M.
     """
-    drift = mean((v - v_old) * ((v - u) + (v_old - u)))
-    if weighting == "uniform":
+    t, drift = i.sigma, mean((v - v_old) * ((v - u) + (v_old - u)))
+    if i.weighting == "uniform":
         return -drift
-    if weighting == "t":
-        return -sigma * drift
-    a = (matching + GHUBER_EPS).sqrt()
-    b = (mean((v_old - u).square()) + GHUBER_EPS).sqrt()
-    return -4 * sigma * drift / ((a + b) * (a.sqrt() + b.sqrt()))
+    if i.weighting in ("t", "t2"):
+        return -(t if i.weighting == "t" else t * t) * drift
+    m, m_old = matching + GHUBER_EPS, mean((v_old - u).square()) + GHUBER_EPS
+    a, b = m.sqrt(), m_old.sqrt()
+    if i.weighting == "huber":
+        return -t * drift / (a + b)
+    if i.ghuber_power == GHUBER_POWER:
+        return -4 * t * drift / ((a + b) * (a.sqrt() + b.sqrt()))
+    power, is_same = i.ghuber_power, drift == 0
+    m_old = torch.where(is_same, 1, m_old)
+    change = drift / m_old
+    is_near = change > -0.5  # below, 1 + change has lost digits that m has
+    log_change = torch.where(is_near, torch.where(is_near, change, 0).log1p(), (m / m_old).log())
+    log_ratio = -t / power * m_old**power * torch.expm1(power * log_change)
+    # 0 with its slope, also where M overflows.
+    return torch.where(is_same, -t * m.detach() ** (power - 1) * drift, log_ratio)
 
 
-def _nft(v, v_old, u, sigma, advantage) -> Tensor:
+def _nft(i: MatchingInputs, v, v_old, u) -> Tensor:
     """t^2 [r mean(plus^2) / w+ + (1 - r) mean(minus^2) / w-]; the weights have no gradient."""
+    towards = v_old + i.nft_beta * (v - v_old) if i.nft_beta != 1 else v
 
     def normalized(residual: Tensor) -> Tensor:
-        weight = (sigma * mean(residual.detach().abs())).clamp(min=1e-5)
-        return sigma.square() * mean(residual.square()) / weight
+        square = i.sigma.square() * mean(residual.square())
+        if i.weighting == "uniform":
+            return square
+        return square / (i.sigma * mean(residual.detach().abs())).clamp(min=1e-5)
 
-    r = (0.5 + 0.5 * advantage).clamp(0, 1)
-    return r * normalized(v - u) + (1 - r) * normalized(2 * v_old - v - u)
+    r = (0.5 + 0.5 * i.advantage).clamp(0, 1)
+    return r * normalized(towards - u) + (1 - r) * normalized(2 * v_old - towards - u)

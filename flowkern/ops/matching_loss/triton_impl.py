@@ -14,23 +14,17 @@ from torch import Tensor
 from flowkern.ops._common.arguments import STREAMS, Noise
 from flowkern.ops._common.loss_reference import log_clip
 from flowkern.ops._common.loss_triton import (
-    advantage_of,
     chunk_sums,
-    clipped_policy,
     group_is_complete,
     group_of,
     loss_scratch,
-    mean_of,
     new_residual,
     next_place,
     packed_siblings,
     put_down,
-    reduce,
     row_is_complete,
     row_place,
     sample_at,
-    samples_of,
-    share_of,
     span_of,
     takes_more,
 )
@@ -44,7 +38,8 @@ from flowkern.ops._common.rows_triton import (
     store,
 )
 
-from .inputs import WEIGHTINGS, MatchingInputs
+from .inputs import GHUBER_POWER, WEIGHTINGS, MatchingInputs
+from .statistics_triton import statistics
 
 # Latents as in rows_triton, source as in philox_triton, the rest as in loss_triton.
 # out:    what loss_outputs makes
@@ -64,23 +59,31 @@ def _target(x0, source, sample, first, count, STREAM: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def _mixed(v, v_old, beta):
+    """Where nft's beta, which is None for 1, puts a velocity."""
+    if beta is not None and v_old is not None:
+        v = v_old + beta * (v - v_old)
+    return v
+
+
+@triton.jit
 def _serve(
     scratch, residual, x0, source, held, sample, place,
     NFT: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums one sample over the chunk."""
-    v, v_old, v_ref, v_ema = held
+    v, towards, v_old, v_ref, v_ema = held
     first = place[2] * BLOCK
     count = place[4] - first
     u = _target(x0, source, sample, first, count, STREAM, BLOCK)
-    plus = v - u
+    plus = towards - u
     if residual is not None:
         store(residual, sample, first, count, plus, BLOCK)
     sums = (chunk_sums(plus * plus, count, BLOCK),)
     if NFT:
         sums += (chunk_sums(tl.abs(plus), count, BLOCK),)
         if v_old is not None:
-            minus = (2.0 * v_old - v) - u
+            minus = (2.0 * v_old - towards) - u
             sums += (chunk_sums(minus * minus, count, BLOCK),)
             sums += (chunk_sums(tl.abs(minus), count, BLOCK),)
     elif v_old is not None:
@@ -94,102 +97,9 @@ def _serve(
     put_down(scratch, sums, sample, place, BLOCK)
 
 
-@triton.jit
-def _statistics(
-    out, scratch, sigma_ptr, advantage_ptr, siblings, coefs, bounds, group, place,
-    OLD: tl.constexpr, REF: tl.constexpr, EMA: tl.constexpr, NFT: tl.constexpr,
-    WEIGHTING: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What the means of a group of samples say, in float64."""
-    loss_ptr, log_ratio_ptr, ratio_ptr, matching_ptr, ref_ptr, ema_ptr = out[:6]
-    low_ptr, high_ptr, slopes_ptr = out[6:]
-    FIRST_ANCHOR: tl.constexpr = 1 + NFT + 2 * OLD
-    share = 2.0 * share_of(place, REDUCTION)
-    sample = samples_of(group, place)
-    t = tl.load(sigma_ptr + sample).to(tl.float64)
-    advantage = advantage_of(advantage_ptr, siblings, sample, place)
-    zero = tl.zeros(sample.shape, tl.float64)
-    if NFT:
-        matching, slope, minus_slope = _nft(t, advantage, scratch, sample, place, OLD)
-        loss, log_ratio = 5 * matching, zero.to(tl.float32)
-        clipped_low, clipped_high = log_ratio != 0, log_ratio != 0
-    else:
-        matching = mean_of(scratch, 0, sample, place)
-        log_ratio, slope = _awm(t, matching, scratch, sample, place, OLD, WEIGHTING)
-        loss, policy, clipped_low, clipped_high = clipped_policy(advantage, log_ratio, bounds)
-        slope *= policy
-        minus_slope = zero
-    ref, ema = zero, zero
-    if REF:
-        ref = mean_of(scratch, FIRST_ANCHOR, sample, place)
-        loss += coefs[0] * ref
-    if EMA:
-        ema = mean_of(scratch, FIRST_ANCHOR + REF, sample, place)
-        loss += coefs[1] * ema
-    # Not -0, which would be read: matching looks at all data.
-    tl.store(slopes_ptr + sample * 4, tl.where(slope != 0, slope * share, 0.0))
-    tl.store(slopes_ptr + sample * 4 + 1, tl.where(minus_slope != 0, minus_slope * share, 0.0))
-    tl.store(slopes_ptr + sample * 4 + 2, zero + coefs[0] * share)
-    tl.store(slopes_ptr + sample * 4 + 3, zero + coefs[1] * share)
-    tl.store(log_ratio_ptr + sample, log_ratio)
-    tl.store(ratio_ptr + sample, tl.exp(log_ratio.to(tl.float64)))
-    tl.store(matching_ptr + sample, matching)
-    tl.store(ref_ptr + sample, ref)
-    tl.store(ema_ptr + sample, ema)
-    tl.store(low_ptr + sample, clipped_low)
-    tl.store(high_ptr + sample, clipped_high)
-    SUMS: tl.constexpr = FIRST_ANCHOR + REF + EMA
-    reduce(loss_ptr, scratch, SUMS, loss, group, place, REDUCTION, BLOCK)
-
-
-@triton.jit
-def _nft(t, advantage, scratch, sample, place, OLD: tl.constexpr):
-    """The matching of a sample, and the slopes of 5 of it in the halves of both squares."""
-    r = 0.5 + 0.5 * advantage.to(tl.float64)
-    r = tl.where(r < 0, 0.0, tl.where(r > 1, 1.0, r))
-    square, weight = mean_of(scratch, 0, sample, place), _weight(t, 1, scratch, sample, place)
-    plus, minus = r * weight, (1 - r) * weight
-    if OLD:
-        minus = (1 - r) * _weight(t, 3, scratch, sample, place)
-        matching = plus * square + minus * mean_of(scratch, 2, sample, place)
-        slope, minus_slope = 5 * plus, -5 * minus
-    else:  # both residuals are one
-        matching = (plus + minus) * square
-        slope = 5 * (plus - minus)
-        minus_slope = tl.zeros_like(slope)
-    return matching, slope, minus_slope
-
-
-@triton.jit
-def _weight(t, j, scratch, sample, place):
-    """t^2 / w: residuals count in units of their own mean size, which has no gradient."""
-    w = t * mean_of(scratch, j, sample, place)
-    return t * t / tl.where(w < 1e-5, 1e-5, w)
-
-
-@triton.jit
-def _awm(t, m, scratch, sample, place, OLD: tl.constexpr, WEIGHTING: tl.constexpr):
-    """log p - log p_old, in float32, and d log p / d M.
-
-    ghuber: with fourth roots, a - b = (a^4 - b^4) / ((a^2 + b^2) (a + b)).
-    """
-    drift, m_old = tl.where(m == m, 0.0, m), m
-    if OLD:
-        drift = mean_of(scratch, 1, sample, place)
-        m_old = mean_of(scratch, 2, sample, place)
-    if WEIGHTING == 2:
-        root, old_root = tl.sqrt(m + 1e-10), tl.sqrt(m_old + 1e-10)
-        a, b = tl.sqrt(root), tl.sqrt(old_root)
-        log_ratio, slope = -4 * t * drift / ((root + old_root) * (a + b)), -t / (root * a)
-    else:
-        slope = -t if WEIGHTING == 1 else tl.full(t.shape, -1.0, tl.float64)
-        log_ratio = slope * drift
-    return log_ratio.to(tl.float32), slope
-
-
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    out, residual, scratch, sigma_ptr, advantage_ptr, coefs, bounds,  # out, in: one per sample
+    out, residual, scratch, scalars, values, bounds,  # out, in: one per sample
     siblings, x0, velocity, old, ref, ema,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     NFT: tl.constexpr, WEIGHTING: tl.constexpr, REDUCTION: tl.constexpr,
@@ -206,7 +116,7 @@ def _forward_kernel(
         v_ref = load(ref, row, first, count, BLOCK)
     if ema is not None:
         v_ema = load(ema, row, first, count, BLOCK)
-    held = v, v_old, v_ref, v_ema
+    held = v, _mixed(v, v_old, values[3]), v_old, v_ref, v_ema
     source = noise, sample_id_ptr, step_ptr, step_value, key_low, key_high
     REF: tl.constexpr = ref is not None
     EMA: tl.constexpr = ema is not None
@@ -222,8 +132,8 @@ def _forward_kernel(
         while at < end:
             sample = sample_at(siblings, row, at)
             if group_is_complete(scratch, SUMS, sample, place, BLOCK):
-                _statistics(
-                    out, scratch, sigma_ptr, advantage_ptr, siblings, coefs, bounds,
+                statistics(
+                    out, scratch, scalars, values, bounds, siblings,
                     group_of(sample), place, old is not None, REF, EMA,
                     NFT, WEIGHTING, REDUCTION, BLOCK,
                 )  # fmt: skip
@@ -233,7 +143,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def _backward_kernel(
     grad_velocity,  # out
-    grad_ptr, grad_stride, slopes_ptr, siblings, x0, velocity, old, ref, ema,  # in
+    grad_ptr, grad_stride, slopes_ptr, siblings, beta, x0, velocity, old, ref, ema,  # in
     noise, sample_id_ptr, step_ptr, step_value, key_low, key_high, batch, chunks, size,
     STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -256,10 +166,14 @@ def _backward_kernel(
             # latents in cache.
             read = tl.where((slope != 0) | (minus_slope != 0), count, 0)
             u = _target(x0, source, sample, first, read, STREAM, BLOCK)
-            gradient = slope * (v - u)
+            towards, v_old = v, None
             if old is not None:
-                v_old = load(old, row, first, tl.where(minus_slope != 0, count, 0), BLOCK)
-                gradient += minus_slope * ((2.0 * v_old - v) - u)
+                is_read = read if beta is not None else tl.where(minus_slope != 0, count, 0)
+                v_old = load(old, row, first, is_read, BLOCK)
+                towards = _mixed(v, v_old, beta)
+            gradient = slope * (towards - u)
+            if old is not None:
+                gradient += minus_slope * ((2.0 * v_old - towards) - u)
             if ref is not None:
                 v_ref = load(ref, row, first, tl.where(ref_slope != 0, count, 0), BLOCK)
                 gradient += ref_slope * (v - v_ref)
@@ -328,13 +242,18 @@ def forward(i: MatchingInputs, records: bool) -> tuple[Tensor | None, ...]:
     is_one_residual = not (nft and i.old_velocity is not None)
     residual = new_residual(i.velocity, i.row, records and is_one_residual)
     scratch = loss_scratch(i.velocity, batch, sums, made.sums)
+    coefs = i.ref_coef, i.ema_coef
+    each = tuple(x.contiguous() if isinstance(x, Tensor) else None for x in coefs)
+    values = tuple(0.0 if isinstance(x, Tensor) else float(x) for x in coefs)
+    values += None if i.ghuber_power == GHUBER_POWER else i.ghuber_power, _beta(i)
     if batch:
         launch(
             _forward_kernel, i.velocity, made,
-            out, packed_latent(residual), scratch, i.sigma.contiguous(), i.advantage.contiguous(),
-            (float(i.ref_coef), float(i.ema_coef)), log_clip(i.clip_low, i.clip_high),
-            packed_siblings(i.row, rows), *_latents(i), batch, made.chunks,
-            NFT=nft, WEIGHTING=WEIGHTINGS.index(i.weighting), REDUCTION=i.reduction,
+            out, packed_latent(residual), scratch,
+            (i.sigma.contiguous(), i.advantage.contiguous(), *each), values,
+            log_clip(i.clip_low, i.clip_high), packed_siblings(i.row, rows),
+            *_latents(i), batch, made.chunks,
+            NFT=nft, WEIGHTING=WEIGHTINGS[i.objective].index(i.weighting), REDUCTION=i.reduction,
             STREAM=STREAMS["match"],
         )  # fmt: skip
     return *out, residual
@@ -349,7 +268,7 @@ def backward(grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Tensor |
         launch(
             _backward_kernel, i.velocity, made,
             packed_latent(grad_velocity), grad.contiguous(), grad.ndim, slopes,
-            packed_siblings(i.row, i.velocity.shape[0]),
+            packed_siblings(i.row, i.velocity.shape[0]), _beta(i),
             *_latents(i), slopes.shape[0], made.chunks, STREAM=STREAMS["match"],
         )  # fmt: skip
     return grad_velocity
@@ -367,6 +286,10 @@ def _backward_kept(grad: Tensor, slopes: Tensor, i: MatchingInputs, residual: Te
             *map(packed_latent, latents), slopes.shape[0], made.chunks,
         )  # fmt: skip
     return residual
+
+
+def _beta(i: MatchingInputs) -> float | None:
+    return None if i.nft_beta == 1 else i.nft_beta
 
 
 def _latents(i: MatchingInputs) -> tuple:
