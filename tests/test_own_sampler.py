@@ -149,10 +149,18 @@ def test_a_run_that_it_cannot_serve_is_refused_by_its_key():
     pytest.importorskip("accelerate")
     from flowkern.train.flow import FlowTask
 
-    late = recipe("flow_grpo")(sde_type="samplers_of_mine:late")
-    task = SimpleNamespace(recipe=late, model=SimpleNamespace(sigmas=sd3_sigmas))
-    with pytest.raises(ConfigError, match=r"^algorithm.sde_type: samplers_of_mine:late\(.* raised"):
-        FlowTask._check_plan(task)
+    def check(name, rollouts):
+        late = recipe(name)(sde_type="samplers_of_mine:late", updates_per_rollout=1)
+        config = SimpleNamespace(train=SimpleNamespace(steps=rollouts), seed=0)
+        model = SimpleNamespace(sigmas=sd3_sigmas)
+        FlowTask._check_plan(SimpleNamespace(recipe=late, model=model, config=config))
+
+    said = r"^algorithm.sde_type: samplers_of_mine:late\(.* raised"
+    with pytest.raises(ConfigError, match=said):
+        check("flow_grpo", 1)
+    check("mixgrpo", 200)  # whose window does not come so far
+    with pytest.raises(ConfigError, match=said):
+        check("mixgrpo", 400)
 
 
 def test_the_one_in_the_docs_keeps_the_noise_levels_as_they_say(tmp_path, monkeypatch):
