@@ -65,7 +65,6 @@ def kinds(ops) -> list[str]:
         names += [f"output {name}" for name in OUTPUTS if name != "in place"]
         names += [f"output in place, {name}" for name in ("x_t", "velocity")]
     if "sde_step" in {op.name for op in ops}:
-<<<<<<< HEAD
         names += ["output in place, noise", "rounded", "rounded to what it is stored in"]
         names.append("gradient of nothing, with a mean")
     if {"sde_step", "sde_log_prob"} & {op.name for op in ops}:
@@ -73,11 +72,8 @@ def kinds(ops) -> list[str]:
             "mean",
             *(f"gradient of {of}, with a mean" for of in ("log_prob", "mean", "both")),
         ]
-=======
-        names.append("output in place, noise")
     if "matching_loss" in {op.name for op in ops}:
         names += KINDS_OF_MATCHING
->>>>>>> 302e7d6 (matching_loss says what peers' options say: NFT's beta and no adaptive weight, AWM's other weightings and powers, anchors weighed by sample)
     if set(TOKENS) & set(ops):
         names += KINDS
     if "linear_policy_loss" in {op.name for op in ops}:
