@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowkern import ode_step
+from flowkern import ode_step, sde_log_prob
 from flowkern.schedules import (
     KINDS,
     Coefficients,
@@ -241,6 +241,15 @@ def test_indexing():
         c[4]
     with pytest.raises(TypeError, match="expected integers"):
         c[torch.tensor([0.0])]
+
+
+def test_edges_that_a_rollout_converts_serve_training():
+    edge = edge_coefficients(0.8, 0.6, "flow_sde", 0.7)
+    with torch.inference_mode():
+        assert not edge.to(dtype=torch.float32).table.is_inference()
+    v = torch.ones(1, 4, requires_grad=True)
+    sde_log_prob(torch.zeros(1, 4), v, torch.ones(1, 4), edge).sum().backward()
+    assert v.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def remembered(sigmas: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
     known = _known.setdefault(sigmas, {})
     version = None if sigmas.is_inference() else sigmas._version
     if (version, key) not in known:
-        known[version, key] = make()
+        with torch.inference_mode(False):  # what a rollout remembers also serves training
+            known[version, key] = make()
     return known[version, key]
 
 

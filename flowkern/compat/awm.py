@@ -80,4 +80,5 @@ def _weighted(error: Tensor, t: Tensor, weighting: str, power: float | None) -> 
 def _edge(device: torch.device) -> Coefficients:
     """log_prob = -mean_D((x_next - x_t - velocity)^2), AWM's -M for x_next = noise, x_t = x0."""
     row = [float(name in ("a", "b", "k", "sigma")) for name in COLUMNS]
-    return Coefficients(torch.tensor(row, device=device))
+    with torch.inference_mode(False):  # remembered for training, too
+        return Coefficients(torch.tensor(row, device=device))

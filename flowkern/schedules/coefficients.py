@@ -92,7 +92,8 @@ class Coefficients:
         # By version too: a table edited in place is converted again.
         key = (device, dtype, None if self.table.is_inference() else self.table._version)
         if key not in self._converted:
-            self._converted[key] = Coefficients(self.table.to(device, dtype), self.num_history)
+            with torch.inference_mode(False):  # what a rollout remembers also serves training
+                self._converted[key] = Coefficients(self.table.to(device, dtype), self.num_history)
         return self._converted[key]
 
     def without_normalizer(self) -> Coefficients:
