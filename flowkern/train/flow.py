@@ -183,7 +183,7 @@ class FlowTask:
             )
 
     def _check_plan(self) -> None:
-        """On the model's grid, which the configuration does not know, with the window at each place:
+        """On the model's grid, which no configuration knows, with the window at each place:
         what cannot be drawn there is said now. In 4096 rollouts the papers' has been everywhere."""
         recipe, steps, seed = self.recipe, self.config.train.steps, self.config.seed
         rollouts = min(4096, -(-steps // recipe.updates_per_rollout))
