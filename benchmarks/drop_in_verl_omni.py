@@ -93,4 +93,4 @@ def nft_with_gradient(device):
     return against(name, drop_in, published_nft, given, leaf=0, waits=True)
 
 
-ROWS = [replay_with_gradient]
+ROWS = [replay_with_gradient, nft_with_gradient]

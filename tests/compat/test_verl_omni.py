@@ -7,7 +7,7 @@ with a `step` that asks `sample_previous_step` as theirs does; its registry of l
 import importlib
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import published
 import pytest
@@ -191,6 +191,83 @@ def test_what_cannot_be_served_is_said(scheduler):
         scheduler.sample_previous_step(x, x, t, noise_level=torch.tensor([0.7, 0.2]))
     with pytest.raises(NotImplementedError, match="per_token_timesteps: verl-omni has one"):
         scheduler.sample_previous_step(x, x, t, per_token_timesteps=torch.ones(2, 16))
+
+
+# ---- DiffusionNFT's loss ----
+
+
+def predictions(dtype):
+    """Of four samples; their reward probabilities are the ends, the middle and one between."""
+    v, old, ref, x0, noise = torch.randn(5, 4, 16, 8)
+    old, ref = v + 0.1 * old, v + 0.2 * ref
+    t = torch.tensor([0.9, 0.6, 0.3, 0.05]).reshape(4, 1, 1)
+    given = {
+        "forward_prediction": v,
+        "old_prediction": old,
+        "ref_forward_prediction": ref,
+        "x0": x0,
+        "xt": (1 - t) * x0 + t * noise,
+    }
+    given = {name: x.to(dtype) for name, x in given.items()}
+    given["forward_prediction"].requires_grad_()
+    return given | {"t_expanded": t, "reward_prob": torch.tensor([0.0, 1.0, 0.5, 0.8])}
+
+
+def published_loss(
+    forward_prediction, old_prediction, ref_forward_prediction, x0, xt, t_expanded, reward_prob,
+    beta, factor, ref_coef,
+):  # fmt: skip
+    """DiffusionNFT's loss on predicted clean samples, in float64, and what is reported of it."""
+
+    def distance(velocity):
+        off = xt - t_expanded * velocity - x0
+        weight = off.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)
+        return (off**2 / weight).mean((1, 2))
+
+    v, old = forward_prediction, old_prediction
+    positive = distance(old + beta * (v - old))
+    negative = distance(old - beta * (v - old))
+    policy = factor * (reward_prob * positive + (1 - reward_prob) * negative).mean() / beta
+    to_ref = ((v - ref_forward_prediction) ** 2).mean()
+    loss = policy + ref_coef * to_ref
+    return loss, {
+        "actor/policy_loss": policy,
+        "actor/positive_loss": positive.mean(),
+        "actor/negative_loss": negative.mean(),
+        "actor/ref_kl_loss": to_ref,
+        "actor/old_deviate": ((v - old) ** 2).mean(),
+        "actor/reward_prob_mean": reward_prob.mean(),
+        "actor/total_loss": loss,
+    }
+
+
+@pytest.mark.parametrize(("beta", "factor", "ref_coef"), [(1.0, 5.0, 0.0), (0.1, 3.0, 1e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_nft_loss_and_its_metrics(losses, beta, factor, ref_coef, dtype):
+    options = {"mix_beta": beta, "adv_clip_max": factor, "ref_kl_coef": ref_coef}
+    config = SimpleNamespace(diffusion_loss=SimpleNamespace(**options, adaptive_weight_min=1e-5))
+    given = predictions(dtype)
+    data = {"reward_prob": given.pop("reward_prob")}
+    verl_omni.install()
+    loss, metrics = losses["diffusion_nft"](config=config, model_output=given, data=data)
+    truth = {name: x.detach().double() for name, x in (given | data).items()}
+    truth["forward_prediction"].requires_grad_()
+    expected, reported = published_loss(**truth, beta=beta, factor=factor, ref_coef=ref_coef)
+    loss.backward()
+    expected.backward()
+    off = given["forward_prediction"].grad.double() - truth["forward_prediction"].grad
+    largest = truth["forward_prediction"].grad.abs().max()
+    assert off.abs().max() / largest < max(1e-5, torch.finfo(dtype).eps)
+    close(loss, expected)
+    assert list(metrics) == list(reported)
+    for name, value in reported.items():
+        assert metrics[name] == pytest.approx(float(value.detach()), rel=1e-5), name
+    data["reward_prob"] = data["reward_prob"][:, None].expand(-1, 3)  # one for each timestep
+    again, _ = losses["diffusion_nft"](config=config, model_output=given, data=data)
+    close(again, loss.detach(), 1e-7)
+    config.diffusion_loss.adaptive_weight_min = 1e-4
+    with pytest.raises(ValueError, match="diffusion_loss.adaptive_weight_min: expected 1e-5"):
+        losses["diffusion_nft"](config=config, model_output=given, data=data)
 
 
 # ---- the seams ----
