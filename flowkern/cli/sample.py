@@ -98,6 +98,7 @@ def _run(options: argparse.Namespace) -> int:
     from flowkern.rl.algorithms import PLANNERS
     from flowkern.train.checkpoint import best_of, chosen
     from flowkern.train.config import load_sampling
+    from flowkern.train.durable import require_writable
     from flowkern.train.prompts import read_prompts, require_text
     from flowkern.train.tracking import picture_format
     from flowkern.train.tree import read_file
@@ -107,6 +108,7 @@ def _run(options: argparse.Namespace) -> int:
             require_text(getattr(options, name) or "", _flag(name))
         if options.output.suffix:
             picture_format(options.output, "--output", None)
+        require_writable(options.output, "--output")
     except ValueError as error:
         raise ConfigError(str(error)) from None
     directory = chosen(best_of(options.checkpoint) if options.best else options.checkpoint)

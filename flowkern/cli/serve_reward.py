@@ -113,12 +113,16 @@ def _token(options: argparse.Namespace) -> str | None:
         raise ConfigError("--token-file: expected it or --token-env, not both")
     if options.token_file is not None:
         try:
-            found = options.token_file.read_text().strip()
+            found = options.token_file.read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--token-file: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            place = str(options.token_file)
+            raise ConfigError(f"--token-file: cannot read {place!r}: {why}") from None
         where = f"--token-file: {options.token_file}"
     elif options.token_env is not None:
-        found = os.environ.get(options.token_env, "").strip()
+        if options.token_env not in os.environ:
+            raise ConfigError(f"--token-env: the environment has no variable {options.token_env!r}")
+        found = os.environ[options.token_env].strip()
         where = f"--token-env: the environment variable {options.token_env}"
     else:
         return None

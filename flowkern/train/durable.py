@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowkern.checks import ConfigError
+
 PARTIAL, DELETED = ".partial", ".deleted"
 """Endings of what is not there yet, and of what is no longer there: never read, removed later."""
 
@@ -24,6 +26,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_writable(place: Path, key: str) -> None:
+    """Raise ConfigError, naming the key, where no file or folder of that name can be written, as
+    far as that shows before the work; nothing is written.
+    """
+    there = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
+    if there != place and not there.is_dir():
+        raise ConfigError(f"{key}: {str(there)!r} is no directory")
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        raise ConfigError(f"{key}: Permission denied: {str(there)!r}")
 
 
 def replace(path: Path, content: bytes | str) -> None:

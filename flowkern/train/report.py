@@ -22,6 +22,7 @@ from flowkern.checks import ConfigError, counted
 from flowkern.train import charts, durable
 from flowkern.train import tree as trees
 from flowkern.train.charts import Chart, Series, short
+from flowkern.train.checkpoint import MANIFEST
 from flowkern.train.lock import owner_of
 from flowkern.train.prompts import Columns, read_prompts
 from flowkern.train.record import (
@@ -60,6 +61,9 @@ def write(run_dir: Path, output: Path) -> None:
     """The page of a run. Raises ConfigError for what is no run, and for an output that is something
     else already; OSError where it cannot be written.
     """
+    if (run_dir / MANIFEST).is_file():
+        run_of = str(run_dir.absolute().parent)
+        raise ConfigError(f"run: {str(run_dir)!r} is a checkpoint; expected its run, {run_of!r}")
     run = Run.read(run_dir)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--output: got {str(output)!r}, expected a name in .html")

@@ -7,7 +7,6 @@ names of checkpoints, the newest first; then their bytes; then the lines that sp
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -234,15 +233,16 @@ def require_place(config: Config) -> None:
     changed there. What a resume finds is looked at by `RunDirectory.claim`.
     """
     place, options = Path(config.output_dir), config.train
-    there = next(path for path in (place, *place.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"output_dir: {str(there)!r} is no directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: Permission denied: {str(there)!r}")
-    if options.resume_from_checkpoint in (None, "latest"):
-        is_restart = options.resume_from_checkpoint is not None
+    durable.require_writable(place, "output_dir")
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"output_dir: {str(place)!r} is no directory")
+    name = options.resume_from_checkpoint
+    if name in (None, "latest"):
+        is_restart = name is not None
         is_kept = is_restart and bool(checkpoint.checkpoints(place))
         _refuse_a_run(place, options.overwrite_output_dir or is_kept, is_restart)
+    elif not Path(name).is_dir():
+        checkpoint.find_checkpoint(name)  # says what is wrong
 
 
 def _refuse_a_run(output_dir: Path, overwrite: bool, is_restart: bool) -> None:

@@ -65,7 +65,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         ) from None
     tree = parse(text, str(path), is_file=True)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: got {shown(tree)}, expected a mapping of keys")
+        got = "is empty" if tree is None else f"got {shown(tree)}"
+        raise ConfigError(f"{path}: {got}, expected a mapping of keys")
     return tree
 
 
@@ -89,6 +90,7 @@ def parse(text: str, name: str, is_file: bool = False) -> Any:
         for key, part in _walk(node, "", set()):
             if part.id == "mapping":
                 _refuse_twice(part, key)
+                _refuse_without_a_space(part, key)
             elif part.id == "scalar":
                 _construct(loader, part, key)
         return None if node is None else loader.construct_document(node)
@@ -164,6 +166,18 @@ def _join(key: str, name: Any) -> str:
 
 def _line(node: Any) -> int:
     return node.start_mark.line + 1
+
+
+def _refuse_without_a_space(mapping: Any, key: str) -> None:
+    """{path:x} is a key of that name without a value to YAML, whose colon takes a space."""
+    for name, value in mapping.value if mapping.flow_style else ():
+        is_plain = name.id == "scalar" and name.style is None and ":" in name.value
+        if is_plain and value.id == "scalar" and value.style is None and not value.value:
+            first, _, rest = name.value.partition(":")
+            raise ConfigError(
+                f"line {_line(name)}: {_join(key, name)}: expected a space after the colon, "
+                f"{first}: {rest}"
+            )
 
 
 def _refuse_twice(mapping: Any, key: str) -> None:

@@ -90,9 +90,7 @@ def test_another_range_of_pixels_is_refused_and_bytes_are_taken(held_out, name):
     images, asked = held_out[0][:4], held_out[1][:4]
     reward = load_reward(name)
     for wrong in (images * 2 - 1, images * 255, images * float("nan"), images.long()):
-        with pytest.raises(
-            ValueError, match=r"^images: got .*, expected (\[0, 1\]|floating point)"
-        ):
+        with pytest.raises(ValueError, match=r"^images: got .*, expected (\[0, 1|floating p)"):
             reward(wrong, [""] * 4, asked)
     levels = images.mul(255).round()
     found = reward(levels.to(torch.uint8), [""] * 4, asked)

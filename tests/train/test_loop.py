@@ -250,7 +250,7 @@ def test_prompts_follow_from_seed_and_iteration_and_whole_groups_go_to_a_rank(ti
             "model.revision=main",
             "model.revision: got 'main', but .* is a directory; expected an id",
         ),
-        ("output_dir=/dev/null/run", "output_dir: Not a directory: '/dev/null/run'"),
+        ("output_dir=/dev/null/run", "output_dir: '/dev/null' is no directory"),
     ],
 )
 def test_what_only_this_machine_or_the_model_can_refuse_is_refused_by_key(tiny, override, message):

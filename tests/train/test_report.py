@@ -127,10 +127,14 @@ def test_what_is_no_run_and_where_no_page_can_go(run, tmp_path, monkeypatch, cap
     ):
         assert main(["report", str(path), "--output", str(tmp_path / "page.html")]) == 0
         assert said in (tmp_path / "page.html").read_text()
+    saved = tmp_path / "whole/checkpoint-1"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
     capsys.readouterr()
     for arguments, status, said in (
         (["nowhere"], 2, "run: there is no folder 'nowhere'"),
         ([str(tmp_path / "empty")], 2, "has neither config.yaml nor metrics.jsonl"),
+        ([str(saved)], 2, f"is a checkpoint; expected its run, '{saved.parent}'"),
         ([str(run), "--output", "page.pdf"], 2, "--output: got 'page.pdf', expected a name in"),
         ([str(run), "--output", str(tmp_path / "no/page.html")], 2, "there is no folder"),
         ([str(run), "--output", str(tmp_path / "mine.html")], 2, "is there, and no report"),

@@ -119,6 +119,7 @@ def test_pairs_seeds_and_folders(saved, tmp_path, monkeypatch, capsys):
         (["--strength", "nan"], 2, "--strength: got nan, expected -10 to 10"),
         (["--negative-prompt", "ugly", "--guidance-scale", "1"], 2, "which asks for no guidance"),
         (["--output", "new"], 2, "--output: 'new' is there; expected a new folder"),
+        (["--output", "big.png/x.png"], 2, "is no directory"),
         (["--output", "a.mp4"], 2, "--output: got 'a.mp4' for what does not move"),
         (["--seed", "1", "-1"], 2, "--seed: got -1"),
     ):
