@@ -47,5 +47,6 @@ def without_score(
     model_output: Tensor, latents: Tensor, grid: Grid, index: int
 ) -> tuple[Tensor, Tensor]:
     """The mean and x0 alone."""
-    mean = mean_of(latents, model_output, grid.sampler[grid.step(index)])
+    index = grid.step(index)
+    mean = mean_of(latents, model_output, grid.sampler[index])
     return mean, x0_of(latents, model_output, grid, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,17 @@ class Grid:
     sqrt_dt: Tensor
     """(S,), sqrt(-dt)."""
 
-    def step(self, index: int) -> int:
-        """`index`, where the grid has an edge of that number."""
-        if not 0 <= index < len(self.sampler):
-            raise ValueError(
-                f"index: expected a step from 0 to {len(self.sampler) - 1}, got {index}"
-            )
-        return index
+    def step(self, index: int | Tensor) -> int:
+        """`index` as a number, where the grid has an edge of that number."""
+        return step_of("index", index, len(self.sampler))
+
+
+def step_of(name: str, index: int | Tensor, count: int) -> int:
+    """A step of `count`, whose number may be a tensor: scripts that shuffle steps have it so."""
+    number = operator.index(index)  # of a tensor on a device it waits for that, as theirs do
+    if not 0 <= number < count:
+        raise ValueError(f"{name}: expected a step from 0 to {count - 1}, got {number}")
+    return number
 
 
 def grid_of(

@@ -89,7 +89,8 @@ def step_of_grid(
 
     is_euler: x_next is Euler's, scored as if drawn.
     """
-    edge = grid.sampler[grid.step(index)]
+    index = grid.step(index)
+    edge = grid.sampler[index]
     if is_euler:
         x_next = ode_step(x_t, velocity, grid.euler[index], out_dtype=torch.float32)
     x_next, log_prob, mean = scored_step(x_t, velocity, edge, x_next, noise)
@@ -105,8 +106,8 @@ def scored_with_x0(
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_next, x0 and log_prob of edge `index` of a grid for all samples."""
-    edge = grid.sampler[grid.step(index)]
-    x_next, log_prob = scored(x_t, velocity, edge, x_next, noise)
+    index = grid.step(index)
+    x_next, log_prob = scored(x_t, velocity, grid.sampler[index], x_next, noise)
     return x_next, x0_of(x_t, velocity, grid, index), log_prob
 
 

@@ -18,7 +18,7 @@ def flux_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     grpo: bool,
     sde_solver: bool,
@@ -28,7 +28,8 @@ def flux_step(
     Args:
         model_output, latents: (B, *D) velocity and latent, any floating dtype.
         eta: the diffusion coefficient; std = eta sqrt(-dt).
-        sigmas: (S + 1,), falling; index: of the step, 0 to S - 1.
+        sigmas: (S + 1,), falling; index: of the step, 0 to S - 1, a number or a
+            tensor.
         prev_sample: (B, *D), the stored next latent to replay; None: drawn with torch's generator.
         grpo: with the log-probability.
         sde_solver: the mean with the score's drift; else it is Euler's, and prev_sample has noise

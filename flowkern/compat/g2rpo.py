@@ -22,7 +22,7 @@ def flow_grpo_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,8 @@ def flow_grpo_step(
     Args:
         model_output, latents: (B, *D) velocity and latent, any floating dtype.
         eta: the noise level; g = eta sqrt(sigma / (1 - sigma)).
-        sigmas: (S + 1,), falling; index: of the step, 0 to S - 1.
+        sigmas: (S + 1,), falling; index: of the step, 0 to S - 1, a number or a
+            tensor.
         prev_sample: (B, *D), the stored next latent to replay; None: drawn with `generator`, in
             model_output's dtype. Also where eta is 0, so that later draws are theirs.
 

@@ -18,7 +18,7 @@ from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, multistep_coefficients, step_coefficients
 
 from ._dance import dance_grid, drawn_or_replayed, without_score
-from ._grid import Grid, grid_of, remembered
+from ._grid import Grid, grid_of, remembered, step_of
 from ._install import replace
 from ._noise import drawn_unless, randn_like
 from ._step import mean_of, step_of_grid, x0_of
@@ -35,7 +35,7 @@ def flow_grpo_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     generator: torch.Generator | None = None,
     determistic: bool = False,
@@ -47,7 +47,8 @@ def flow_grpo_step(
     Args:
         model_output, latents: (B, *D) velocity and latent, any floating dtype.
         eta: the noise level of sde_type="sde": g = eta sqrt(sigma / (1 - sigma)).
-        sigmas: (S + 1,), falling; index: of the step, 0 to S - 1.
+        sigmas: (S + 1,), falling; index: of the step, 0 to S - 1, a number or a
+            tensor.
         prev_sample: (B, *D), the stored next latent to replay; None: drawn with `generator`, in
             model_output's dtype.
         determistic: prev_sample is Euler's, whatever is given; noise is drawn all the same, so that
@@ -69,7 +70,7 @@ def dance_grpo_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     grpo: bool,
     sde_solver: bool,
@@ -126,7 +127,7 @@ def dpm_step(
     args,
     model_output: Tensor,
     sample: Tensor,
-    step_index: int,
+    step_index: int | Tensor,
     timesteps,
     sigmas: Tensor,
     dpm_state: DPMState | None = None,
@@ -150,6 +151,7 @@ def dpm_step(
         sde_solver, where theirs scores the ODE's point under the SDE. With sde_solver log_prob is
         differentiable in model_output, and so is x0; prev_sample is not.
     """
+    step_index = step_of("step_index", step_index, len(timesteps))
     order = _order(args, step_index, len(timesteps), dpm_state)
     edge = _multistep(sigmas, step_index, order, _variant(args, order), sde_solver, sample.device)
     history = () if dpm_state is None else tuple(dpm_state.model_outputs[::-1][: order - 1])
@@ -189,8 +191,6 @@ def _order(args, index: int, count: int, state: DPMState | None) -> int:
         raise ValueError(
             f"dpm_algorithm_type: expected 'dpmsolver++', got {args.dpm_algorithm_type!r}"
         )
-    if not 0 <= index < count:
-        raise ValueError(f"step_index: expected a step from 0 to {count - 1}, got {index}")
     if state is None or state.lower_order_nums < 1 or index == count - 1:
         return 1
     is_short = index == count - 2 and count < 15

@@ -9,6 +9,7 @@ import torch
 from test_steps_of_scripts import SIGMAS, close, gradients_agree
 
 from flowkern.compat import mixgrpo
+from flowkern.compat._grid import _known
 from flowkern.compat.mixgrpo import DPMState, dance_grpo_step, dpm_step, flow_grpo_step
 from flowkern.schedules import shifted_sigmas
 
@@ -141,6 +142,22 @@ def test_a_step_of_the_solver_has_its_gradient(order):
         return published.gaussian((mean + std * noise).detach(), mean, std), x0s[0]
 
     gradients_agree(ours, theirs, velocity)
+
+
+def test_the_number_of_a_step_may_be_a_tensor():
+    """As scripts that shuffle steps have it; nothing more is remembered of one than of a number."""
+    x, args = torch.randn(2, 5, 8), SimpleNamespace(**ARGS, dpm_solver_order=1)
+    steps = (
+        lambda i: flow_grpo_step(x, x, 0.7, SIGMAS, i, x),
+        lambda i: dance_grpo_step(x, x, 0.3, SIGMAS, i, x, True, True),
+        lambda i: dance_grpo_step(x, x, 0.3, SIGMAS, i, None, False, True),
+        lambda i: dpm_step(args, x, x, i, SIGMAS[:-1], SIGMAS),
+    )
+    for step in steps:
+        expected, before = step(3), len(_known[SIGMAS])
+        for got, one in zip(step(torch.tensor(3)), expected, strict=True):
+            assert torch.equal(got, one)
+        assert len(_known[SIGMAS]) == before
 
 
 def test_what_is_refused():
