@@ -98,17 +98,25 @@ class AWM(MatchingLoop):
             new, *_ = (self.likelihood(each, target, t) for each in (v, v_ref, v_ema))
             ratio, a = torch.exp(new - new.detach()), advantage.repeat_interleave(count)
             loss = torch.maximum(-a * ratio, -a * ratio.clamp(0, 2))
-            loss = loss + recipe.ref_coef * mean((v - v_ref) ** 2)
-            loss = loss + recipe.ema_coef * mean((v - v_ema) ** 2)
+            for v_old, coef, kind in (
+                (v_ref, recipe.ref_coef, recipe.kl_weight),
+                (v_ema, recipe.ema_coef, recipe.kl_ema_weight),
+            ):
+                std2 = 0.7**2 * t / (1 - t.clamp(max=0.99))
+                distance = mean((v - v_old) ** 2)
+                loss = loss + coef * (distance / (2 * std2) if kind == "elbo" else distance)
             self.ratios.append(ratio.mean().item())
             yield loss.sum() / (total * count)
 
     def likelihood(self, v: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """What stands for it: -(t / p) (M^p - eps^p), p = 1/4, for "ghuber"."""
+        """What stands for it: -(t / p) (M^p - eps^p) for "ghuber"."""
         m, eps = mean((v - target) ** 2), torch.tensor(1e-10, device=self.device)
-        if self.recipe.weighting == "ghuber":
-            return -4 * t * ((m + eps) ** 0.25 - eps**0.25)
-        return -m if self.recipe.weighting == "uniform" else -t * m
+        p, weighting = self.recipe.ghuber_power, self.recipe.weighting
+        if weighting == "ghuber":
+            return -t / p * ((m + eps) ** p - eps**p)
+        if weighting == "huber":
+            return -t * (torch.sqrt(m + eps) - 1e-5)
+        return {"uniform": -m, "t": -t * m, "t2": -(t**2) * m}[weighting]
 
 
 class DiffusionNFT(MatchingLoop):
@@ -126,16 +134,18 @@ class DiffusionNFT(MatchingLoop):
                 x_t = (1 - level) * x0 + level * e
                 v_old, v_ref = (self.anchor(n, x_t, t, slots) for n in ("old", "reference"))
                 v = self.ask(x_t, t, slots)
-                towards, away = v, 2 * v_old - v
+                b = recipe.nft_beta
+                towards, away = b * v + (1 - b) * v_old, (1 + b) * v_old - b * v
                 loss = r * self.matched(towards, x_t, x0, level)
                 loss = loss + (1 - r) * self.matched(away, x_t, x0, level)
-                loss = recipe.adv_clip_max * loss + recipe.ref_coef * mean((v - v_ref) ** 2)
+                loss = recipe.adv_clip_max / b * loss + recipe.ref_coef * mean((v - v_ref) ** 2)
                 yield loss.sum() / (total * count)
 
-    @staticmethod
-    def matched(v: Tensor, x_t: Tensor, x0: Tensor, level: Tensor) -> Tensor:
+    def matched(self, v: Tensor, x_t: Tensor, x0: Tensor, level: Tensor) -> Tensor:
         """The squared error of the clean prediction, by its mean size."""
         error = (x_t - level * v) - x0
+        if self.recipe.weighting == "uniform":
+            return mean(error**2)
         with torch.no_grad():
             weight = mean(error.double().abs()).clamp(min=1e-5)
         return mean(error**2 / wide(weight, error))

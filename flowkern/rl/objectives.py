@@ -223,13 +223,19 @@ class Matching:
 
     objective: str
     """ "awm" | "nft"."""
-    weighting: str = "ghuber"
+    weighting: str | None = None
+    """As `matching_loss` has them, with its default; as these two."""
+    ghuber_power: float = 0.25
+    nft_beta: float = 1.0
     old: str | None = None
     """The copy of the weights that is the old policy; None: the current ones, detached."""
     ref_coef: float = 0.0
     ema: str | None = None
     """The copy of the weights that ema_coef pulls to."""
     ema_coef: float = 0.0
+    kl_weight: str = "uniform"
+    """ "uniform" | "elbo": of ref_coef at a noise level. kl_ema_weight: of ema_coef."""
+    kl_ema_weight: str = "uniform"
     clip_low: float = 1.0
     clip_high: float = 1.0
     backend: str | None = None
@@ -266,6 +272,7 @@ class Matching:
                 for name, anchor in anchors.items()
                 if name in self.anchors
             }
+        ref, ema = self.ref_coef, self.ema_coef if self.ema in v else 0.0
         out = matching_loss(
             velocity(x_t, batch.sigma, batch.prompt, batch.on_host),
             batch.x0,
@@ -273,11 +280,13 @@ class Matching:
             batch.advantage,
             objective=self.objective,
             weighting=self.weighting,
+            ghuber_power=self.ghuber_power,
+            nft_beta=self.nft_beta,
             old_velocity=v.get(self.old),
             velocity_ref=v.get("reference"),
             velocity_ema=v.get(self.ema) if self.ema_coef > 0 else None,
-            ref_coef=self.ref_coef,
-            ema_coef=self.ema_coef if self.ema in v else 0.0,
+            ref_coef=_at(batch.sigma, ref, self.kl_weight),
+            ema_coef=_at(batch.sigma, ema, self.kl_ema_weight),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             reduction="sum",
@@ -285,6 +294,14 @@ class Matching:
             **batch.key,
         )
         return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.ref))
+
+
+def _at(sigma: Tensor, coefficient: float, weight: str) -> float | Tensor:
+    """An anchor's coefficient, of each noise level where it is "elbo": over 2 std^2, with AWM's
+    std = .7 sqrt(sigma / (1 - min(sigma, .99)))."""
+    if weight == "uniform" or not coefficient:
+        return coefficient
+    return coefficient * (1 - sigma.clamp(max=0.99)) / (2 * 0.7**2 * sigma)
 
 
 def by_level(out: Outcome, sigma: Tensor, levels: Mapping[float, Tensor]) -> Parts:

@@ -235,8 +235,8 @@ class Replay:
         if isinstance(self.rollout.layout.trained, Points):
             out = matching_loss(
                 answer.velocity, batch.x0, batch.sigma, batch.advantage, old_velocity=old,
-                objective=objective.objective, weighting=objective.weighting, reduction="none",
-                **batch.key,
+                objective=objective.objective, weighting=objective.weighting,
+                ghuber_power=objective.ghuber_power, reduction="none", **batch.key,
             )  # fmt: skip
             of = torch.arange(len(row))
         else:

@@ -370,24 +370,35 @@ def policy_loss(
 def awm_loss(
     network: Network, x0: Tensor, e: Tensor, t: float, slot: int, advantage: float,
     pulls: Sequence[tuple[float, Network]] = (), clip: float = 1.0, limit: float = 5.0,
+    weighting: str = "ghuber", p: float = 0.25,
 ) -> Tensor:  # fmt: skip
     """On policy: the old log-likelihood is today's. pulls: (coefficient, anchor).
 
     advantage: clamped to +-limit.
     """
-    x_t, p = (1 - t) * x0 + t * e, 0.25
+    x_t = (1 - t) * x0 + t * e
     v = network(x_t, t, slot)
     m = ((v - (e - x0)) ** 2).mean()
-    log_likelihood = -t / p * ((m + 1e-10) ** p - 1e-10**p)
+    log_likelihood = {
+        "ghuber": -t / p * ((m + 1e-10) ** p - 1e-10**p),
+        "huber": -t * ((m + 1e-10).sqrt() - 1e-5),
+    }[weighting]
     loss = clipped((log_likelihood - log_likelihood.detach()).exp(), advantage / limit, clip)
     for coefficient, anchor in pulls:
         loss = loss + coefficient * ((v - anchor(x_t, t, slot).detach()) ** 2).mean()
     return loss
 
 
+def elbo(t: float) -> float:
+    """1 / (2 std^2), with AWM's std."""
+    std = 0.7 * math.sqrt(t / (1 - min(t, 0.99)))
+    return 1 / (2 * std**2)
+
+
 def nft_loss(
     network: Network, old: Network, x0: Tensor, e: Tensor, t: float, slot: int, advantage: float,
     pulls: Sequence[tuple[float, Network]] = (), beta: float = 1.0, limit: float = 5.0,
+    adaptive: bool = True,
 ) -> Tensor:  # fmt: skip
     """In the space of clean predictions, as released; advantage: clamped to +-limit."""
     x_t = (1 - t) * x0 + t * e
@@ -398,7 +409,7 @@ def nft_loss(
         (1 - share, (1 + beta) * v_old - beta * v),
     ):
         error = x_t - t * policy - x0
-        scale = max(float(error.detach().abs().mean()), 1e-5)
+        scale = max(float(error.detach().abs().mean()), 1e-5) if adaptive else 1.0
         loss = loss + part * (error**2).mean() / scale
     loss = limit / beta * loss
     for coefficient, anchor in pulls:

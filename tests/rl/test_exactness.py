@@ -385,6 +385,36 @@ CASES = {
         lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
         matching=lambda nets, *point: naive.awm_loss(nets[None].one, *point),
     ),
+    "awm, huber, elbo": Case(
+        "awm", {
+            "group_size": 2, "weighting": "huber", "ref_coef": 0.2, "ema_coef": 0.7,
+            "kl_weight": "elbo", "kl_ema_weight": "elbo",
+        },
+        lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
+        matching=lambda nets, x0, e, t, *of: naive.awm_loss(
+            nets[None].one, x0, e, t, *of, weighting="huber", pulls=[
+                (c * naive.elbo(t), nets[n].one) for c, n in ((0.2, "reference"), (0.7, "ema"))
+            ],
+        ),
+    ),
+    "awm, another power": Case(
+        "awm", {"group_size": 2, "ghuber_power": 0.6, "ref_coef": 0.0, "ema_coef": 0.7},
+        lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
+        matching=lambda nets, *point: naive.awm_loss(
+            nets[None].one, *point, p=0.6, pulls=[(0.7, nets["ema"].one)]
+        ),
+    ),
+    "diffusion_nft, beta, uniform": Case(
+        "diffusion_nft", {
+            "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.1, "nft_beta": 0.1,
+            "weighting": "uniform",
+        },
+        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
+        matching=lambda nets, *point: naive.nft_loss(
+            nets[None].one, nets["old"].one, *point, beta=0.1, adaptive=False,
+            pulls=[(0.1, nets["reference"].one)],
+        ),
+    ),
     "diffusion_nft": Case(
         "diffusion_nft", {"num_inference_steps": 6, "group_size": 3, "ref_coef": 0.1},
         lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,

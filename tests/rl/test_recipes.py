@@ -546,6 +546,11 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
         ),
         ("awm", {"num_train_timesteps": 0}, "num_train_timesteps: got 0"),
         ("awm", {"ema_coef": -1.0}, "ema_coef: got -1.0"),
+        ("awm", {"ghuber_power": 0.0}, "ghuber_power: got 0.0"),
+        ("awm", {"weighting": "t2", "ghuber_power": 0.5}, "ghuber_power: got 0.5, expected"),
+        ("awm", {"ref_coef": 0.0, "kl_weight": "elbo"}, "kl_weight: got 'elbo', but ref_coef is 0"),
+        ("awm", {"ema_coef": 0.0, "kl_ema_weight": "elbo"}, "kl_ema_weight: .*, but ema_coef is 0"),
+        ("diffusion_nft", {"nft_beta": 0.0}, "nft_beta: got 0.0"),
         ("diffusion_nft", {"timestep_fraction": 0.0}, "timestep_fraction: got 0.0"),
     ],
 )

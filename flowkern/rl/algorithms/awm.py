@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 from flowkern import rl, rollout
-from flowkern.checks import AT_LEAST_0, SHARE
+from flowkern.checks import AT_LEAST_0, SHARE, Range
 from flowkern.rl.recipe import Grid, Levels, MatchingRecipe, shared_random
 
 
@@ -33,12 +33,26 @@ class AWM(MatchingRecipe):
     """The strata reach from the grid's second noise level over this share of its steps."""
     from_noise: bool = False
     """Do the strata begin at noise level 1 instead, as released for PickScore?"""
-    weighting: Literal["uniform", "t", "ghuber"] = "ghuber"
-    """Of the squared errors, as in `matching_loss`."""
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
+    """Of the squared errors, as in `matching_loss`, by the released names; `t2` is `t**2`."""
+    ghuber_power: Annotated[float, Range(0.01, most=1)] = 0.25
+    """p of `ghuber`, (M^p - 1e-10^p) / p, as released; 1/2 is twice `huber`, 1 is `t`."""
     ref_coef: Annotated[float, AT_LEAST_0] = 0.001
     """Of the squared distance to the reference's velocity; 0.003 for OCR, 1e-4 for PickScore."""
     ema_coef: Annotated[float, AT_LEAST_0] = 1.0
     """Of the squared distance to the velocity of a copy that trails the weights."""
+    kl_weight: Literal["uniform", "elbo"] = "uniform"
+    """Of ref_coef at a noise level, as released: `elbo` is 1 / (2 g^2), g of Flow-GRPO's SDE."""
+    kl_ema_weight: Literal["uniform", "elbo"] = "uniform"
+    """The same of ema_coef."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ghuber_power != 0.25 and self.weighting != "ghuber":
+            raise ValueError(f"ghuber_power: got {self.ghuber_power}, expected weighting 'ghuber'")
+        for name, coefficient in (("kl_weight", "ref_coef"), ("kl_ema_weight", "ema_coef")):
+            if getattr(self, name) == "elbo" and getattr(self, coefficient) == 0:
+                raise ValueError(f"{name}: got 'elbo', but {coefficient} is 0; expected one above")
 
     @property
     def copies(self) -> Mapping[str, Callable[[int], float]]:
@@ -64,4 +78,6 @@ class AWM(MatchingRecipe):
 
     def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
         old = None if self.updates_per_rollout == 1 else "old"  # one is on policy, as released
-        return rl.Matching("awm", self.weighting, old, self.ref_coef, "ema", self.ema_coef)
+        how = self.weighting, self.ghuber_power, 1.0, old
+        pulls = self.ref_coef, "ema", self.ema_coef, self.kl_weight, self.kl_ema_weight
+        return rl.Matching("awm", *how, *pulls)

@@ -1,7 +1,7 @@
 """DiffusionNFT (arXiv 2509.16117; github.com/NVlabs/DiffusionNFT, SD3.5-M on 512 x 512).
 
 An old policy samples with DPM-Solver++ of order 2. Over its images the forward process is matched
-with two mirrored velocities, towards good images and away from bad ones (the paper's b is 1).
+with two mirrored velocities, towards good images and away from bad ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from flowkern import rl, rollout
-from flowkern.checks import AT_LEAST_0, SHARE
+from flowkern.checks import ABOVE_0, AT_LEAST_0, SHARE
 from flowkern.rl.recipe import Grid, MatchingRecipe, shared_random
 
 DECAYS: tuple[Callable[[int], float], ...] = (
@@ -34,6 +34,12 @@ class DiffusionNFT(MatchingRecipe):
     decay_type: Literal[0, 1, 2] = 1
     """How the old policy follows: at once, ever later up to half, or at once for 75 steps only
     (for OCR)."""
+    nft_beta: Annotated[float, ABOVE_0] = 1.0
+    """b, the released `beta` (`train.beta` is ref_coef): how far apart the two velocities are held;
+    .1 for OCR and for several rewards. By its author smaller is faster, and less stable."""
+    weighting: Literal["adaptive", "uniform"] = "adaptive"
+    """Of the squared errors: by their own mean size, as released, or `uniform`, as with MILES's
+    --diffusion-nft-adaptive-weight off."""
     ref_coef: Annotated[float, AT_LEAST_0] = 1e-4
     """Of the squared distance to the reference's velocity."""
     sampler: ClassVar[str | None] = "old"
@@ -60,4 +66,5 @@ class DiffusionNFT(MatchingRecipe):
         return plan
 
     def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
-        return rl.Matching("nft", old="old", ref_coef=self.ref_coef)
+        how = {"weighting": self.weighting, "nft_beta": self.nft_beta}
+        return rl.Matching("nft", old="old", ref_coef=self.ref_coef, **how)
