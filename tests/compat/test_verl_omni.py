@@ -200,7 +200,7 @@ def predictions(dtype):
     """Of four samples; their reward probabilities are the ends, the middle and one between."""
     v, old, ref, x0, noise = torch.randn(5, 4, 16, 8)
     old, ref = v + 0.1 * old, v + 0.2 * ref
-    t = torch.tensor([0.9, 0.6, 0.3, 0.05]).reshape(4, 1, 1)
+    t = torch.tensor([0.9, 0.6, 0.0, 0.05]).reshape(4, 1, 1)
     given = {
         "forward_prediction": v,
         "old_prediction": old,
