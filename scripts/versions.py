@@ -49,8 +49,7 @@ def main() -> int:
 
 
 def allowed() -> list[tuple[str, str]]:
-    """Pairs of bounds: lowest with lowest, the tested, and each newest torch and triton that an
-    upper bound admits, with the rest as it is tested."""
+    """Pairs: lowest with lowest, the tested torch with what it brings, newest with newest."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (torch,) = [text for text in project["dependencies"] if text.startswith("torch")]
     (triton,) = project["optional-dependencies"]["triton"]
