@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("yaml")
 from test_architecture import HEAVY
 
+from flowkern import cli
 from flowkern.cli import main
 from flowkern.train.errors import describe
 
@@ -171,3 +172,23 @@ def test_what_one_process_alone_finds_is_said(monkeypatch, capsys):
         )
     gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:7330. GLHF!")
     assert "another process has ended" in describe(gone)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            PermissionError(13, "Permission denied", "run/metrics.jsonl"),
+            "'run/metrics.jsonl': Per",
+        ),
+        (OSError(28, "No space left on device", "a", None, "b"), "'b': No space left on device"),
+        (OSError("page.html cannot be written:\nit is full"), "page.html cannot be written: it is"),
+    ],
+)
+def test_what_the_system_refuses_is_said_by_its_file(error, said, monkeypatch, capsys):
+    def refuse(options):
+        raise error
+
+    monkeypatch.setattr(cli.report, "run", refuse)
+    assert cli.main(["report", "run"]) == 1
+    assert capsys.readouterr().err.startswith(f"flowkern: {said}")

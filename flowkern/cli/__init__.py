@@ -11,7 +11,7 @@ from typing import NoReturn
 from flowkern import __version__
 from flowkern.checks import ConfigError
 from flowkern.cli import cost, demo, doctor, export, report, sample, serve_reward, train
-from flowkern.cli.errors import say
+from flowkern.cli.errors import said_of, say
 from flowkern.extras import how_to_have
 from flowkern.lookup import nearest
 from flowkern.train.errors import RunError
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, ValueError, OSError, FloatingPointError, ImportError) as error:
         if options.traceback:
             raise
-        say(" ".join(str(error).split()) + how_to_have(error))
+        say(said_of(error) + how_to_have(error))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         say("interrupted")

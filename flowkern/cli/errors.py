@@ -11,6 +11,14 @@ PATIENCE = 10.0
 ends the others, and they say nothing."""
 
 
+def said_of(error: BaseException) -> str:
+    """In one line; of the operating system's errors the file, and what is wrong with it."""
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(error, OSError) and name is not None and str(error).startswith("[Errno "):
+        return f"{os.fspath(name)!r}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 def say(message: str) -> None:
     """On standard error, after `PATIENCE` where this is not the first process: a fault that it
     alone has found is said, too."""

@@ -7,6 +7,7 @@ plain values: it may come from anyone, and nothing that it names is imported.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _why(error: Exception) -> str:
     """Of what copies or writes: a folder's copy raises a list of (from, to, why)."""
     found = error.args[0] if isinstance(error, shutil.Error) else None
     if isinstance(found, list) and found:
-        return str(found[0][-1])
+        return re.sub(r"^\[Errno \d+\] ([^:]+): .*$", r"\1", str(found[0][-1]))
     return getattr(error, "strerror", None) or describe(error)
 
 
