@@ -61,7 +61,7 @@ def data_commit_of(name: str, revision: str | None) -> str | None:
     """The commit that a revision of a data set is; None where neither the hub says it nor, of one
     that is named, the hub's cache. Who reads the data set says why.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     if no_answer() is not None:
         cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs"
@@ -69,7 +69,7 @@ def data_commit_of(name: str, revision: str | None) -> str | None:
         return noted.read_text().strip() if revision is not None and noted.is_file() else None
     try:
         return HfApi().dataset_info(name, revision=revision).sha
-    except errors.HfHubHTTPError:
+    except Exception:  # of the transport, too
         return None
 
 
@@ -127,3 +127,8 @@ def _asked(name: str, revision: str | None, ask: Callable[..., str], index: str 
         raise FileNotFoundError(f"path: {name!r} has no {index}: it is no {kind}") from None
     except errors.HfHubHTTPError as error:
         raise OSError(f"path: {name!r}: {' '.join(str(error).split()):.300}") from None
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the transport: a connection that breaks on the way
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"path: {name!r}: the hub: {said:.300}") from error

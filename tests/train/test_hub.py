@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import constants, errors
 
 from flowkern.models import load_model
-from flowkern.models.hub import commit_of
+from flowkern.models.hub import commit_of, data_commit_of
 from flowkern.train.config import ConfigError, DataConfig
 from flowkern.train.data import prompts_of
 from flowkern.train.loop import Loop
@@ -149,6 +149,21 @@ def test_what_the_hub_answers_is_said_in_a_line(cache, monkeypatch, kind, messag
     with pytest.raises(OSError, match=f"^{message}") as refused:
         load_model("someone/else", revision="v9")
     assert "\n" not in str(refused.value)
+
+
+def test_a_connection_that_breaks_on_the_way_is_said_in_a_line(cache, monkeypatch):
+    class ReadError(Exception):
+        """As the transport has it: no OSError."""
+
+    def breaks(*_, **__):
+        raise ReadError("reset\nby peer")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", breaks)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", breaks)
+    monkeypatch.setattr("flowkern.models.hub.no_answer", lambda: None)
+    with pytest.raises(OSError, match="^path: 'someone/else': the hub: ReadError: reset by peer$"):
+        commit_of("someone/else")
+    assert data_commit_of("someone/prompts", None) is None, "who reads it says why"
 
 
 def test_a_run_keeps_its_commit_when_its_branch_moves(cache, tiny, tmp_path, capsys):
