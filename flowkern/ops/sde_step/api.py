@@ -79,8 +79,7 @@ def sde_step(
         out_dtype: dtype of x_next (that of x_t by default). out: (B, *D), contiguous, written
             instead of a new tensor. It may be x_t, velocity or noise itself (a draw in place), and
             overlaps nothing else that is read.
-        round_dtype: a dtype that x_next is rounded through before it is stored, in a dtype that
-            holds its values: as if it had been stored in it and read again.
+        round_dtype: what x_next is rounded through before it is stored, in a dtype that holds it.
         return_mean: return the mean, too.
         backend: "native" | "triton" | "reference"; None takes the best that can serve.
 
@@ -93,17 +92,19 @@ def sde_step(
         ValueError, TypeError: an argument is off; the message names it. BackendError: the backend
             named cannot serve.
     """
-    inputs = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
-    key = noise, seed, sample_id, step
-    if return_mean or round_dtype is not None:
-        return _draw_more(inputs, key, Wanted(out, out_dtype, round_dtype, return_mean), backend)
-    if kernels := direct(backend, x_t):
-        drawn = kernels.sde_draw(*inputs, *key, out, out_dtype, True, False)
+    is_plain = not return_mean and round_dtype is None
+    if is_plain and (kernels := direct(backend, x_t)):
+        drawn = kernels.sde_draw(
+            x_t, velocity, c_rows, velocity_uncond, guidance_scale, history,
+            noise, seed, sample_id, step, out, out_dtype, True, False,
+        )  # fmt: skip
         if drawn is not None:
             if out is not None:
                 private.increment_version((out,))
             return drawn[:2]
-    return _draw(inputs, key, Wanted(out, out_dtype), backend)[:2]
+    inputs = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale, history)
+    given = inputs, (noise, seed, sample_id, step), Wanted(out, out_dtype, round_dtype, return_mean)
+    return (_draw if is_plain else _draw_more)(*given, backend)[: 3 if return_mean else 2]
 
 
 def ode_step(
@@ -175,17 +176,18 @@ def sde_log_prob(
             replayed = kernels.sde_replay(*inputs, torch.is_grad_enabled())
         if replayed is not None:
             log_prob, kept = replayed
-            i = StepInputs(x_t, velocity, c_rows.table, velocity_uncond, guidance_scale)
             if not return_mean:
-                return operators.with_gradient(log_prob, i, x_next, "native", kept)
-            of = FromMean(x_next, kept, i.edges, i.scale)
+                saved = (x_t, velocity, x_next, c_rows.table, velocity_uncond)
+                return operators.with_gradient(log_prob, saved, guidance_scale, "native", kept)
+            scale = 1.0 if velocity_uncond is None else guidance_scale
+            of = FromMean(x_next, kept, c_rows.table, scale)
             return operators.with_mean(log_prob, velocity, of, "native")
     i = StepInputs(x_t, velocity, c_rows, velocity_uncond, guidance_scale)
     return _replay(i, x_next, return_mean, backend)
 
 
 def _draw_more(i: StepInputs, key: tuple, wanted: Wanted, backend: str | None) -> tuple:
-    """A draw with its mean, or with a round_dtype."""
+    """x_next, log_prob and mean (or None), of a draw that keeps it or has a round_dtype."""
     out, out_dtype, round_dtype, mean, _ = wanted
     if kernels := direct(backend, i.x_t):
         draw = getattr(kernels, "sde_draw_mean", None)  # which an older build lacks
@@ -195,11 +197,11 @@ def _draw_more(i: StepInputs, key: tuple, wanted: Wanted, backend: str | None) -
                 private.increment_version((out,))
             x_next, log_prob, _, made = drawn
             if not mean:
-                return x_next, log_prob
+                return x_next, log_prob, None
             of = FromMean(x_next, made, i.edges.table, i.scale)
             return x_next, *operators.with_mean(log_prob, i.velocity, of, "native")
     x_next, log_prob, _, made = _draw(i, key, wanted, backend)
-    return (x_next, log_prob, made) if mean else (x_next, log_prob)
+    return x_next, log_prob, made
 
 
 def _replay(i: StepInputs, x_next: Tensor, return_mean: bool, backend: str | None):
@@ -222,7 +224,8 @@ def _replay(i: StepInputs, x_next: Tensor, return_mean: bool, backend: str | Non
     with torch.no_grad():  # the gradient is the kernel's
         replayed = impl.call(i, x_next)
     if not return_mean:
-        return operators.with_gradient(replayed, i, x_next, impl.name)
+        saved = (i.x_t, i.velocity, x_next, edges, i.velocity_uncond)
+        return operators.with_gradient(replayed, saved, i.guidance_scale, impl.name)
     log_prob, mean = replayed
     return operators.with_mean(
         log_prob, i.velocity, FromMean(x_next, mean, edges, i.scale), impl.name

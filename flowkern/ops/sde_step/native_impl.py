@@ -39,7 +39,8 @@ def replay(i: StepInputs, x_next: Tensor) -> Tensor:
 
 def replay_mean(i: StepInputs, x_next: Tensor) -> tuple[Tensor, Tensor]:
     if i.x_t.numel() == 0:
-        return _log_prob_of_nothing(i), torch.empty(i.x_t.shape, dtype=torch.float32)
+        nothing = torch.empty(i.x_t.shape, dtype=torch.float32, device=i.x_t.device)
+        return _log_prob_of_nothing(i), nothing
     x_t, velocity, *rest, _ = i
     return native_calls.run("sde_replay_mean", x_t, velocity, x_next, *rest)
 

@@ -248,16 +248,22 @@ attach_op.register_autograd(_backward_attached, setup_context=_save_mean_attache
 
 
 def with_gradient(
-    log_prob: Tensor, i: StepInputs, x_next: Tensor, kernel: str, residual: Tensor | None = None
+    log_prob: Tensor,
+    saved: tuple,
+    guidance_scale: float,
+    kernel: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The replay's result with its gradient. residual: what the replay has kept, for the backward
-    pass to write over.
+    """The replay's result with its gradient.
+
+    saved: x_t, velocity, x_next, the edges' table, velocity_uncond. residual: what the replay has
+    kept, for the backward pass to write over.
     """
-    if not (i.velocity.requires_grad and torch.is_grad_enabled()):
+    velocity = saved[1]
+    if not (velocity.requires_grad and torch.is_grad_enabled()):
         return log_prob
-    saved = i.x_t, i.velocity, x_next, i.edges, i.velocity_uncond
-    how = _gradient, (i.guidance_scale,), kernel
-    return EagerGradient.apply(i.velocity, (log_prob, saved, how, residual))
+    how = _gradient, (guidance_scale,), kernel
+    return EagerGradient.apply(velocity, (log_prob, saved, how, residual))
 
 
 def _gradient(
