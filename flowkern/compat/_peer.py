@@ -14,9 +14,11 @@ def imported(module: str, project: str) -> ModuleType:
         raise ImportError(f"{module}: {project} cannot be imported, {missing}") from None
 
 
-def attribute(module: ModuleType, name: str, project: str):
-    """What the peer calls `name`, or one line that says that this version of it has none."""
+def attribute(of: ModuleType | type, name: str, project: str):
+    """What the peer's module, or class, calls `name`, or one line that says that this version of it
+    has none."""
     try:
-        return getattr(module, name)
+        return getattr(of, name)
     except AttributeError:
-        raise ImportError(f"{module.__name__}.{name}: this version of {project} has none") from None
+        place = f"{of.__module__}.{of.__qualname__}" if isinstance(of, type) else of.__name__
+        raise ImportError(f"{place}.{name}: this version of {project} has none") from None

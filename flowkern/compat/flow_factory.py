@@ -182,8 +182,9 @@ def __getattr__(name: str) -> type:
     if name != _NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     theirs = imported("flow_factory.scheduler", _PROJECT)
-    names = (_NAME, "SDESchedulerOutput")
-    return _scheduler(*(attribute(theirs, each, _PROJECT) for each in names))
+    base, output = (attribute(theirs, each, _PROJECT) for each in (_NAME, "SDESchedulerOutput"))
+    attribute(base, "get_noise_level_for_sigma", _PROJECT)  # what the step asks of it
+    return _scheduler(base, output)
 
 
 @cache

@@ -26,8 +26,12 @@ _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
 
 def install() -> None:
-    """Put `flow_sde_sampling` into SGLang's SchedulerRLMixin, and so into all its schedulers."""
+    """Put `flow_sde_sampling` into SGLang's SchedulerRLMixin, and so into all its schedulers.
+
+    A version without that class, or whose class has no such step to replace, is refused.
+    """
     mixin = attribute(imported(MODULE, "SGLang"), "SchedulerRLMixin", "SGLang")
+    attribute(mixin, "flow_sde_sampling", "SGLang")  # one that nothing calls would serve nobody
     mixin.flow_sde_sampling = flow_sde_sampling
 
 

@@ -178,8 +178,8 @@ def install() -> None:
     scheduler, algorithms = _their_scheduler(), imported(_ALGORITHMS, _PROJECT)
     register = attribute(algorithms, "register_diffusion_loss", _PROJECT)
     loss = _loss(_their_loss())
-    scheduler.sample_previous_step = _Step.sample_previous_step
     register("diffusion_nft")(loss)
+    scheduler.sample_previous_step = _Step.sample_previous_step
 
 
 def __getattr__(name: str) -> type:
@@ -191,7 +191,9 @@ def __getattr__(name: str) -> type:
 
 
 def _their_scheduler() -> type:
-    return attribute(imported("verl_omni.pipelines.schedulers", _PROJECT), _NAME, _PROJECT)
+    theirs = attribute(imported("verl_omni.pipelines.schedulers", _PROJECT), _NAME, _PROJECT)
+    attribute(theirs, "sample_previous_step", _PROJECT)  # what its `step` does not call is in vain
+    return theirs
 
 
 def _their_loss() -> type:

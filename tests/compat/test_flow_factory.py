@@ -238,6 +238,14 @@ def test_what_cannot_be_served_is_said(scheduler):
         scheduler.step(v, t[0], x, dynamics_type="flow")
 
 
+def test_a_version_that_lacks_what_the_step_asks_is_refused_at_once(registered):
+    bare = type("Bare", (diffusers.FlowMatchEulerDiscreteScheduler,), {})
+    sys.modules["flow_factory.scheduler"].FlowMatchEulerDiscreteSDEScheduler = bare
+    with pytest.raises(ImportError, match="Bare.get_noise_level_for_sigma: this version of Flow-"):
+        flow_factory.register()
+    assert not registered
+
+
 def test_without_flow_factory_one_line_says_so():
     for call in (flow_factory.register, lambda: flow_factory.FlowMatchEulerDiscreteSDEScheduler):
         with pytest.raises(ImportError, match="flow_factory.scheduler: Flow-Factory cannot be imp"):

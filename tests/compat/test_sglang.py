@@ -152,8 +152,12 @@ def test_install_replaces_the_method_of_the_class(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     with pytest.raises(ImportError, match="SchedulerRLMixin: this version of SGLang has none"):
         sglang.install()
-    mixin = type("SchedulerRLMixin", (Scheduler,), {"flow_sde_sampling": lambda self: "theirs"})
+    mixin = type("SchedulerRLMixin", (Scheduler,), {})
     monkeypatch.setattr(sys.modules[sglang.MODULE], "SchedulerRLMixin", mixin, raising=False)
+    with pytest.raises(ImportError, match="Mixin.flow_sde_sampling: this version of SGLang has no"):
+        sglang.install()  # a step of another name would go on as before, and unsaid
+    assert not hasattr(mixin, "flow_sde_sampling")
+    mixin.flow_sde_sampling = lambda self: "theirs"
     sglang.install()
     sglang.install()
     batch, x = batch_of("sde", True), torch.randn(SHAPE)

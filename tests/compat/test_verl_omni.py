@@ -296,6 +296,32 @@ def test_without_verl_omni_one_line_says_so():
 
 
 def test_a_version_without_the_loss_is_told_apart(losses):
+    scheduler = sys.modules["verl_omni.pipelines.schedulers"].FlowMatchSDEDiscreteScheduler
     del sys.modules["verl_omni.trainer.diffusion.diffusion_algos"].DiffusionNFTLoss
     with pytest.raises(ImportError, match="DiffusionNFTLoss: this version of verl-omni has none"):
         _ = verl_omni.DiffusionNFTLoss
+    with pytest.raises(ImportError, match="DiffusionNFTLoss: this version of verl-omni has none"):
+        verl_omni.install()
+    assert scheduler.sample_previous_step is Theirs.sample_previous_step  # nothing has changed
+
+
+def test_a_version_whose_step_calls_something_else_is_told_apart(losses):
+    """There the method would be put in place, and nothing would call it."""
+    bare = type("Bare", (diffusers.FlowMatchEulerDiscreteScheduler,), {})
+    sys.modules["verl_omni.pipelines.schedulers"].FlowMatchSDEDiscreteScheduler = bare
+    for call in (verl_omni.install, lambda: verl_omni.FlowMatchSDEDiscreteScheduler):
+        with pytest.raises(ImportError, match="Bare.sample_previous_step: this version of verl-om"):
+            call()
+    assert not losses and not hasattr(bare, "sample_previous_step")
+
+
+def test_a_registry_that_refuses_leaves_the_step(losses, monkeypatch):
+    def register(name):
+        raise ValueError(f"{name} is registered already")
+
+    algorithms = sys.modules["verl_omni.trainer.diffusion.diffusion_algos"]
+    monkeypatch.setattr(algorithms, "register_diffusion_loss", register)
+    scheduler = sys.modules["verl_omni.pipelines.schedulers"].FlowMatchSDEDiscreteScheduler
+    with pytest.raises(ValueError, match="diffusion_nft is registered already"):
+        verl_omni.install()
+    assert scheduler.sample_previous_step is Theirs.sample_previous_step
