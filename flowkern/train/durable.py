@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     records = (_record(line) for line in path.read_bytes().split(b"\n"))
     return [record for record in records if record is not None]
+
+
+class Growing:
+    """What is kept of the records of a .jsonl file that grows; each line is read once, so that a
+    long run does not read more and more."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """keep: what is kept of a record; nothing of it, where that is empty."""
+        self.path, self.keep = path, keep
+        self._kept: list[dict[str, Any]] = []
+        self._read = 0
+
+    def records(self) -> list[dict[str, Any]]:
+        """Those of whole lines."""
+        if not self.path.is_file():
+            return []
+        with open(self.path, "rb") as file:
+            if file.seek(0, os.SEEK_END) < self._read:  # begun anew
+                self._kept, self._read = [], 0
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                if kept := self.keep(_record(line) or {}):
+                    self._kept.append(kept)
+        return self._kept
 
 
 def truncate_lines(path: Path, step: int) -> None:

@@ -39,6 +39,12 @@ PROMPTS = "prompts.json"  # of a checkpoint
 HUB = "hub"  # what is uploaded
 
 
+def rewards_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a curve is drawn of; the names are one text in all records."""
+    found = {sys.intern(key): x for key, x in record.items() if key.startswith("reward/")}
+    return found and {"step": record["step"], **found}
+
+
 class RunDirectory:
     """The output_dir of a run while it is under way: claimed, prepared, written to, released."""
 
@@ -49,6 +55,8 @@ class RunDirectory:
         self._taken: dict[str, tuple[Any, Any]] = {}
         self._lock: Lock | None = None
         self._trackers = Trackers(accelerator)
+        files = (self.path / METRICS, self.path / VALIDATION)
+        self._curves = [durable.Growing(path, rewards_of) for path in files]
 
     # ---- beginning ----
 
@@ -196,7 +204,7 @@ class RunDirectory:
     def draw_curves(self) -> None:
         """reward_curve.png of what is on disk."""
         if self.is_main:
-            lines = [durable.read_lines(self.path / name) for name in (METRICS, VALIDATION)]
+            lines = [file.records() for file in self._curves]
             optimized = self.config.reward.weights
             tracking.save_curves(self.path / "reward_curve.png", *lines, optimized=optimized)
 

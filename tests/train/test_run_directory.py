@@ -181,6 +181,22 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(a_run):
     assert not list(a_run.glob("*.partial"))
 
 
+def test_a_file_that_grows_is_read_once(tmp_path):
+    path, read = tmp_path / "metrics.jsonl", []
+    file = durable.Growing(path, lambda r: read.append(r) or run_directory.rewards_of(r))
+    assert file.records() == []
+    path.write_bytes(
+        b'a note\n{"step": 1, "reward/mean": 0.5, "kl": 1}\n{"step": 2, "kl": 2}\n{"st'
+    )
+    assert file.records() == file.records() == [{"step": 1, "reward/mean": 0.5}]
+    with open(path, "ab") as more:
+        more.write(b'ep": 3, "reward/mean": 0.75}\n')
+    assert [r["step"] for r in file.records()] == [1, 3]
+    assert len(read) == 4
+    path.write_bytes(b'{"step": 1, "reward/mean": 0.25}\n')
+    assert file.records() == [{"step": 1, "reward/mean": 0.25}]
+
+
 def test_lines_that_are_no_records_never_raise_and_stay(tmp_path):
     path = tmp_path / "metrics.jsonl"
     foreign = [
