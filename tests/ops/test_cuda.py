@@ -62,6 +62,7 @@ TABLES = (
     (step_operators, "REPLAY_MEAN", step_native.replay_mean),
     (step_operators, "REPLAY_BACKWARD", step_native.replay_backward),
     (step_operators, "MEAN_BACKWARD", step_native.mean_backward),
+    (step_operators, "GRADIENT", step_native.replay_backward),
     (step_operators, "MEAN_GRADIENT", step_native.mean_backward),
     (philox, "_IMPLS", philox._native_normal),
     (policy_api.LOSS, "impls", policy_native.forward),
