@@ -88,6 +88,12 @@ def test_one_value_of_each_is_one_edge_and_each_may_have_its_own_size(kind):
         device_coefficients(first[0], falling, kind, 0.6).table,
         one_by_one(first, falling, kind, 0.6, None),
     )
+    beginnings = torch.tensor([1.0, 0.8, 0.5])  # an end for all of them
+    for end in (falling[1:2], falling[1]):
+        shared = device_coefficients(beginnings, end, kind, 0.6).table
+        near(shared, one_by_one(beginnings, falling[1:2].expand(3), kind, 0.6, None))
+    seconds = torch.tensor([0.9, 0.8, 0.7])  # of their own alone, whether a kind asks for them
+    assert len(device_coefficients(first[0], falling[1], kind, 0.6, seconds)) == 3
     assert device_coefficients(s[:0], n[:0], kind, 0.7).table.shape == (0, 9)
 
 

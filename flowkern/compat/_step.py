@@ -33,11 +33,12 @@ def scored_step(
         x_next (B, *D), in float32; log_prob (B,), a mean over D; mean (B, *D) in float32. log_prob
         and mean are differentiable in velocity, x_next is not.
     """
+    x_t, velocity = narrow(x_t), narrow(velocity)
     if x_next is None:
-        stored = {"round_dtype": round_dtype, "out_dtype": torch.float32}
-        return sde_step(x_t, velocity, edges, noise=noise, return_mean=True, **stored)
-    log_prob, mean = sde_log_prob(x_t, velocity, x_next.detach(), edges, return_mean=True)
-    return x_next.float(), log_prob, mean
+        stored = _stored(round_dtype)
+        return sde_step(x_t, velocity, edges, narrow(noise), return_mean=True, **stored)
+    x_next = x_next.float()
+    return x_next, *sde_log_prob(x_t, velocity, x_next.detach(), edges, return_mean=True)
 
 
 def scored(
@@ -49,16 +50,29 @@ def scored(
     round_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """`scored_step` without the mean."""
+    x_t, velocity = narrow(x_t), narrow(velocity)
     if x_next is None:
-        stored = {"round_dtype": round_dtype, "out_dtype": torch.float32}
         learns = velocity.requires_grad and torch.is_grad_enabled()  # from the mean
-        return sde_step(x_t, velocity, edges, noise=noise, return_mean=learns, **stored)[:2]
+        stored = _stored(round_dtype)
+        return sde_step(x_t, velocity, edges, narrow(noise), return_mean=learns, **stored)[:2]
     x_next = x_next.float()
     return x_next, sde_log_prob(x_t, velocity, x_next.detach(), edges)
 
 
+def narrow(x: Tensor | None) -> Tensor | None:
+    """float64 as float32, in which the drop-ins compute whatever comes in; all else as it is."""
+    return x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x
+
+
+def _stored(round_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """x_next in float32, through a dtype that is narrower, or not."""
+    is_wide = round_dtype == torch.float64
+    return {"round_dtype": None if is_wide else round_dtype, "out_dtype": torch.float32}
+
+
 def mean_of(x_t: Tensor, velocity: Tensor, edges: Coefficients) -> Tensor:
     """a x_t + b velocity, (B, *D) in float32, with its gradient in velocity: KL terms use it."""
+    x_t, velocity = narrow(x_t.detach()), narrow(velocity)
     if not (velocity.requires_grad and torch.is_grad_enabled()):
         return ode_step(x_t, velocity, edges, out_dtype=torch.float32)
     shape = (-1, *[1] * (x_t.ndim - 1))
@@ -113,4 +127,4 @@ def scored_with_x0(
 
 def x0_of(x_t: Tensor, velocity: Tensor, grid: Grid, index: int) -> Tensor:
     """x_t - sigma velocity, (B, *D) in float32."""
-    return torch.sub(x_t.float(), velocity, alpha=grid.sigmas[index])
+    return torch.sub(x_t.float(), narrow(velocity), alpha=grid.sigmas[index])

@@ -19,7 +19,7 @@ from flowkern.schedules.coefficients import checked, stacked
 
 from ._dance import dance_coefficients
 from ._grid import grid_of, remembered
-from ._step import scored
+from ._step import narrow, scored
 
 SOLVERS = ("flow", "dance", "ddim", "dpm1", "dpm2")
 
@@ -98,8 +98,9 @@ def _dpm(sigmas: Tensor, z: Tensor, order: int) -> Callable:
             torch.randn(z.shape, device=z.device)
         history = x0s[: edges[index].num_history]
         x_next, x0 = ode_step(
-            latents, velocity, edges[index], history, return_x0=True, out_dtype=torch.float32
-        )
+            narrow(latents), narrow(velocity), edges[index], history, return_x0=True,
+            out_dtype=torch.float32,
+        )  # fmt: skip
         x0s[:] = [x0]
         return x_next, None
 

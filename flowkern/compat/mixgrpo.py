@@ -21,7 +21,7 @@ from ._dance import dance_grid, drawn_or_replayed, without_score
 from ._grid import Grid, grid_of, remembered, step_of
 from ._install import replace
 from ._noise import drawn_unless, randn_like
-from ._step import mean_of, step_of_grid, x0_of
+from ._step import mean_of, narrow, step_of_grid, x0_of
 
 
 def install() -> None:
@@ -152,6 +152,7 @@ def dpm_step(
         differentiable in model_output, and so is x0; prev_sample is not.
     """
     step_index = step_of("step_index", step_index, len(timesteps))
+    sample, model_output = narrow(sample), narrow(model_output)
     order = _order(args, step_index, len(timesteps), dpm_state)
     edge = _multistep(sigmas, step_index, order, _variant(args, order), sde_solver, sample.device)
     history = () if dpm_state is None else tuple(dpm_state.model_outputs[::-1][: order - 1])

@@ -20,6 +20,7 @@ from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, device_coefficients
 
 from ._peer import attribute, imported
+from ._step import narrow
 
 MODULE = "sglang.multimodal_gen.runtime.post_training.scheduler_rl_mixin"
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
@@ -71,6 +72,7 @@ def flow_sde_sampling(
         noise = self._rollout_variance_noise(batch, velocity, generator)
         edge = _edge(current_sigma, next_sigma, _KINDS[kind], batch, session.sigma_max)
         edge = edge.tempered().to(sample.device)  # log_prob is minus the mean square
+        sample = narrow(sample)
         x_next, log_prob = sde_step(sample, velocity, edge, noise=noise, out_dtype=torch.float32)
         std, full, mean = edge.std, session.noise_buffer, None
         count = full[0].numel()

@@ -79,6 +79,7 @@ def _rows(kind: str, size: int, *inputs: Tensor | float | None) -> Tensor:
     rest = rest_of(s)
     if s.shape != shape:
         rest = rest.expand(shape)
+    n = n.expand(shape)  # an end that all samples share, with beginnings of their own
     s = 1 - rest
     return stacked(*step(kind, s, rest, n, level, second), s, kind in TEMPERED).float()
 

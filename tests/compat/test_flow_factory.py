@@ -125,6 +125,29 @@ def test_a_draw_and_its_replay_are_the_published_formula(scheduler, dynamics, dt
         assert off < max(1e-5, ulp)
 
 
+@pytest.mark.parametrize("dynamics", [*DYNAMICS, "ODE"])
+def test_float64_latents_are_computed_in_float32(scheduler, dynamics):
+    x, v = latents(torch.float64)
+    t, how = scheduler.timesteps[3], {"noise_level": 0.7, "dynamics_type": dynamics}
+    drawn = scheduler.step(v, t, x, **how)
+    for given in (drawn.next_latents, drawn.next_latents.double()):
+        again = scheduler.step(v, t, x, given, **how)
+        for name in FIELDS:
+            one, other = getattr(drawn, name), getattr(again, name)
+            assert one.dtype == torch.float32 and torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_steps_of_their_own_that_end_where_all_do(scheduler, dynamics):
+    x, v, x_next = latents() + latents()[:1]
+    beginnings, how = torch.tensor([900.0, 700.0, 500.0]), {"noise_level": 0.7, "sigma_max": 0.9}
+    shared = scheduler.step(v, beginnings, x, x_next, 300.0, dynamics_type=dynamics, **how)
+    end = torch.full((3,), 300.0)
+    each = scheduler.step(v, beginnings, x, x_next, end, dynamics_type=dynamics, **how)
+    for name in FIELDS:
+        assert torch.equal(getattr(shared, name), getattr(each, name)), name
+
+
 def test_every_form_of_a_timestep_names_the_same_edge(scheduler):
     x, v = latents()
     t = scheduler.timesteps
