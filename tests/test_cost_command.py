@@ -98,6 +98,28 @@ def test_the_mean_of_a_short_run_is_of_its_own_rollouts(capsys):
     assert "train.stepz: unknown key" in capsys.readouterr().err
 
 
+def test_what_cannot_be_counted_is_said_by_its_key(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("yaml")
+    (tmp_path / "lacking.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from flowkern.rl.algorithms.flow_grpo import FlowGRPO\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Lacking(FlowGRPO):\n"
+        "    wanted: int\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = str(ROOT / "configs/digits/mixgrpo.yaml")
+    too_far = ["algorithm.sde_type=cps", "algorithm.noise_level=3"]
+    for arguments, said in (
+        (["--config", path, *too_far], "algorithm.noise_level: cps takes an angle in [0, 2], got"),
+        (["--config", path, "algorithm.sde_type=math:sqrt"], "algorithm.sde_type: math:sqrt(1, "),
+        (["lacking:Lacking"], "lacking:Lacking: has no defaults to count with: "),
+    ):
+        assert main(["cost", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"flowkern: {said}")
+    del sys.modules["lacking"]
+
+
 def pairs(name, place, between=" / "):
     """What the docs say of an algorithm: here / released, of the first rollout and of the mean."""
     found = [table[name].split()[place] for table in (DEFAULTS, MEANS) if name in table]

@@ -172,6 +172,7 @@ def test_no_gradient_comes_of_it():
         (lambda s, n: (s, n, "ode", 0, 1), ValueError, r"sigma_max: expected a number in \[0, 1\)"),
         (lambda s, n: (s, n[:3], "ode", 0), ValueError, r"sigma_next: expected shape .*\(5,\)"),
         (lambda s, n: (s.long(), n, "ode", 0), ValueError, "sigma: .*got torch.int64"),
+        (lambda s, n: (s, n.to_sparse(), "ode", 0), ValueError, "sigma_next: .*torch.sparse_coo"),
         (lambda s, n: (s[None], n, "ode", 0), ValueError, r"sigma: .*of shape \(1, 5\)"),
         (lambda s, n: (s, n.to("meta"), "ode", 0), ValueError, "sigma_next: .*cpu, got meta"),
         (lambda s, n: (s, n, "ode", n.to("meta")), ValueError, "noise_level: .*cpu, got meta"),
@@ -180,6 +181,30 @@ def test_no_gradient_comes_of_it():
 def test_what_the_host_can_see_is_checked(call, error, message):
     with pytest.raises(error, match=message):
         device_coefficients(*call(*edges(5)))
+
+
+def test_a_table_that_is_not_strided_is_refused():
+    with pytest.raises(TypeError, match="table: .*got torch.sparse_coo"):
+        Coefficients(torch.ones(2, 9).to_sparse())
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_edges_of_a_rollout_in_inference_mode_serve_training(backend):
+    """However they were made: on the device, of a grid, some of it, or without the normalizer."""
+    if backend not in fk.backends("cpu"):
+        pytest.skip("no native kernels")
+    grid = sd3_sigmas(6)
+    x, v, x_next = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = step_coefficients(grid, "flow_sde", 0.7)
+        some = whole[torch.tensor([1, 2])]
+        own = Coefficients(some.table.float() * 1)
+        s, n = grid[1:3].float(), grid[2:4].float()
+        device = device_coefficients(s, n, "flow_sde", 0.7, grid[1])
+        made = [whole[1], some, own, device, device.tempered(), own.without_normalizer()]
+        made.append(fk.schedules.multistep_coefficients([0.9, 0.4], 1, sde=True))
+    for c in made:
+        fk.sde_log_prob(x, v.requires_grad_(), x_next, c, backend=backend).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["sigma", "sigma_next", "noise_level", "sigma_max"])

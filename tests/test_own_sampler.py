@@ -12,7 +12,8 @@ import torch
 import flowkern as fk
 from flowkern.checks import ConfigError
 from flowkern.rl.algorithms import names, recipe
-from flowkern.rl.recipe import SDES, PolicyRecipe
+from flowkern.rl.recipe import SDES, PolicyRecipe, plan_of
+from flowkern.rollout import Plan
 from flowkern.schedules import (
     KINDS,
     device_coefficients,
@@ -37,6 +38,15 @@ def dance(sigma, sigma_next, noise_level):
 
 def late(sigma, sigma_next, noise_level):
     return dance(sigma, sigma_next, noise_level) if sigma > 0.7 else 1 / 0
+
+def still(sigma, sigma_next, noise_level):
+    return 1.0, sigma_next - sigma, 0.0
+
+def sharp(sigma, sigma_next, noise_level):
+    return 1.0, sigma_next - sigma, 1e-30
+
+def leaves(sigma, sigma_next, noise_level):
+    raise SystemExit(3)
 
 ratio = 0.5
 """
@@ -85,6 +95,7 @@ def test_a_sigma_near_1_is_1_to_it_and_rows_come_in_any_form():
     assert c.std.tolist() == [0.5, 0.5] and c.k.tolist() == [2.0, 2.0]
     assert c.c.tolist() == pytest.approx([-math.log(0.5 * math.sqrt(2 * math.pi))] * 2)
     assert len(step_coefficients([1.0, 0.0], lambda *edge: [1, -1, 0, 0, 0], 0.0)) == 1
+    assert edge_coefficients([], [], sampler, 0.7).table.shape == (0, 9)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,12 @@ def test_what_is_no_row_is_said_with_its_edge(row, said):
     "kind, said",
     [
         ("samplers_of_mine:late", r"late\(0.6, 0.3, 0.7\) raised ZeroDivisionError: division by"),
+        ("samplers_of_mine:leaves", r"leaves\(0.8, 0.6, 0.7\) raised SystemExit: 3"),
+        (
+            "samplers_of_mine:sharp",
+            r"sharp: expected .* std 1e-30, k 5e\+59.* sigma 0.8$",
+        ),
+        (lambda *edge: torch.ones(3, device="meta"), "raised NotImplementedError"),
         ("samplers_of_mine:danse", "has no 'danse'; did you mean 'dance'"),
         ("samplers_of_mine:ratio", "which is 0.5, expected a function"),
         ("no_such_module:step", "there is no module no_such_module in"),
@@ -161,6 +178,54 @@ def test_a_run_that_it_cannot_serve_is_refused_by_its_key():
     check("mixgrpo", 200)  # whose window does not come so far
     with pytest.raises(ConfigError, match=said):
         check("mixgrpo", 400)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"sde_type": "cps", "noise_level": 3.0}, "noise_level: cps takes an angle"),
+        (
+            {"noise_level": 1e200},
+            "noise_level: expected coefficients that float32",
+        ),
+        ({"sde_type": "samplers_of_mine:late"}, r"sde_type: samplers_of_mine:late\(.* raised"),
+        (
+            {"sde_type": "samplers_of_mine:sharp"},
+            "sde_type: samplers_of_mine:sharp: expected",
+        ),
+        ({"sde_type": "samplers_of_mine:still"}, "sde_type: the edge from sigma 1.0 .* has k = 0"),
+        ({"noise_level": 2.0, "sde_type": "cps", "kl_coef": 0.1}, None),
+    ],
+)
+def test_what_a_plan_refuses_is_said_by_its_key(options, said):
+    made = recipe("flow_grpo")(**options)
+    if said is None:
+        return plan_of(made, sd3_sigmas).check()
+    with pytest.raises(ConfigError, match=rf"^algorithm\.{said}"):
+        plan_of(made, sd3_sigmas)
+
+
+def test_a_plan_says_what_is_no_option_of_its_recipe():
+    def refuses(grid, iteration, seed):
+        raise ValueError("member: 0 draws noise at depth 1 already")
+
+    made = recipe("awm")()
+    object.__setattr__(made, "plan", refuses)
+    with pytest.raises(ConfigError, match="^algorithm: member: 0 draws noise"):
+        plan_of(made, sd3_sigmas)
+
+
+def test_a_sampler_that_has_no_hash_draws():
+    class Still:
+        __hash__ = None
+
+        def __call__(self, sigma, sigma_next, noise_level):
+            return 1.0, sigma_next - sigma, 0.5
+
+    plan = Plan()
+    assert plan.nodes[plan.draw(plan.root(0), 0.5, Still(), 0.7, 0)].edge.std == 0.5
+    with pytest.raises(ValueError, match="^kind: got \\['ode'\\], expected one of"):
+        plan.draw(plan.root(1), 0.5, ["ode"], 0.7, 1)
 
 
 def test_the_one_in_the_docs_keeps_the_noise_levels_as_they_say(tmp_path, monkeypatch):

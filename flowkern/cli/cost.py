@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from flowkern.checks import ConfigError
+
 if TYPE_CHECKING:
     from flowkern.rl.recipe import Recipe
 
@@ -40,7 +42,10 @@ def run(options: argparse.Namespace) -> int:
         recipes = {}
         for name in options.names or names():
             kind = flow_recipe(name)
-            recipes[name] = kind()
+            try:
+                recipes[name] = kind()
+            except TypeError as error:  # one of one's own
+                raise ConfigError(f"{name}: has no defaults to count with: {error}") from error
             recipes |= {f"{name}, {form}": kind(**more) for form, more in kind.forms.items()}
         rollouts, seed = ROLLOUTS, 0
     else:
@@ -53,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         seed = config.seed
 
     from flowkern.rl.cost import network_calls  # what is refused shows before the imports
+    from flowkern.rl.recipe import plan_of
     from flowkern.rollout import Cost
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
@@ -69,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     head = "sampling released saved training released nfe/sample nfe/train images"
     rows = [("", *head.split())]
     for name, algorithm in recipes.items():
-        costs = [algorithm.plan(sd3_sigmas, i, seed).cost() for i in range(rollouts)]
+        costs = [plan_of(algorithm, sd3_sigmas, i, seed).cost() for i in range(rollouts)]
         first, mean = row(algorithm, costs[:1]), row(algorithm, costs)
         rows += [(name, *first)] + ([(f"  mean of {rollouts}", *mean)] if mean != first else [])
     print("Network calls and images per prompt, guidance not counted. Released: the authors' loop.")

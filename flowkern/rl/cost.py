@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowkern import rollout
-from flowkern.rl.recipe import Grid, Recipe
+from flowkern.rl.recipe import Grid, Recipe, plan_of
 
 
 def mean_cost(
@@ -13,7 +13,7 @@ def mean_cost(
 
     Means over the rollouts `iterations`, whose plans may differ.
     """
-    ours = [recipe.plan(grid, i, seed).cost() for i in iterations]
+    ours = [plan_of(recipe, grid, i, seed).cost() for i in iterations]
     theirs = [recipe.released(i, seed) for i in iterations]
     return rollout.Cost.mean(ours), rollout.Cost.mean(theirs)
 

@@ -10,12 +10,21 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from flowkern import rl, rollout
-from flowkern.checks import ABOVE_0, AT_LEAST_0, BELOW_1, Held, Range, check_fields, count
+from flowkern.checks import (
+    ABOVE_0,
+    AT_LEAST_0,
+    BELOW_1,
+    ConfigError,
+    Held,
+    Range,
+    check_fields,
+    count,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +39,7 @@ __all__ = [
     "Recipe",
     "RewardAggregation",
     "SdeType",
+    "plan_of",
     "shared_random",
 ]
 
@@ -144,6 +154,22 @@ class Recipe(AnyRecipe, ABC):
     def guidance(self, uncond: int, guide: rollout.Guide | None = None) -> rollout.Guidance | None:
         """uncond: the row of the conditioning without a prompt. guide: of the model's family."""
         return rollout.Guidance.of(self.guidance_scale, uncond, guide)
+
+
+_OPTIONS = {"kind": "sde_type", "is_trained": "sde_type", "has_kl": "kl_coef"}
+"""What a plan calls it -> the option that it comes from."""
+
+
+def plan_of(recipe: Recipe, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
+    """Its plan. Raises ConfigError, naming the key, for options that nothing can be drawn with."""
+    try:
+        return recipe.plan(grid, iteration, seed)
+    except ValueError as error:
+        name, colon, reason = str(error).partition(":")
+        option = _OPTIONS.get(name, name)
+        if option not in {field.name for field in fields(recipe)}:
+            raise ConfigError(f"algorithm: {error}") from error
+        raise ConfigError(f"algorithm.{option}{colon}{reason}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ which are the nodes that trained edges leave or, for matching objectives, the po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 
@@ -103,7 +103,9 @@ class Plan:
     ) -> int:
         """A step of an SDE (`schedules.edge_coefficients`) with the noise of `member`."""
         origin = self.nodes[node]
-        edge, k, std = _sde_edge(origin.sigma, float(sigma_next), kind, noise_level)
+        is_known = isinstance(kind, Hashable) and isinstance(noise_level, Hashable)
+        edge_of = _sde_edge if is_known else _sde_edge.__wrapped__
+        edge, k, std = edge_of(origin.sigma, float(sigma_next), kind, noise_level)
         if is_trained and k == 0:
             raise ValueError(
                 f"is_trained: the edge from sigma {origin.sigma} to {sigma_next} has k = 0, so its "

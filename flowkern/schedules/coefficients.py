@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from flowkern.checks import is_integer
+from flowkern.checks import is_integer, shown
 from flowkern.torch_private import num_modes
 
 MAX_HISTORY = 3
@@ -34,6 +35,9 @@ class Coefficients:
             raise ValueError(
                 f"num_history: expected an integer from 0 to {MAX_HISTORY}, got {num_history!r}"
             )
+        if not torch.compiler.is_compiling() and table.is_inference():
+            with lasting():
+                table = table.clone()
         self._set(table, int(num_history))
 
     @classmethod
@@ -77,7 +81,8 @@ class Coefficients:
             index.is_floating_point() or index.dtype == torch.uint8
         ):
             raise TypeError(f"index: expected integers, got {index.dtype}")
-        return self._checked(self.table[index], self.num_history)
+        with lasting():
+            return self._checked(self.table[index], self.num_history)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Coefficients:
         """The same edges on `device` in `dtype`; converted once and remembered."""
@@ -92,21 +97,23 @@ class Coefficients:
         # By version too: a table edited in place is converted again.
         key = (device, dtype, None if self.table.is_inference() else self.table._version)
         if key not in self._converted:
-            with torch.inference_mode(False):  # what a rollout remembers also serves training
+            with lasting():
                 self._converted[key] = Coefficients(self.table.to(device, dtype), self.num_history)
         return self._converted[key]
 
     def without_normalizer(self) -> Coefficients:
         """c = 0, k as it is: log-probabilities without -log std - log sqrt(2 pi), as MixGRPO's."""
-        table = self.table.clone()
-        table[..., 4] = 0.0
-        return self._checked(table, self.num_history)
+        with lasting():
+            table = self.table.clone()
+            table[..., 4] = 0.0
+            return self._checked(table, self.num_history)
 
     def tempered(self) -> Coefficients:
         """k = 1, c = 0: the negative mean square, as CPS has it and SGLang's no_const."""
-        table = self.table.clone()
-        table[..., 3], table[..., 4] = 1.0, 0.0
-        return self._checked(table, self.num_history)
+        with lasting():
+            table = self.table.clone()
+            table[..., 3], table[..., 4] = 1.0, 0.0
+            return self._checked(table, self.num_history)
 
     def __reduce__(self):
         return Coefficients, (self.table, self.num_history)
@@ -116,10 +123,19 @@ class Coefficients:
         return f"Coefficients({edges}, {self.table.dtype}, {self.table.device})"
 
 
+def lasting() -> AbstractContextManager:
+    """Around what makes edges: those of a rollout in inference mode also serve training."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
 def _check_table(table: Tensor) -> None:
     if not isinstance(table, Tensor) or table.dtype not in _TABLES:
         got = getattr(table, "dtype", type(table).__name__)
         raise TypeError(f"table: expected a tensor of real floating-point numbers, got {got}")
+    if table.layout != torch.strided:
+        raise TypeError(f"table: expected a strided tensor, got {table.layout}")
     if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
         raise ValueError(
             f"table: expected shape (S, {len(COLUMNS)}) or ({len(COLUMNS)},), "
@@ -129,18 +145,22 @@ def _check_table(table: Tensor) -> None:
     if table.device.type != "cpu" or type(table) is not Tensor or is_traced or not table.numel():
         return
     if not bool(table.isfinite().all()):
-        raise ValueError(f"table: expected finite numbers, got {table.tolist()}")
+        raise ValueError(f"table: expected finite numbers, got {shown(table.tolist())}")
     std = table[..., COLUMNS.index("std")]
     if bool((std < 0).any()):
-        raise ValueError(f"table: expected std >= 0, got {std.tolist()}")
+        raise ValueError(f"table: expected std >= 0, got {shown(std.tolist())}")
 
 
-def checked(table: Tensor, num_history: int = 0) -> Coefficients:
-    """Edges that were computed, and may be beyond what the kernels compute with."""
-    if not bool(torch.isfinite(table.float()).all()):
+def checked(table: Tensor, num_history: int = 0, name: str = "sigma") -> Coefficients:
+    """Edges that were computed, and may be beyond what the kernels compute with; name: the argument
+    that is said to be the cause."""
+    finite = torch.isfinite(table.float()).all(-1)
+    if not bool(finite.all()):
+        row = table[~finite][0] if table.ndim > 1 else table
+        values = zip(COLUMNS, row.tolist(), strict=True)
+        said = ", ".join(f"{column} {value:g}" for column, value in values if value)
         raise ValueError(
-            f"the edges from sigma {table[..., -1].tolist()} have coefficients beyond float32: "
-            f"{table.tolist()}"
+            f"{name}: expected coefficients that float32 holds, got {said} from sigma {row[-1]:g}"
         )
     return Coefficients(table, num_history)
 

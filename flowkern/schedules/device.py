@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from flowkern.schedules.coefficients import Coefficients, stacked
+from flowkern.schedules.coefficients import Coefficients, lasting, stacked
 from flowkern.schedules.formulas import KINDS, TEMPERED, rest_of, step
 from flowkern.schedules.sigmas import level_of, second_of
 from flowkern.torch_private import is_in_func, num_modes
@@ -51,7 +51,8 @@ def device_coefficients(
         elif name == "sigma_next":
             raise TypeError(f"sigma_next: expected a tensor as sigma is, got {type(x).__name__}")
     make = _rows if _serves_torch(sigma) else _launch
-    return Coefficients._checked(make(kind, size, sigma, sigma_next, level, second), 0)
+    with lasting():
+        return Coefficients._checked(make(kind, size, sigma, sigma_next, level, second), 0)
 
 
 _NAMES = ("sigma", "sigma_next", "noise_level", "sigma_max")
@@ -62,6 +63,8 @@ def _size(name: str, x: Tensor, device: torch.device, size: int) -> int:
     if not x.is_floating_point() or x.ndim > 1:
         got = f"{x.dtype} of shape {tuple(x.shape)}"
         raise ValueError(f"{name}: expected one floating-point number or shape (B,), got {got}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got {x.layout}")
     if x.device != device:
         raise ValueError(f"{name}: expected the device of sigma, {device}, got {x.device}")
     count = x.numel()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from flowkern.checks import shown
 from flowkern.schedules.coefficients import Coefficients, checked, stacked
-from flowkern.schedules.formulas import KINDS, TEMPERED, step
+from flowkern.schedules.formulas import KINDS, TEMPERED, UNLEVELLED, step
 from flowkern.schedules.own import Sampler, own_edges, sampler_of
 from flowkern.schedules.sigmas import edge_of, level_of, second_of, sigmas_of
 
@@ -37,12 +38,14 @@ def edge_coefficients(
         )
     if not bool((n < s).all()):
         raise ValueError(
-            f"sigma_next: expected values below sigma, got {n.tolist()} after {s.tolist()}"
+            f"sigma_next: expected values below sigma, got {shown(n.tolist())} after "
+            f"{shown(s.tolist())}"
         )
     noise_level, sigma_max = level_of(kind, noise_level), second_of(sigma_max)
     if is_own:
         return own_edges(kind, s, n, noise_level)
-    return checked(stacked(*step(kind, s, 1 - s, n, noise_level, sigma_max), s, kind in TEMPERED))
+    table = stacked(*step(kind, s, 1 - s, n, noise_level, sigma_max), s, kind in TEMPERED)
+    return checked(table, name="sigma" if kind in UNLEVELLED else "noise_level")
 
 
 def step_coefficients(sigmas, kind: str | Sampler, noise_level: float) -> Coefficients:

@@ -23,6 +23,8 @@ from torch.nn.functional import hardshrink
 KINDS = ("ode", "flow_sde", "dance_sde", "cps", "dpm_sde")
 TEMPERED = ("cps",)
 """Their published log-probability is k = 1, c = 0."""
+UNLEVELLED = ("ode", "dpm_sde")
+"""Those without a noise level."""
 NEAR_ONE = 1e-5  # a sigma as near to 1 counts as 1: rounded grids begin at .999999
 
 

@@ -51,7 +51,7 @@ def multistep_coefficients(
     b = -s * weights[0]
     std = n * math.sqrt(1 - decay**2) if sde else torch.zeros_like(s)
     history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:]]
-    return checked(stacked(a, b, std, s, history=history), len(history))
+    return checked(stacked(a, b, std, s, history=history), len(history), "path_sigmas")
 
 
 def _x0_weights(path, order: int, decay: float, variant: str, sde: bool) -> list[float]:

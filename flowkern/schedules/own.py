@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowkern.checks import ConfigError, finite_number, shown, shown_in_a_line
 from flowkern.lookup import load
-from flowkern.schedules.coefficients import Coefficients, checked, stacked
+from flowkern.schedules.coefficients import COLUMNS, Coefficients, checked, stacked
 from flowkern.schedules.formulas import KINDS
 
 Sampler: TypeAlias = Callable[[float, float, float], Sequence[float]]
@@ -51,17 +51,17 @@ def own_edges(kind: str | Sampler, s: Tensor, n: Tensor, noise_level: float) -> 
     for place, row in enumerate(rows):
         if len(row) > 3:
             table[place, 3:5] = torch.tensor(row[3:], dtype=s.dtype)
-    return checked(table.reshape(*s.shape, -1))
+    return checked(table.reshape(*s.shape, len(COLUMNS)), name=f"kind: {name}")
 
 
 def _row(sampler: Sampler, name: str, *edge: float) -> list[float]:
     call = f"kind: {name}({', '.join(f'{x:g}' for x in edge)})"
     try:
         row: Any = sampler(*edge)
-    except Exception as error:
+        row = row.tolist() if hasattr(row, "tolist") else row
+    except (Exception, SystemExit) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{call} raised {said}") from error
-    row = row.tolist() if hasattr(row, "tolist") else row
     if not isinstance(row, Sequence) or isinstance(row, str) or len(row) not in (3, 5):
         raise ValueError(
             f"{call} gave {shown_in_a_line(row)}, expected (a, b, std) or (a, b, std, k, c)"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern.checks import finite_number, shown_in_a_line
+from flowkern.checks import finite_number, shown, shown_in_a_line
 from flowkern.schedules.formulas import at_most_one
 
 
@@ -44,7 +44,7 @@ def edge_of(name: str, value) -> Tensor:
     inside = (value > 0) & (value <= 1) if name == "sigma" else (value >= 0) & (value < 1)
     if not bool(inside.all()):  # NaN is not inside either
         interval = "(0, 1]" if name == "sigma" else "[0, 1)"
-        raise ValueError(f"{name}: expected values in {interval}, got {value.tolist()}")
+        raise ValueError(f"{name}: expected values in {interval}, got {shown(value.tolist())}")
     return value
 
 

@@ -21,6 +21,7 @@ from flowkern.models.on_meta import on_meta
 from flowkern.models.pipeline import DECODE_PIXELS
 from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Objective
+from flowkern.rl.recipe import plan_of
 from flowkern.rollout import Layout, Rollout, Source
 from flowkern.rollout.blocks import is_large
 from flowkern.train.attention import require_attention
@@ -115,10 +116,7 @@ class _Run:
             raise
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"model.{' '.join(str(error).split())}") from error
-        try:
-            self.layout = Layout(self.recipe.plan(self.model.sigmas, 1, config.seed))
-        except ValueError as error:
-            raise ConfigError(f"algorithm.{error}") from error
+        self.layout = Layout(plan_of(self.recipe, self.model.sigmas, 1, config.seed))
         self.weights = [p for p in self.model.network.parameters() if p.requires_grad]
         self.objective: Objective = self.recipe.objective(self.recipe.guidance(0))
         self.held = held(config, self.model.network, self.blocks, processes)

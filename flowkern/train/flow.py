@@ -6,7 +6,7 @@ P prompts of a rollout, of this rank unless stated, each with L leaves and C tra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flowkern.models import Conditioning, Model, guide_of
 from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Outcome, Parts, by_level
+from flowkern.rl.recipe import plan_of
 from flowkern.rollout import (
     Blocks,
     Layout,
@@ -188,15 +189,8 @@ class FlowTask:
         recipe, steps, seed = self.recipe, self.config.train.steps, self.config.seed
         rollouts = min(4096, -(-steps // recipe.updates_per_rollout))
         first = {recipe.window_start(i, seed): i for i in reversed(range(rollouts))}
-        try:
-            for iteration in first.values():
-                recipe.plan(self.model.sigmas, iteration, seed)
-        except ValueError as error:
-            name, colon, reason = str(error).partition(":")
-            name = {"kind": "sde_type"}.get(name, name)  # as a recipe calls it
-            is_option = name in {f.name for f in fields(self.recipe)}
-            key = "algorithm." if is_option else "algorithm: "
-            raise ConfigError(f"{key}{name}{colon}{reason}") from error
+        for iteration in first.values():
+            plan_of(recipe, self.model.sigmas, iteration, seed)
 
     def modules(self) -> dict[str, nn.Module]:
         return {NETWORK: self.model.network}
