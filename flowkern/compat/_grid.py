@@ -15,16 +15,31 @@ from flowkern.schedules import Coefficients, step_coefficients
 
 # sigmas -> {(version, key): what was made of them}
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_MOST = 1024  # of one grid: a level that is another at each call would be remembered for ever
 
 
 def remembered(sigmas: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
     """`make()`, once for these sigmas as they are now (edited in place they are others) and key."""
+    if not isinstance(sigmas, Tensor):
+        raise TypeError(f"sigmas: expected a tensor, got {type(sigmas).__name__}")
     known = _known.setdefault(sigmas, {})
-    version = None if sigmas.is_inference() else sigmas._version
-    if (version, key) not in known:
+    place = _version(sigmas), key
+    found = known.get(place)
+    if found is None:
+        if len(known) >= _MOST:
+            known.clear()
         with torch.inference_mode(False):  # what a rollout remembers also serves training
-            known[version, key] = make()
-    return known[version, key]
+            found = known[place] = make()
+    return found
+
+
+def _version(sigmas: Tensor) -> int | tuple | None:
+    """Another one after an edit. Tensors of inference mode count none: on the CPU their values are
+    looked at; on a device, where that would wait for it, they are taken to stay.
+    """
+    if not sigmas.is_inference():
+        return sigmas._version
+    return tuple(sigmas.flatten().tolist()) if sigmas.device.type == "cpu" else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,11 @@ class Grid:
 
 def step_of(name: str, index: int | Tensor, count: int) -> int:
     """A step of `count`, whose number may be a tensor: scripts that shuffle steps have it so."""
-    number = operator.index(index)  # of a tensor on a device it waits for that, as theirs do
+    try:
+        number = operator.index(index)  # of a tensor on a device it waits for that, as theirs do
+    except TypeError:
+        got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else index
+        raise TypeError(f"{name}: expected one integer, got {got}") from None
     if not 0 <= number < count:
         raise ValueError(f"{name}: expected a step from 0 to {count - 1}, got {number}")
     return number
@@ -75,4 +94,4 @@ def grid_of(
 
 def per_sample(edges: Coefficients, index: Tensor) -> Coefficients:
     """Of steps (B,), B edges; of one (1,), the edge that all samples share."""
-    return edges[index] if len(index) > 1 else Coefficients(edges.table[index][0])
+    return edges[index] if len(index) != 1 else Coefficients(edges.table[index][0])

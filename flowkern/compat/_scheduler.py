@@ -26,8 +26,9 @@ def step_index(scheduler, timestep: Tensor, device: torch.device) -> Tensor:
         times, wanted = scheduler.timesteps.tolist(), timestep.tolist()
         steps = {t: i for i, t in enumerate(times)}
         if len(steps) == len(times) and all(t in steps for t in wanted):
-            return torch.tensor([steps[t] for t in wanted])
-    return torch.tensor([_asked(scheduler, t) for t in timestep], device=device)
+            return torch.tensor([steps[t] for t in wanted], dtype=torch.int64)
+    asked = [_asked(scheduler, t) for t in timestep]
+    return torch.tensor(asked, dtype=torch.int64, device=device)
 
 
 def _asked(scheduler, timestep: Tensor) -> int:

@@ -16,9 +16,12 @@ from torch import Tensor
 from flowkern.ops.sde_step import sde_log_prob
 from flowkern.schedules import COLUMNS, Coefficients
 
+from ._names import naming
+
 WEIGHTINGS = ("Uniform", "t", "t**2", "huber", "ghuber")
 
 
+@naming(x_t="clean_latents", velocity="the transformer's answer", x_next="random_noise")
 def compute_log_prob_awm(
     transformer,
     pipeline,

@@ -11,8 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._dance import dance_grid, drawn_or_replayed, without_score
+from ._names import of_grid
 
 
+@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
 def flux_step(
     model_output: Tensor,
     latents: Tensor,

@@ -19,11 +19,13 @@ from flowkern.schedules.coefficients import checked, stacked
 
 from ._dance import dance_coefficients
 from ._grid import grid_of, remembered
+from ._names import of_grid
 from ._step import narrow, scored
 
 SOLVERS = ("flow", "dance", "ddim", "dpm1", "dpm2")
 
 
+@of_grid("sigma_schedule", x_t="z", velocity="the velocity of v_pred_fn")
 @torch.no_grad()
 def run_sampling(
     v_pred_fn: Callable[[Tensor, Tensor], Tensor],

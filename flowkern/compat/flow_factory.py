@@ -14,12 +14,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from flowkern.ops._common.arguments import check_latents
 from flowkern.schedules import Coefficients, device_coefficients
 
+from ._names import naming
 from ._noise import Generators, randn_like
 from ._peer import attribute, imported
 from ._scheduler import step_index
@@ -52,6 +55,10 @@ class _Step:
         log_prob and the mean are differentiable in noise_pred.
     """
 
+    @naming(
+        x_t="latents", velocity="noise_pred", x_next="next_latents", c_rows="timestep",
+        sigma="timestep", sigma_next="timestep_next",
+    )  # fmt: skip
     def step(
         self,
         noise_pred: Tensor,
@@ -119,7 +126,7 @@ def _edge(scheduler, timestep, timestep_next) -> tuple:
             "model takes one for each token, give this the one they come from"
         )
     sigmas = scheduler.sigmas
-    integer = isinstance(timestep, int) or (
+    integer = isinstance(timestep, Integral) or (
         isinstance(timestep, Tensor) and not timestep.is_floating_point()
     )
     if integer:
@@ -154,6 +161,10 @@ def _number_or(value: float | Sequence[float] | Tensor, device: torch.device) ->
 
 def _euler(noise_pred: Tensor, latents: Tensor, next_latents: Tensor | None, dt: Tensor) -> tuple:
     """As `scored_step`, of a step without noise: what is drawn is the mean."""
+    given = {} if next_latents is None else {"x_next": next_latents}
+    check_latents({"x_t": latents, "velocity": noise_pred} | given)
+    if len(dt) not in (1, len(latents)):
+        raise ValueError(f"timestep: expected one or {len(latents)}, one per sample; got {len(dt)}")
     shape = (-1, *[1] * (latents.ndim - 1))
     mean = torch.addcmul(latents.float(), noise_pred.float(), dt.reshape(shape))
     drawn = mean if next_latents is None else next_latents.float()

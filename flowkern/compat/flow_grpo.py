@@ -17,6 +17,7 @@ from flowkern.ops.sde_step import ode_step
 from flowkern.schedules import Coefficients, device_coefficients, step_coefficients
 
 from ._grid import grid_of, per_sample
+from ._names import of_scheduler
 from ._noise import Generators, drawn_unless, randn_like
 from ._scheduler import step_index
 from ._step import scored_step
@@ -24,6 +25,7 @@ from ._step import scored_step
 _KINDS = {"sde": "flow_sde", "cps": "cps"}
 
 
+@of_scheduler(x_t="sample", velocity="model_output", x_next="prev_sample")
 def sde_step_with_logprob(
     self,
     model_output: Tensor,
@@ -66,6 +68,7 @@ def sde_step_with_logprob(
     return (*returns, grid.sqrt_dt[index].reshape(shape)) if return_sqrt_dt else returns
 
 
+@of_scheduler(x_t="sample", velocity="model_output", x_next="prev_sample")
 def wan_sde_step_with_logprob(
     self,
     model_output: Tensor,
@@ -118,6 +121,7 @@ def wan_coefficients(sigmas: Tensor) -> Coefficients:
     return device_coefficients(wide[:-1], wide[1:], "dance_sde", g)
 
 
+@of_scheduler(x_t="sample", velocity="model_output and mean_model_output", x_next="prev_sample")
 def ode_step_with_logprob(
     self,
     model_output: Tensor,

@@ -13,10 +13,12 @@ from torch import Tensor
 from flowkern.schedules import step_coefficients
 
 from ._grid import grid_of
+from ._names import of_grid
 from ._noise import drawn_unless
 from ._step import scored_with_x0
 
 
+@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
 def flow_grpo_step(
     model_output: Tensor,
     latents: Tensor,

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flowkern.ops._common.arguments import check_latents
 from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, multistep_coefficients, step_coefficients
 
 from ._dance import dance_grid, drawn_or_replayed, without_score
 from ._grid import Grid, grid_of, remembered, step_of
 from ._install import replace
+from ._names import of_grid
 from ._noise import drawn_unless, randn_like
 from ._step import mean_of, narrow, step_of_grid, x0_of
 
@@ -30,6 +32,7 @@ def install() -> None:
     replace("fastvideo.utils.sampling_utils", "MixGRPO", {f.__name__: f for f in ours})
 
 
+@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
 def flow_grpo_step(
     model_output: Tensor,
     latents: Tensor,
@@ -65,6 +68,7 @@ def flow_grpo_step(
     return tuple(step_of_grid(latents, model_output, grid, index, prev_sample, noise, determistic))
 
 
+@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
 def dance_grpo_step(
     model_output: Tensor,
     latents: Tensor,
@@ -123,6 +127,7 @@ class DPMState:
         self.lower_order_nums = min(self.lower_order_nums + 1, self.order)
 
 
+@of_grid(x_t="sample", velocity="model_output", noise="variance_noise")
 def dpm_step(
     args,
     model_output: Tensor,
@@ -152,6 +157,7 @@ def dpm_step(
         differentiable in model_output, and so is x0; prev_sample is not.
     """
     step_index = step_of("step_index", step_index, len(timesteps))
+    check_latents({"x_t": sample, "velocity": model_output})
     sample, model_output = narrow(sample), narrow(model_output)
     order = _order(args, step_index, len(timesteps), dpm_state)
     edge = _multistep(sigmas, step_index, order, _variant(args, order), sde_solver, sample.device)

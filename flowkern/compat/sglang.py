@@ -19,6 +19,7 @@ from torch import Tensor
 from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, device_coefficients
 
+from ._names import naming
 from ._peer import attribute, imported
 from ._step import narrow
 
@@ -36,6 +37,10 @@ def install() -> None:
     mixin.flow_sde_sampling = flow_sde_sampling
 
 
+@naming(
+    x_t="sample", velocity="model_output", sigma="current_sigma", sigma_next="next_sigma",
+    noise_level="rollout_noise_level",
+)  # fmt: skip
 def flow_sde_sampling(
     self,
     batch: Any,

@@ -16,11 +16,13 @@ from flowkern.ops.sde_step import ode_step
 from flowkern.schedules import step_coefficients
 
 from ._grid import grid_of, per_sample
+from ._names import of_scheduler
 from ._noise import Generators, drawn_unless, randn_like, refuse_both
 from ._scheduler import step_index
 from ._step import scored_step
 
 
+@of_scheduler(x_t="sample", velocity="model_output", x_next="prev_sample")
 def sde_step_with_logprob(
     self,
     model_output: Tensor,
@@ -56,6 +58,7 @@ def sde_step_with_logprob(
     return *returns, grid.std[index].reshape(-1, *[1] * (sample.ndim - 1))
 
 
+@of_scheduler(x_t="sample", velocity="model_output", x_next="prev_sample")
 def sde_step_with_logprob_perstep(
     self,
     model_output: Tensor,

@@ -22,6 +22,7 @@ from flowkern.ops.matching_loss import matching_loss
 from flowkern.schedules import Coefficients, step_coefficients
 
 from ._grid import grid_of, per_sample
+from ._names import of_scheduler
 from ._noise import Generators, randn_like
 from ._peer import attribute, imported
 from ._scheduler import step_index
@@ -52,6 +53,7 @@ class _Step:
         model_output.
     """
 
+    @of_scheduler(x_t="sample", velocity="model_output", x_next="prev_sample")
     def sample_previous_step(
         self,
         sample: Tensor,

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import published
 import pytest
 import torch
@@ -156,6 +157,7 @@ def test_every_form_of_a_timestep_names_the_same_edge(scheduler):
     forms = [
         (4, None),
         (torch.tensor(4), None),
+        (np.int64(4), None),
         (torch.tensor([4]), None),
         (t[4], None),
         (t[4:5], None),
@@ -257,6 +259,17 @@ def test_what_cannot_be_served_is_said(scheduler):
     ]:
         with pytest.raises(ValueError, match=sentence):
             scheduler.step(v, timestep, x, noise_level=0.7)
+    short = x[:1]
+    for dynamics in (*DYNAMICS, "ODE"):  # nothing is spread over a batch unasked
+        how = {"noise_level": 0.7, "dynamics_type": dynamics}
+        with pytest.raises(ValueError, match=r"^noise_pred: expected shape \(3, 16, 8\), got \(1"):
+            scheduler.step(short, t[0], x, **how)
+        with pytest.raises(
+            ValueError, match=r"^next_latents: expected shape \(3, 16, 8\), got \(1"
+        ):
+            scheduler.step(v, t[0], x, short, **how)
+        with pytest.raises(ValueError, match="^timestep: expected one or 3, one per sample; got 2"):
+            scheduler.step(v, t[:2], x, **how)
     with pytest.raises(ValueError, match="dynamics_type: expected one of"):
         scheduler.step(v, t[0], x, dynamics_type="flow")
 

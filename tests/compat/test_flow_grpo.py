@@ -109,5 +109,5 @@ def test_errors(scheduler):
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="sde_type: expected one of"):
         sde_step_with_logprob(scheduler, x, scheduler.timesteps[:1], x, sde_type="ode")
-    with pytest.raises(ValueError, match="velocity: expected shape"):
+    with pytest.raises(ValueError, match="model_output: expected shape"):
         sde_step_with_logprob(scheduler, x[:1], scheduler.timesteps[:1], x)

@@ -143,6 +143,13 @@ def test_what_is_refused():
             sglang.flow_sde_sampling(Scheduler(), batch, x, x, s, n, generators())
 
 
+def test_latents_of_another_shape_are_said_in_their_words():
+    x, (s, n) = torch.randn(SHAPE), edge(0.7, 0.5)
+    call = (Scheduler(), batch_of("sde", True), x[:1], x, s, n, generators())
+    with pytest.raises(ValueError, match="^model_output: expected shape"):
+        sglang.flow_sde_sampling(*call)
+
+
 def test_install_replaces_the_method_of_the_class(monkeypatch):
     with pytest.raises(ImportError, match="scheduler_rl_mixin: SGLang cannot be imported"):
         sglang.install()

@@ -189,6 +189,10 @@ def test_what_cannot_be_served_is_said(scheduler):
         scheduler.sample_previous_step(x, x, t, sde_type="ode")
     with pytest.raises(ValueError, match="noise_level: expected a finite number >= 0, got"):
         scheduler.sample_previous_step(x, x, t, noise_level=torch.tensor([0.7, 0.2]))
+    with pytest.raises(ValueError, match=r"^model_output: expected shape \(2, 16, 8\), got \(1"):
+        scheduler.sample_previous_step(x, x[:1], t)
+    with pytest.raises(ValueError, match="^timestep: expected one or 2, one per sample; got 3"):
+        scheduler.sample_previous_step(x, x, scheduler.timesteps[:3])
     with pytest.raises(NotImplementedError, match="per_token_timesteps: verl-omni has one"):
         scheduler.sample_previous_step(x, x, t, per_token_timesteps=torch.ones(2, 16))
 
