@@ -41,6 +41,7 @@ ENTRIES = {
         (*TUNED, *PAPERS_SETTING, "algorithm.uncond_gradient=true"),
         is_variant=True,
     ),
+    "flow_dppo": Entry("Flow-DPPO", "flow_dppo"),
     "flow_grpo_fast": Entry("Flow-GRPO-Fast", "flow_grpo_fast"),
     "grpo_guard": Entry("GRPO-Guard", "grpo_guard"),
     "dance_grpo": Entry("DanceGRPO", "dance_grpo"),

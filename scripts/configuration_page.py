@@ -29,7 +29,14 @@ from flowkern.checks import Held, Range, held  # noqa: E402
 from flowkern.lookup import load  # noqa: E402
 from flowkern.rewards import REWARDS  # noqa: E402
 from flowkern.rl.algorithms import ALGORITHMS, PLANNERS, recipe  # noqa: E402
-from flowkern.rl.recipe import SDES, EvenGridRecipe, PolicyRecipe, Recipe, SdeType  # noqa: E402
+from flowkern.rl.recipe import (  # noqa: E402
+    SDES,
+    EvenGridRecipe,
+    PolicyRecipe,
+    Recipe,
+    SdeType,
+    StepRecipe,
+)
 from flowkern.train.config import Config  # noqa: E402
 from flowkern.train.fields import Collection, Origin, Phrase, Place, Section, Text  # noqa: E402
 from flowkern.train.planner_config import PlannerConfig  # noqa: E402
@@ -224,7 +231,7 @@ def of_rewards() -> str:
 def of_algorithms() -> str:
     kinds = {name: {key.name: key for key in keys(recipe(name))} for name in sorted(ALGORITHMS)}
     shared: dict[str, Key] = {}
-    for base in (Recipe, PolicyRecipe, EvenGridRecipe):
+    for base in (Recipe, StepRecipe, PolicyRecipe, EvenGridRecipe):
         shared |= {key.name: key for key in keys(base) if key.name not in shared}
     page = f"## algorithm\n\n{prose(OF_ALGORITHMS)}\n\n### Options of several\n\n"
     page += "| key | type | |\n| --- | --- | --- |\n"

@@ -37,6 +37,7 @@ BRANCHING = (", branching", {"branching": True}, 3)
 # The trees of one picture: what follows the title, options beside SIZES, number of the rollout.
 PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "flow_grpo": ("Flow-GRPO", [("", SHORT, 0)]),
+    "flow_dppo": ("Flow-DPPO", [("", {"num_inference_steps": 10}, 2)]),
     "flow_grpo_fast": ("Flow-GRPO-Fast", [(", window", {}, 5), BRANCHING]),
     "grpo_guard": ("GRPO-Guard", [("", SHORT, 0)]),
     "dance_grpo": ("DanceGRPO", [("", {}, 0)]),

@@ -12,7 +12,7 @@ import torch
 import flowkern as fk
 from flowkern.checks import ConfigError
 from flowkern.rl.algorithms import names, recipe
-from flowkern.rl.recipe import SDES, PolicyRecipe, plan_of
+from flowkern.rl.recipe import SDES, StepRecipe, plan_of
 from flowkern.rollout import Plan
 from flowkern.schedules import (
     KINDS,
@@ -148,7 +148,7 @@ def test_on_a_device_it_is_a_table_of_its_grid():
         device_coefficients(s, s / 2, lambda *edge: (1, 0, 0), 0.7)
 
 
-@pytest.mark.parametrize("name", [n for n in names() if issubclass(recipe(n), PolicyRecipe)])
+@pytest.mark.parametrize("name", [n for n in names() if issubclass(recipe(n), StepRecipe)])
 def test_every_recipe_that_draws_steps_takes_every_sampler(name):
     """Trained edges are those of the sampler that is asked for, and of no other."""
     kind = recipe(name)

@@ -116,6 +116,10 @@ class RatioClip:
     """Does the unconditional half of guidance learn too?"""
     backend: str | None = None
 
+    def least_clipped(self, elements: int) -> float:
+        """The least |log ratio| that may be clipped, of latents of so many elements."""
+        return least_clipped(self.clip_low, self.clip_high)
+
     @property
     def anchors(self) -> tuple[str, ...]:
         return ("reference",) if self.kl_coef > 0 else ()
@@ -185,7 +189,7 @@ class RatioClip:
         guide = {name: value for name, value in guide.items() if name != "uncond_gradient"}
         out = self._loss(batch, velocity, batch.sampled, **guide)
         size = out.ratio.float().log().abs()
-        off = ~(size <= TOLERATED * least_clipped(self.clip_low, self.clip_high))
+        off = ~(size <= TOLERATED * self.least_clipped(velocity[0].numel()))
         sums = torch.stack([size.sum(), off.sum().to(size)])
         return [Parts((LOG_RATIO, OFF), torch.stack([sums, torch.full_like(sums, len(size))], 1))]
 

@@ -39,6 +39,7 @@ __all__ = [
     "Recipe",
     "RewardAggregation",
     "SdeType",
+    "StepRecipe",
     "plan_of",
     "shared_random",
 ]
@@ -173,8 +174,8 @@ def plan_of(recipe: Recipe, grid: Grid, iteration: int = 0, seed: int = 0) -> ro
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyRecipe(Recipe):
-    """Trains drawn edges with the clipped ratio."""
+class StepRecipe(Recipe):
+    """Trains drawn edges."""
 
     noise_level: Annotated[float, ABOVE_0]
     """Of the SDE, as `schedules.edge_coefficients` takes it."""
@@ -182,15 +183,11 @@ class PolicyRecipe(Recipe):
     """The sampler of drawn steps: Flow-GRPO's SDE (`flow_sde`), DanceGRPO's (`dance_sde`),
     coefficients-preserving sampling (`cps`, with noise levels around 0.8), or `module:function` of
     your own (docs/algorithms.md)."""
-    clip_range: Annotated[float, BELOW_1] = 1e-4
-    """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
     kl_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Of the Gaussian KL to the reference at the trained edges."""
     uncond_gradient: bool = False
     """Does the unconditional half of guidance learn too, as in DanceGRPO's and Flow-Factory's code?
     It does not in Flow-GRPO's; the gradient is then shorter, so the learning rate higher."""
-    ratio: ClassVar[str] = "sde"
-    """Or "guard", as in `policy_loss`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,11 +196,6 @@ class PolicyRecipe(Recipe):
                 "uncond_gradient: got True, but there is no second half at guidance_scale "
                 f"{self.guidance_scale}; expected one above 1"
             )
-
-    def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
-        clip = self.clip_range
-        both = self.uncond_gradient
-        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance, both)
 
     def empty_plan(self) -> rollout.Plan:
         """One without a node, which refuses trained edges that a KL is not defined on."""
@@ -236,6 +228,21 @@ class PolicyRecipe(Recipe):
                 node = plan.step(node, sigma, order)
             plan.leaf(node)
         return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRecipe(StepRecipe):
+    """Trains them with the clipped ratio."""
+
+    clip_range: Annotated[float, BELOW_1] = 1e-4
+    """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
+    ratio: ClassVar[str] = "sde"
+    """Or "guard", as in `policy_loss`."""
+
+    def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
+        clip = self.clip_range
+        both = self.uncond_gradient
+        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance, both)
 
 
 @dataclass(frozen=True, kw_only=True)

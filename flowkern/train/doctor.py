@@ -139,7 +139,7 @@ def examine(loop: Loop) -> Report:
             f"train.max_batch: got {config.train.max_batch}, expected at least {halves}: guidance "
             "takes two network calls"
         )
-    clip = _clip(task.objective)
+    clip = _clip(task.objective, task.model.describe()["elements"])
     task.begin(0)  # text of the one rollout
     loaded = tracking.peak_memory_gb(task.device)
     replay = Replay(loop)
@@ -155,7 +155,8 @@ def examine(loop: Loop) -> Report:
 def diagnosis(loop: Loop) -> Sequence[Finding]:
     """Of the rollout of a run under way, as its weights are. Nothing of it is changed."""
     replay = Replay(loop, loop.iteration)
-    return _findings(replay, replay.shapes(), _clip(loop.task.objective))
+    clip = _clip(loop.task.objective, loop.task.model.describe()["elements"])
+    return _findings(replay, replay.shapes(), clip)
 
 
 def together_of(reports: Sequence[Report]) -> Report:
@@ -189,10 +190,12 @@ def _worst(levels: Sequence[Level]) -> Level:
     )
 
 
-def _clip(objective: Any) -> float | None:
+def _clip(objective: Any, elements: int) -> float | None:
     """Of a log-ratio, on either side, the nearer."""
     if getattr(objective, "objective", None) == "nft":
         return None
+    if isinstance(objective, RatioClip):
+        return objective.least_clipped(elements)
     return least_clipped(objective.clip_low, objective.clip_high)
 
 
@@ -289,7 +292,7 @@ def _facts(task: FlowTask, replay: Replay) -> dict[str, Any]:
     if config.lora is not None:
         total, hits = layers(model, config.lora)
         facts["lora"] = {"rank": config.lora.rank, "layers": total, "hits": hits}
-    if isinstance(task.objective, RatioClip):
+    if clip_range is not None:
         fits = paper and paper * math.sqrt(ELEMENTS / elements)
         facts["clip_range"] = {"configured": clip_range, "paper": paper, "fits": fits}
     return facts

@@ -62,6 +62,7 @@ DEFAULTS = {
     "awm": "awm_sd35m_geneval",
     "dance_grpo": "dance_grpo_flux_hps",
     "diffusion_nft": "diffusion_nft_sd35m_geneval",
+    "flow_dppo": "flow_dppo_sd35m_pickscore",
     "flow_grpo": "flow_grpo_sd35m_geneval",
     "flow_grpo_fast": "flow_grpo_fast_sd35m_geneval",
     "g2rpo": "g2rpo_flux_hps",

@@ -38,6 +38,7 @@ SMALL = {
     "awm": {"num_inference_steps": 4, "num_train_timesteps": 2},
     "dance_grpo": {"num_inference_steps": 4},
     "diffusion_nft": {"num_inference_steps": 3},
+    "flow_dppo": {"num_inference_steps": 4, "num_sde_steps": 2, "guidance_scale": 2.0},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 4, "window": 2, "guidance_scale": 2.0},
     "g2rpo": {"num_inference_steps": 5, "branch_steps": 2},

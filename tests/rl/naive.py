@@ -349,6 +349,7 @@ def clipped(ratio: Tensor, advantage: float, clip: float) -> Tensor:
 def policy_loss(
     world: World, network: Network, move: Move, advantage: float, clip: float,
     kl_coef: float = 0.0, reference: Network | None = None, guard: bool = False,
+    threshold: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Of one move under the weights of today; world has those that sampled it."""
     state = (move.x, move.sigma, move.slot)
@@ -359,7 +360,15 @@ def policy_loss(
         ratio = ((new - old + ((mean - mean_old) ** 2).mean() / (2 * std**2)) * std).exp()
     else:
         ratio = (new - old).exp()
-    loss = move.step.weight * clipped(ratio, advantage, clip)
+    if threshold is None:
+        loss = clipped(ratio, advantage, clip)
+    else:
+        kl = torch.distributions.kl_divergence(
+            torch.distributions.Normal(mean, std), torch.distributions.Normal(mean_old, std)
+        ).mean()
+        goes_away = (ratio - 1) * advantage > 0
+        loss = torch.zeros(()) * mean.sum() if goes_away and kl >= threshold else -advantage * ratio
+    loss = move.step.weight * loss
     if kl_coef:
         anchor = world.velocity(reference, *state).detach()
         mean_ref, _ = mean_and_std(move.x, anchor, move.sigma, move.step)

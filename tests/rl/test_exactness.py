@@ -99,6 +99,8 @@ class Case:
     """Options of naive.mixed and naive.advantages."""
     kl_coef: float = 0.0
     guard: bool = False
+    threshold: float | None = None
+    """Of Flow-DPPO's mask, in place of a clip range."""
     matching: Callable | None = None
     """(networks, x0, noise, sigma, slot, advantage) -> loss."""
     best_of: int | None = None
@@ -249,7 +251,7 @@ def loop(case, failed=lambda *_: False):
 
     def loss(slot, number, choice, a):
         if case.matching is None:
-            options = CLIP, case.kl_coef, nets["reference"].one, case.guard
+            options = CLIP, case.kl_coef, nets["reference"].one, case.guard, case.threshold
             return naive.policy_loss(world, network.one, choice, a, *options)
         image, sigma = choice  # the noise over an image is its member's, of step `number`
         noise = world.noise(slot, image, number, "match")
@@ -328,6 +330,12 @@ CASES = {
         "flow_grpo_fast", {"num_inference_steps": 8, "branching": True, "guidance_scale": 2.5},
         lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "cps", 0.8), ALL_STD, iteration=2,
     ),
+    **{f"flow_dppo{form}": Case(
+        "flow_dppo",
+        {"num_inference_steps": 8, "group_size": 3, "kl_mask_threshold": threshold} | more,
+        lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "flow_sde", 0.7, True),
+        ALL_STD, threshold=threshold, kl_coef=more.get("kl_coef", 0.0), iteration=2,
+    ) for form, threshold, more in (("", 3e-5, {}), (", guidance and KL", 3e-4, GUIDED))},
     "grpo_guard": policy(
         "grpo_guard", PLAIN, drawn("flow_sde", 0.7, lambda s, n: 1 / (s - n)), POPULATION,
         guard=True,

@@ -57,6 +57,7 @@ def test_a_recipe_is_one_short_file():
     "name, options, ours, released",
     [
         ("flow_grpo", {}, (240, 216, 24), (240, 216, 24)),
+        ("flow_dppo", {}, (160, 48, 16), (160, 48, 16)),
         ("flow_grpo_fast", {}, (240, 72, 24), (240, 72, 24)),
         ("flow_grpo_fast", {"window": 0}, (240, 216, 24), (240, 216, 24)),
         ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
@@ -120,7 +121,7 @@ def test_the_tree_follows_from_iteration_and_seed_alone(name):
         return [replace(node, edge=None) for node in plan.nodes], edges, plan.groups, plan.points
 
     assert tree(0) == tree(1)
-    if name in ("flow_grpo_fast", "dance_grpo", "mixgrpo", "awm", "diffusion_nft"):
+    if name in ("flow_dppo", "flow_grpo_fast", "dance_grpo", "mixgrpo", "awm", "diffusion_nft"):
         for other in ({"iteration": 4}, {"seed": 6}):
             key, value = next(iter(other.items()))
             assert any(tree(0, **{key: value + i}) != tree(0) for i in range(3)), key
@@ -429,6 +430,7 @@ def test_the_guarded_ratio_is_each_samples_own(monkeypatch):
 
 STATISTICS = {
     # ddof, eps, std of all rewards, scale
+    "flow_dppo": (0, 1e-4, True, 1.0),
     "flow_grpo": (0, 1e-4, True, 1.0),
     "flow_grpo_fast": (0, 1e-4, True, 1.0),
     "grpo_guard": (0, 1e-4, False, 1.0),
@@ -528,6 +530,8 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
             {"branching": True, "train_num_steps": 7},
             "train_num_steps: got 7, expected at most 5",
         ),
+        ("flow_dppo", {"num_sde_steps": 6}, "num_sde_steps: got 6, expected at most 5"),
+        ("flow_dppo", {"kl_mask_threshold": 0.0}, "kl_mask_threshold: got 0.0, expected"),
         ("dance_grpo", {"timestep_fraction": 1.2}, "timestep_fraction: got 1.2, expected"),
         ("dance_grpo", {"shift": 0.0}, "shift: got 0.0, expected a number above 0"),
         ("mixgrpo", {"window": 24}, "window: got 24, expected at most 23"),
@@ -562,7 +566,7 @@ def test_bad_options_are_named(name, options, message):
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("steps", [2, 3, 5])
 def test_short_grids_have_plans_too(name, steps):
-    fitting = {"window": 1, "branch_steps": 1}
+    fitting = {"window": 1, "branch_steps": 1, "num_sde_steps": 1}
     fields = recipe(name).__dataclass_fields__
     options = {key: value for key, value in fitting.items() if key in fields}
     if steps == 2 and "strategy" in fields:

@@ -34,6 +34,7 @@ SMALL = {
     "awm": {"num_inference_steps": 4, "num_train_timesteps": 2},
     "dance_grpo": {"num_inference_steps": 4},
     "diffusion_nft": {"num_inference_steps": 4},
+    "flow_dppo": {"num_inference_steps": 5, "num_sde_steps": 2},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 6, "window": 2},
     "g2rpo": {"num_inference_steps": 6, "branch_steps": 2, "granularities": [1, 2, 3]},

@@ -15,6 +15,7 @@ ALGORITHMS = {
     "awm": "flowkern.rl.algorithms.awm:AWM",
     "dance_grpo": "flowkern.rl.algorithms.dance_grpo:DanceGRPO",
     "diffusion_nft": "flowkern.rl.algorithms.diffusion_nft:DiffusionNFT",
+    "flow_dppo": "flowkern.rl.algorithms.flow_dppo:FlowDPPO",
     "flow_grpo": "flowkern.rl.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "flowkern.rl.algorithms.flow_grpo_fast:FlowGRPOFast",
     "g2rpo": "flowkern.rl.algorithms.g2rpo:G2RPO",

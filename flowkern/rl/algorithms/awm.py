@@ -1,9 +1,7 @@
 """AWM, advantage weighted matching (arXiv 2509.25050; code: scxue/advantage_weighted_matching).
 
-Images of any solver; the policy learns by matching the forward process over them at a few noise
-levels, weighted with their advantages. Defaults: SD3.5-M on 512 x 512, GenEval.
-The released rollout takes a stochastic SA-Solver, which is not one of this family's steps. Here
-Flow-GRPO's SDE draws where that one draws, and DPM-Solver++ of order 2 walks the rest.
+The forward process over images of any solver is matched at a few noise levels, weighted with their
+advantages. Where the released rollout takes a stochastic SA-Solver, Flow-GRPO's SDE draws here.
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ from flowkern.rl.recipe import Grid, Levels, MatchingRecipe, shared_random
 
 @dataclass(frozen=True, kw_only=True)
 class AWM(MatchingRecipe):
-    """The released defaults."""
+    """The released defaults for GenEval, SD3.5-M on 512 x 512."""
 
     num_inference_steps: int = 14
     group_size: int = 24
     prompts_per_rollout: int = 72
     noise_level: Annotated[float, AT_LEAST_0] = 0.4
-    """Of the SDE, from noise level .9 to .3; 0: the whole rollout is deterministic."""
+    """Of the SDE, from noise level .9 to .3, and DPM-Solver++ elsewhere; 0: that everywhere."""
     num_train_timesteps: Levels = 6
     """Noise levels per image to match at, one of each stratum of the grid."""
     timestep_fraction: Annotated[float, SHARE] = 0.9
@@ -50,18 +48,17 @@ class AWM(MatchingRecipe):
         super().__post_init__()
         if self.ghuber_power != 0.25 and self.weighting != "ghuber":
             raise ValueError(f"ghuber_power: got {self.ghuber_power}, expected weighting 'ghuber'")
-        for name, coefficient in (("kl_weight", "ref_coef"), ("kl_ema_weight", "ema_coef")):
-            if getattr(self, name) == "elbo" and getattr(self, coefficient) == 0:
-                raise ValueError(f"{name}: got 'elbo', but {coefficient} is 0; expected one above")
+        for name, of in (("kl_weight", "ref_coef"), ("kl_ema_weight", "ema_coef")):
+            if getattr(self, name) == "elbo" and getattr(self, of) == 0:
+                raise ValueError(f"{name}: got 'elbo', but {of} is 0; expected one above")
 
     @property
     def copies(self) -> Mapping[str, Callable[[int], float]]:
         return {"ema": lambda n: min(0.3, 0.001 * n), "old": lambda n: 0.0}
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        plan, chance = rollout.Plan(), shared_random(seed, iteration)
-        steps = self.num_inference_steps
-        sigmas, count = grid(steps).tolist(), self.num_train_timesteps
+        plan, steps, count = rollout.Plan(), self.num_inference_steps, self.num_train_timesteps
+        sigmas, chance = grid(steps).tolist(), shared_random(seed, iteration)
         first, last = 0 if self.from_noise else 1, max(1, int(steps * self.timestep_fraction))
         bounds = [first + (last - first) * i // count for i in range(count + 1)]
         for member in range(self.group_size):
@@ -78,6 +75,5 @@ class AWM(MatchingRecipe):
 
     def objective(self, guidance: rollout.Guidance | None) -> rl.Matching:
         old = None if self.updates_per_rollout == 1 else "old"  # one is on policy, as released
-        how = self.weighting, self.ghuber_power, 1.0, old
         pulls = self.ref_coef, "ema", self.ema_coef, self.kl_weight, self.kl_ema_weight
-        return rl.Matching("awm", *how, *pulls)
+        return rl.Matching("awm", self.weighting, self.ghuber_power, 1.0, old, *pulls)
