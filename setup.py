@@ -8,6 +8,7 @@ No torch is needed to build: tensors are read through DLPack, so one build serve
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def found(pattern: str) -> list[str]:
     """Sources as they are compiled: by paths from here."""
     here = Path(__file__).resolve().parent
     return sorted(str(path.relative_to(here)) for path in here.glob(pattern) if path.is_file())
+
+
+SOURCES = runpy.run_path(str(Path(__file__).with_name("flowkern") / "ops/_common/sources.py"))
+
+
+def depends(module: str) -> list[str]:
+    here = Path(__file__).resolve().parent
+    return [str(path.relative_to(here)) for path in SOURCES["of_module"](module, here / "csrc")]
+
+
+def built_from(module: str) -> str:
+    """What the module says it is of; a checkout that is newer than its build finds out."""
+    csrc = Path(__file__).resolve().parent / "csrc"
+    return f'-DFK_SOURCES="{SOURCES["digest"](module, csrc)}"'
 
 
 KERNELS = found("csrc/*/*_cpu.cpp")
@@ -119,6 +134,7 @@ class BuildKernels(build_ext):
         ext.extra_compile_args = [
             *COMMON,
             *(["-DFK_X86_INSTANCES"] if len(instances) > 1 else []),
+            built_from("_cpu"),
         ]
 
         def compile(isa: str) -> list[str]:
@@ -185,7 +201,6 @@ def extensions() -> list[Extension]:
             sys.exit(f"FLOWKERN_BUILD={wanted()}: needs pybind11; pip install pybind11")
         print("flowkern: pybind11 is missing; the native kernels are not built", file=sys.stderr)
         return []
-    sources = found("csrc/**/*")
     shared = {
         "include_dirs": [pybind11.get_include()],
         "language": "c++",
@@ -194,15 +209,18 @@ def extensions() -> list[Extension]:
     cpu = Extension(
         "flowkern._cpu",
         ["csrc/cpu_module.cpp"],
-        depends=[path for path in sources if "cuda" not in path],
+        depends=depends("_cpu"),
         extra_link_args=["-fopenmp", *SANITIZE],
         **shared,
     )
     cuda = Extension(
         "flowkern._cuda",
         ["csrc/cuda_module.cpp"],
-        depends=[path for path in sources if "cpu" not in path],
-        extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        depends=depends("_cuda"),
+        extra_compile_args=[
+            *["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            built_from("_cuda"),
+        ],
         extra_link_args=["-ldl", "-lrt", "-lpthread"],
         **shared,
     )

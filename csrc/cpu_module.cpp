@@ -78,5 +78,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(kernels.isa); }, "The instruction set in use: baseline, avx2 or avx512.");
   m.def("use_isa", &use_isa, "Use a narrower instruction set; tests compare them.");
   m.def("connect", &connect, "What the functions need of torch; called once.");
+#ifdef FK_SOURCES
+  m.attr("sources") = FK_SOURCES;  // what setup.py compiled
+#endif
   if (PyModule_AddFunctions(m.ptr(), kFunctions) != 0) throw py::error_already_set();
 }

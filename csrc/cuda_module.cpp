@@ -107,5 +107,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("tiles_of", &tiles_of, "The tiles that a sample of so many elements is cut into.");
   m.def("forget", &forget, "Lets go of the scratch memory that is kept; tests count it.");
   m.def("connect", &connect, "What the functions need of torch; called once.");
+#ifdef FK_SOURCES
+  m.attr("sources") = FK_SOURCES;  // what setup.py compiled
+#endif
   if (PyModule_AddFunctions(m.ptr(), kFunctions) != 0) throw py::error_already_set();
 }

@@ -57,7 +57,6 @@ def module(tmp_path_factory):
 # What `backend="native"` is to mean, by the table that it is looked up in.
 TABLES = (
     (step_operators, "DRAW", step_native.draw),
-    (step_operators, "DRAW_MEAN", step_native.draw),
     (step_operators, "REPLAY", step_native.replay),
     (step_operators, "REPLAY_MEAN", step_native.replay_mean),
     (step_operators, "REPLAY_BACKWARD", step_native.replay_backward),

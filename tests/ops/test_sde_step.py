@@ -1,7 +1,5 @@
 """The step against the float64 truth, and the laws of the numerical contract (docs/numerics.md)."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -472,31 +470,6 @@ def test_round_dtypes_that_make_no_sense_are_refused(backend):
     wide = double(problem((2, 8)))
     x_next, _ = fk.sde_step(**wide, noise=noise_of(wide).double(), round_dtype=torch.float32)
     assert x_next.dtype == torch.float64 and torch.equal(x_next, x_next.float().double())
-
-
-def test_an_older_build_of_the_kernels_serves_what_it_has(monkeypatch, request):
-    """What it lacks is refused where it is named, and else the reference's."""
-    kernels = native.cpu()
-    if kernels is None:
-        pytest.skip("not built")
-    lacking = {"sde_draw_mean", "sde_replay_mean", "sde_mean_backward"}
-    older = SimpleNamespace(**{n: getattr(kernels, n) for n in {*dir(kernels)} - lacking})
-    with monkeypatch.context() as patch:
-        patch.setattr("flowkern._cpu", older)
-        with pytest.warns(UserWarning, match="older build.*without sde_draw_mean, sde_replay_mean"):
-            native._load.__wrapped__()
-    monkeypatch.setattr(native, "_load", lambda: (older, None))
-    choose.cache_clear()
-    request.addfinalizer(choose.cache_clear)
-    arguments = problem((2, 8)) | key(2)
-    plain = fk.sde_step(**arguments, backend="native")
-    more = fk.sde_step(**arguments, return_mean=True)
-    assert torch.equal(plain[0], more[0])
-    reference = fk.sde_step(**arguments, return_mean=True, backend="reference")
-    assert all(map(torch.equal, more, reference))
-    for option in ({"return_mean": True}, {"round_dtype": torch.bfloat16}):
-        with pytest.raises(fk.BackendError, match="of an older build, without sde_draw_mean"):
-            fk.sde_step(**arguments, **option, backend="native")
 
 
 # ---- the deterministic step ----

@@ -96,20 +96,6 @@ def native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.why_not() if device.type == "cpu" else native.cuda_why_not(device)
 
 
-def native_has(kernel: str) -> Callable[[torch.device, torch.dtype], str | None]:
-    """`native_why_not` of what an older build of the native kernels may lack."""
-
-    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = native_why_not(device, dtype)
-        if reason is None:
-            module = native.cpu() if device.type == "cpu" else native.cuda()
-            if not hasattr(module, kernel):
-                return f"the native kernels are of an older build, without {kernel}; build again"
-        return reason
-
-    return why_not
-
-
 def native_cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Of an op without a native kernel for CUDA devices."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 from flowkern import torch_private as private
 from flowkern.schedules import Coefficients
 
-from . import native_cuda, outputs
+from . import native_cuda, outputs, sources
 
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool,
 )  # fmt: skip
 _CPU, _CUDA = 1, 2  # the device types of DLPack
+_CSRC = Path(__file__).resolve().parents[3] / "csrc"  # of a checkout
 
 
 @functools.cache
@@ -29,18 +31,23 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"the native kernels are not built ({error}); install with a C++ compiler present, "
             "FLOWKERN_BUILD=cpu shows why a build fails"
         )
+    if reason := _is_of_other_sources(_cpu):
+        return None, reason
     connect(_cpu, private.exchange)
-    lacking = [name for name in _NEWEST if not hasattr(_cpu, name)]
-    if lacking:  # a checkout that is newer than its build
-        warnings.warn(
-            f"{_cpu.__file__} is an older build of the native kernels, without "
-            f"{', '.join(lacking)}: what it lacks is the reference's; build again",
-            stacklevel=2,
-        )
     return _cpu, None
 
 
-_NEWEST = ("sde_draw_mean", "sde_replay_mean", "sde_mean_backward")
+def _is_of_other_sources(module: ModuleType) -> str | None:
+    """Why not, where a checkout has other sources than its build: it takes other arguments."""
+    name = module.__name__.rpartition(".")[2]
+    if not _CSRC.is_dir() or getattr(module, "sources", None) == sources.digest(name, _CSRC):
+        return None
+    reason = (
+        f"{module.__file__} was built from other sources than those in {_CSRC}; "
+        "python setup.py build_ext --inplace builds it again"
+    )
+    warnings.warn(f"flowkern: the native kernels do not serve: {reason}", stacklevel=2)
+    return reason
 
 
 def connect(module: ModuleType, exchange_api: object, served: int = _CPU, **others) -> None:
@@ -75,6 +82,8 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
             f"the native CUDA kernels are not built ({error}); install with nvcc present, "
             "FLOWKERN_BUILD=cuda shows why a build fails"
         )
+    if reason := _is_of_other_sources(_cuda):
+        return None, reason
     connect(_cuda, private.exchange, _CUDA)
     return _cuda, None
 

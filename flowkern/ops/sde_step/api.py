@@ -170,8 +170,7 @@ def sde_log_prob(
     if kernels := direct(backend, x_t):
         inputs = (x_t, velocity, x_next, c_rows, velocity_uncond, guidance_scale)
         if return_mean:
-            replay = getattr(kernels, "sde_replay_mean", None)  # which an older build lacks
-            replayed = replay and replay(*inputs)
+            replayed = kernels.sde_replay_mean(*inputs)
         else:
             replayed = kernels.sde_replay(*inputs, torch.is_grad_enabled())
         if replayed is not None:
@@ -190,8 +189,8 @@ def _draw_more(i: StepInputs, key: tuple, wanted: Wanted, backend: str | None) -
     """x_next, log_prob and mean (or None), of a draw that keeps it or has a round_dtype."""
     out, out_dtype, round_dtype, mean, _ = wanted
     if kernels := direct(backend, i.x_t):
-        draw = getattr(kernels, "sde_draw_mean", None)  # which an older build lacks
-        drawn = draw and draw(*i, *key, out, out_dtype, True, False, bool(mean), round_dtype)
+        more = (True, False, bool(mean), round_dtype)
+        drawn = kernels.sde_draw_mean(*i, *key, out, out_dtype, *more)
         if drawn is not None:
             if out is not None:
                 private.increment_version((out,))
@@ -341,7 +340,7 @@ def _run(
             given = i.velocity, log_prob, mean, x_next, i.edges, i.scale
             log_prob, mean = operators.attach_op(*given, backend)
         return x_next, log_prob, x0, mean
-    impl = choose(operators.draws(out), i.x_t.device, dtype, backend, transformed)
+    impl = choose(operators.DRAW, i.x_t.device, dtype, backend, transformed)
     is_function = transformed and mean is not None  # which torch differentiates
     if is_function:  # before x_t may be overwritten
         mean, _ = reference.mean_and_x0(_but_for_the_velocity(i))

@@ -17,7 +17,6 @@ from flowkern.ops._common.dispatch import (
     Impl,
     choose,
     lazily,
-    native_has,
     native_why_not,
     no_objection,
     triton_why_not,
@@ -29,7 +28,7 @@ from .inputs import FromMean, StepInputs, StepOutputs
 _TRITON = "flowkern.ops.sde_step.triton_impl"
 
 
-def _implementations(name: str, native_why_not=native_why_not) -> tuple[Impl, ...]:
+def _implementations(name: str) -> tuple[Impl, ...]:
     return (
         Impl("native", getattr(native_impl, name), native_why_not),
         Impl("triton", lazily(_TRITON, name), triton_why_not),
@@ -38,18 +37,12 @@ def _implementations(name: str, native_why_not=native_why_not) -> tuple[Impl, ..
 
 
 DRAW = _implementations("draw")
-DRAW_MEAN = _implementations("draw", native_has("sde_draw_mean"))  # or with a round_dtype
 REPLAY = _implementations("replay")
-REPLAY_MEAN = _implementations("replay_mean", native_has("sde_replay_mean"))
+REPLAY_MEAN = _implementations("replay_mean")
 REPLAY_BACKWARD = _implementations("replay_backward")
-MEAN_BACKWARD = _implementations("mean_backward", native_has("sde_mean_backward"))
+MEAN_BACKWARD = _implementations("mean_backward")
 GRADIENT = {impl.name: impl.call for impl in REPLAY_BACKWARD}
 MEAN_GRADIENT = {impl.name: impl.call for impl in MEAN_BACKWARD}
-
-
-def draws(out: StepOutputs) -> tuple[Impl, ...]:
-    """The implementations of a draw that writes `out`."""
-    return DRAW if out.mean is None and out.round_dtype is None else DRAW_MEAN
 
 
 # ---- operators ----
@@ -79,7 +72,7 @@ def draw_op(
     inputs = StepInputs(x_t, velocity, edges, velocity_uncond, guidance_scale, history)
     source = Noise(noise, seed, sample_id, step, step_value)
     out = StepOutputs(x_next, log_prob, x0, mean, round_dtype)
-    choose(draws(out), x_t.device, dtype, backend).call(inputs, source, out)
+    choose(DRAW, x_t.device, dtype, backend).call(inputs, source, out)
 
 
 @draw_op.register_fake
