@@ -1,4 +1,4 @@
-"""Of which sources a build of the native kernels is. setup.py runs this file, too: without torch."""
+"""Which sources a build of the native kernels is of. setup.py runs this too, without torch."""
 
 from __future__ import annotations
 
