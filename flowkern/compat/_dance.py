@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkern.schedules import Coefficients, step_coefficients
 
-from ._grid import Grid, grid_of
+from ._grid import Grid, grid_of, level_of
 from ._step import mean_of, scored_with_x0, x0_of
 
 
@@ -29,7 +29,7 @@ def dance_coefficients(
 def dance_grid(
     latents: Tensor, sigmas: Tensor, eta: float, sde_solver: bool = True, normalizer: bool = True
 ) -> Grid:
-    choices = (float(eta), bool(sde_solver), bool(normalizer))
+    choices = (level_of(eta), bool(sde_solver), bool(normalizer))
     return grid_of(sigmas, latents.device, dance_coefficients, *choices)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from flowkern.checks import finite_number
 from flowkern.schedules import Coefficients, step_coefficients
 
 # sigmas -> {(version, key): what was made of them}
@@ -74,6 +75,13 @@ def step_of(name: str, index: int | Tensor, count: int) -> int:
     if not 0 <= number < count:
         raise ValueError(f"{name}: expected a step from 0 to {count - 1}, got {number}")
     return number
+
+
+def level_of(value: float | Tensor) -> float:
+    """A noise level, for all samples."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.reshape(())
+    return finite_number("noise_level", value, "a finite number >= 0", lambda x: x >= 0)
 
 
 def grid_of(

@@ -14,7 +14,7 @@ from ._dance import dance_grid, drawn_or_replayed, without_score
 from ._names import of_grid
 
 
-@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
+@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample", noise_level="eta")
 def flux_step(
     model_output: Tensor,
     latents: Tensor,

@@ -18,14 +18,14 @@ from flowkern.schedules import Coefficients, multistep_coefficients, step_coeffi
 from flowkern.schedules.coefficients import checked, stacked
 
 from ._dance import dance_coefficients
-from ._grid import grid_of, remembered
+from ._grid import grid_of, level_of, remembered
 from ._names import of_grid
 from ._step import narrow, scored
 
 SOLVERS = ("flow", "dance", "ddim", "dpm1", "dpm2")
 
 
-@of_grid("sigma_schedule", x_t="z", velocity="the velocity of v_pred_fn")
+@of_grid("sigma_schedule", x_t="z", velocity="the velocity of v_pred_fn", noise_level="eta")
 @torch.no_grad()
 def run_sampling(
     v_pred_fn: Callable[[Tensor, Tensor], Tensor],
@@ -58,7 +58,7 @@ def run_sampling(
         raise ValueError(f"determistic: {solver} has no noise; expected True, got {determistic}")
     sigmas = torch.as_tensor(sigma_schedule)
     step = _dpm(sigmas, z, int(solver[-1])) if solver.startswith("dpm") else None
-    step = step or _sde(sigmas, z, solver, 0.0 if determistic else float(eta))
+    step = step or _sde(sigmas, z, solver, 0.0 if determistic else level_of(eta))
     all_latents, all_log_probs = [z], []
     for index in range(len(sigmas) - 1):
         velocity = v_pred_fn(all_latents[-1], sigma_schedule[index])

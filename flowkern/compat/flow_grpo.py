@@ -16,7 +16,7 @@ from torch import Tensor
 from flowkern.ops.sde_step import ode_step
 from flowkern.schedules import Coefficients, device_coefficients, step_coefficients
 
-from ._grid import grid_of, per_sample
+from ._grid import grid_of, level_of, per_sample
 from ._names import of_scheduler
 from ._noise import Generators, drawn_unless, randn_like
 from ._scheduler import step_index
@@ -55,7 +55,7 @@ def sde_step_with_logprob(
     if sde_type not in _KINDS:
         raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
     grid = grid_of(
-        self.sigmas, sample.device, step_coefficients, _KINDS[sde_type], float(noise_level)
+        self.sigmas, sample.device, step_coefficients, _KINDS[sde_type], level_of(noise_level)
     )
     index = step_index(self, timestep, sample.device)
     model_output, sample = model_output.float(), sample.float()
@@ -153,7 +153,7 @@ def ode_step_with_logprob(
         (B or 1, 1, ...), the SDE's diffusion coefficient. log_prob and prev_sample_mean are
         differentiable in mean_model_output, prev_sample is not.
     """
-    grid = grid_of(self.sigmas, sample.device, step_coefficients, "flow_sde", float(noise_level))
+    grid = grid_of(self.sigmas, sample.device, step_coefficients, "flow_sde", level_of(noise_level))
     scoring = grid_of(self.sigmas, sample.device, distance_coefficients)
     index = step_index(self, timestep, sample.device)
     edges = per_sample(scoring.sampler, index)

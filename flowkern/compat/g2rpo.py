@@ -12,13 +12,13 @@ from torch import Tensor
 
 from flowkern.schedules import step_coefficients
 
-from ._grid import grid_of
+from ._grid import grid_of, level_of
 from ._names import of_grid
 from ._noise import drawn_unless
 from ._step import scored_with_x0
 
 
-@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
+@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample", noise_level="eta")
 def flow_grpo_step(
     model_output: Tensor,
     latents: Tensor,
@@ -42,6 +42,6 @@ def flow_grpo_step(
         prev_sample (B, *D) float32; x0 = latents - sigma model_output (B, *D) float32; log_prob
         (B,), a mean over D. log_prob and x0 are differentiable in model_output.
     """
-    grid = grid_of(sigmas, latents.device, step_coefficients, "flow_sde", float(eta))
+    grid = grid_of(sigmas, latents.device, step_coefficients, "flow_sde", level_of(eta))
     noise = drawn_unless(prev_sample, model_output, generator)
     return scored_with_x0(latents, model_output, grid, index, prev_sample, noise)

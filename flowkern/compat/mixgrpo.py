@@ -19,7 +19,7 @@ from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, multistep_coefficients, step_coefficients
 
 from ._dance import dance_grid, drawn_or_replayed, without_score
-from ._grid import Grid, grid_of, remembered, step_of
+from ._grid import Grid, grid_of, level_of, remembered, step_of
 from ._install import replace
 from ._names import of_grid
 from ._noise import drawn_unless, randn_like
@@ -32,7 +32,9 @@ def install() -> None:
     replace("fastvideo.utils.sampling_utils", "MixGRPO", {f.__name__: f for f in ours})
 
 
-@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
+@of_grid(
+    x_t="latents", velocity="model_output", x_next="prev_sample", noise_level="eta or noise_level"
+)
 def flow_grpo_step(
     model_output: Tensor,
     latents: Tensor,
@@ -68,7 +70,9 @@ def flow_grpo_step(
     return tuple(step_of_grid(latents, model_output, grid, index, prev_sample, noise, determistic))
 
 
-@of_grid(x_t="latents", velocity="model_output", x_next="prev_sample")
+@of_grid(
+    x_t="latents", velocity="model_output", x_next="prev_sample", noise_level="eta or noise_level"
+)
 def dance_grpo_step(
     model_output: Tensor,
     latents: Tensor,
@@ -127,7 +131,10 @@ class DPMState:
         self.lower_order_nums = min(self.lower_order_nums + 1, self.order)
 
 
-@of_grid(x_t="sample", velocity="model_output", noise="variance_noise")
+@of_grid(
+    x_t="sample", velocity="model_output", noise="variance_noise", sde="sde_solver",
+    variant="dpm_solver_type", order="dpm_solver_order",
+)  # fmt: skip
 def dpm_step(
     args,
     model_output: Tensor,
@@ -183,7 +190,7 @@ def _grid(latents: Tensor, sigmas: Tensor, eta: float, sde_type: str, noise_leve
     _check_type(sde_type)
     kind = {"sde": "flow_sde", "cps": "cps"}[sde_type]
     default = 0.8 if sde_type == "cps" else eta
-    level = float(default if noise_level is None else noise_level)
+    level = level_of(default if noise_level is None else noise_level)
     return grid_of(sigmas, latents.device, step_coefficients, kind, level)
 
 
@@ -201,7 +208,8 @@ def _order(args, index: int, count: int, state: DPMState | None) -> int:
     if state is None or state.lower_order_nums < 1 or index == count - 1:
         return 1
     is_short = index == count - 2 and count < 15
-    return min(args.dpm_solver_order, 2 if is_short else 3, state.lower_order_nums + 1)
+    known = min(state.lower_order_nums, index)  # of this path: a state may have been of another
+    return min(args.dpm_solver_order, 2 if is_short else 3, known + 1)
 
 
 def _variant(args, order: int) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowkern.ops.sde_step import ode_step
 from flowkern.schedules import step_coefficients
 
-from ._grid import grid_of, per_sample
+from ._grid import grid_of, level_of, per_sample
 from ._names import of_scheduler
 from ._noise import Generators, drawn_unless, randn_like, refuse_both
 from ._scheduler import step_index
@@ -94,6 +94,6 @@ def sde_step_with_logprob_perstep(
 
 def _place(scheduler, timestep: Tensor, sample: Tensor, noise_level: float):
     """The scheduler's edges, and which of them the timesteps are."""
-    level = float(noise_level)
+    level = level_of(noise_level)
     grid = grid_of(scheduler.sigmas, sample.device, step_coefficients, "flow_sde", level)
     return grid, step_index(scheduler, timestep, sample.device)

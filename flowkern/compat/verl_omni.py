@@ -17,12 +17,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flowkern.checks import finite_number
+from flowkern.ops._common.arguments import check_latents
 from flowkern.ops.matching_loss import matching_loss
 from flowkern.schedules import Coefficients, step_coefficients
 
-from ._grid import grid_of, per_sample
-from ._names import of_scheduler
+from ._grid import grid_of, level_of, per_sample
+from ._names import naming, of_scheduler
 from ._noise import Generators, randn_like
 from ._peer import attribute, imported
 from ._scheduler import step_index
@@ -81,8 +81,7 @@ class _Step:
                 "timestep: None is the step at the scheduler's step_index, which `step` sets; "
                 "expected one of its timesteps for each sample"
             )
-        level = finite_number("noise_level", noise_level, "a finite number >= 0", lambda x: x >= 0)
-        how = (_KINDS[sde_type], level, include_logprob_normalizer)
+        how = (_KINDS[sde_type], level_of(noise_level), include_logprob_normalizer)
         grid = grid_of(self.sigmas, sample.device, _edges, *how)
         edges = grid.sampler[index] if timestep is None else per_sample(grid.sampler, index)
         noise = None if prev_sample is not None else randn_like(model_output.detach(), generator)
@@ -116,6 +115,11 @@ class _Loss:
     """
 
     @classmethod
+    @naming(
+        velocity="forward_prediction", old_velocity="old_prediction", x_t="x0",
+        velocity_ref="ref_forward_prediction", x_next="xt", sigma="t_expanded",
+        nft_beta="diffusion_loss.mix_beta", ref_coef="diffusion_loss.ref_kl_coef",
+    )  # fmt: skip
     def compute_loss(
         cls,
         *,
@@ -134,12 +138,17 @@ class _Loss:
                 "diffusion_loss.adaptive_weight_min: expected 1e-5, which the kernel has, got "
                 f"{options.adaptive_weight_min}"
             )
-        t = t_expanded.reshape(len(x0), -1)[:, 0].float()
-        r = reward_prob.to(x0.device, torch.float32).reshape(len(x0), -1).mean(1)
+        if not options.adv_clip_max > 0:
+            raise ValueError(
+                f"diffusion_loss.adv_clip_max: expected a number > 0, got {options.adv_clip_max}"
+            )
+        check_latents({"x_t": x0, "x_next": xt})
+        t = _rows("t_expanded", t_expanded, len(x0))[:, 0].float()
+        r = _rows("reward_prob", reward_prob.to(x0.device, torch.float32), len(x0)).mean(1)
         clean, old = x0.detach().float(), old_prediction.detach()
         to_ref = {"velocity_ref": ref_forward_prediction.detach()}
-        # At t = 0 the noise is of no account, and the difference is 0.
-        wide = t.reshape(-1, *[1] * (x0.ndim - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+        # At t = 0 the noise is of no account, and the difference is 0; its square is finite.
+        wide = t.reshape(-1, *[1] * (x0.ndim - 1)).clamp_min(1e-12)
         nft = {
             "noise": torch.addcdiv(clean, xt.detach().float() - clean, wide),
             "old_velocity": old,
@@ -170,6 +179,14 @@ class _Loss:
             }
             values = torch.stack(tuple(metrics.values())).tolist()  # one wait for the device
         return loss, {f"actor/{name}": x for name, x in zip(metrics, values, strict=True)}
+
+
+def _rows(name: str, values: Tensor, count: int) -> Tensor:
+    """Of each sample what it has, (B, ...) as (B, N)."""
+    if not values.ndim or len(values) != count:
+        got = tuple(values.shape)
+        raise ValueError(f"{name}: expected {count} rows, one per sample, got shape {got}")
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def install() -> None:

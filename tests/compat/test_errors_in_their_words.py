@@ -93,6 +93,20 @@ def test_a_wrong_number_of_timesteps_and_a_step_that_is_no_number():
             mixgrpo.dpm_step(SOLVER, x, x, index, SIGMAS[:-1], SIGMAS)
 
 
+def test_a_noise_level_that_is_no_number_for_all():
+    x = torch.randn(2, 4)
+    calls = {
+        "noise_level": lambda level: flow_grpo.sde_step_with_logprob(MINE, x, ONE, x, level),
+        "eta": lambda level: dance_grpo.flux_step(x, x, level, SIGMAS, 2, x, True, True),
+        "eta or noise_level": lambda level: mixgrpo.flow_grpo_step(x, x, level, SIGMAS, 2, x),
+    }
+    for name, call in calls.items():
+        call(torch.tensor([0.7]))
+        for level in (torch.tensor([0.7, 0.8]), "a", float("nan"), -0.1):
+            with pytest.raises(ValueError, match=f"^{name}: expected a finite number >= 0, got"):
+                call(level)
+
+
 def test_a_grid_that_is_none():
     x = torch.randn(2, 4)
     for sigmas in (SIGMAS.tolist(), SIGMAS.numpy(), None):

@@ -144,6 +144,20 @@ def test_a_step_of_the_solver_has_its_gradient(order):
     gradients_agree(ours, theirs, velocity)
 
 
+def test_a_state_of_another_path_is_as_a_new_one():
+    args, velocity = SimpleNamespace(**ARGS, dpm_solver_order=2), torch.randn(2, 6, 4)
+
+    def path(state):
+        x = torch.ones(2, 6, 4)
+        for i in range(4):
+            x = dpm_step(args, velocity * x, x, i, SIGMAS[:-1], SIGMAS, state)[0]
+        return x
+
+    state = DPMState(2)
+    assert torch.equal(path(state), path(DPMState(2)))
+    assert torch.equal(path(state), path(DPMState(2)))  # it began with what the first one left
+
+
 def test_the_number_of_a_step_may_be_a_tensor():
     """As scripts that shuffle steps have it; nothing more is remembered of one than of a number."""
     x, args = torch.randn(2, 5, 8), SimpleNamespace(**ARGS, dpm_solver_order=1)
@@ -174,7 +188,7 @@ def test_what_is_refused():
     third, state = SimpleNamespace(**ARGS, dpm_solver_order=3), DPMState(3)
     for i in range(2):
         dpm_step(third, x, x, i, SIGMAS[:-1], SIGMAS, state, sde_solver=True)
-    with pytest.raises(ValueError, match="sde: exists for orders 1 and 2"):
+    with pytest.raises(ValueError, match="sde_solver: exists for orders 1 and 2"):
         dpm_step(third, x, x, 2, SIGMAS[:-1], SIGMAS, state, sde_solver=True)
 
 

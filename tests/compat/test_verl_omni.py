@@ -274,6 +274,39 @@ def test_the_nft_loss_and_its_metrics(losses, beta, factor, ref_coef, dtype):
         losses["diffusion_nft"](config=config, model_output=given, data=data)
 
 
+def nft_config(**options):
+    options = {"mix_beta": 0.5, "adv_clip_max": 5.0, "ref_kl_coef": 0.1} | options
+    return SimpleNamespace(diffusion_loss=SimpleNamespace(**options, adaptive_weight_min=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("xt", torch.ones(1, 16, 8), "^xt: expected shape"),  # else it would serve every sample
+        ("old_prediction", torch.ones(1, 16, 8), "^old_prediction: expected shape"),
+        ("ref_forward_prediction", torch.ones(4, 16, 1), "^ref_forward_prediction: expected shape"),
+        ("t_expanded", torch.ones(2, 1, 1), r"^t_expanded: expected 4 rows, one per sample, got"),
+        ("reward_prob", torch.ones(5), r"^reward_prob: expected 4 rows, one per sample, got"),
+    ],
+)
+def test_what_the_nft_loss_refuses(losses, name, value, words):
+    loss = verl_omni.DiffusionNFTLoss
+    with pytest.raises(ValueError, match=words):
+        loss.compute_loss(**predictions(torch.float32) | {name: value}, config=nft_config())
+    for option in ("adv_clip_max", "mix_beta"):
+        with pytest.raises(ValueError, match=f"^diffusion_loss.{option}: expected a .*> 0, got 0"):
+            given = predictions(torch.float32)
+            loss.compute_loss(**given, config=nft_config(**{option: 0.0}))
+
+
+def test_the_nft_loss_of_a_t_that_is_hardly_above_0(losses):
+    given = predictions(torch.float32)
+    given["t_expanded"] = torch.full((4, 1, 1), 1e-30)
+    given["xt"] = given["x0"] + 1e-6
+    loss, metrics = verl_omni.DiffusionNFTLoss.compute_loss(**given, config=nft_config())
+    assert loss.isfinite() and all(abs(x) < 1e3 for x in metrics.values())
+
+
 # ---- the seams ----
 
 
