@@ -1,8 +1,9 @@
 """Builds the native kernels.
 
 FLOWKERN_BUILD = auto (build what the machine can; the default) | cpu | cuda | none.
-auto builds CUDA kernels where there are nvcc and a device; cuda builds them, and the CPU's, in any
-case. FLOWKERN_CUDA_ARCHS = "90" or "80,90": compute capabilities, instead of all supported.
+auto builds CUDA kernels where there is nvcc: of a source distribution always, of a checkout with a
+device beside it; cuda builds them, and the CPU's, in any case.
+FLOWKERN_CUDA_ARCHS = "90" or "80,90": compute capabilities, instead of all supported.
 No torch is needed to build: tensors are read through DLPack, so one build serves every torch.
 """
 
@@ -186,8 +187,11 @@ class BuildPackage(build_py):
 
 def wants_cuda() -> bool:
     if wanted() == "auto":
+        # A source distribution is installed where it will run, or into an image for such a place;
+        # a checkout is built again and again, and on machines that only look at the code.
+        is_handed_on = Path(__file__).with_name("PKG-INFO").is_file()
         device = os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")
-        return bool(nvcc() and device)
+        return bool(nvcc() and (is_handed_on or device))
     return wanted() == "cuda"
 
 

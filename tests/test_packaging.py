@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -67,6 +68,19 @@ def test_the_sdist_holds_what_every_kernel_is_built_from(sdist):
             names = re.findall(r'^#include "([^"]+)"', path.read_text(), flags=re.MULTILINE)
             left += [path.parent / name for name in names]
     assert all(path.is_relative_to(sdist.resolve()) for path in seen)
+
+
+def test_cuda_kernels_are_built_of_what_is_handed_on_where_there_is_nvcc(sdist, monkeypatch):
+    monkeypatch.setenv("FLOWKERN_BUILD", "auto")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("os.path.exists", lambda path: False)  # no device
+    for root, is_built in ((sdist, True), (ROOT, False)):
+        monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+        wants_cuda = runpy.run_path(str(root / "setup.py"))["wants_cuda"]
+        assert not wants_cuda()
+        found = {"nvcc": "/bin/nvcc"}
+        monkeypatch.setattr("shutil.which", lambda name, path=None, found=found: found.get(name))
+        assert wants_cuda() == is_built
 
 
 @pytest.fixture(scope="module")
