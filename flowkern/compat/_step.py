@@ -38,7 +38,7 @@ def scored_step(
         stored = _stored(round_dtype)
         return sde_step(x_t, velocity, edges, narrow(noise), return_mean=True, **stored)
     x_next = x_next.float()
-    return x_next, *sde_log_prob(x_t, velocity, x_next.detach(), edges, return_mean=True)
+    return x_next, *sde_log_prob(x_t, velocity, _saved(x_next), edges, return_mean=True)
 
 
 def scored(
@@ -56,12 +56,20 @@ def scored(
         stored = _stored(round_dtype)
         return sde_step(x_t, velocity, edges, narrow(noise), return_mean=learns, **stored)[:2]
     x_next = x_next.float()
-    return x_next, sde_log_prob(x_t, velocity, x_next.detach(), edges)
+    return x_next, sde_log_prob(_saved(x_t), velocity, _saved(x_next), edges)
 
 
 def narrow(x: Tensor | None) -> Tensor | None:
     """float64 as float32, in which the drop-ins compute whatever comes in; all else as it is."""
     return x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x
+
+
+def _saved(x: Tensor) -> Tensor:
+    """What the backward pass reads. Of a rollout in inference mode autograd saves nothing; the
+    projects' formulas, which save their own differences, take it.
+    """
+    x = x.detach()
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def _stored(round_dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -60,7 +60,7 @@ class _FusedStep:
             differentiable in noise_pred.
         """
         is_scored = eta >= _NO_NOISE
-        edges = self._edges(sigma, sigma_next, eta, sigma_max)
+        edges = self._edges(sigma, sigma_next, eta, sigma_max).to(sample.device)
         stored, noise = sample.dtype if is_scored else torch.float32, None
         if prev_sample is not None:
             prev_sample = prev_sample.to(stored)
@@ -87,16 +87,17 @@ class _FusedStep:
         """As `denoise`, without rounding and log-probability: prev_sample, its mean, and the
         standard deviation in sigma's shape.
         """
-        edges = self._edges(sigma, sigma_next, eta, sigma_max)
+        edges = self._edges(sigma, sigma_next, eta, sigma_max).to(sample.device)
         noise = None if prev_sample is not None else randn_like(noise_pred, generator)
         prev_sample, _, mean = scored_step(sample, noise_pred, edges, prev_sample, noise)
-        return prev_sample, mean, edges.std.reshape(sigma.shape)
+        return prev_sample, mean, _like(edges.std, sigma, sigma_next)
 
     def transition_std(
         self, *, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float = 0.99
     ) -> Tensor:
         """The standard deviation of the transition, in sigma's shape."""
-        return self._edges(sigma, sigma_next, eta, sigma_max).std.reshape(sigma.shape)
+        edges = self._edges(sigma, sigma_next, eta, sigma_max)
+        return _like(edges.std, sigma, sigma_next)
 
     def _std_dev_t(
         self, *, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float = 0.99
@@ -106,7 +107,7 @@ class _FusedStep:
         g, s = edges.std.reshape(-1), edges.sigma.reshape(-1)  # 1 where sigma counts as 1
         if self.kind != "cps":
             g = g / (s - sigma_next.float().reshape(-1)).sqrt()
-        return g.reshape(sigma.shape)
+        return _like(g, sigma, sigma_next)
 
     def _edges(
         self, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float
@@ -114,6 +115,11 @@ class _FusedStep:
         """One edge for each sigma, or for all. A float64 grid counts as float32, as in UniRL."""
         sigma, sigma_next = (x.float().reshape(-1) for x in (sigma, sigma_next))
         return device_coefficients(sigma, sigma_next, self.kind, eta, sigma_max)
+
+
+def _like(values: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """One for each edge, in the shape of sigma, or of the sigma_next of several."""
+    return values.reshape((sigma if sigma.numel() == values.numel() else sigma_next).shape)
 
 
 class _NoPeer:

@@ -56,6 +56,8 @@ def test_the_surrogate_and_its_gradient(weighting, dtype, cfg):
     loose = dtype == torch.float16 and cfg  # guidance is in the network's dtype, as theirs is
     tolerance = {"rtol": 5e-3, "atol": 2e-2} if loose else {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(log_prob, expected, **tolerance)
+    if not loose:  # guidance cancels numbers of a size of 10
+        tolerance["atol"] = 2e-6
     torch.testing.assert_close(velocity.double(), guided.detach(), **tolerance)
     torch.testing.assert_close(std, 0.7 * torch.sqrt(t / (1 - t.clamp(0, 0.99))))
     log_prob.sum().backward()

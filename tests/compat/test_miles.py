@@ -254,6 +254,44 @@ def test_backends_say_what_they_cannot_do():
         )
     with pytest.raises(ValueError, match="kind: expected 'flow_sde' or 'cps', got 'ode'"):
         SdeStepBackend(kind="ode")
+    score, options = backend_of("flow_sde").sde_step_logprob, {"noise_level": LEVEL}
+    for name, call in {
+        "sample": lambda: score(v, unknown, unknown, prev_sample=x, **options),
+        "prev_sample": lambda: score(v, unknown, unknown, x, prev_sample=None, **options),
+        "next_sigmas": lambda: score(v, x, sigmas=unknown, prev_sample=x, **options),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got None"):
+            call()
+
+
+@KINDS
+def test_a_step_without_noise_is_scored_as_0_by_layers_too(kind):
+    v, x, x_next, sigma, sigma_next = transitions()
+    backend = backend_of(kind)
+    options = {"prev_sample": x_next, "noise_level": 0.0}
+    whole = backend.sde_step_logprob(v, 1000 * sigma, 1000 * sigma_next, x, **options)
+    mean = whole.prev_mean.requires_grad_()
+    by_layers = backend.log_prob(x_next.double(), mean, whole.noise_std)
+    torch.testing.assert_close(by_layers, whole.log_prob)
+    (slope,) = torch.autograd.grad(by_layers.sum(), mean)
+    assert slope.isfinite().all()
+
+
+def test_a_backend_takes_a_level_as_wide_as_its_sigmas_and_sigmas_of_the_host():
+    v, x, _, sigma, sigma_next = transitions()
+    backend = backend_of("flow_sde")
+    wide = torch.full((3, 1, 1, 1), LEVEL)
+    found, expected = (
+        backend.prev_sample_mean_and_std(v, x, sigma, sigma_next, noise_level=level)
+        for level in (wide, LEVEL)
+    )
+    for part, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, same, rtol=2e-6, atol=2e-6)
+    elsewhere = (t.to("meta") for t in (v, x))
+    mean, *_ = backend.prev_sample_mean_and_std(
+        *elsewhere, sigma[1], sigma_next[1], noise_level=LEVEL
+    )
+    assert mean.device.type == "meta"
 
 
 # ---- Flow-GRPO ----
@@ -484,6 +522,25 @@ def test_grpo_centers_the_score(kind):
         gradient(1, True)
 
 
+@KINDS
+@pytest.mark.parametrize("centering", [False, True])
+def test_grpo_of_a_step_without_noise_has_no_kl(kind, centering):
+    """The last edge of cps, or a noise level of 0: one such sample leaves a batch finite."""
+    level = LEVEL if kind == "cps" else 0.0
+    ctx, batch, prepared, v, v_ref = micro_batch(kind, beta=0.04)
+    ctx.args.diffusion_noise_level, ctx.args.diffusion_score_centering = level, centering
+    prepared.timesteps[-1] = 1000 * Scheduler().sigmas[9]
+    prepared.extras["next_timesteps"][-1] = 0.0
+    for pair, mean in zip(batch, prepared.extras["next_latents"], strict=True):
+        pair["rollout_debug_tensors"] = {"rollout_step_prev_sample_mean": mean}
+    leaf, metrics = v.clone().requires_grad_(), Metrics()
+    call = {"ref_pred": v_ref, "metrics": metrics, "old_log_prob_from_new": True}
+    loss = grpo_loss(ctx, batch, prepared, new_pred=leaf, **call)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all()
+    assert all(map(math.isfinite, metrics.values()))
+
+
 def test_grpo_without_a_reference_has_no_kl():
     ctx, batch, prepared, v, _ = micro_batch("cps", beta=0.1)
     with pytest.raises(ValueError, match="ref_pred: needed for --diffusion-kl-beta > 0, got None"):
@@ -558,6 +615,25 @@ def test_nft(beta, is_adaptive, cap, dtype):
     close(loss, expected, rtol=5e-6)
     largest = float(truth.grad.abs().max())
     close(leaf.grad, truth.grad, rtol=0, atol=(5e-6 if dtype == torch.float32 else 2**-8) * largest)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("is_adaptive", [True, False])
+def test_nft_of_a_sample_at_0(is_adaptive):
+    """Its prediction is x_t, whatever the velocity is: no loss, and the others keep theirs."""
+    ctx, batch, prepared, v, v_old = nft_batch(0.5, is_adaptive)
+    ctx.args.diffusion_adv_clip_max = 5.0
+    prepared.timesteps = prepared.timesteps.double()
+    prepared.timesteps[-1], prepared.latents[-1] = 0.0, prepared.extras["x0"][-1]
+    leaf, metrics = v.clone().requires_grad_(), Metrics()
+    loss = nft_loss(ctx, batch, prepared, new_pred=leaf, ref_pred=v_old, metrics=metrics)
+    loss.backward()
+    truth = v.double().requires_grad_()
+    given = (prepared.extras["x0"], prepared.latents, prepared.timesteps, prepared.advantage)
+    expected, expected_metrics = published_nft(ctx.args, *given, truth, v_old)
+    expected.backward()
+    close(loss, expected, rtol=5e-6)
+    close(leaf.grad, truth.grad, rtol=0, atol=5e-6 * float(truth.grad.abs().max()))
     assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6)
 
 

@@ -18,6 +18,7 @@ def scheduler(sigmas):
     return SimpleNamespace(sigmas=sigmas, index_for_timestep=int)
 
 
+SIGMAS = shifted_sigmas(8, 3.0).float()
 ONE, TWO = torch.tensor([2]), torch.tensor([2, 3])
 CALLS = {  # (velocity, sigmas) -> something with a gradient in velocity
     "flow_grpo, one edge": lambda v, s: flow_grpo.sde_step_with_logprob(scheduler(s), v, ONE, X),
@@ -35,6 +36,31 @@ CALLS = {  # (velocity, sigmas) -> something with a gradient in velocity
         lambda **_: (v,), None, None, torch.full((2, 1, 1), 0.5), None, None, CONFIG, X, X, X
     ),
 }
+
+
+REPLAYS = {  # (velocity, x_t, x_next) -> a log-probability
+    "with the mean": lambda v, x, x_next: flow_grpo.sde_step_with_logprob(
+        scheduler(SIGMAS), v, TWO, x, prev_sample=x_next
+    )[1],
+    "without": lambda v, x, x_next: dance_grpo.flux_step(v, x, 0.7, SIGMAS, 2, x_next, True, True)[
+        2
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", REPLAYS)
+def test_latents_of_such_a_rollout_are_replayed(name, dtype):
+    """The projects' formulas take them: autograd saves their differences, which training made."""
+    with torch.inference_mode():
+        x, x_next = X.to(dtype), (X + 0.1).to(dtype)
+        x, x_next = x.clone(), x_next.clone()
+    velocity = torch.randn(2, 4, 8)
+    gradients = []
+    for latents in ((x, x_next), (x.clone(), x_next.clone())):
+        leaf = velocity.clone().requires_grad_()
+        gradients += torch.autograd.grad(REPLAYS[name](leaf, *latents).sum(), leaf)
+    assert x_next.is_inference() and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("is_made_there", [False, True])

@@ -172,6 +172,21 @@ def test_a_strategy_is_a_subclass_of_unirls(peer, name):
     )
 
 
+@NAMES
+def test_sigmas_of_the_host_and_one_for_several(name):
+    """As arithmetic takes them: numbers on the CPU beside latents elsewhere; (), beside (B,)."""
+    strategy = getattr(unirl, name)()
+    v, x = torch.randn(2, 3, 6)
+    sigma, sigma_next = torch.tensor(0.8), torch.tensor([0.7, 0.6, 0.5])
+    elsewhere = strategy.denoise(v.to("meta"), x.to("meta"), sigma, sigma_next[0])
+    assert elsewhere[1].device.type == "meta"
+    *_, std, g = transition(name, v, x, sigma.expand(3), sigma_next, 0.5, x_next=x)
+    of = {"sigma": sigma, "sigma_next": sigma_next, "eta": 0.5}
+    close(strategy.transition_std(**of), std.flatten())
+    close(strategy._std_dev_t(**of), g.flatten())
+    close(strategy.step(v, x, sigma, sigma_next, 0.5)[2], std.flatten())
+
+
 def test_a_unirl_without_the_class_is_named(peer):
     del peer.FlowSDEStrategy
     with pytest.raises(ImportError, match=r"unirl.sde.kernels.FlowSDEStrategy: this version of"):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkern.compat._grid import grid_of, per_sample
+from flowkern.compat._grid import grid_of, level_of, per_sample
 from flowkern.compat._scheduler import step_index
 from flowkern.compat._step import scored_step
 from flowkern.schedules import Coefficients, device_coefficients, step_coefficients
@@ -32,6 +32,10 @@ class Transition(NamedTuple):
     edges: Coefficients  # one for each sample, or one for all
     std: Tensor  # (B,)
     g: Tensor  # (B,): std_dev_t
+
+    def to(self, device: torch.device) -> Transition:
+        """Where the latents are: sigmas may be numbers on the CPU."""
+        return Transition(*(part.to(device) for part in self))
 
 
 class SdeStepBackend:
@@ -81,17 +85,21 @@ class SdeStepBackend:
         sigma_max: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mean (B, *D), differentiable in model_output; noise_std and std_dev_t (B, 1, ...)."""
-        of = self.between(sigma, sigma_prev, noise_level, sigma_max)
+        of = self.between(sigma, sigma_prev, noise_level, sigma_max).to(sample.device)
         mean = scored_step(sample, model_output, of.edges, sample)[2]
         return mean, _wide(of.std, sample.ndim), _wide(of.g, sample.ndim)
 
     def log_prob(self, prev_sample: Tensor, prev_mean: Tensor, noise_std: Tensor) -> Tensor:
         """(B,), a mean over D; of cps without its constants. Differentiable in prev_mean."""
-        squared = (prev_sample.detach() - prev_mean).square().flatten(1).mean(1)
+        away = prev_sample.detach().float() - prev_mean.float()
+        squared = away.square().flatten(1).mean(1)
         if self.kind == "cps":
             return -squared
         std = noise_std.reshape(-1)
-        return -squared / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
+        is_still = std == 0  # without noise: 0, as the kernel has it
+        std = std.masked_fill(is_still, 1.0)
+        normal = -squared / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
+        return normal.masked_fill(is_still, 0.0)
 
     def expected_log_prob(
         self, rollout_prev_mean: Tensor, prev_mean: Tensor, noise_std: Tensor
@@ -129,6 +137,10 @@ class SdeStepBackend:
             sample = timesteps
         elif sigmas is None and sigma_max is not None:
             sigmas, next_sigmas = timesteps, next_timesteps
+        given = {"sample": sample, "prev_sample": prev_sample, "next_sigmas": next_sigmas}
+        for name, x in given.items():
+            if x is None and (name != "next_sigmas" or sigmas is not None):
+                raise ValueError(f"{name}: expected a tensor, got None")
         has_sigmas, ndim = sigmas is not None, sample.ndim
         if self.has_own_step:
             pair = (sigmas, next_sigmas)
@@ -139,7 +151,7 @@ class SdeStepBackend:
             )
         else:
             if has_sigmas:
-                of = self.between(sigmas, next_sigmas, noise_level, sigma_max)
+                of = self.between(sigmas, next_sigmas, noise_level, sigma_max).to(sample.device)
             else:
                 of = self.transition(timesteps, next_timesteps, noise_level, sample.device)
             scored = scored_step(sample, model_output, of.edges, prev_sample)
@@ -176,7 +188,7 @@ class SdeStepBackend:
         if not resolves or isinstance(noise_level, Tensor):
             sigmas = self.resolve_sigmas(timesteps, next_timesteps, ndim=1)
             return self.between(*(s.to(device) for s in sigmas), noise_level)
-        level = float(noise_level)
+        level = level_of(noise_level)
         grid = grid_of(self.scheduler.sigmas, device, step_coefficients, self.kind, level)
         at = step_index(self.scheduler, timesteps, device)
         return Transition(per_sample(grid.sampler, at), grid.std[at], grid.g[at])
@@ -195,6 +207,8 @@ class SdeStepBackend:
             sigma_max = self.scheduler.sigmas[1]
         if isinstance(sigma_max, Tensor):
             sigma_max = sigma_max.to(sigma.device, torch.float32).reshape(-1)
+        if isinstance(noise_level, Tensor):
+            noise_level = noise_level.to(sigma.device, torch.float32).reshape(-1)
         edges = device_coefficients(sigma, sigma_next, self.kind, noise_level, sigma_max)
         std = edges.std.reshape(-1)
         g = std if self.kind == "cps" else std / (edges.sigma.reshape(-1) - sigma_next).sqrt()

@@ -49,9 +49,8 @@ def grpo_loss(
     beta, clip = float(args.diffusion_kl_beta), float(args.diffusion_clip_range)
     if beta > 0 and ref_pred is None:
         raise ValueError("ref_pred: needed for --diffusion-kl-beta > 0, got None")
-    over_g2 = (
-        (std / g).square() if beta > 0 else 0.0
-    )  # flowkern's KL divides by std^2, theirs by g^2
+    # flowkern's KL divides by std^2, theirs by g^2; without noise it is 0.
+    over_g2 = torch.where(g > 0, std / g, 0.0).square() if beta > 0 else 0.0
     old = None if old_log_prob_from_new else prepared.extras["log_prob_old"]
     out = policy_loss(
         new_pred, x_t, x_next, edges, prepared.advantage, old_log_prob=old,
@@ -172,6 +171,7 @@ def _expected_score(
     with torch.set_grad_enabled(args.diffusion_score_centering):
         score = sde_log_prob(prepared.latents, new_pred, means.reshape(new_pred.shape), edges)
     away = (-score.detach() / edges.k).sqrt() / edges.std
+    away = away.masked_fill(edges.std == 0, 0.0)  # where there is no noise to measure it by
     metrics.emit_mean("prev_mean_diff_over_noise_std", total=away.sum(), count=len(batch))
     is_cut = out.clipped_low | out.clipped_high
     weight = torch.where(is_cut, 0.0, -prepared.advantage * out.ratio)

@@ -26,7 +26,7 @@ def nft_loss(
     Args:
         ctx: args is read: diffusion_nft_beta, diffusion_nft_adaptive_weight, and
             diffusion_nft_adv_clip_max or else diffusion_adv_clip_max.
-        prepared: latents (B, *D), x_t = (1 - t) x0 + t noise; timesteps (B,), t itself, above 0;
+        prepared: latents (B, *D), x_t = (1 - t) x0 + t noise; timesteps (B,), t itself;
             advantage (B,); and as an extra x0.
         new_pred: (B, *D). old_pred or else ref_pred: that of the old policy.
         write_old_log_prob: returns None: there are no log-probabilities, and old_log_prob_from_new
@@ -42,9 +42,11 @@ def nft_loss(
         raise ValueError("--diffusion-kl-beta: nft_loss has no KL; expected 0")
     cap = float(getattr(args, "diffusion_nft_adv_clip_max", None) or args.diffusion_adv_clip_max)
     advantage = (prepared.advantage / cap).clamp(-1, 1)
-    wide = t.reshape(-1, *[1] * (x0.ndim - 1))
+    t, clean = t.float(), x0.float()
+    # At t = 0 the noise is of no account, and the difference is 0.
+    wide = t.reshape(-1, *[1] * (x0.ndim - 1)).clamp_min(torch.finfo(torch.float32).tiny)
     options = {
-        "noise": torch.lerp(x0.float(), prepared.latents.float(), 1 / wide),
+        "noise": torch.addcdiv(clean, prepared.latents.float() - clean, wide),
         "objective": "nft",
         "nft_beta": float(args.diffusion_nft_beta),
         "weighting": "adaptive" if args.diffusion_nft_adaptive_weight else "uniform",
