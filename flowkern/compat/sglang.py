@@ -19,6 +19,7 @@ from torch import Tensor
 from flowkern.ops.sde_step import ode_step, sde_step
 from flowkern.schedules import Coefficients, device_coefficients
 
+from ._grid import level_of
 from ._names import naming
 from ._peer import attribute, imported
 from ._step import narrow
@@ -108,7 +109,7 @@ def _kind(batch: Any) -> str:
                 "rollout_log_prob_no_const: an ODE has no density; expected True, got False"
             )
         return kind
-    if not without_constant and not batch.rollout_noise_level > 0:
+    if not (level_of(batch.rollout_noise_level) or without_constant):
         raise ValueError(
             f"rollout_noise_level: a density takes a level above 0, got {batch.rollout_noise_level}"
         )
@@ -120,7 +121,10 @@ def _kind(batch: Any) -> str:
 def _edge(
     sigma: Tensor, sigma_next: Tensor, kind: str, batch: Any, sigma_max: float
 ) -> Coefficients:
-    level = float(batch.rollout_noise_level)
+    level = level_of(batch.rollout_noise_level)
+    for name, x in (("current_sigma", sigma), ("next_sigma", sigma_next)):
+        if x.numel() != 1:
+            raise ValueError(f"{name}: expected one for all samples, got shape {tuple(x.shape)}")
     return device_coefficients(sigma.reshape(()), sigma_next.reshape(()), kind, level, sigma_max)
 
 

@@ -204,12 +204,14 @@ def test_install_serves_the_module_and_who_has_imported_from_it(monkeypatch):
     for name in names:
         setattr(theirs, name, lambda name=name: name)
         setattr(script, name, getattr(theirs, name))
+        setattr(script, f"their_{name}", getattr(theirs, name))  # import ... as
     monkeypatch.setitem(sys.modules, script.__name__, script)
     for _ in range(2):
         mixgrpo.install()
         for name in names:
             ours = getattr(mixgrpo, name)
             assert getattr(theirs, name) is ours and getattr(script, name) is ours
+            assert getattr(script, f"their_{name}") is ours
 
 
 def test_install_says_what_is_missing():

@@ -143,6 +143,21 @@ def test_what_is_refused():
             sglang.flow_sde_sampling(Scheduler(), batch, x, x, s, n, generators())
 
 
+@pytest.mark.parametrize("level", [None, "0.7", float("nan"), -0.1, torch.tensor([0.7, 0.8])])
+@pytest.mark.parametrize("no_const", [False, True])
+def test_a_level_that_is_no_number(level, no_const):
+    batch, x = batch_of("sde", no_const), torch.randn(SHAPE)
+    batch.rollout_noise_level = level
+    with pytest.raises(ValueError, match="^rollout_noise_level: expected a finite number >= 0"):
+        sglang.flow_sde_sampling(Scheduler(), batch, x, x, *edge(0.7, 0.5), generators())
+
+
+def test_sigmas_of_samples_are_refused():
+    batch, x = batch_of("sde", True), torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=r"^next_sigma: expected one for all samples, .*\(2,\)"):
+        sglang.flow_sde_sampling(Scheduler(), batch, x, x, *edge(0.7, [0.5, 0.4]), generators())
+
+
 def test_latents_of_another_shape_are_said_in_their_words():
     x, (s, n) = torch.randn(SHAPE), edge(0.7, 0.5)
     call = (Scheduler(), batch_of("sde", True), x[:1], x, s, n, generators())
