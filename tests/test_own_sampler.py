@@ -45,6 +45,9 @@ def still(sigma, sigma_next, noise_level):
 def sharp(sigma, sigma_next, noise_level):
     return 1.0, sigma_next - sigma, 1e-30
 
+def fixed(sigma, sigma_next, noise_level):
+    return 1.0, sigma_next - sigma, 0.0, 1.0, 0.0
+
 def leaves(sigma, sigma_next, noise_level):
     raise SystemExit(3)
 
@@ -203,6 +206,14 @@ def test_what_a_plan_refuses_is_said_by_its_key(options, said):
         return plan_of(made, sd3_sigmas).check()
     with pytest.raises(ConfigError, match=rf"^algorithm\.{said}"):
         plan_of(made, sd3_sigmas)
+
+
+def test_steps_are_not_weighted_by_noise_that_there_is_not():
+    made = recipe("tempflow_grpo")(sde_type="samplers_of_mine:fixed", kl_coef=0.0)
+    with pytest.raises(ConfigError, match="^algorithm: weight: expected a finite number, got nan"):
+        plan_of(made, sd3_sigmas)
+    with pytest.raises(ConfigError, match="^algorithm.kl_coef: .* has std = 0, so it has no KL"):
+        plan_of(recipe("flow_grpo")(sde_type="samplers_of_mine:fixed"), sd3_sigmas)
 
 
 def test_a_plan_says_what_is_no_option_of_its_recipe():

@@ -10,6 +10,7 @@ which are the nodes that trained edges leave or, for matching objectives, the po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -116,6 +117,8 @@ class Plan:
                 f"has_kl: the trained edge from sigma {origin.sigma} to {sigma_next} has std = 0, "
                 "so it has no KL"
             )
+        if not math.isfinite(weight):
+            raise ValueError(f"weight: expected a finite number, got {weight}, of {kind}")
         depth = origin.depth + 1
         made = Node(node, float(sigma_next), depth, member, edge, is_trained, weight)
         return self._add(made, noise=(member, origin.depth))

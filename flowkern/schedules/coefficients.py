@@ -157,7 +157,7 @@ def checked(table: Tensor, num_history: int = 0, name: str = "sigma") -> Coeffic
     finite = torch.isfinite(table.float()).all(-1)
     if not bool(finite.all()):
         row = table[~finite][0] if table.ndim > 1 else table
-        values = zip(COLUMNS, row.tolist(), strict=True)
+        values = zip(COLUMNS[:-1], row.tolist(), strict=False)
         said = ", ".join(f"{column} {value:g}" for column, value in values if value)
         raise ValueError(
             f"{name}: expected coefficients that float32 holds, got {said} from sigma {row[-1]:g}"
