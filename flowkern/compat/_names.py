@@ -39,5 +39,9 @@ def of_grid(sigmas: str = "sigmas", **latents: str) -> Callable[[Step], Step]:
     return naming(**latents, **_grid(sigmas))
 
 
+STEP = {"x_t": "sample", "velocity": "model_output", "x_next": "prev_sample"}
+"""What diffusers' schedulers call the latents of a step, and most projects after them."""
+
+
 def _grid(name: str) -> dict[str, str]:
     return dict.fromkeys(("sigmas", "sigma", "sigma_next", "path_sigmas"), name)

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from flowkern.compat._names import STEP, naming
 from flowkern.compat._noise import Generators, randn_like
 from flowkern.compat._peer import attribute, imported
 from flowkern.compat._step import scored_step
@@ -24,6 +25,7 @@ from flowkern.schedules import Coefficients, device_coefficients
 
 _KINDS = {"FlowSDEStrategy": "flow_sde", "CPSSDEStrategy": "cps", "DanceSDEStrategy": "dance_sde"}
 _NO_NOISE = 1e-7  # UniRL's own limit: below it a step is an ODE's, and has no log-probability
+_NAMES = {**STEP, "velocity": "noise_pred", "c_rows": "sigma", "noise_level": "eta"}
 
 
 class _FusedStep:
@@ -31,6 +33,7 @@ class _FusedStep:
 
     kind: str  # of flowkern.schedules
 
+    @naming(**_NAMES)
     def denoise(
         self,
         noise_pred: Tensor,
@@ -72,6 +75,7 @@ class _FusedStep:
         )
         return prev_sample, log_prob if is_scored else None, mean
 
+    @naming(**_NAMES)
     def step(
         self,
         noise_pred: Tensor,

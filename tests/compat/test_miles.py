@@ -246,7 +246,7 @@ def test_the_function_before_there_were_backends():
 
 
 def test_backends_say_what_they_cannot_do():
-    v, x, x_next, *_ = transitions()
+    v, x, x_next, sigma, sigma_next = transitions()
     unknown = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="timestep: expected one of the scheduler's"):
         backend_of("flow_sde").sde_step_logprob(
@@ -262,6 +262,13 @@ def test_backends_say_what_they_cannot_do():
     }.items():
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got None"):
             call()
+    for name, at in {"model_output": 0, "sample": 3, "prev_sample": 4}.items():
+        given = [v, 1000 * sigma, 1000 * sigma_next, x, x]
+        given[at] = given[at][:, :2]
+        with pytest.raises(ValueError, match="^model_output: " if at == 3 else f"^{name}: "):
+            score(*given[:4], prev_sample=given[4], **options)
+    with pytest.raises(ValueError, match="^timesteps: expected one or 3, one per sample; got 2"):
+        score(v, 1000 * sigma[:2], 1000 * sigma_next[:2], x, prev_sample=x, **options)
 
 
 @KINDS
@@ -547,6 +554,25 @@ def test_grpo_without_a_reference_has_no_kl():
         grpo_loss(ctx, batch, prepared, new_pred=v, metrics=Metrics())
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    {
+        "--diffusion-clip-range": lambda c, p: vars(c.args).update(diffusion_clip_range=None),
+        "--diffusion-kl-beta": lambda c, p: vars(c.args).update(diffusion_kl_beta=None),
+        "--diffusion-noise-level": lambda c, p: vars(c.args).update(diffusion_noise_level=None),
+        "prepared.extras: expected log_prob_old": lambda c, p: p.extras.pop("log_prob_old"),
+        "prepared.extras: expected next_latents": lambda c, p: p.extras.pop("next_latents"),
+        "prepared.advantage": lambda c, p: vars(p).update(advantage=p.advantage[:2]),
+        "new_pred": lambda c, p: vars(p).update(latents=p.latents[:, :2]),
+    }.items(),
+)
+def test_grpo_says_what_is_off_in_miles_words(name, change):
+    ctx, batch, prepared, v, _ = micro_batch("flow_sde")
+    change(ctx, prepared)
+    with pytest.raises(ValueError, match=f"^{name}"):
+        grpo_loss(ctx, batch, prepared, new_pred=v, metrics=Metrics())
+
+
 # ---- DiffusionNFT ----
 
 
@@ -654,3 +680,21 @@ def test_nft_takes_its_arguments_where_they_are():
     ctx.args.diffusion_kl_beta = 0.1
     with pytest.raises(ValueError, match="--diffusion-kl-beta: nft_loss has no KL"):
         ours(ref_pred=v_old, old_pred=v_old)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    {
+        "--diffusion-nft-beta": lambda c, p: vars(c.args).update(diffusion_nft_beta=0.0),
+        "--diffusion-adv-clip-max": lambda c, p: vars(c.args).update(diffusion_adv_clip_max=None),
+        "prepared.extras: expected x0": lambda c, p: p.extras.clear(),
+        "prepared.latents": lambda c, p: vars(p).update(latents=p.latents[:1]),
+        "prepared.timesteps": lambda c, p: vars(p).update(timesteps=1000 * p.timesteps),
+        "prepared.advantage": lambda c, p: vars(p).update(advantage=p.advantage[:, None]),
+    }.items(),
+)
+def test_nft_says_what_is_off_in_miles_words(name, change):
+    ctx, batch, prepared, v, v_old = nft_batch(diffusion_adv_clip_max=5.0)
+    change(ctx, prepared)
+    with pytest.raises(ValueError, match=f"^{name}"):
+        nft_loss(ctx, batch, prepared, new_pred=v, ref_pred=v_old, metrics=Metrics())

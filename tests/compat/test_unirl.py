@@ -187,6 +187,19 @@ def test_sigmas_of_the_host_and_one_for_several(name):
     close(strategy.step(v, x, sigma, sigma_next, 0.5)[2], std.flatten())
 
 
+def test_what_is_off_is_said_in_unirls_words():
+    strategy, x, s = unirl.FlowSDEStrategy(), torch.randn(2, 3, 6), torch.tensor([0.8, 0.7, 0.6])
+    calls = {
+        "noise_pred": lambda: strategy.denoise(x[..., :2], x, s[0], s[1]),
+        "prev_sample": lambda: strategy.denoise(x, x, s[0], s[1], prev_sample=x[..., :2]),
+        "sigma": lambda: strategy.denoise(x, x, s, s / 2),
+        "eta": lambda: strategy.step(x, x, s[0], s[1], eta=-1.0),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            call()
+
+
 def test_a_unirl_without_the_class_is_named(peer):
     del peer.FlowSDEStrategy
     with pytest.raises(ImportError, match=r"unirl.sde.kernels.FlowSDEStrategy: this version of"):

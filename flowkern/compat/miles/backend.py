@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowkern.compat._grid import grid_of, level_of, per_sample
+from flowkern.compat._names import STEP, naming
 from flowkern.compat._scheduler import step_index
 from flowkern.compat._step import scored_step
 from flowkern.schedules import Coefficients, device_coefficients, step_coefficients
@@ -74,6 +75,7 @@ class SdeStepBackend:
         sigma, sigma_next = (x.reshape(-1, *[1] * (ndim - 1)) for x in pair)
         return sigma, sigma_next
 
+    @naming(**STEP, c_rows="sigma", sigma_next="sigma_prev")
     def prev_sample_mean_and_std(
         self,
         model_output: Tensor,
@@ -108,6 +110,7 @@ class SdeStepBackend:
         one over the rollout's steps; their values differ by a constant."""
         return self.log_prob(rollout_prev_mean, prev_mean, noise_std)
 
+    @naming(**STEP, c_rows="timesteps", timestep="timesteps")
     def sde_step_logprob(
         self,
         model_output: Tensor,

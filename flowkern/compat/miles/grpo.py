@@ -5,13 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowkern.checks import finite_number
+from flowkern.compat._names import naming
 from flowkern.compat.miles.backend import SdeStepBackend, Transition
-from flowkern.compat.miles.metrics import emit_means, emit_model_output, of_rollout
+from flowkern.compat.miles.metrics import emit_means, emit_model_output, extra, of_rollout
 from flowkern.ops.policy_loss import PolicyLoss, policy_loss
 from flowkern.ops.sde_step import sde_log_prob
 from flowkern.schedules import MAX_HISTORY, Coefficients
 
 
+@naming(
+    velocity="new_pred",
+    velocity_ref="ref_pred",
+    x_t="prepared.latents",
+    x_next="prepared.extras['next_latents']",
+    advantage="prepared.advantage",
+    old_log_prob="prepared.extras['log_prob_old']",
+    c_rows="prepared.timesteps",
+    timestep="prepared.timesteps",
+    noise_level="--diffusion-noise-level",
+    clip_low="--diffusion-clip-range",
+)
 def grpo_loss(
     ctx,
     batch: list[dict],
@@ -38,7 +52,7 @@ def grpo_loss(
         write_old_log_prob: store each pair["log_prob_old"] and return None.
         old_log_prob_from_new: on policy: the ratio is exactly 1, its gradient kept.
     """
-    args, x_t, x_next = ctx.args, prepared.latents, prepared.extras["next_latents"]
+    args, x_t, x_next = ctx.args, prepared.latents, extra(prepared, "next_latents")
     edges, std, g = _transition(ctx, prepared)
     if write_old_log_prob:
         with torch.no_grad():
@@ -46,12 +60,12 @@ def grpo_loss(
         for pair, one in zip(batch, log_prob, strict=True):
             pair["log_prob_old"] = one
         return None
-    beta, clip = float(args.diffusion_kl_beta), float(args.diffusion_clip_range)
+    beta, clip = _number(args, "kl_beta"), _number(args, "clip_range")
     if beta > 0 and ref_pred is None:
         raise ValueError("ref_pred: needed for --diffusion-kl-beta > 0, got None")
     # flowkern's KL divides by std^2, theirs by g^2; without noise it is 0.
     over_g2 = torch.where(g > 0, std / g, 0.0).square() if beta > 0 else 0.0
-    old = None if old_log_prob_from_new else prepared.extras["log_prob_old"]
+    old = None if old_log_prob_from_new else extra(prepared, "log_prob_old")
     out = policy_loss(
         new_pred, x_t, x_next, edges, prepared.advantage, old_log_prob=old,
         velocity_ref=ref_pred if beta > 0 else None, kl_coef=beta * over_g2,
@@ -67,6 +81,13 @@ def grpo_loss(
     if hasattr(args, "diffusion_score_centering"):  # a MILES that has it
         loss = loss - _expected_score(metrics, args, batch, prepared, new_pred, edges, out)
     return loss
+
+
+def _number(args, name: str) -> float:
+    flag = f"--diffusion-{name.replace('_', '-')}"
+    return finite_number(
+        flag, getattr(args, f"diffusion_{name}"), "a finite number", lambda _: True
+    )
 
 
 def _transition(ctx, prepared) -> Transition:

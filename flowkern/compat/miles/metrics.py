@@ -1,4 +1,4 @@
-"""What MILES's losses report, by `emit_mean` and `emit_max` of its metrics."""
+"""What MILES's losses are given, and report by `emit_mean` and `emit_max` of its metrics."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def emit_model_output(metrics, ctx, batch: list[dict], prepared, new_pred: Tenso
     for suffix in suffixes:
         name = f"model_output_mean_abs_diff{suffix}"
         metrics.emit_mean(name, total=total, count=away.numel())
+
+
+def extra(prepared, name: str) -> Tensor:
+    """One of those that a loss takes of MILES's `prepared`."""
+    if name not in prepared.extras:
+        raise ValueError(f"prepared.extras: expected {name}, got {', '.join(prepared.extras)}")
+    return prepared.extras[name]
 
 
 def of_rollout(batch: list[dict], name: str, like: Tensor) -> Tensor | None:

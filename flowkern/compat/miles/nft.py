@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowkern.compat.miles.metrics import emit_means
+from flowkern.checks import finite_number
+from flowkern.compat._names import naming
+from flowkern.compat.miles.metrics import emit_means, extra
+from flowkern.ops._common.arguments import check_latents
 from flowkern.ops.matching_loss import MatchingLoss, matching_loss
 
 
+@naming(
+    velocity="new_pred",
+    old_velocity="ref_pred",
+    x0="prepared.extras['x0']",
+    x_next="prepared.latents",
+    sigma="prepared.timesteps",
+    advantage="prepared.advantage",
+)
 def nft_loss(
     ctx,
     batch: list[dict],
@@ -34,21 +45,24 @@ def nft_loss(
     """
     if write_old_log_prob:
         return None
-    args, t, x0 = ctx.args, prepared.timesteps, prepared.extras["x0"]
+    args, t, x0 = ctx.args, prepared.timesteps, extra(prepared, "x0")
     old = ref_pred if old_pred is None else old_pred
     if old is None:
         raise ValueError("ref_pred: DiffusionNFT needs the old policy's velocity, got None")
     if old_pred is not None and ref_pred is not None and getattr(args, "diffusion_kl_beta", 0):
         raise ValueError("--diffusion-kl-beta: nft_loss has no KL; expected 0")
-    cap = float(getattr(args, "diffusion_nft_adv_clip_max", None) or args.diffusion_adv_clip_max)
+    cap = getattr(args, "diffusion_nft_adv_clip_max", None) or args.diffusion_adv_clip_max
+    cap = finite_number("--diffusion-adv-clip-max", cap, _ABOVE_0, lambda x: x > 0)
+    beta = finite_number("--diffusion-nft-beta", args.diffusion_nft_beta, _ABOVE_0, lambda x: x > 0)
     advantage = (prepared.advantage / cap).clamp(-1, 1)
+    check_latents({"x0": x0, "x_next": prepared.latents})
     t, clean = t.float(), x0.float()
-    # At t = 0 the noise is of no account, and the difference is 0.
-    wide = t.reshape(-1, *[1] * (x0.ndim - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    # At t = 0 the noise is of no account, and the difference is 0; its square is finite.
+    wide = t.reshape(-1, *[1] * (x0.ndim - 1)).clamp_min(1e-12)
     options = {
         "noise": torch.addcdiv(clean, prepared.latents.float() - clean, wide),
         "objective": "nft",
-        "nft_beta": float(args.diffusion_nft_beta),
+        "nft_beta": beta,
         "weighting": "adaptive" if args.diffusion_nft_adaptive_weight else "uniform",
         "old_velocity": old,
         "reduction": "none",
@@ -60,6 +74,8 @@ def nft_loss(
         _emit_nft(metrics, batch, prepared, loss, branches)
     return loss.sum()
 
+
+_ABOVE_0 = "a finite number > 0"
 
 nft_loss.ref_mode = "ema"  # what MILES's actor asks its own: another forward, of the average
 nft_loss.requires_sample_aligned_windows = True  # and that a sample's pairs share an optimizer step
