@@ -212,8 +212,14 @@ def test_steps_are_not_weighted_by_noise_that_there_is_not():
     made = recipe("tempflow_grpo")(sde_type="samplers_of_mine:fixed", kl_coef=0.0)
     with pytest.raises(ConfigError, match="^algorithm: weight: expected a finite number, got nan"):
         plan_of(made, sd3_sigmas)
-    with pytest.raises(ConfigError, match="^algorithm.kl_coef: .* has std = 0, so it has no KL"):
-        plan_of(recipe("flow_grpo")(sde_type="samplers_of_mine:fixed"), sd3_sigmas)
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "grpo_guard", "flow_dppo"])
+def test_what_is_divided_by_the_noise_needs_some(name):
+    """By a KL to the reference or to the policy that sampled, and by a guarded ratio."""
+    made = recipe(name)(sde_type="samplers_of_mine:fixed")
+    with pytest.raises(ConfigError, match="^algorithm.sde_type: .* has std = 0, so it has no KL"):
+        plan_of(made, sd3_sigmas)
 
 
 def test_a_plan_says_what_is_no_option_of_its_recipe():

@@ -157,7 +157,7 @@ class Recipe(AnyRecipe, ABC):
         return rollout.Guidance.of(self.guidance_scale, uncond, guide)
 
 
-_OPTIONS = {"kind": "sde_type", "is_trained": "sde_type", "has_kl": "kl_coef"}
+_OPTIONS = {"kind": "sde_type", "is_trained": "sde_type", "needs_std": "sde_type"}
 """What a plan calls it -> the option that it comes from."""
 
 
@@ -197,9 +197,14 @@ class StepRecipe(Recipe):
                 f"{self.guidance_scale}; expected one above 1"
             )
 
+    @property
+    def needs_std(self) -> bool:
+        """Is something divided by the std of trained edges?"""
+        return self.kl_coef > 0
+
     def empty_plan(self) -> rollout.Plan:
-        """One without a node, which refuses trained edges that a KL is not defined on."""
-        return rollout.Plan(has_kl=self.kl_coef > 0)
+        """One without a node, which refuses trained edges that the loss is not defined on."""
+        return rollout.Plan(self.needs_std)
 
     def windowed(
         self,
@@ -238,6 +243,10 @@ class PolicyRecipe(StepRecipe):
     """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
     ratio: ClassVar[str] = "sde"
     """Or "guard", as in `policy_loss`."""
+
+    @property
+    def needs_std(self) -> bool:
+        return self.ratio == "guard" or super().needs_std
 
     def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
         clip = self.clip_range

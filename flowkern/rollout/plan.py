@@ -65,8 +65,8 @@ class Cost:
 class Plan:
     """A tree that is built node by node: every method returns the node it made."""
 
-    def __init__(self, has_kl: bool = False) -> None:
-        """has_kl: a KL to the reference is taken at the trained edges, which then need a std."""
+    def __init__(self, needs_std: bool = False) -> None:
+        """needs_std: a KL, or a guarded ratio, is taken at the trained edges."""
         self.nodes: list[Node] = []
         self.leaves: dict[int, int] = {}
         """Nodes that are decoded and rewarded -> their position, 0 to L - 1."""
@@ -74,7 +74,7 @@ class Plan:
         """(L,): leaves of a prompt with the same number are compared with each other."""
         self.points: list[tuple[int, float]] = []
         """(position of a leaf, sigma), where a matching objective looks at a leaf."""
-        self.has_kl = has_kl
+        self.needs_std = needs_std
         self._noises: set[tuple[int, int]] = set()
 
     # ---- building ----
@@ -112,10 +112,10 @@ class Plan:
                 f"is_trained: the edge from sigma {origin.sigma} to {sigma_next} has k = 0, so its "
                 "ratio is always 1"
             )
-        if is_trained and self.has_kl and std == 0:
+        if is_trained and self.needs_std and std == 0:
             raise ValueError(
-                f"has_kl: the trained edge from sigma {origin.sigma} to {sigma_next} has std = 0, "
-                "so it has no KL"
+                f"needs_std: the trained edge from sigma {origin.sigma} to {sigma_next} has "
+                "std = 0, so it has no KL, and no guarded ratio"
             )
         if not math.isfinite(weight):
             raise ValueError(f"weight: expected a finite number, got {weight}, of {kind}")

@@ -73,8 +73,10 @@ def test_a_trained_edge_has_a_ratio_and_what_its_kl_needs():
     plan.leaf(plan.draw(root, 0.0, "dpm_sde", 0.0, 0))  # not trained, it may stay
     plan.leaf(plan.draw(root, 0.0, "cps", 0.8, 1, is_trained=True))  # CPS keeps k = 1 at std = 0
     plan.check()
-    plan = Plan(has_kl=True)
-    with pytest.raises(ValueError, match=r"has_kl: the trained edge from sigma 1\.0 to 0\.0 has"):
+    plan = Plan(needs_std=True)
+    with pytest.raises(
+        ValueError, match=r"needs_std: the trained edge from sigma 1\.0 to 0\.0 has"
+    ):
         plan.draw(plan.root(0), 0.0, "cps", 0.8, 0, is_trained=True)
 
 

@@ -34,6 +34,7 @@ class FlowDPPO(StepRecipe):
     """They are among the first of the grid, this share of its steps, and never its last."""
     global_std: bool = True
     """Divide by the population std of all rewards of the rollout, not the group's own."""
+    needs_std = True  # of the KL to the policy that sampled
 
     def __post_init__(self) -> None:
         super().__post_init__()
