@@ -48,6 +48,7 @@ ENTRIES = {
     "mixgrpo": Entry("MixGRPO", "mixgrpo"),
     "mixgrpo_flash": Entry("MixGRPO-Flash", "mixgrpo_flash"),
     "mixgrpo_flash_star": Entry("MixGRPO-Flash*", "mixgrpo_flash_star"),
+    "pref_grpo": Entry("Pref-GRPO", "pref_grpo"),
     "tempflow_grpo": Entry("TempFlow-GRPO", "tempflow_grpo"),
     "g2rpo": Entry("G2RPO", "g2rpo"),
     "awm": Entry("AWM", "awm"),

@@ -44,6 +44,7 @@ PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "mixgrpo": ("MixGRPO", [FIRST, LATER]),
     "mixgrpo_flash": ("MixGRPO-Flash", [FIRST, LATER]),
     "mixgrpo_flash_star": ("MixGRPO-Flash*", [(", every rollout", WIDE, 0)]),
+    "pref_grpo": ("Pref-GRPO", [("", {}, 0)]),
     "tempflow_grpo": ("TempFlow-GRPO", [(", two trunks", FEW, 0)]),
     "g2rpo": ("G2RPO", [(", step sizes 1 and 2", {"branch_steps": 4}, 0)]),
     "awm": ("AWM", [("", TEN, 0)]),

@@ -70,6 +70,7 @@ DEFAULTS = {
     "mixgrpo": "mixgrpo_flux",
     "mixgrpo_flash": "mixgrpo_flash_flux",
     "mixgrpo_flash_star": "mixgrpo_flash_star_flux",
+    "pref_grpo": "pref_grpo_flux",
     "tempflow_grpo": "tempflow_grpo_sd35m_geneval",
 }
 """The run that a recipe's defaults are."""
@@ -233,7 +234,8 @@ def test_a_papers_file_is_refused_in_a_sentence_for_what_is_missing(
     few = ["algorithm.prompts_per_rollout=2", "algorithm.updates_per_rollout=1"]
     missing = refused(*given, where, *few)
     assert missing.startswith("flowkern: data.test_prompts: cannot read '")
-    assert refused(*given).startswith(f"flowkern: model.path: '{config.model.path}' is")
+    released(tmp_path, config)
+    assert refused(*given, *few).startswith(f"flowkern: model.path: '{config.model.path}' is")
     assert not list(tmp_path.glob("runs/*"))
 
 

@@ -46,6 +46,7 @@ SMALL = {
     "mixgrpo": {"num_inference_steps": 4, "window": 2, "uncond_gradient": True},
     "mixgrpo_flash": {"num_inference_steps": 6, "window": 2},
     "mixgrpo_flash_star": {"num_inference_steps": 8, "window": 2},
+    "pref_grpo": {"num_inference_steps": 4},
     "tempflow_grpo": {"num_inference_steps": 3, "num_seeds": 1, "guidance_scale": 2.0},
 }
 SMALL["mixgrpo"]["guidance_scale"] = 2.0

@@ -183,12 +183,14 @@ def all_drawn(sigmas, size, solver, level, weight=lambda sigma, n: 1.0) -> list[
     return [Walk(m, m, path) for m in range(size)]
 
 
-def dance_grpo(sigmas, chosen: Sequence[set[int]], level: float = 0.3) -> list[Walk]:
+def dance_grpo(
+    sigmas, chosen: Sequence[set[int]], level: float = 0.3, solver: str = "dance_sde"
+) -> list[Walk]:
     """Root 0 for all; the last step is the clean prediction. chosen: steps each member trains."""
     walks = []
     for m, trained in enumerate(chosen):
         path = [
-            Step(n, "dance_sde", level, 1.0 if i in trained else None)
+            Step(n, solver, level, 1.0 if i in trained else None)
             for i, (_, n) in enumerate(pairs(sigmas[:-1]))
         ]
         walks.append(Walk(0, m, [*path, Step(0.0)]))
@@ -302,13 +304,31 @@ def advantages(
     return out
 
 
+def win_rates(rewards: Table, groups: Sequence[int]) -> Table:
+    """Every image against all others of its group that have a reward; a tie is half a win."""
+    out = []
+    for row in rewards:
+        out.append([])
+        for i, (mine, group) in enumerate(zip(row, groups, strict=True)):
+            others = [
+                r for j, (r, g) in enumerate(zip(row, groups, strict=True))
+                if j != i and g == group and r == r
+            ]  # fmt: skip
+            points = [1.0 if mine > r else 0.5 if mine == r else 0.0 for r in others]
+            rate = statistics.fmean(points) if points else 0.5
+            out[-1].append(rate if mine == mine else math.nan)
+    return out
+
+
 def mixed(
     rewards: dict[str, Table], weights: dict[str, float], groups: Sequence[int],
-    mix: str = "reward", **options,
+    mix: str = "reward", by_wins: bool = False, **options,
 ) -> Table:  # fmt: skip
     """Of the weighted sum of the rewards ("reward"), or the weighted "mean" or "sum" of the
-    advantages that every reward gives.
+    advantages that every reward gives. by_wins: of win rates in their place.
     """
+    if by_wins:
+        rewards = {name: win_rates(table, groups) for name, table in rewards.items()}
     if mix == "reward":
         return advantages(weighted(rewards, weights), groups, **options)
     total = sum(weights.values()) if mix == "mean" else 1.0

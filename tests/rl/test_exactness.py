@@ -372,6 +372,11 @@ CASES = {
         "mixgrpo_flash_star", {"num_inference_steps": 25},
         lambda *_: naive.flash(25, range(4), 3, 0.2), UNBIASED, iteration=200,
     ),
+    "pref_grpo": policy(
+        "pref_grpo", {"group_size": 4},
+        lambda sigmas, steps: naive.dance_grpo(sigmas, steps, 0.7, "flow_sde"),
+        {"eps": 1e-8, "unbiased": True, "mix": "sum", "by_wins": True}, grid=shifted,
+    ),
     "tempflow_grpo": policy(
         "tempflow_grpo", GUIDED | {"num_seeds": 2},
         lambda sigmas, _: naive.tempflow(sigmas, 2, 3), POPULATION, kl_coef=0.05,

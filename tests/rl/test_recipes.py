@@ -62,6 +62,7 @@ def test_a_recipe_is_one_short_file():
         ("flow_grpo_fast", {"window": 0}, (240, 216, 24), (240, 216, 24)),
         ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
         ("dance_grpo", {"timestep_fraction": 1.0}, (181, 169, 12), (192, 180, 12)),
+        ("pref_grpo", {}, (193, 106, 8), (200, 112, 8)),
         ("mixgrpo", {}, (289, 37, 12), (300, 48, 12)),
         ("mixgrpo_flash", {}, (121, 37, 12), (132, 48, 12)),
         ("mixgrpo_flash_star", {}, (73, 37, 12), (84, 48, 12)),
@@ -121,7 +122,8 @@ def test_the_tree_follows_from_iteration_and_seed_alone(name):
         return [replace(node, edge=None) for node in plan.nodes], edges, plan.groups, plan.points
 
     assert tree(0) == tree(1)
-    if name in ("flow_dppo", "flow_grpo_fast", "dance_grpo", "mixgrpo", "awm", "diffusion_nft"):
+    by_chance = "flow_dppo", "flow_grpo_fast", "dance_grpo", "pref_grpo", "mixgrpo"
+    if name in (*by_chance, "awm", "diffusion_nft"):
         for other in ({"iteration": 4}, {"seed": 6}):
             key, value = next(iter(other.items()))
             assert any(tree(0, **{key: value + i}) != tree(0) for i in range(3)), key
@@ -438,6 +440,7 @@ STATISTICS = {
     "mixgrpo": (1, 1e-8, False, 1.0),
     "mixgrpo_flash": (1, 1e-8, False, 1.0),
     "mixgrpo_flash_star": (1, 1e-8, False, 1.0),
+    "pref_grpo": (1, 1e-8, False, 1.0),
     "tempflow_grpo": (0, 1e-4, False, 1.0),
     "g2rpo": (1, 1e-8, False, 1.0),
     "awm": (0, 1e-4, True, 0.2),
@@ -454,6 +457,9 @@ def test_each_algorithm_has_its_own_statistics(name):
     groups, count = np.array(plan.groups), len(plan.leaves)
     # Rewards so close that the eps shows.
     reward = 1e-3 * np.random.default_rng(0).standard_normal((2, count))
+    given = torch.from_numpy(reward)
+    if name == "pref_grpo":  # of four, all different: who beats how many of the others
+        reward = reward.argsort(1).argsort(1) / 3
     leaf = np.empty_like(reward)
     for prompt in range(2):
         for tag in {*plan.groups}:
@@ -465,7 +471,7 @@ def test_each_algorithm_has_its_own_statistics(name):
     else:
         expected = leaf @ plan.below().double().numpy().T
     expected = expected.clip(-5, 5) * scale
-    scores = {"toy": torch.from_numpy(reward)}
+    scores = {"toy": given}
     actual = recipe(name)(**options).credit()(scores, {"toy": 1.0}, plan)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-6)
     high = torch.zeros(2, count, dtype=torch.float64)

@@ -42,6 +42,7 @@ SMALL = {
     "mixgrpo": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
     "mixgrpo_flash": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
     "mixgrpo_flash_star": {"num_inference_steps": 16, "window": 2},
+    "pref_grpo": {"num_inference_steps": 4, "group_size": 4},
     "tempflow_grpo": {"num_inference_steps": 3, "num_seeds": 2},
 }
 

@@ -23,6 +23,7 @@ ALGORITHMS = {
     "mixgrpo": "flowkern.rl.algorithms.mixgrpo:MixGRPO",
     "mixgrpo_flash": "flowkern.rl.algorithms.mixgrpo_flash:MixGRPOFlash",
     "mixgrpo_flash_star": "flowkern.rl.algorithms.mixgrpo_flash_star:MixGRPOFlashStar",
+    "pref_grpo": "flowkern.rl.algorithms.pref_grpo:PrefGRPO",
     "tempflow_grpo": "flowkern.rl.algorithms.tempflow_grpo:TempFlowGRPO",
 }
 """The recipe of each, of flow-matching models; imported when it is asked for."""
