@@ -252,6 +252,29 @@ def test_edges_that_a_rollout_converts_serve_training():
     assert v.grad.isfinite().all()
 
 
+def test_a_default_device_changes_nothing():
+    """As torch.set_default_device("cuda") of a script: all is made on the CPU, from float64."""
+
+    def made():
+        own = step_coefficients(sd3_sigmas(4), lambda s, n, level: (1.0, n - s, level, 1, 0), 0.7)
+        multistep = multistep_coefficients(flux_sigmas(3, 64).tolist()[:3], 2)
+        return [own, multistep, edge_coefficients([0.9], [0.5], "cps", 0.7), shifted_sigmas(3, 3.0)]
+
+    expected = made()
+    with torch.device("meta"):
+        found = made()
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(getattr(got, "table", got), getattr(wanted, "table", wanted))
+
+
+@pytest.mark.parametrize("index", [(1, 2), (slice(None), 0), None, torch.tensor([[1]])], ids=repr)
+def test_what_selects_no_edges_is_refused(index):
+    with pytest.raises(
+        IndexError, match=r"^index: expected an integer, a slice or a tensor \(B,\)"
+    ):
+        step_coefficients(sd3_sigmas(4), "ode", 0.0)[index]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

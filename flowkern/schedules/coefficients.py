@@ -82,7 +82,13 @@ class Coefficients:
         ):
             raise TypeError(f"index: expected integers, got {index.dtype}")
         with lasting():
-            return self._checked(self.table[index], self.num_history)
+            table = self.table[index]
+            if table.ndim not in (1, 2) or table.shape[-1] != len(COLUMNS):
+                got = (
+                    f"a tensor {tuple(index.shape)}" if isinstance(index, Tensor) else shown(index)
+                )
+                raise IndexError(f"index: expected an integer, a slice or a tensor (B,), got {got}")
+            return self._checked(table, self.num_history)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Coefficients:
         """The same edges on `device` in `dtype`; converted once and remembered."""

@@ -1,4 +1,4 @@
-"""Sigma grids of the published samplers: (num_steps + 1,) float64, from 1 to 0."""
+"""Sigma grids of the published samplers: (num_steps + 1,) float64 on the CPU, from 1 to 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def sd3_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
     The scheduler shifts sigma_min when it is made and again when its steps are set; so does this.
     """
     num_steps = _steps(num_steps)
-    sigma_min = _shift(torch.tensor(1e-3, dtype=torch.float64), shift)
+    sigma_min = _shift(torch.tensor(1e-3, dtype=torch.float64, device="cpu"), shift)
     return _close(_shift(_linspace(1.0, float(sigma_min), num_steps), shift))
 
 
@@ -46,7 +46,7 @@ def _steps(num_steps: int) -> int:
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=torch.float64)
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
 
 def _shift(u: Tensor, shift: float) -> Tensor:

@@ -50,7 +50,7 @@ def multistep_coefficients(
     a = n / s * (decay if sde else 1) + weights[0]
     b = -s * weights[0]
     std = n * math.sqrt(1 - decay**2) if sde else torch.zeros_like(s)
-    history = [torch.tensor(w, dtype=torch.float64) for w in weights[1:]]
+    history = [s.new_tensor(w) for w in weights[1:]]
     return checked(stacked(a, b, std, s, history=history), len(history), "path_sigmas")
 
 

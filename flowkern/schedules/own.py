@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from flowkern.checks import ConfigError, finite_number, shown, shown_in_a_line
@@ -46,11 +45,11 @@ def own_edges(kind: str | Sampler, s: Tensor, n: Tensor, noise_level: float) -> 
     name = kind if isinstance(kind, str) else getattr(kind, "__qualname__", shown(kind))
     numbers = zip(s.flatten().tolist(), n.flatten().tolist(), strict=True)
     rows = [_row(sampler, name, *edge, noise_level) for edge in numbers]
-    a, b, std = torch.tensor([row[:3] for row in rows], dtype=s.dtype).reshape(-1, 3).unbind(1)
+    a, b, std = s.new_tensor([row[:3] for row in rows]).reshape(-1, 3).unbind(1)
     table = stacked(a, b, std, s.flatten())
     for place, row in enumerate(rows):
         if len(row) > 3:
-            table[place, 3:5] = torch.tensor(row[3:], dtype=s.dtype)
+            table[place, 3:5] = s.new_tensor(row[3:])
     return checked(table.reshape(*s.shape, len(COLUMNS)), name=f"kind: {name}")
 
 

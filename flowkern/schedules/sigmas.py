@@ -19,7 +19,7 @@ def sigmas_of(name: str, value) -> Tensor:
         plain = value.tolist() if hasattr(value, "tolist") else value
         entries = plain if isinstance(plain, Sequence) else [plain]
         if not any(isinstance(v, (bool, complex, str)) for v in entries):
-            return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+            return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise ValueError(f"{name}: expected numbers, got {shown_in_a_line(value)}")
