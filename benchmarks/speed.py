@@ -48,7 +48,7 @@ def main() -> int:
     name = options.module.removeprefix("bench_") if options.module in ON_REQUEST else "speed"
     path = options.json or _default_path(name, device, machine, options.quick)
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_good = True
+    is_good, names = True, []
     for section, modules in SECTIONS.items():
         if options.kernels and section != "Kernels":
             continue
@@ -61,6 +61,7 @@ def main() -> int:
             if not found:
                 print(f"skipped: {module} needs the trainer's libraries (pip install '.[train]')")
             for case in found:
+                names.append(case.name)
                 if options.only not in case.name:
                     continue
                 _leave_out(case, options)
@@ -72,7 +73,11 @@ def main() -> int:
                 is_good &= not any(
                     "failed" in r and r["backend"].startswith("flowkern") for r in measured
                 )
-    print(f"\n{result['seconds']:.0f} s; wrote {path}{_chart(result, path)}")
+    if not result["rows"]:
+        known = "; ".join(dict.fromkeys(names)) or "none"
+        print(f"--only: no case has {options.only!r} in its name, of {known}", file=sys.stderr)
+        return 2
+    print(f"\n{time.perf_counter() - begin:.0f} s; wrote {path}{_chart(result, path)}")
     if not is_good:
         print("a flowkern row failed its check: no speed counts", file=sys.stderr)
     return 0 if is_good else 1
