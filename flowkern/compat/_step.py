@@ -69,6 +69,8 @@ def _saved(x: Tensor) -> Tensor:
     projects' formulas, which save their own differences, take it.
     """
     x = x.detach()
+    if torch.compiler.is_compiling():  # which cannot ask
+        return x
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 

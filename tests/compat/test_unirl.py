@@ -187,6 +187,17 @@ def test_sigmas_of_the_host_and_one_for_several(name):
     close(strategy.step(v, x, sigma, sigma_next, 0.5)[2], std.flatten())
 
 
+def test_a_replay_is_one_graph_of_a_compiler():
+    strategy, s = unirl.FlowSDEStrategy(), torch.tensor([0.8, 0.6])
+    v, x, x_next = torch.randn(3, 1, 6)
+
+    def replayed(v):
+        return strategy.denoise(v, x, s[0], s[1], prev_sample=x_next)[1]
+
+    whole = torch.compile(replayed, backend="eager", fullgraph=True)
+    assert torch.equal(whole(v), replayed(v))
+
+
 def test_what_is_off_is_said_in_unirls_words():
     strategy, x, s = unirl.FlowSDEStrategy(), torch.randn(2, 3, 6), torch.tensor([0.8, 0.7, 0.6])
     calls = {
