@@ -53,6 +53,11 @@ def compute_log_prob_awm(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {WEIGHTINGS}, got {weighting!r}")
+    if timestep.numel() not in (1, len(noised_latents)):
+        raise ValueError(
+            f"timestep: expected one for each of {len(noised_latents)} samples, got shape "
+            f"{tuple(timestep.shape)}"
+        )
     t, copies = timestep.view(-1), 2 if config.train.cfg else 1
     velocity = transformer(
         hidden_states=torch.cat([noised_latents] * copies) if copies > 1 else noised_latents,

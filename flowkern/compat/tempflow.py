@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flowkern.checks import whole_number
 from flowkern.ops.sde_step import ode_step
 from flowkern.schedules import step_coefficients
 
@@ -80,6 +81,7 @@ def sde_step_with_logprob_perstep(
         one another; with determistic for the B samples.
     """
     refuse_both(prev_sample, generator)
+    whole_number("num_samples", num_samples)
     grid, index = _place(self, timestep, sample, noise_level)
     euler = noise = None
     if determistic:

@@ -66,6 +66,13 @@ def test_the_surrogate_and_its_gradient(weighting, dtype, cfg):
     torch.testing.assert_close(network.answer.grad, truth.grad.float(), **tolerance)
 
 
+def test_times_of_another_batch_are_refused_before_the_network_is_asked():
+    x, t = torch.randn(2, 4, 6), torch.full((3, 1, 1), 0.5)
+    config = SimpleNamespace(train=SimpleNamespace(cfg=False))
+    with pytest.raises(ValueError, match=r"timestep: expected one for each of 2 samples, got .*3"):
+        compute_log_prob_awm(None, None, None, t, None, None, config, x, x, x)
+
+
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(ValueError, match="weighting: expected one of .*, got 'elbo'"):
         compute_log_prob_awm(*[None] * 10, "elbo")

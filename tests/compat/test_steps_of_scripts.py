@@ -113,6 +113,9 @@ def test_the_trunk_and_the_branches_of_tempflow(dtype, determistic):
             theirs = published.flow(s, n, v, seen, 0.9, SIGMAS[1], **how)
             for i, got in zip((0, 2, 3, 4), drawn, strict=True):
                 close(got, theirs[i])
+    for count in (0, 2.5, "6", None):
+        with pytest.raises(ValueError, match="num_samples: got .* expected a whole number from 1"):
+            sde_step_with_logprob_perstep(scheduler, velocity, index, x, num_samples=count)
     leaf = velocity.float().requires_grad_()
     replayed = sde_step_with_logprob(scheduler, leaf, index, x, drawn[0][:2], noise_level=0.9)
     assert torch.is_tensor(torch.autograd.grad(replayed[1].sum() + replayed[2].sum(), leaf)[0])
