@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowkern as fk
-from flowkern.compat._kl import kl_coef_over_g2
+from flowkern.compat.kl import kl_coef_over_g2
 
 BETA = 0.04
 
