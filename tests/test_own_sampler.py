@@ -164,6 +164,25 @@ def test_every_recipe_that_draws_steps_takes_every_sampler(name):
         kind(sde_type="ode")
 
 
+@pytest.mark.parametrize("name", [n for n in names() if issubclass(recipe(n), StepRecipe)])
+def test_every_recipe_that_draws_steps_takes_a_noise_level_for_each(name):
+    """A list's are those of the grid's steps, wherever a window lies."""
+    steps = recipe(name)().num_inference_steps
+    levels = [0.3 + i / 50 for i in range(steps)]
+    for iteration in (0, 60):
+        plan = recipe(name)(noise_level=levels).plan(sd3_sigmas, iteration)
+        drawn = [node for node in plan.nodes if node.parent >= 0 and node.member is not None]
+        assert {id(plan.nodes[i]) for i in plan.trained} <= {id(node) for node in drawn}
+        for node in drawn:
+            edge = plan.nodes[node.parent].sigma, node.sigma
+            wanted = edge_coefficients(*edge, recipe(name)().sde_type, levels[node.depth - 1])
+            assert torch.equal(node.edge.table, wanted.table)
+    with pytest.raises(ValueError, match=rf"^noise_level: got 2 of them, expected {steps}, one"):
+        recipe(name)(noise_level=[0.7, 0.7])
+    with pytest.raises(ValueError, match=r"^noise_level\[1\]: got 0.0, expected a number above 0"):
+        recipe(name)(noise_level=[0.7, 0.0, *levels[2:]])
+
+
 def test_a_run_that_it_cannot_serve_is_refused_by_its_key():
     """Where the model's grid is known, which the configuration does not."""
     pytest.importorskip("accelerate")

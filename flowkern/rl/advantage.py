@@ -1,7 +1,7 @@
 """Credit: rewards of groups become advantages. B samples; plain torch, in float64.
 
 A = clamp((r - mean of its group) / (std + eps), -limit, limit), and 0 where std < min_std: what is
-left there is rounding, and dividing by eps would make it a direction.
+left there is rounding, and dividing by eps would make it a direction. Undivided as an option.
 
 A leaf without a score (NaN) is as if it had never been sampled: it counts in no mean, std, group or
 rank, and what leads to no other leaf takes no part in training.
@@ -39,6 +39,8 @@ class Credit:
     """Multiplies them in the end."""
     global_std: bool = False
     """Divide by the standard deviation of all rewards instead of the group's own."""
+    scale_rewards: bool = True
+    """False: nothing is divided by a standard deviation."""
     unbiased: bool = False
     """Divide the squares by n - 1 instead of n."""
     trimmed_ratio: float = 0.0
@@ -125,6 +127,7 @@ def group_advantage(
     group: Tensor,
     *,
     global_std: bool = False,
+    scale_rewards: bool = True,
     unbiased: bool = False,
     eps: float = 1e-4,
     min_std: float = 1e-6,
@@ -141,8 +144,8 @@ def group_advantage(
     finite or above 1e150 in size: a mean would spread them over the group.
     """
     options = Credit(
-        global_std=global_std, unbiased=unbiased, eps=eps, min_std=min_std,
-        trimmed_ratio=trimmed_ratio,
+        global_std=global_std, scale_rewards=scale_rewards, unbiased=unbiased, eps=eps,
+        min_std=min_std, trimmed_ratio=trimmed_ratio,
     )  # fmt: skip
     return _normalised(reward, group, options)[0]
 
@@ -197,7 +200,8 @@ def _normalised(reward: Tensor, group: Tensor, options: Credit) -> tuple[Tensor,
         spread = _statistics(value, torch.zeros_like(group), options.unbiased, counts)[1]
     smallest = std.minimum(spread)
     is_flat = (smallest == 0) | (smallest < options.min_std)
-    return torch.where(is_flat, 0.0, difference / (spread + options.eps)), is_flat
+    divided_by = spread + options.eps if options.scale_rewards else 1.0
+    return torch.where(is_flat, 0.0, difference / divided_by), is_flat
 
 
 def _statistics(

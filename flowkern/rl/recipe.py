@@ -35,6 +35,7 @@ __all__ = [
     "Grid",
     "Levels",
     "MatchingRecipe",
+    "NoiseLevel",
     "PolicyRecipe",
     "Recipe",
     "RewardAggregation",
@@ -67,6 +68,17 @@ class _Draws(Held):
 
             sampler_of(value, name, SDES)
 
+
+class _Each(Range):
+    """Of a number, or of each of several."""
+
+    def check(self, name: str, value: Any) -> None:
+        for i, one in enumerate(value if isinstance(value, list) else [value]):
+            super().check(f"{name}[{i}]" if isinstance(value, list) else name, one)
+
+
+NoiseLevel = Annotated[float | list[float], _Each(0, above=True)]
+"""Of drawn steps: one for all, or one for each step of the grid."""
 
 SdeType = Annotated[str, _Draws()]
 """A sampler of steps that are drawn: one of `SDES`, or "module:function" of one's own."""
@@ -111,6 +123,10 @@ class Recipe(AnyRecipe, ABC):
     """Classifier-free guidance; up to 1 is none."""
     adv_clip_max: Annotated[float, ABOVE_0] = 5.0
     """Advantages are clamped to +-this."""
+    scale_rewards: bool = True
+    """Divide advantages by a standard deviation, their group's or, with `global_std`, that of all?
+    Where not, as TRL has it by this name, they are rewards less the mean of their group, and
+    `adv_clip_max` is in units of the reward."""
     multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
     """How several rewards are mixed: by value (sum_then_normalize, as Flow-GRPO does), or by
     advantage, as a sum (normalize_then_sum: GDPO, arXiv 2601.05242) or as a mean
@@ -138,6 +154,7 @@ class Recipe(AnyRecipe, ABC):
         kind = kind or rl.Credit
         mix = self.multi_objective_aggregation
         common = {"limit": self.adv_clip_max, "min_std": self.min_std}
+        common["scale_rewards"] = self.scale_rewards
         return kind(**common, multi_objective_aggregation=mix, **options)
 
     @abstractmethod
@@ -177,8 +194,9 @@ def plan_of(recipe: Recipe, grid: Grid, iteration: int = 0, seed: int = 0) -> ro
 class StepRecipe(Recipe):
     """Trains drawn edges."""
 
-    noise_level: Annotated[float, ABOVE_0]
-    """Of the SDE, as `schedules.edge_coefficients` takes it."""
+    noise_level: NoiseLevel
+    """Of the SDE, as `schedules.edge_coefficients` takes it; a list has one for each step of the
+    grid, in order, drawn or not."""
     sde_type: SdeType = "flow_sde"
     """The sampler of drawn steps: Flow-GRPO's SDE (`flow_sde`), DanceGRPO's (`dance_sde`),
     coefficients-preserving sampling (`cps`, with noise levels around 0.8), or `module:function` of
@@ -196,6 +214,10 @@ class StepRecipe(Recipe):
                 "uncond_gradient: got True, but there is no second half at guidance_scale "
                 f"{self.guidance_scale}; expected one above 1"
             )
+        levels, steps = self.noise_level, self.num_inference_steps
+        if isinstance(levels, list) and len(levels) != steps:
+            got = f"got {len(levels)} of them"
+            raise ValueError(f"noise_level: {got}, expected {steps}, one for each step of the grid")
 
     @property
     def needs_std(self) -> bool:
@@ -205,6 +227,11 @@ class StepRecipe(Recipe):
     def empty_plan(self) -> rollout.Plan:
         """One without a node, which refuses trained edges that the loss is not defined on."""
         return rollout.Plan(self.needs_std)
+
+    def sde(self, step: int) -> tuple[str, float]:
+        """Sampler and noise level of step number `step`, as `Plan.draw` takes them."""
+        level = self.noise_level
+        return self.sde_type, level[step] if isinstance(level, list) else level
 
     def windowed(
         self,
@@ -220,15 +247,14 @@ class StepRecipe(Recipe):
         the solver there. is_shared: the samples are one up to the window.
         """
         plan, trunk = self.empty_plan(), None
-        sde = self.sde_type, self.noise_level
         for member in range(self.group_size):
             if trunk is None or not is_shared:
                 trunk = plan.root(member)
                 for sigma in sigmas[1 : window.start + 1]:
                     trunk = plan.step(trunk, sigma)
             node = trunk
-            for sigma in sigmas[window.start + 1 : window.stop + 1]:
-                node = plan.draw(node, sigma, *sde, member, is_trained=True)
+            for i in window:
+                node = plan.draw(node, sigmas[i + 1], *self.sde(i), member, is_trained=True)
             for sigma in tail:
                 node = plan.step(node, sigma, order)
             plan.leaf(node)
@@ -305,8 +331,11 @@ class MatchingRecipe(Recipe):
     """Trains at chosen noise levels of each image, `num_train_timesteps`, with bounded
     advantages."""
 
+    global_std: bool = True
+    """Divide by the population std of all rewards of the rollout, not the group's own."""
+
     def credit(self) -> rl.Credit:
-        return self.group_credit(global_std=True, scale=1 / self.adv_clip_max)
+        return self.group_credit(global_std=self.global_std, scale=1 / self.adv_clip_max)
 
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size

@@ -17,28 +17,32 @@ from flowkern.rollout.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate(Credit):
-    """Each reward is first made the share of its group that an image beats, a tie counting half."""
+    """Each reward is first made the share of its group that an image beats, a tie counting half.
+    Rewards that are no further apart than min_std are tied: their order is rounding's."""
 
     def __call__(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
     ) -> Tensor:
-        return super().__call__(win_rates(scores, weights, plan), weights, plan)
+        return super().__call__(self._rates(scores, weights, plan), weights, plan)
 
     def zero_std_ratio(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
     ) -> float:
-        return super().zero_std_ratio(win_rates(scores, weights, plan), weights, plan)
+        return super().zero_std_ratio(self._rates(scores, weights, plan), weights, plan)
+
+    def _rates(
+        self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
+    ) -> dict[str, Tensor]:
+        weighted = {name: scores[name].double() for name, weight in weights.items() if weight}
+        return win_rates(weighted, plan, self.min_std)
 
 
-def win_rates(
-    scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
-) -> dict[str, Tensor]:
-    """(P, L) float64 in [0, 1] by name, of the weighted rewards (P, L) by name.
+def win_rates(scores: Mapping[str, Tensor], plan: Plan, tie: float = 0.0) -> dict[str, Tensor]:
+    """(P, L) float64 in [0, 1] by name, of rewards (P, L) by name; tie: how far apart they are one.
 
     An image that lacks one of them (NaN) has no rate, and is no opponent. One without an opponent
     has 1/2.
     """
-    scores = {name: scores[name].double() for name, weight in weights.items() if weight}
     there = ~torch.stack(list(scores.values())).isnan().any(0)
     tag = torch.tensor(plan.groups)
     meets = (tag[:, None] == tag) & ~torch.eye(len(tag), dtype=torch.bool)
@@ -46,7 +50,8 @@ def win_rates(
     count = meets.sum(2)
 
     def rates(score: Tensor) -> Tensor:
-        beats = (score[:, :, None] - score[:, None]).sign() / 2 + 0.5
+        ahead = score[:, :, None] - score[:, None]
+        beats = torch.where(ahead.abs() <= tie, 0.5, (ahead > 0).to(score))
         wins = torch.where(meets, beats, 0.0).sum(2)
         rate = torch.where(count > 0, wins / count.clamp(min=1), 0.5)
         return rate.masked_fill(~there, torch.nan)

@@ -241,7 +241,7 @@ def build(kind: type[SectionT], tree: Any) -> SectionT:
         raise ConfigError(_line(errors[0], kind, alike)) from None
 
 
-BRANCH = re.compile(r"list\[|literal\[|function-")
+BRANCH = re.compile(r"list\[|literal\[|function-|float$")
 """What pydantic puts into a place for each type that a field may be of."""
 
 

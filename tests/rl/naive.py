@@ -176,10 +176,13 @@ def sample(
 def all_drawn(sigmas, size, solver, level, weight=lambda sigma, n: 1.0) -> list[Walk]:
     """Flow-GRPO, CPS, GRPO-Guard: every step is drawn, all but the last are trained.
 
-    Every sample is a member with its own root.
+    Every sample is a member with its own root. level: one, or one for each step.
     """
-    path = [Step(n, solver, level, weight(s, n)) for s, n in pairs(sigmas)]
-    path[-1] = Step(0.0, solver, level)
+    level = level if isinstance(level, list) else [level] * (len(sigmas) - 1)
+    path = [
+        Step(n, solver, a, weight(s, n)) for (s, n), a in zip(pairs(sigmas), level, strict=True)
+    ]
+    path[-1] = Step(0.0, solver, level[-1])
     return [Walk(m, m, path) for m in range(size)]
 
 
@@ -285,8 +288,9 @@ def pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def advantages(
-    rewards: Table, groups: Sequence[int], eps: float, unbiased: bool = False, all_std: bool = False
-) -> Table:
+    rewards: Table, groups: Sequence[int], eps: float, unbiased: bool = False,
+    all_std: bool = False, divided: bool = True,
+) -> Table:  # fmt: skip
     """(r - mean) / (std + eps) within the groups of each prompt; NaN: an image without a reward.
 
     all_std: the std of all rewards there are.
@@ -300,7 +304,7 @@ def advantages(
             compared = everything if all_std else mates
             std = spread(compared) if len(compared) > 1 else 0
             mean = statistics.fmean(mates) if mates else 0
-            out[-1].append((reward - mean) / (std + eps))
+            out[-1].append((reward - mean) / (std + eps) if divided else reward - mean)
     return out
 
 

@@ -1,6 +1,7 @@
 """Credit: group statistics against numpy, and how leaves' advantages reach what is trained."""
 
 import typing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from flowkern.rl.advantage import Credit, group_advantage, keep_extremes
 from flowkern.rl.algorithms import names, recipe
 from flowkern.rl.recipe import RewardAggregation
+from flowkern.rl.win_rate import win_rates
 from flowkern.rollout import Plan
 from flowkern.schedules import sd3_sigmas
+
+tensor = partial(torch.tensor, dtype=torch.float64)
 
 
 def rewards_and_groups():
@@ -34,6 +38,38 @@ def test_statistics_are_numpys(global_std, unbiased):
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-6, atol=1e-6)
     for key in np.unique(g):
         assert abs(actual[group == int(key)].double().sum()) < 1e-5
+
+
+def test_undivided_advantages_are_differences():
+    """Also where the std of all would divide; equal ones are exactly 0, and all are clamped."""
+    reward, group = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0]), torch.tensor([0, 0, 0, 1, 1])
+    for global_std in (False, True):
+        how = {"global_std": global_std, "scale_rewards": False}
+        assert group_advantage(reward, group, **how).tolist() == [-2, -1, 3, 0, 0]
+    plan = Plan()
+    for member in range(3):
+        node = plan.draw(plan.root(member), 0.5, "flow_sde", 0.7, member, is_trained=True)
+        plan.leaf(plan.step(node, 0.0))
+    credit = Credit(scale_rewards=False, limit=2.5, scale=0.1)
+    found = credit({"toy": reward[None, :3]}, {"toy": 1.0}, plan)
+    assert found.tolist() == [[-0.2, -0.1, 0.25]]
+
+
+def test_win_rates_are_over_those_that_can_be_met():
+    """Of the group, with a score: ties count half, also those that only rounding tells apart."""
+    plan = Plan()
+    for member, tag in enumerate((0, 0, 0, 0, 1, 1, 2)):
+        node = plan.draw(plan.root(member), 0.5, "flow_sde", 0.7, member, is_trained=True)
+        plan.leaf(plan.step(node, 0.0), group=tag)
+    nan = float("nan")
+    score = tensor([[3.0, 1.0, 1.0 + 1e-9, nan, 5.0, 9.0, 2.0]])
+    (found,) = win_rates({"toy": score}, plan, 1e-6).values()
+    wanted = tensor([[1.0, 0.25, 0.25, nan, 0.0, 1.0, 0.5]])
+    assert torch.equal(found.nan_to_num(-1), wanted.nan_to_num(-1))
+    also = torch.where(torch.arange(7) == 0, nan, 1.0)[None].double()  # what lacks one is not there
+    (found, _) = win_rates({"toy": score, "other": also}, plan).values()
+    wanted = tensor([[nan, 0.0, 1.0, nan, 0.0, 1.0, 0.5]])
+    assert torch.equal(found.nan_to_num(-1), wanted.nan_to_num(-1))
 
 
 OPTIONS = [

@@ -298,6 +298,7 @@ SMALL = {"num_inference_steps": 5, "group_size": 3, "updates_per_rollout": 2, "c
 PLAIN = {"guidance_scale": 1.0, "kl_coef": 0.0}
 GUIDED = {"guidance_scale": 2.5, "kl_coef": 0.05}
 POPULATION, ALL_STD = {"eps": 1e-4}, {"eps": 1e-4, "all_std": True}
+RISING = [0.3, 0.5, 0.7, 0.9, 1.1]
 UNBIASED = {"eps": 1e-8, "unbiased": True, "mix": "mean"}
 
 
@@ -318,6 +319,10 @@ CASES = {
     "flow_grpo": policy("flow_grpo", GUIDED, drawn("flow_sde", 0.7), ALL_STD, kl_coef=0.05),
     "flow_grpo, one update": policy(
         "flow_grpo", PLAIN | {"updates_per_rollout": 1}, drawn("flow_sde", 0.7), ALL_STD
+    ),
+    "flow_grpo, a noise level for each step, undivided": policy(
+        "flow_grpo", PLAIN | {"noise_level": RISING, "scale_rewards": False},
+        drawn("flow_sde", RISING), ALL_STD | {"divided": False},
     ),
     "cps": policy(
         "flow_grpo", PLAIN | {"sde_type": "cps", "noise_level": 0.8}, drawn("cps", 0.8), ALL_STD
@@ -411,8 +416,11 @@ CASES = {
         ),
     ),
     "awm, another power": Case(
-        "awm", {"group_size": 2, "ghuber_power": 0.6, "ref_coef": 0.0, "ema_coef": 0.7},
-        lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
+        "awm", {
+            "group_size": 2, "ghuber_power": 0.6, "ref_coef": 0.0, "ema_coef": 0.7,
+            "global_std": False,
+        },
+        lambda sigmas, _: naive.awm(sigmas, 2), POPULATION, unit=1 / 5,
         matching=lambda nets, *point: naive.awm_loss(
             nets[None].one, *point, p=0.6, pulls=[(0.7, nets["ema"].one)]
         ),
@@ -420,9 +428,9 @@ CASES = {
     "diffusion_nft, beta, uniform": Case(
         "diffusion_nft", {
             "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.1, "nft_beta": 0.1,
-            "weighting": "uniform",
+            "weighting": "uniform", "global_std": False,
         },
-        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
+        lambda sigmas, _: naive.nft(sigmas, 3), POPULATION, unit=1 / 5,
         matching=lambda nets, *point: naive.nft_loss(
             nets[None].one, nets["old"].one, *point, beta=0.1, adaptive=False,
             pulls=[(0.1, nets["reference"].one)],

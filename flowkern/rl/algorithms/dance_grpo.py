@@ -13,7 +13,7 @@ from typing import Annotated
 
 from flowkern import rollout
 from flowkern.checks import SHARE
-from flowkern.rl.recipe import EvenGridRecipe, Grid, SdeType, shared_random
+from flowkern.rl.recipe import EvenGridRecipe, Grid, NoiseLevel, SdeType, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class DanceGRPO(EvenGridRecipe):
     prompts_per_rollout: int = 16
     updates_per_rollout: int = 4
     """The released loop makes 3, of a third of every group each; here groups stay whole."""
-    noise_level: float = 0.3
+    noise_level: NoiseLevel = 0.3
     sde_type: SdeType = "dance_sde"
     init_same_noise: bool = True
     """One starting noise per prompt; its first step is computed once."""
@@ -38,14 +38,13 @@ class DanceGRPO(EvenGridRecipe):
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
         plan, chance = self.empty_plan(), shared_random(seed, iteration)
-        sde = self.sde_type, self.noise_level
         sigmas, root = self.levels(grid), None
         for member in range(self.group_size):
             if root is None or not self.init_same_noise:
                 root = plan.root(member)
             node, trained = root, chance.sample(range(len(sigmas) - 2), self.num_trained)
             for i, sigma in enumerate(sigmas[1:-1]):
-                node = plan.draw(node, sigma, *sde, member, is_trained=i in trained)
+                node = plan.draw(node, sigma, *self.sde(i), member, is_trained=i in trained)
             plan.leaf(plan.step(node, 0.0))
         return plan
 

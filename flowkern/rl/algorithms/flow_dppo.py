@@ -14,7 +14,7 @@ from typing import Annotated
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, SHARE
 from flowkern.rl.divergence import DivergenceMask
-from flowkern.rl.recipe import Grid, Levels, StepRecipe, shared_random
+from flowkern.rl.recipe import Grid, Levels, NoiseLevel, StepRecipe, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class FlowDPPO(StepRecipe):
     group_size: int = 16
     prompts_per_rollout: int = 48
     updates_per_rollout: int = 2
-    noise_level: float = 0.7
+    noise_level: NoiseLevel = 0.7
     kl_mask_threshold: Annotated[float, ABOVE_0] = 1e-5
     """Of the KL of a step, a mean over the latent's elements: it is the same for all sizes."""
     num_sde_steps: Levels = 3
@@ -51,12 +51,11 @@ class FlowDPPO(StepRecipe):
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
         plan, sigmas = self.empty_plan(), grid(self.num_inference_steps).tolist()
         drawn = shared_random(seed, iteration).sample(range(self.early), self.num_sde_steps)
-        sde = self.sde_type, self.noise_level
         for member in range(self.group_size):
             node = plan.root(member)
             for i, sigma in enumerate(sigmas[1:]):
                 if i in drawn:
-                    node = plan.draw(node, sigma, *sde, member, is_trained=True)
+                    node = plan.draw(node, sigma, *self.sde(i), member, is_trained=True)
                 else:
                     node = plan.step(node, sigma)
             plan.leaf(node)

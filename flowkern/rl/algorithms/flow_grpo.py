@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowkern import rl, rollout
-from flowkern.rl.recipe import Grid, PolicyRecipe
+from flowkern.rl.recipe import Grid, NoiseLevel, PolicyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class FlowGRPO(PolicyRecipe):
     group_size: int = 24
     prompts_per_rollout: int = 48
     updates_per_rollout: int = 2
-    noise_level: float = 0.7
+    noise_level: NoiseLevel = 0.7
     kl_coef: float = 0.004
     """As in the paper; the code's later 0.04 lacks a dt."""
     global_std: bool = True
@@ -31,9 +31,9 @@ class FlowGRPO(PolicyRecipe):
         plan, sigmas = self.empty_plan(), grid(self.num_inference_steps).tolist()
         for member in range(self.group_size):
             node = plan.root(member)
-            for sigma in sigmas[1:]:
+            for i, sigma in enumerate(sigmas[1:]):
                 trains = sigma > 0  # the last step draws next to nothing
-                node = plan.draw(node, sigma, self.sde_type, self.noise_level, member, trains)
+                node = plan.draw(node, sigma, *self.sde(i), member, trains)
             plan.leaf(node)
         return plan
 

@@ -14,7 +14,7 @@ from typing import Annotated
 from flowkern import rollout
 from flowkern.checks import AT_LEAST_0
 from flowkern.rl.algorithms.flow_grpo import FlowGRPO
-from flowkern.rl.recipe import Grid, Levels, SdeType, shared_random
+from flowkern.rl.recipe import Grid, Levels, NoiseLevel, SdeType, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class FlowGRPOFast(FlowGRPO):
     """The released defaults."""
 
     guidance_scale: float = 1.0
-    noise_level: float = 0.8
+    noise_level: NoiseLevel = 0.8
     sde_type: SdeType = "cps"
     clip_range: float = 1e-5
     kl_coef: float = 0.0

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from flowkern import rl, rollout
-from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels, RewardAggregation
+from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels, NoiseLevel, RewardAggregation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class G2RPO(EvenGridRecipe):
     num_inference_steps: int = 16
     group_size: int = 12
     prompts_per_rollout: int = 16
-    noise_level: float = 0.7
+    noise_level: NoiseLevel = 0.7
     multi_objective_aggregation: RewardAggregation = "normalize_then_sum"
     """As released."""
     branch_steps: Levels = 8
@@ -47,7 +47,7 @@ class G2RPO(EvenGridRecipe):
         for i in range(self.branch_steps):
             state = plan.step(state, sigmas[i]) if i else state
             for member in range(self.group_size):
-                sde = self.sde_type, self.noise_level, member
+                sde = *self.sde(i), member
                 branch = plan.draw(state, sigmas[i + 1], *sde, is_trained=True)
                 made: dict[tuple[int, float], int] = {}  # what step sizes share is computed once
                 for j, size in enumerate(sizes):

@@ -29,8 +29,8 @@ class GRPOGuard(FlowGRPO):
         plan, sigmas = self.empty_plan(), grid(self.num_inference_steps).tolist()
         for member in range(self.group_size):
             node = plan.root(member)
-            for sigma, sigma_next in pairwise(sigmas):
-                sde = self.sde_type, self.noise_level, member
+            for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+                sde = *self.sde(i), member
                 weight = 1 / (sigma - sigma_next)
                 node = plan.draw(node, sigma_next, *sde, is_trained=sigma_next > 0, weight=weight)
             plan.leaf(node)

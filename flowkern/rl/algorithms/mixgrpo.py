@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from flowkern import rollout
 from flowkern.checks import AT_LEAST_0, count
-from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels, shared_random
+from flowkern.rl.recipe import EvenGridRecipe, Grid, Levels, NoiseLevel, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class MixGRPO(EvenGridRecipe):
     group_size: int = 12
     prompts_per_rollout: int = 32
     updates_per_rollout: int = 4
-    noise_level: float = 0.7
+    noise_level: NoiseLevel = 0.7
     init_same_noise: bool = True
     """One starting noise per prompt; what comes before the window is computed once."""
     window: Levels = 4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from flowkern import rl
 from flowkern.rl.algorithms.dance_grpo import DanceGRPO
-from flowkern.rl.recipe import RewardAggregation, SdeType
+from flowkern.rl.recipe import NoiseLevel, RewardAggregation, SdeType
 from flowkern.rl.win_rate import WinRate
 
 
@@ -25,7 +25,7 @@ class PrefGRPO(DanceGRPO):
     prompts_per_rollout: int = 64
     updates_per_rollout: int = 2
     """As released: groups of 8, gradients of 4 images on each GPU."""
-    noise_level: float = 0.7
+    noise_level: NoiseLevel = 0.7
     sde_type: SdeType = "flow_sde"
     multi_objective_aggregation: RewardAggregation = "normalize_then_sum"
     """As released."""

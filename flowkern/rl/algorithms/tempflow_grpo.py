@@ -7,11 +7,14 @@ The branches of one state are compared with each other: their rewards differ by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from math import nan
+from statistics import fmean
 from typing import Annotated
 
 from flowkern import rl, rollout
 from flowkern.checks import count
-from flowkern.rl.recipe import Grid, PolicyRecipe
+from flowkern.rl.recipe import Grid, NoiseLevel, PolicyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,25 +29,26 @@ class TempFlowGRPO(PolicyRecipe):
     """Branches of every state but the last of a trunk, compared with each other."""
     prompts_per_rollout: int = 48
     updates_per_rollout: int = 2
-    noise_level: float = 0.7
+    noise_level: NoiseLevel = 0.7
     kl_coef: float = 0.004
     """As released; 0.001 for PickScore."""
 
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        from flowkern.schedules import step_coefficients
+        from flowkern.schedules import edge_coefficients
 
-        plan, sigmas = self.empty_plan(), grid(self.num_inference_steps)
-        sde, size = (self.sde_type, self.noise_level), self.group_size
-        std = step_coefficients(sigmas, *sde).std[:-1]
+        plan, sigmas = self.empty_plan(), grid(self.num_inference_steps).tolist()
+        edges, size = enumerate(pairwise(sigmas[:-1])), self.group_size
+        std = [float(edge_coefficients(*edge, *self.sde(i)).std) for i, edge in edges]
         # By the noise of the step, 1 on average: a constant of one grid is wrong on another.
-        weights, sigmas = (std / std.mean()).tolist(), sigmas.tolist()
+        mean = fmean(std) or nan  # which no plan takes for a weight
+        weights = [each / mean for each in std]
         for trunk in range(self.num_seeds):
             members = range(trunk * size, (trunk + 1) * size)
             state = plan.root(members[0])
             for i, weight in enumerate(weights):
                 state = plan.step(state, sigmas[i]) if i else state
                 for member in members:
-                    node = plan.draw(state, sigmas[i + 1], *sde, member, True, weight)
+                    node = plan.draw(state, sigmas[i + 1], *self.sde(i), member, True, weight)
                     for sigma in sigmas[i + 2 :]:
                         node = plan.step(node, sigma)
                     plan.leaf(node, group=trunk * len(weights) + i)
