@@ -35,6 +35,7 @@ from flowkern.rl.recipe import (  # noqa: E402
     PolicyRecipe,
     Recipe,
     SdeType,
+    ShiftedRecipe,
     StepRecipe,
 )
 from flowkern.train.config import Config  # noqa: E402
@@ -231,7 +232,7 @@ def of_rewards() -> str:
 def of_algorithms() -> str:
     kinds = {name: {key.name: key for key in keys(recipe(name))} for name in sorted(ALGORITHMS)}
     shared: dict[str, Key] = {}
-    for base in (Recipe, StepRecipe, PolicyRecipe, EvenGridRecipe):
+    for base in (Recipe, StepRecipe, PolicyRecipe, ShiftedRecipe, EvenGridRecipe):
         shared |= {key.name: key for key in keys(base) if key.name not in shared}
     page = f"## algorithm\n\n{prose(OF_ALGORITHMS)}\n\n### Options of several\n\n"
     page += "| key | type | |\n| --- | --- | --- |\n"

@@ -33,6 +33,8 @@ LONG = {"num_inference_steps": 12, "window_iterations": 1}
 FEW = {"num_inference_steps": 5, "num_seeds": 2}
 FIRST, LATER = (", first rollout", LONG, 0), (", three moves later", LONG, 3)
 TEN = {"num_inference_steps": 10, "num_train_timesteps": 4}
+LAYERS = {"window": 3, "window_iterations": 1, "group_size": 6}
+THREE = {"split_steps": [0, 2, 4]}
 BRANCHING = (", branching", {"branching": True}, 3)
 # The trees of one picture: what follows the title, options beside SIZES, number of the rollout.
 PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
@@ -41,11 +43,20 @@ PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "flow_grpo_fast": ("Flow-GRPO-Fast", [(", window", {}, 5), BRANCHING]),
     "grpo_guard": ("GRPO-Guard", [("", SHORT, 0)]),
     "dance_grpo": ("DanceGRPO", [("", {}, 0)]),
+    "branch_grpo": (
+        "BranchGRPO",
+        [(", three splits", {"num_inference_steps": 10, "group_size": 8} | THREE, 0)],
+    ),
     "mixgrpo": ("MixGRPO", [FIRST, LATER]),
     "mixgrpo_flash": ("MixGRPO-Flash", [FIRST, LATER]),
     "mixgrpo_flash_star": ("MixGRPO-Flash*", [(", every rollout", WIDE, 0)]),
     "pref_grpo": ("Pref-GRPO", [("", {}, 0)]),
+    "tree_rpo": (
+        "Dynamic-TreeRPO",
+        [(", first rollout", LAYERS, 0), (", two moves later", LAYERS, 2)],
+    ),
     "tempflow_grpo": ("TempFlow-GRPO", [(", two trunks", FEW, 0)]),
+    "dense_grpo": ("DenseGRPO", [("", {"num_inference_steps": 5}, 0)]),
     "g2rpo": ("G2RPO", [(", step sizes 1 and 2", {"branch_steps": 4}, 0)]),
     "awm": ("AWM", [("", TEN, 0)]),
     "diffusion_nft": ("DiffusionNFT", [("", {}, 0)]),

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 # sampling here and released, saved, training here and released, nfe of both, images
 DEFAULTS = {
     "awm": "336 336 0% 144 144 336 288 24",
+    "branch_grpo": "203 203 0% 187 218 203 187 16",
     "dance_grpo": "181 192 6% 103 108 181 103 12",
+    "dense_grpo": "1320 1536 14% 216 216 2640 756 240",
     "diffusion_nft": "240 240 0% 216 216 240 432 24",
     "flow_dppo": "160 160 0% 48 48 160 48 16",
     "flow_grpo": "240 240 0% 216 216 480 756 24",
@@ -29,6 +31,7 @@ DEFAULTS = {
     "mixgrpo_flash_star": "73 84 13% 37 48 73 37 12",
     "pref_grpo": "193 200 4% 106 112 193 106 8",
     "tempflow_grpo": "1116 1116 0% 36 216 2232 126 216",
+    "tree_rpo": "351 351 0% 15 30 351 15 16",
 }
 MEANS = {
     "awm": "336 336 0% 144 144 336 431.5 24",
@@ -38,6 +41,7 @@ MEANS = {
     "mixgrpo": "228.5 300 24% 37 48 228.5 37 12",
     "pref_grpo": "193 200 4% 108.4 112 193 108.4 8",
     "mixgrpo_flash": "99.2 187.2 47% 37 48 99.2 37 12",
+    "tree_rpo": "268.5 268.5 0% 15 30 268.5 15 16",
 }
 
 

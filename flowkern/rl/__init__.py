@@ -6,12 +6,23 @@ from flowkern.lookup import lazily
 
 if TYPE_CHECKING:
     from flowkern.rl.advantage import Credit
+    from flowkern.rl.depth import DepthCredit, GainCredit
     from flowkern.rl.objectives import Matching, Objective, Outcome, RatioClip
 
-__all__ = ["Credit", "Matching", "Objective", "Outcome", "RatioClip"]
+__all__ = [
+    "Credit",
+    "DepthCredit",
+    "GainCredit",
+    "Matching",
+    "Objective",
+    "Outcome",
+    "RatioClip",
+]
 
 _HOMES = {
     "Credit": "flowkern.rl.advantage",
+    "DepthCredit": "flowkern.rl.depth",
+    "GainCredit": "flowkern.rl.depth",
     "Matching": "flowkern.rl.objectives",
     "Objective": "flowkern.rl.objectives",
     "Outcome": "flowkern.rl.objectives",

@@ -40,6 +40,7 @@ __all__ = [
     "Recipe",
     "RewardAggregation",
     "SdeType",
+    "ShiftedRecipe",
     "StepRecipe",
     "plan_of",
     "shared_random",
@@ -281,25 +282,13 @@ class PolicyRecipe(StepRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvenGridRecipe(PolicyRecipe):
-    """On a grid of equal steps, with the unbiased std of each group."""
+class ShiftedRecipe(PolicyRecipe):
+    """On a grid of equal steps."""
 
     shift: Annotated[float | None, Range(0, above=True, most=1000)] = 3.0
     """Of the grid of equal steps; None: the model's own grid."""
     multi_objective_aggregation: RewardAggregation = "normalize_then_mean"
     """As in MixGRPO's code; see `Recipe`."""
-    best_of: Annotated[int | None, ABOVE_0] = None
-    """Train on this many of a group, half of them the best, half the worst; None: on all."""
-    trimmed_ratio: Annotated[float, BELOW_1] = 0.0
-    """The share of a group, its lowest rewards, that mean and std leave out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.best_of is not None and (self.best_of % 2 or self.best_of > self.group_size):
-            raise ValueError(
-                f"best_of: got {self.best_of}, expected an even number, at most group_size, "
-                f"{self.group_size}"
-            )
 
     def levels(self, grid: Grid, first: int = 0, points: int | None = None) -> list[float]:
         """Noise levels from place `first` of the grid to its end, falling.
@@ -320,6 +309,24 @@ class EvenGridRecipe(PolicyRecipe):
             return np.interp(places, range(steps + 1), own).tolist()
         u = 1 - places / steps
         return (shift * u / (1 + (shift - 1) * u)).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenGridRecipe(ShiftedRecipe):
+    """With the unbiased std of each group, of which some may be left out."""
+
+    best_of: Annotated[int | None, ABOVE_0] = None
+    """Train on this many of a group, half of them the best, half the worst; None: on all."""
+    trimmed_ratio: Annotated[float, BELOW_1] = 0.0
+    """The share of a group, its lowest rewards, that mean and std leave out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.best_of is not None and (self.best_of % 2 or self.best_of > self.group_size):
+            raise ValueError(
+                f"best_of: got {self.best_of}, expected an even number, at most group_size, "
+                f"{self.group_size}"
+            )
 
     def credit(self) -> rl.Credit:
         trimmed, best_of = self.trimmed_ratio, self.best_of

@@ -60,7 +60,9 @@ CHANNELS = {"ltx": 8}  # of the published latents to one of the tiny ones
 PAPERS = {path.stem: path for path in sorted((ROOT / "configs/papers").glob("*.yaml"))}
 DEFAULTS = {
     "awm": "awm_sd35m_geneval",
+    "branch_grpo": "branch_grpo_flux_hps",
     "dance_grpo": "dance_grpo_flux_hps",
+    "dense_grpo": "dense_grpo_sd35m_pickscore",
     "diffusion_nft": "diffusion_nft_sd35m_geneval",
     "flow_dppo": "flow_dppo_sd35m_pickscore",
     "flow_grpo": "flow_grpo_sd35m_geneval",
@@ -72,6 +74,7 @@ DEFAULTS = {
     "mixgrpo_flash_star": "mixgrpo_flash_star_flux",
     "pref_grpo": "pref_grpo_flux",
     "tempflow_grpo": "tempflow_grpo_sd35m_geneval",
+    "tree_rpo": "tree_rpo_flux",
 }
 """The run that a recipe's defaults are."""
 EVERY = os.environ.get("FLOWKERN_EVERY_CELL") == "1"

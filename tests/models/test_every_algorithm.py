@@ -36,7 +36,9 @@ PROMPTS = ["a red cat", "an old photo of the small blue dog on a seven"]  # of t
 COMMON = {"group_size": 2, "prompts_per_rollout": 2, "updates_per_rollout": 2}
 SMALL = {
     "awm": {"num_inference_steps": 4, "num_train_timesteps": 2},
+    "branch_grpo": {"num_inference_steps": 3, "split_steps": [0]},
     "dance_grpo": {"num_inference_steps": 4},
+    "dense_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "diffusion_nft": {"num_inference_steps": 3},
     "flow_dppo": {"num_inference_steps": 4, "num_sde_steps": 2, "guidance_scale": 2.0},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
@@ -48,6 +50,7 @@ SMALL = {
     "mixgrpo_flash_star": {"num_inference_steps": 8, "window": 2},
     "pref_grpo": {"num_inference_steps": 4},
     "tempflow_grpo": {"num_inference_steps": 3, "num_seeds": 1, "guidance_scale": 2.0},
+    "tree_rpo": {"num_inference_steps": 4, "window": 1},
 }
 SMALL["mixgrpo"]["guidance_scale"] = 2.0
 FAMILIES, EVERY = list(SIZES), os.environ.get("FLOWKERN_EVERY_CELL") == "1"

@@ -67,6 +67,8 @@ class Step:
     level: float = 0.0
     weight: float | None = None
     """Of the policy loss of this step; None: it is not trained."""
+    member: int | None = None
+    """Whose noise it has; None: that of the walk's member."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def walk(world: World, slot: int, way: Walk) -> tuple[Tensor, dict[tuple[int, in
     x, sigma = world.noise(slot, way.root, 0, "init"), 1.0
     predictions, moves = [], {}
     for i, step in enumerate(way.path):
+        member = way.member if step.member is None else step.member
         with torch.no_grad():
             v = world.velocity(world.network, x, sigma, slot)
         predictions.append((sigma, x - sigma * v))
@@ -147,9 +150,9 @@ def walk(world: World, slot: int, way: Walk) -> tuple[Tensor, dict[tuple[int, in
             x_next = dpm(x, sigma, step.sigma_next, predictions)
         else:
             mean, std = mean_and_std(x, v, sigma, step)
-            x_next = mean + std * world.noise(slot, way.member, i)
+            x_next = mean + std * world.noise(slot, member, i)
         if step.weight is not None:
-            moves[way.member, i] = Move(slot, x, sigma, step, x_next, v)
+            moves[member, i] = Move(slot, x, sigma, step, x_next, v)
         x, sigma = x_next, step.sigma_next
     assert sigma == 0
     return x, moves
@@ -267,6 +270,33 @@ def g2rpo(sigmas, depth: int, size: int, strides: Sequence[int], level: float = 
     return walks
 
 
+def tree(sigmas, parted: dict[int, Sequence[int]], solver, levels: dict[int, float]) -> list[Walk]:
+    """From root 0; the steps of `levels` are drawn, and trained once the samples have parted.
+
+    parted: from a step on, whose noise each sample has.
+    """
+    walks = []
+    for m in range(len(next(iter(parted.values())))):
+        path, whose, weight = [], 0, None
+        for i, (_, n) in enumerate(pairs(sigmas)):
+            if i in parted:
+                whose, weight = parted[i][m], 1.0
+            path.append(Step(n, solver, levels[i], weight, whose) if i in levels else Step(n))
+        walks.append(Walk(0, 0, path))
+    return walks
+
+
+def dense(sigmas, size: int, levels: Sequence[float]) -> list[Walk]:
+    """The first k steps drawn and trained, the others Euler's, for every k but all."""
+    walks = []
+    for m in range(size):
+        for k in range(len(sigmas) - 1):
+            path = [Step(n) for n in sigmas[1:]]
+            path[:k] = [Step(sigmas[i + 1], "flow_sde", levels[i], 1.0) for i in range(k)]
+            walks.append(Walk(m, m, path))
+    return walks
+
+
 def awm(sigmas, size: int, level: float = 0.4) -> list[Walk]:
     """Drawn where .3 <= sigma <= .9, DPM-Solver++ elsewhere; no step is trained."""
     path = [
@@ -322,6 +352,18 @@ def win_rates(rewards: Table, groups: Sequence[int]) -> Table:
             rate = statistics.fmean(points) if points else 0.5
             out[-1].append(rate if mine == mine else math.nan)
     return out
+
+
+def mean_reward(rewards: Sequence[float], move: Move, *_: int) -> float:
+    """What a move of a tree is worth: the mean of the images that came of it."""
+    there = [rewards[i] for i in move.images if rewards[i] == rewards[i]]
+    return statistics.fmean(there) if there else math.nan
+
+
+def gain(rewards: Sequence[float], move: Move, member: int, step: int, steps: int) -> float:
+    """What a move of `dense` is worth: the image after it, less the one before it."""
+    before = member * steps + step
+    return rewards[before + 1] - rewards[before]
 
 
 def mixed(

@@ -103,6 +103,9 @@ class Case:
     """Of Flow-DPPO's mask, in place of a clip range."""
     matching: Callable | None = None
     """(networks, x0, noise, sigma, slot, advantage) -> loss."""
+    worth: Callable | None = None
+    """(rewards of a prompt, move, member, step, steps) -> what it is worth, where moves are
+    compared with those of their step, in place of images."""
     best_of: int | None = None
     unit: float = 1.0  # what the package's advantages are multiplied by, over the loop's
     grid: Callable = sd3_sigmas
@@ -248,6 +251,16 @@ def loop(case, failed=lambda *_: False):
             row = enumerate(table[slot])
             table[slot] = [math.nan if failed(slot, image) else r for image, r in row]
     advantage = naive.mixed(rewards, WEIGHTS, groups, **case.credit)
+    if case.worth:
+        steps = algorithm.num_inference_steps
+        of_moves = {
+            name: [
+                [case.worth(table[slot], move, *key, steps) for key, move in moves[slot].items()]
+                for slot in SLOTS
+            ]
+            for name, table in rewards.items()
+        }
+        own = naive.mixed(of_moves, WEIGHTS, [step for _, step in moves[0]], **case.credit)
 
     def loss(slot, number, choice, a):
         if case.matching is None:
@@ -269,10 +282,11 @@ def loop(case, failed=lambda *_: False):
             for number, choice in enumerate(choices):
                 of = [choice[0]] if case.matching else choice.images
                 of = [image for image in of if not failed(slot, image)]
-                if not of:
+                if not of or (case.worth and math.isnan(own[slot][number])):
                     table[-1].append(math.nan)
                     continue
-                a = naive.clamp(sum(advantage[slot][image] for image in of))
+                total = sum(advantage[slot][image] for image in of)
+                a = naive.clamp(own[slot][number] if case.worth else total)
                 table[-1].append(a * case.unit * speaks_for if of[0] in kept else 0.0)
                 if of[0] in kept:
                     taught += speaks_for
@@ -391,6 +405,27 @@ CASES = {
         lambda sigmas, _, sizes=sizes: naive.g2rpo(sigmas, 3, 3, sizes), UNBIASED | {"mix": "sum"},
         grid=shifted,
     ) for sizes in ([1, 2], [1, 2, 3])},
+    "branch_grpo": policy(
+        "branch_grpo", {"group_size": 4, "split_steps": [0, 2]},
+        lambda sigmas, _: naive.tree(
+            sigmas, {0: [0, 0, 2, 2], 2: range(4)}, "dance_sde", dict.fromkeys(range(4), 0.3)
+        ),
+        UNBIASED, grid=shifted, worth=naive.mean_reward,
+    ),
+    "tree_rpo": policy(
+        "tree_rpo", {"num_inference_steps": 6, "group_size": 5, "window": 3, "noise_scales":
+        [1.0, 0.8, 0.5], "window_iterations": 5},
+        lambda sigmas, _: naive.tree(
+            sigmas, {1: [0, 0, 0, 3, 3], 2: [0, 0, 2, 3, 4], 3: range(5)}, "flow_sde",
+            {1: 0.7, 2: 0.7 * 0.8, 3: 0.35},
+        ),
+        UNBIASED, grid=shifted, worth=naive.mean_reward, iteration=5,
+    ),
+    "dense_grpo": policy(
+        "dense_grpo", GUIDED | {"num_inference_steps": 4, "noise_level": [0.7, 0.9, 0.4, 0.5]},
+        lambda sigmas, _: naive.dense(sigmas, 3, [0.7, 0.9, 0.4]),
+        POPULATION, kl_coef=0.05, worth=naive.gain,
+    ),
     "awm": Case(
         "awm", {"group_size": 2, "ref_coef": 0.2, "ema_coef": 0.7},
         lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,

@@ -63,6 +63,10 @@ def test_a_recipe_is_one_short_file():
         ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
         ("dance_grpo", {"timestep_fraction": 1.0}, (181, 169, 12), (192, 180, 12)),
         ("pref_grpo", {}, (193, 106, 8), (200, 112, 8)),
+        ("branch_grpo", {}, (203, 187, 16), (203, 218, 16)),
+        ("branch_grpo", {"split_steps": [0], "group_size": 2}, (39, 37, 2), (39, 40, 2)),
+        ("tree_rpo", {}, (351, 15, 16), (351, 30, 16)),
+        ("dense_grpo", {}, (1320, 216, 240), (1536, 216, 240)),
         ("mixgrpo", {}, (289, 37, 12), (300, 48, 12)),
         ("mixgrpo_flash", {}, (121, 37, 12), (132, 48, 12)),
         ("mixgrpo_flash_star", {}, (73, 37, 12), (84, 48, 12)),
@@ -442,6 +446,9 @@ STATISTICS = {
     "mixgrpo_flash_star": (1, 1e-8, False, 1.0),
     "pref_grpo": (1, 1e-8, False, 1.0),
     "tempflow_grpo": (0, 1e-4, False, 1.0),
+    "branch_grpo": (1, 1e-8, False, 1.0),
+    "tree_rpo": (1, 1e-8, False, 1.0),
+    "dense_grpo": (0, 1e-4, False, 1.0),
     "g2rpo": (1, 1e-8, False, 1.0),
     "awm": (0, 1e-4, True, 0.2),
     "diffusion_nft": (0, 1e-4, True, 0.2),
@@ -453,6 +460,7 @@ def test_each_algorithm_has_its_own_statistics(name):
     assert name in STATISTICS, f"{name} needs an entry in STATISTICS"
     ddof, eps, is_global, scale = STATISTICS[name]
     options = {"num_inference_steps": 10, "group_size": 4}
+    options |= {"split_steps": [0, 3]} if name == "branch_grpo" else {}
     plan = plan_of(name, **options)
     groups, count = np.array(plan.groups), len(plan.leaves)
     # Rewards so close that the eps shows.
@@ -460,16 +468,24 @@ def test_each_algorithm_has_its_own_statistics(name):
     given = torch.from_numpy(reward)
     if name == "pref_grpo":  # of four, all different: who beats how many of the others
         reward = reward.argsort(1).argsort(1) / 3
-    leaf = np.empty_like(reward)
+    below, compared = plan.below().double().numpy().T, reward
+    if by_depth := name in ("branch_grpo", "tree_rpo", "dense_grpo"):
+        groups = np.array([plan.nodes[i].depth for i in plan.trained])
+        compared = reward @ below / below.sum(0)
+        if name == "dense_grpo":  # 4 samples of 10 images each
+            compared = np.diff(reward.reshape(2, 4, 10), axis=2).reshape(2, 36)
+    leaf = np.empty_like(compared)
     for prompt in range(2):
-        for tag in {*plan.groups}:
-            mine = reward[prompt, groups == tag]
+        for tag in {*groups.tolist()}:
+            mine = compared[prompt, groups == tag]
             spread = np.std(reward if is_global else mine, ddof=ddof)
             leaf[prompt, groups == tag] = (mine - mine.mean()) / (spread + eps)
-    if plan.points:
+    if by_depth:
+        expected = leaf
+    elif plan.points:
         expected = leaf[:, [image for image, _ in plan.points]]
     else:
-        expected = leaf @ plan.below().double().numpy().T
+        expected = leaf @ below
     expected = expected.clip(-5, 5) * scale
     scores = {"toy": given}
     actual = recipe(name)(**options).credit()(scores, {"toy": 1.0}, plan)
@@ -538,6 +554,20 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
         ),
         ("flow_dppo", {"num_sde_steps": 6}, "num_sde_steps: got 6, expected at most 5"),
         ("flow_dppo", {"kl_mask_threshold": 0.0}, "kl_mask_threshold: got 0.0, expected"),
+        (
+            "branch_grpo",
+            {"split_steps": [0, 3, 6]},
+            "split_steps: got 3 splits into 2, which make 8",
+        ),
+        (
+            "branch_grpo",
+            {"split_steps": [0, 3, 6, 19]},
+            "split_steps: .*different steps from 0 to 18",
+        ),
+        ("branch_grpo", {"split_steps": [0, 0, 3, 6, 9]}, "split_steps: got .*different steps"),
+        ("tree_rpo", {"window": 3}, "window: got 3 splits into 2, which make 8 samples"),
+        ("tree_rpo", {"window": 24}, "window: got 24, expected at most 23"),
+        ("tree_rpo", {"noise_scales": [1.0, 0.0, 1.0, 1.0]}, "noise_scales: .*expected 4 above 0"),
         ("dance_grpo", {"timestep_fraction": 1.2}, "timestep_fraction: got 1.2, expected"),
         ("dance_grpo", {"shift": 0.0}, "shift: got 0.0, expected a number above 0"),
         ("mixgrpo", {"window": 24}, "window: got 24, expected at most 23"),
@@ -575,7 +605,9 @@ def test_short_grids_have_plans_too(name, steps):
     fitting = {"window": 1, "branch_steps": 1, "num_sde_steps": 1}
     fields = recipe(name).__dataclass_fields__
     options = {key: value for key, value in fitting.items() if key in fields}
-    if steps == 2 and "strategy" in fields:
+    options |= {"group_size": 2} if "branch_factor" in fields else {}
+    options |= {"split_steps": [0]} if "split_steps" in fields else {}
+    if steps == 2 and "stride" in fields:
         with pytest.raises(ValueError, match="window: got 1, expected at most 0"):
             recipe(name)(num_inference_steps=2, **options)
         return

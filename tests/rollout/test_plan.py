@@ -11,6 +11,7 @@ from flowkern.schedules import edge_coefficients, multistep_coefficients, sd3_si
 
 SHAPE, PROMPTS = (2, 4, 4), 3
 SMALL = {"num_inference_steps": 6, "group_size": 3, "branch_steps": 3, "num_seeds": 2}
+SMALL |= {"split_steps": [0, 2]}
 FORMS = [
     *((name, {}) for name in names()),
     ("flow_grpo", {"sde_type": "cps"}),

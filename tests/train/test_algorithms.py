@@ -32,7 +32,9 @@ COMMON = {
 }
 SMALL = {
     "awm": {"num_inference_steps": 4, "num_train_timesteps": 2},
+    "branch_grpo": {"num_inference_steps": 4, "split_steps": [0, 1]},
     "dance_grpo": {"num_inference_steps": 4},
+    "dense_grpo": {"num_inference_steps": 3},
     "diffusion_nft": {"num_inference_steps": 4},
     "flow_dppo": {"num_inference_steps": 5, "num_sde_steps": 2},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
@@ -44,6 +46,7 @@ SMALL = {
     "mixgrpo_flash_star": {"num_inference_steps": 16, "window": 2},
     "pref_grpo": {"num_inference_steps": 4, "group_size": 4},
     "tempflow_grpo": {"num_inference_steps": 3, "num_seeds": 2},
+    "tree_rpo": {"num_inference_steps": 5, "window": 2, "window_iterations": 1},
 }
 
 

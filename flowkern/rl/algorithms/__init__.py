@@ -13,7 +13,9 @@ __all__ = ["ALGORITHMS", "DEFAULT", "PLANNERS", "cost", "flow_recipe", "name_of"
 
 ALGORITHMS = {
     "awm": "flowkern.rl.algorithms.awm:AWM",
+    "branch_grpo": "flowkern.rl.algorithms.branch_grpo:BranchGRPO",
     "dance_grpo": "flowkern.rl.algorithms.dance_grpo:DanceGRPO",
+    "dense_grpo": "flowkern.rl.algorithms.dense_grpo:DenseGRPO",
     "diffusion_nft": "flowkern.rl.algorithms.diffusion_nft:DiffusionNFT",
     "flow_dppo": "flowkern.rl.algorithms.flow_dppo:FlowDPPO",
     "flow_grpo": "flowkern.rl.algorithms.flow_grpo:FlowGRPO",
@@ -25,6 +27,7 @@ ALGORITHMS = {
     "mixgrpo_flash_star": "flowkern.rl.algorithms.mixgrpo_flash_star:MixGRPOFlashStar",
     "pref_grpo": "flowkern.rl.algorithms.pref_grpo:PrefGRPO",
     "tempflow_grpo": "flowkern.rl.algorithms.tempflow_grpo:TempFlowGRPO",
+    "tree_rpo": "flowkern.rl.algorithms.tree_rpo:TreeRPO",
 }
 """The recipe of each, of flow-matching models; imported when it is asked for."""
 
