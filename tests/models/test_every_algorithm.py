@@ -56,7 +56,10 @@ SMALL["mixgrpo"]["guidance_scale"] = 2.0
 FAMILIES, EVERY = list(SIZES), os.environ.get("FLOWKERN_EVERY_CELL") == "1"
 ON_THE_HOST = ("wan_a14b", "z_image")
 """Families that choose by what the host knows of a row."""
-PAIRS = [(family, names()[(i + 5) % len(names())]) for i, family in enumerate(FAMILIES)]
+PAIRS = [
+    (FAMILIES[i % len(FAMILIES)], names()[(i + 5) % len(names())])
+    for i in range(max(len(FAMILIES), len(names())))
+]
 CELLS = list(product(FAMILIES, names())) if EVERY else PAIRS
 
 
