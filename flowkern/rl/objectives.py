@@ -57,7 +57,7 @@ class Outcome:
         return Outcome(self.loss * 0, {n: x[:0] for n, x in self.statistics.items()}, parts)
 
 
-def _statistics(ratio: Tensor, higher: Tensor, lower: Tensor, kl: Tensor) -> dict[str, Tensor]:
+def statistics_of(ratio: Tensor, higher: Tensor, lower: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """Of every objective of this room, in the order of a record."""
     clipped = {"pg_clipfrac_higher": higher, "pg_clipfrac_lower": lower}
     return {"ratio_mean": ratio, **clipped, "kl": kl}
@@ -92,6 +92,12 @@ class Objective(Protocol):
     @property
     def needs_all(self) -> bool:
         """Does a site whose advantages are zero still teach something?"""
+        ...
+
+    @property
+    def compares(self) -> bool:
+        """Does what a site learns depend on the others of its group, so that they have to be in
+        one batch?"""
         ...
 
     def __call__(self, batch: Any, velocity: Velocity, anchors: Mapping[str, Velocity]) -> Outcome:
@@ -133,6 +139,10 @@ class RatioClip:
         return 1 if self.guidance is None or not self.uncond_gradient else 2
 
     @property
+    def compares(self) -> bool:
+        return False
+
+    @property
     def keeps_uncond(self) -> bool:
         return self.guidance is not None and not self.uncond_gradient
 
@@ -154,7 +164,7 @@ class RatioClip:
         v, guide = self.ask(velocity, batch, batch.uncond)
         more = {"velocity_ref": v_ref, "kl_coef": self.kl_coef, "step_weight": batch.weight}
         out = self._loss(batch, v, batch.old_velocity, **guide, **more)
-        statistics = _statistics(out.ratio, out.clipped_high, out.clipped_low, out.kl)
+        statistics = statistics_of(out.ratio, out.clipped_high, out.clipped_low, out.kl)
         return Outcome(out.loss, statistics, self.replayed(batch, v, guide))
 
     def _loss(
@@ -262,6 +272,10 @@ class Matching:
         return False
 
     @property
+    def compares(self) -> bool:
+        return False
+
+    @property
     def needs_all(self) -> bool:
         # Two opposite pulls, and not none, are what nft makes of an advantage of zero.
         return self.objective == "nft" or self.ref_coef > 0 or self.ema_coef > 0
@@ -269,13 +283,7 @@ class Matching:
     def __call__(
         self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> Outcome:
-        x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
-        with torch.no_grad():
-            v = {
-                name: anchor(x_t, batch.sigma, batch.prompt, batch.on_host)
-                for name, anchor in anchors.items()
-                if name in self.anchors
-            }
+        x_t, v = self.answers(batch, anchors)
         ref, ema = self.ref_coef, self.ema_coef if self.ema in v else 0.0
         out = matching_loss(
             velocity(x_t, batch.sigma, batch.prompt, batch.on_host),
@@ -297,7 +305,18 @@ class Matching:
             backend=self.backend,
             **batch.key,
         )
-        return Outcome(out.loss, _statistics(out.ratio, out.clipped_high, out.clipped_low, out.ref))
+        return Outcome(
+            out.loss, statistics_of(out.ratio, out.clipped_high, out.clipped_low, out.ref)
+        )
+
+    def answers(
+        self, batch: PointBatch, anchors: Mapping[str, Velocity]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The noised images (B, *D), and what the anchors say of them, without gradient."""
+        x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
+        with torch.no_grad():
+            where = x_t, batch.sigma, batch.prompt, batch.on_host
+            return x_t, {n: ask(*where) for n, ask in anchors.items() if n in self.anchors}
 
 
 def _at(sigma: Tensor, coefficient: float, weight: str) -> float | Tensor:

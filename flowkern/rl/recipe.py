@@ -344,6 +344,23 @@ class MatchingRecipe(Recipe):
     def credit(self) -> rl.Credit:
         return self.group_credit(global_std=self.global_std, scale=1 / self.adv_clip_max)
 
+    def matched(self, sigmas: list[float], levels: list[float], is_one_noise: bool) -> rollout.Plan:
+        """A group of samples of DPM-Solver++ 2, all matched at the same noise levels.
+
+        sigmas: of the grid. is_one_noise: at a level all of them are noised with one noise.
+        """
+        plan, first = rollout.Plan(), {}
+        for member in range(self.group_size):
+            node = plan.root(member)
+            for sigma in sigmas[1:]:
+                node = plan.step(node, sigma, order=2)
+            leaf = plan.leaf(node)
+            for sigma in levels:
+                point = plan.match(leaf, sigma, first.get(sigma))
+                if is_one_noise:
+                    first.setdefault(sigma, point)
+        return plan
+
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size
         return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)

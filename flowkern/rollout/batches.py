@@ -66,31 +66,53 @@ class PointBatch:
     """(B,)"""
     advantage: Tensor
     """(B,)"""
+    group: Tensor
+    """(B,): what is compared at one noise level has one number."""
     key: dict[str, int | Tensor]
     """seed, sample_id (B,), step (B,)"""
 
 
 def network_batches(
-    layout: Layout, advantage: Tensor, rank: int, max_batch: int, needs_all: bool
+    layout: Layout,
+    advantage: Tensor,
+    rank: int,
+    max_batch: int,
+    needs_all: bool,
+    whole: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """The network calls of one optimizer step on `rank`, by batches: (site (R,), prompt (R,)) each.
 
     advantage: (ranks, P, C), on the host, of the prompts that every rank trains on in this step.
     needs_all: the loss does not vanish with the advantage. Otherwise calls whose advantages are all
     zero are left out; but every rank gets as many batches as every other, and at least one. A batch
-    that came back for that, of a call in which nothing takes part, has no other call.
+    that came back for that, of a call in which nothing takes part, has no other call. whole: what
+    is compared with each other, `Points.unit`, is in one batch.
     """
-    sites = layout.sites
-    teaches = ~advantage.isnan() if needs_all else advantage.nan_to_num() != 0
-    is_live = _of_sites(layout, teaches)
-    live = [each.flatten().nonzero().flatten() for each in is_live]
-    batches = max(1, *(math.ceil(len(each) / max_batch) for each in live))
+    unit = layout.trained.unit if whole else torch.arange(layout.sites)
+    units, size = 1 + int(unit.max()), int(unit.bincount().max())
+    if size > max_batch:
+        raise ValueError(f"max_batch: got {max_batch}, expected at least {size}, a whole group")
+    is_live = _of_sites(layout, ~advantage.isnan() if needs_all else advantage.nan_to_num() != 0)
+    has_live = is_live.new_zeros(*is_live.shape[:2], units, dtype=torch.int64)
+    has_live = has_live.index_add(2, unit, is_live.long()) > 0
+    live = [each.flatten().nonzero().flatten() for each in has_live]
+    batches = max(1, *(math.ceil(len(each) / (max_batch // size)) for each in live))
     mine = live[rank]
     if len(mine) < batches:  # as many of those left out come back as it takes
-        others = (~is_live[rank]).flatten().nonzero().flatten()
+        others = (~has_live[rank]).flatten().nonzero().flatten()
         mine = torch.cat([mine, others[: batches - len(mine)]]).sort().values
-    parts = mine.tensor_split(batches)
-    return [(part % sites, part // sites) for part in parts]
+    return [_calls(is_live[rank], unit, part, units) for part in mine.tensor_split(batches)]
+
+
+def _calls(is_live: Tensor, unit: Tensor, part: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """site (R,) and prompt (R,) of units of prompts, of is_live (P, S): a unit's live sites, or one
+    call where it has none."""
+    prompt, is_there = part // units, unit == (part % units)[:, None]
+    calls = is_there & is_live[prompt]
+    none = (~calls.any(1)).nonzero().flatten()
+    calls[none, is_there[none].long().argmax(1)] = True
+    of, site = calls.nonzero(as_tuple=True)
+    return site, prompt[of]
 
 
 def takes_part(layout: Layout, advantage: Tensor, site: Tensor, prompt: Tensor) -> bool:
@@ -133,17 +155,21 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
     points, source = rollout.layout.trained, rollout.source
     device = source.prompt_id.device
     there = rollout.layout.tables(device, source.precision)
-    of_site, of_prompt, leaf = indices([site, prompt, points.leaf[site]], device)
+    group = prompt * len(points.site) + points.unit[site]
+    places = [site, prompt, points.leaf[site], group]
+    of_site, of_prompt, leaf, group = indices(places, device)
+    noise = there.numbers[of_site.there]
     return PointBatch(
         x0=picked(rollout.latents, of_prompt, leaf, device),
         sigma=there.sigma[of_site.there],
         on_host=OnHost(points.sigma[site].tolist(), prompt.tolist()),
         prompt=of_prompt.there,
         advantage=moved(advantage[prompt, site].nan_to_num(), device, source.precision),
+        group=group.there,
         key={
             "seed": source.seed,
-            "sample_id": source.prompt_id[of_prompt.there] + leaf.there,
-            "step": of_site.there,
+            "sample_id": source.prompt_id[of_prompt.there] + noise[:, 0],
+            "step": noise[:, 1],
         },
     )
 

@@ -97,6 +97,10 @@ class Points:
     """(C,): positions among the leaves."""
     sigma: Tensor
     """(C,)"""
+    noise: Tensor
+    """(C, 2): leaf and step of the noise over it."""
+    unit: Tensor
+    """(C,): those of leaves that are compared, at one noise level, have one number."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Tables:
     sigma: Tensor
     """(S,): of the sites."""
     numbers: Tensor
-    """Of `Edges` their noise, of `Points` their leaves."""
+    """Of their noise, (C, 2)."""
     table: Tensor | None = None
     """Of `Edges`, as their weight."""
     weight: Tensor | None = None
@@ -168,7 +172,7 @@ def _tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
     trained, nodes = layout.trained, layout.plan.nodes
     real = [trained.sigma] + ([trained.table, trained.weight] if isinstance(trained, Edges) else [])
     whole = [torch.tensor([nodes[node].member for node in layout.waves[0].nodes])]
-    whole.append(trained.noise if isinstance(trained, Edges) else trained.leaf)
+    whole.append(trained.noise)
     for wave in layout.waves:
         real += [wave.sigma, wave.to_clean.table, *(each.table.table for each in wave.launches)]
         whole += [each.member for each in wave.launches if each.member is not None]
@@ -193,7 +197,10 @@ def _tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
 def _points(plan: Plan) -> Points:
     leaf, sigma = zip(*plan.points, strict=True)
     sigmas = torch.tensor(sigma, dtype=torch.float64)
-    return Points(torch.arange(len(leaf)), torch.tensor(leaf), sigmas)
+    number: dict[tuple[int, float], int] = {}
+    unit = [number.setdefault((plan.groups[of], at), len(number)) for of, at in plan.points]
+    rest = torch.tensor(plan.noises), torch.tensor(unit)
+    return Points(torch.arange(len(leaf)), torch.tensor(leaf), sigmas, *rest)
 
 
 def _edges(plan: Plan) -> Edges:

@@ -74,6 +74,8 @@ class Plan:
         """(L,): leaves of a prompt with the same number are compared with each other."""
         self.points: list[tuple[int, float]] = []
         """(position of a leaf, sigma), where a matching objective looks at a leaf."""
+        self.noises: list[tuple[int, int]] = []
+        """Of each point the leaf and the number of the point whose noise it is."""
         self.needs_std = needs_std
         self._noises: set[tuple[int, int]] = set()
 
@@ -133,15 +135,24 @@ class Plan:
         self.groups.append(group)
         return self.leaves[node]
 
-    def match(self, leaf: int, sigma: float) -> None:
-        """Train at noise level `sigma` over the leaf at position `leaf`."""
+    def match(self, leaf: int, sigma: float, noise_of: int | None = None) -> int:
+        """Train at noise level `sigma` over the leaf at position `leaf`, with noise of its own or,
+        `noise_of`, that of an earlier point; its number.
+        """
         if not 0 <= leaf < len(self.leaves):
             raise ValueError(
                 f"leaf: got {leaf}, expected the position of one of {len(self.leaves)}"
             )
         if not 0 < sigma <= 1:
             raise ValueError(f"sigma: expected a noise level in (0, 1], got {sigma}")
+        number = len(self.points)
+        if noise_of is not None and not 0 <= noise_of < number:
+            raise ValueError(
+                f"noise_of: got {noise_of}, expected the number of one of {number} points"
+            )
         self.points.append((leaf, float(sigma)))
+        self.noises.append((leaf, number) if noise_of is None else self.noises[noise_of])
+        return number
 
     def _add(self, node: Node, noise: tuple[int, int] | None = None) -> int:
         if len(self.nodes) == MAX_NODES:

@@ -182,6 +182,12 @@ class FlowTask:
                 f"train.max_batch: got {most}, expected at least {least}: both halves of guidance "
                 "learn together"
             )
+        size = self.recipe.group_size
+        if self.recipe.objective(None).compares and most < size:
+            raise ConfigError(
+                f"train.max_batch: got {most}, expected at least {size}, algorithm.group_size: "
+                "what is compared learns in one batch"
+            )
 
     def _check_plan(self) -> None:
         """On the model's grid, which no configuration knows, with the window at each place:
@@ -317,7 +323,8 @@ class FlowTask:
         share, needs_all = shares[update], self.objective.needs_all
         advantage, layout = experience.advantage[:, share], experience.rollout.layout
         max_batch = self.config.train.max_batch // self.objective.together
-        parts = network_batches(layout, advantage, self.rank, max_batch, needs_all)
+        whole = self.objective.compares
+        parts = network_batches(layout, advantage, self.rank, max_batch, needs_all, whole)
         there = ~advantage.isnan()
         total = max(1, int(there.sum())) / self.world
         teaches = bool((there & (needs_all | (advantage != 0))).any())

@@ -490,3 +490,51 @@ def nft_loss(
     for coefficient, anchor in pulls:
         loss = loss + coefficient * ((v - anchor(x_t, t, slot).detach()) ** 2).mean()
     return loss
+
+
+Group = Sequence[tuple[Tensor, Tensor, float, int, float]]
+"""(x0, noise, sigma, slot, advantage clamped to +-limit) of all that is compared."""
+
+
+def errors(network: Network, x0: Tensor, e: Tensor, t: float, slot: int) -> tuple[Tensor, Tensor]:
+    """The velocity at an image with noise, and what is wrong with it."""
+    v = network((1 - t) * x0 + t * e, t, slot)
+    return v, v - (e - x0)
+
+
+def dgpo_loss(
+    network: Network, against: Network, old: Network, group: Group, size: int, beta: float,
+    clip: float, kl: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """-log sigmoid of the group's preference, whose slope at 0 is that of the errors."""
+    preference, pulls = 0.0, 0.0
+    for *point, a in group:
+        v, error = errors(network, *point)
+        v_against, error_against = errors(against, *point)
+        d, d_old = (error**2).mean(), (errors(old, *point)[1] ** 2).mean()
+        ratio = float((d_old - d).detach().exp())
+        if ratio > 1 + clip if a > 0 else ratio < 1 - clip:
+            d = d.detach()
+        preference = preference - beta / size * a * (d - (error_against**2).mean().detach())
+        pulls = pulls + kl * ((v - v_against.detach()) ** 2).mean()
+    return -size / beta * torch.nn.functional.logsigmoid(preference) + pulls
+
+
+def crd_loss(
+    network: Network, old: Network, reference: Network, group: Group, kl: float, beta: float = 1.0,
+    least: float = 1e-4, adaptive: bool = True, limit: float = 5.0,
+) -> Tensor:  # fmt: skip
+    """least: of the KL's coefficient where the reward is 0, of kl where it is 1, if adaptive."""
+    implicit, rewards, pulls = [], [], 0.0
+    for *point, a in group:
+        (v, error), error_old = errors(network, *point), errors(old, *point)[1].detach()
+        size, size_old = (
+            max(float(x.abs().mean()), 1e-5) if adaptive else 1.0 for x in (error, error_old)
+        )
+        implicit.append((error_old**2).mean() / size_old - (error**2).mean() / size)
+        rewards.append(0.5 + a / (2 * limit))
+        strength = least + rewards[-1] * (kl - least) if adaptive else kl
+        pulls = pulls + strength * ((v - errors(reference, *point)[0].detach()) ** 2).mean()
+    mean, mean_reward = sum(implicit).detach() / len(group), sum(rewards) / len(group)
+    off = [beta * (r - mean) - (w - mean_reward) for r, w in zip(implicit, rewards, strict=True)]
+    return limit / beta * sum(x**2 for x in off) + pulls

@@ -77,7 +77,8 @@ class Network(torch.nn.Module):
 
 def networks():
     """The weights that learn, under None, and the others that take part."""
-    return {None: Network(0), "reference": Network(1), "old": Network(2), "ema": Network(3)}
+    copies = {"reference": Network(1), "old": Network(2), "ema": Network(3), "sampling": Network(4)}
+    return {None: Network(0), **copies}
 
 
 def score(image, slot):
@@ -106,6 +107,8 @@ class Case:
     worth: Callable | None = None
     """(rewards of a prompt, move, member, step, steps) -> what it is worth, where moves are
     compared with those of their step, in place of images."""
+    group_matching: Callable | None = None
+    """(networks, [(x0, noise, sigma, slot, advantage)] of a group) -> loss of all of it."""
     best_of: int | None = None
     unit: float = 1.0  # what the package's advantages are multiplied by, over the loop's
     grid: Callable = sd3_sigmas
@@ -122,6 +125,11 @@ class Case:
     @property
     def needs_all(self):
         return self.recipe.objective(None).needs_all
+
+    @property
+    def few(self):
+        """As many rows as a batch has at least, and 2 at least."""
+        return self.recipe.group_size if self.recipe.objective(None).compares else 2
 
 
 @dataclass
@@ -202,9 +210,8 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
         for rank, rollout in enumerate(rollouts):
             velocity = {name: net.of(slots[rank]) for name, net in nets.items()}
             anchors = {name: velocity[name] for name in objective.anchors}
-            parts = network_batches(
-                rollout.layout, advantage[:, share], rank, max_batch, objective.needs_all
-            )
+            how = objective.needs_all, objective.compares
+            parts = network_batches(rollout.layout, advantage[:, share], rank, max_batch, *how)
             for site, prompt in parts:
                 part = batch(rollout, site, share[prompt], advantage[rank], is_on_policy)
                 out = objective(part, velocity[None], anchors)
@@ -278,6 +285,13 @@ def loop(case, failed=lambda *_: False):
             # Those that are kept speak for all that have a reward.
             speaks_for = sum(a == a for a in advantage[slot]) / max(1, len(kept))
             table.append([])
+            if case.group_matching:
+                groups_of, row = grouped(plan, world, slot, images[slot], advantage[slot], failed)
+                table[-1] += [case.unit * a for a in row]
+                for group in groups_of:
+                    taught += len(group)
+                    case.group_matching(nets, group).backward()
+                continue
             choices = plan.points if case.matching else moves[slot].values()
             for number, choice in enumerate(choices):
                 of = [choice[0]] if case.matching else choice.images
@@ -295,6 +309,17 @@ def loop(case, failed=lambda *_: False):
         network.descend(gradients[-1])
     latents = torch.stack([torch.stack(row) for row in images])
     return Result(latents, tensor(rewards["likeness"]), tensor(table), torch.stack(gradients))
+
+
+def grouped(plan, world, slot, images, advantage, failed):
+    """The points of a prompt by noise level, without failed images, and all their advantages."""
+    groups, row = {}, []
+    for (image, sigma), noise in zip(plan.points, plan.noises, strict=True):
+        row.append(math.nan if failed(slot, image) else naive.clamp(advantage[image]))
+        if not failed(slot, image):
+            point = images[image], world.noise(slot, *noise, "match"), sigma, slot, row[-1]
+            groups.setdefault(sigma, []).append(point)
+    return groups.values(), row
 
 
 # ---- the algorithms ----
@@ -460,6 +485,41 @@ CASES = {
             nets[None].one, *point, p=0.6, pulls=[(0.7, nets["ema"].one)]
         ),
     ),
+    "dgpo": Case(
+        "dgpo", {"num_inference_steps": 6, "group_size": 3, "beta_dpo": 3.0, "ref_coef": 0.1},
+        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD,
+        group_matching=lambda nets, group: naive.dgpo_loss(
+            nets[None].one, nets["reference"].one, nets["old"].one, group, 3, 3.0, 1e-3, 0.1
+        ),
+    ),
+    "dgpo, noises apart, over the copy": Case(
+        "dgpo", {
+            "num_inference_steps": 4, "trunc_steps": 2, "num_train_timesteps": 2, "group_size": 2,
+            "beta_dpo": 4.0, "clip_range": 0.05, "ref_coef": 0.0, "use_shared_noise": False, "use_ema_ref": True,
+            "global_std": False,
+        },
+        lambda sigmas, _: naive.nft(sigmas, 2), POPULATION,
+        group_matching=lambda nets, group: naive.dgpo_loss(
+            nets[None].one, nets["old"].one, nets["old"].one, group, 2, 4.0, 0.05
+        ),
+    ),
+    "crd": Case(
+        "crd", {"num_inference_steps": 4, "group_size": 3, "ref_coef": 0.3},
+        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
+        group_matching=lambda nets, group: naive.crd_loss(
+            nets[None].one, nets["old"].one, nets["reference"].one, group, kl=0.3
+        ),
+    ),
+    "crd, plain": Case(
+        "crd", {
+            "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.3, "crd_beta": 0.4,
+            "adaptive_logp": False, "reward_adaptive_kl": False, "use_shared_noise": True,
+        },
+        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
+        group_matching=lambda nets, group: naive.crd_loss(
+            nets[None].one, nets["old"].one, nets["reference"].one, group, 0.3, 0.4, 1.0, False
+        ),
+    ),
     "diffusion_nft, beta, uniform": Case(
         "diffusion_nft", {
             "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.1, "nft_beta": 0.1,
@@ -544,7 +604,7 @@ def test_ranks_call_alike_where_one_has_nothing_to_learn(name):
     """
     case = CASES[name]
     of_rank_1 = (2, 3) if case.recipe.updates_per_rollout == 1 else (1, 3)
-    found, expected = engine(case, 2, 2, flat=of_rank_1), engine(case, flat=of_rank_1)
+    found, expected = engine(case, case.few, 2, flat=of_rank_1), engine(case, flat=of_rank_1)
     assert (expected.advantage == 0).all(1).tolist() == [slot in of_rank_1 for slot in SLOTS]
     assert_equal(found, expected, 1e-12)
     for first, second in found.batches:
@@ -576,7 +636,9 @@ def test_an_image_without_a_reward_is_as_if_it_had_never_been(name):
     assert found.advantage.isnan().any() and found.gradients.isfinite().all()
     assert (found.gradients.norm(dim=1) > 1e-4).all()
     assert_equal(
-        engine(case, 2, 2, failed=lost), dataclasses.replace(found, latents=expected.latents), 1e-10
+        engine(case, case.few, 2, failed=lost),
+        dataclasses.replace(found, latents=expected.latents),
+        1e-10,
     )
 
 

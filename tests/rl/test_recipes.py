@@ -75,6 +75,8 @@ def test_a_recipe_is_one_short_file():
         ("g2rpo", {"granularities": [1, 2, 3]}, (1700, 8, 288), (2188, 8, 289)),
         ("g2rpo", {"granularities": [1]}, (1112, 8, 96), (1216, 8, 97)),
         ("awm", {}, (336, 144, 24), (336, 144, 24)),
+        ("dgpo", {}, (160, 64, 16), (160, 64, 16)),
+        ("crd", {}, (240, 216, 24), (240, 216, 24)),
         ("diffusion_nft", {}, (240, 216, 24), (240, 216, 24)),
     ],
 )
@@ -127,7 +129,7 @@ def test_the_tree_follows_from_iteration_and_seed_alone(name):
 
     assert tree(0) == tree(1)
     by_chance = "flow_dppo", "flow_grpo_fast", "dance_grpo", "pref_grpo", "mixgrpo"
-    if name in (*by_chance, "awm", "diffusion_nft"):
+    if name in (*by_chance, "awm", "diffusion_nft", "dgpo", "crd"):
         for other in ({"iteration": 4}, {"seed": 6}):
             key, value = next(iter(other.items()))
             assert any(tree(0, **{key: value + i}) != tree(0) for i in range(3)), key
@@ -452,6 +454,8 @@ STATISTICS = {
     "g2rpo": (1, 1e-8, False, 1.0),
     "awm": (0, 1e-4, True, 0.2),
     "diffusion_nft": (0, 1e-4, True, 0.2),
+    "dgpo": (0, 1e-4, True, 1.0),
+    "crd": (0, 1e-4, True, 0.2),
 }
 
 
@@ -585,6 +589,9 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
             "uncond_gradient: got True, but there is no",
         ),
         ("awm", {"num_train_timesteps": 0}, "num_train_timesteps: got 0"),
+        ("dgpo", {"trunc_steps": 2}, "num_train_timesteps: got 4, expected at most 3"),
+        ("dgpo", {"clip_range": 0.0}, "clip_range: got 0.0, expected"),
+        ("crd", {"crd_beta": 0.0}, "crd_beta: got 0.0, expected"),
         ("awm", {"ema_coef": -1.0}, "ema_coef: got -1.0"),
         ("awm", {"ghuber_power": 0.0}, "ghuber_power: got 0.0"),
         ("awm", {"weighting": "t2", "ghuber_power": 0.5}, "ghuber_power: got 0.5, expected"),
@@ -602,7 +609,7 @@ def test_bad_options_are_named(name, options, message):
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("steps", [2, 3, 5])
 def test_short_grids_have_plans_too(name, steps):
-    fitting = {"window": 1, "branch_steps": 1, "num_sde_steps": 1}
+    fitting = {"window": 1, "branch_steps": 1, "num_sde_steps": 1, "num_train_timesteps": 1}
     fields = recipe(name).__dataclass_fields__
     options = {key: value for key, value in fitting.items() if key in fields}
     options |= {"group_size": 2} if "branch_factor" in fields else {}

@@ -14,8 +14,10 @@ __all__ = ["ALGORITHMS", "DEFAULT", "PLANNERS", "cost", "flow_recipe", "name_of"
 ALGORITHMS = {
     "awm": "flowkern.rl.algorithms.awm:AWM",
     "branch_grpo": "flowkern.rl.algorithms.branch_grpo:BranchGRPO",
+    "crd": "flowkern.rl.algorithms.crd:CRD",
     "dance_grpo": "flowkern.rl.algorithms.dance_grpo:DanceGRPO",
     "dense_grpo": "flowkern.rl.algorithms.dense_grpo:DenseGRPO",
+    "dgpo": "flowkern.rl.algorithms.dgpo:DGPO",
     "diffusion_nft": "flowkern.rl.algorithms.diffusion_nft:DiffusionNFT",
     "flow_dppo": "flowkern.rl.algorithms.flow_dppo:FlowDPPO",
     "flow_grpo": "flowkern.rl.algorithms.flow_grpo:FlowGRPO",
