@@ -56,6 +56,8 @@ ENTRIES = {
     "dense_grpo": Entry("DenseGRPO", "dense_grpo"),
     "awm": Entry("AWM", "awm"),
     "diffusion_nft": Entry("DiffusionNFT", "diffusion_nft"),
+    "dgpo": Entry("DGPO", "dgpo"),
+    "crd": Entry("CRD", "crd"),
 }
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 TUNING_SEED = 1000  # never one of those that are reported

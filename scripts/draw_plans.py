@@ -60,6 +60,8 @@ PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "g2rpo": ("G2RPO", [(", step sizes 1 and 2", {"branch_steps": 4}, 0)]),
     "awm": ("AWM", [("", TEN, 0)]),
     "diffusion_nft": ("DiffusionNFT", [("", {}, 0)]),
+    "dgpo": ("DGPO", [("", {}, 0)]),
+    "crd": ("CRD", [("", {}, 0)]),
 }
 
 

@@ -37,10 +37,10 @@ class Weighed(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupMatching(Matching):
-    """The mean squared error d of each image's velocity, weighed by its group."""
+    """The squared error d of each image's velocity, weighed by its group.
 
-    objective: str = "awm"
-    weighting: str | None = "uniform"
+    objective, weighting: those of `matching_loss` whose log-likelihood is -d.
+    """
 
     @property
     def compares(self) -> bool:
@@ -68,9 +68,9 @@ class GroupMatching(Matching):
     ) -> MatchingLoss:
         """`matching_loss` of the batch's points."""
         advantage = batch.advantage if advantage is None else advantage
-        options = {"objective": "awm", "weighting": "uniform", "reduction": "none"} | more
+        how = {"objective": self.objective, "weighting": self.weighting, "reduction": "none"}
         points = batch.x0, batch.sigma, advantage
-        return matching_loss(v, *points, backend=self.backend, **options, **batch.key)
+        return matching_loss(v, *points, backend=self.backend, **how | more, **batch.key)
 
 
 def total(value: Tensor, group: Tensor) -> Tensor:

@@ -529,7 +529,8 @@ def crd_loss(
     for *point, a in group:
         (v, error), error_old = errors(network, *point), errors(old, *point)[1].detach()
         size, size_old = (
-            max(float(x.abs().mean()), 1e-5) if adaptive else 1.0 for x in (error, error_old)
+            max(float(x.detach().abs().mean()), 1e-5) if adaptive else 1.0
+            for x in (error, error_old)
         )
         implicit.append((error_old**2).mean() / size_old - (error**2).mean() / size)
         rewards.append(0.5 + a / (2 * limit))

@@ -495,8 +495,8 @@ CASES = {
     "dgpo, noises apart, over the copy": Case(
         "dgpo", {
             "num_inference_steps": 4, "trunc_steps": 2, "num_train_timesteps": 2, "group_size": 2,
-            "beta_dpo": 4.0, "clip_range": 0.05, "ref_coef": 0.0, "use_shared_noise": False, "use_ema_ref": True,
-            "global_std": False,
+            "beta_dpo": 4.0, "clip_range": 0.05, "ref_coef": 0.0, "use_shared_noise": False,
+            "use_ema_ref": True, "global_std": False,
         },
         lambda sigmas, _: naive.nft(sigmas, 2), POPULATION,
         group_matching=lambda nets, group: naive.dgpo_loss(

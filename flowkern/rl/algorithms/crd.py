@@ -61,6 +61,6 @@ class CRD(MatchingRecipe):
         return self.matched(sigmas, levels, self.use_shared_noise)
 
     def objective(self, guidance: rollout.Guidance | None) -> CenteredReward:
-        how = {"adaptive_logp": self.adaptive_logp, "reward_adaptive_kl": self.reward_adaptive_kl}
-        beta, limit = self.crd_beta, self.adv_clip_max
-        return CenteredReward(old="old", ref_coef=self.ref_coef, crd_beta=beta, limit=limit, **how)
+        how = {"crd_beta": self.crd_beta, "limit": self.adv_clip_max}
+        how |= {"adaptive_logp": self.adaptive_logp, "reward_adaptive_kl": self.reward_adaptive_kl}
+        return CenteredReward("awm", "uniform", old="old", ref_coef=self.ref_coef, **how)

@@ -68,4 +68,5 @@ class DGPO(MatchingRecipe):
     def objective(self, guidance: rollout.Guidance | None) -> GroupPreference:
         clip, against = self.clip_range, "old" if self.use_ema_ref else "reference"
         how = {"clip_low": clip, "clip_high": clip, "beta_dpo": self.beta_dpo, "against": against}
-        return GroupPreference(old="old", ref_coef=self.ref_coef, group_size=self.group_size, **how)
+        how |= {"group_size": self.group_size, "ref_coef": self.ref_coef}
+        return GroupPreference("awm", "uniform", old="old", **how)
