@@ -145,6 +145,7 @@ class CenteredReward(GroupMatching):
         ref_coef = self.ref_coef
         if self.reward_adaptive_kl:
             ref_coef = LEAST_KL + reward * (ref_coef - LEAST_KL)
+        said = said._replace(ratio=torch.ones_like(said.ratio))  # nothing is clipped by it
         return Weighed(2 * self.limit * short * per_error, ref_coef, said)
 
     def _scaled(self, batch: PointBatch, v: Tensor) -> Tensor:

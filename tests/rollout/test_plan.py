@@ -95,6 +95,30 @@ def test_a_leaf_is_clean_and_one():
             plan.match(0, sigma)
 
 
+def test_points_of_a_group_lie_in_one_batch_and_may_share_a_noise():
+    plan, shared = Plan(), {}
+    for member in range(3):
+        leaf = plan.leaf(plan.step(plan.root(member), 0.0), group=0 if member < 2 else 7)
+        for sigma in (0.9, 0.4):
+            point = plan.match(leaf, sigma, noise_of=shared.get(sigma))
+            shared.setdefault(sigma, point)
+    assert plan.noises == [(0, 0), (0, 1)] * 3
+    with pytest.raises(ValueError, match=r"noise_of: got 6, expected the number of one of 6"):
+        plan.match(0, 0.5, noise_of=6)
+    layout = Layout(plan)
+    assert layout.trained.unit.tolist() == [0, 1, 0, 1, 2, 3]
+    advantage = torch.ones(1, 2, 6)
+    advantage[0, 1, 2] = 0.0  # of the second prompt, one is left of two
+    parts = network_batches(layout, advantage, 0, 2, needs_all=False, whole=True)
+    found = sorted((int(prompt[0]), site.tolist()) for site, prompt in parts)
+    alone = [[4], [5]]
+    assert found == sorted(
+        [(0, x) for x in [[0, 2], [1, 3], *alone]] + [(1, x) for x in [[0], [1, 3], *alone]]
+    )
+    with pytest.raises(ValueError, match="max_batch: got 1, expected at least 2, a whole group"):
+        network_batches(layout, advantage, 0, 1, needs_all=False, whole=True)
+
+
 def test_a_tree_ends_in_leaves_and_trains_one_way():
     with pytest.raises(ValueError, match=r"nothing leaves nodes \[0\], and they are no leaves"):
         plan = Plan()
