@@ -41,8 +41,6 @@ class DGPO(MatchingRecipe):
     """Are the images of a group noised with one noise?"""
     use_ema_ref: bool = False
     """Is the group's preference over the copy that samples, not over the reference?"""
-    global_std: bool = True
-    """Divide by the population std of all rewards of the rollout, not the group's own."""
     sampler: ClassVar[str | None] = "old"
 
     def __post_init__(self) -> None:
