@@ -64,7 +64,6 @@ DEFAULTS = {
     "dance_grpo": "dance_grpo_flux_hps",
     "dense_grpo": "dense_grpo_sd35m_pickscore",
     "crd": "crd_sd35m_ocr",
-    "dance_grpo": "dance_grpo_flux_hps",
     "dgpo": "dgpo_sd35m_ocr",
     "diffusion_nft": "diffusion_nft_sd35m_geneval",
     "flow_dppo": "flow_dppo_sd35m_pickscore",

@@ -40,7 +40,6 @@ SMALL = {
     "dance_grpo": {"num_inference_steps": 4},
     "dense_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "crd": {"num_inference_steps": 3},
-    "dance_grpo": {"num_inference_steps": 4},
     "dgpo": {"num_inference_steps": 3, "num_train_timesteps": 2, "guidance_scale": 2.0},
     "diffusion_nft": {"num_inference_steps": 3},
     "flow_dppo": {"num_inference_steps": 4, "num_sde_steps": 2, "guidance_scale": 2.0},

@@ -36,7 +36,6 @@ SMALL = {
     "dance_grpo": {"num_inference_steps": 4},
     "dense_grpo": {"num_inference_steps": 3},
     "crd": {"num_inference_steps": 3},
-    "dance_grpo": {"num_inference_steps": 4},
     "dgpo": {"num_inference_steps": 4, "num_train_timesteps": 2},
     "diffusion_nft": {"num_inference_steps": 4},
     "flow_dppo": {"num_inference_steps": 5, "num_sde_steps": 2},
