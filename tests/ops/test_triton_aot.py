@@ -73,6 +73,9 @@ def is_grown(call, dtypes):
         return False
     if call.verb in ("policy_loss", "matching_loss") and dtypes[1] != H:
         return False
+    if call.verb == "matching_loss" and call.has("seed"):
+        anchors = ("old_velocity", "velocity_ref", "velocity_ema")
+        return sum(call.has(name) for name in anchors) <= 1
     return call.verb != "policy_loss" or call.has("old_velocity", "x_next")
 
 
@@ -267,7 +270,9 @@ def check(made):
     is_forward_120 = kernel.metadata.target.arch == 120 and not is_backward
     wide |= is_forward_120 and str(call) == SPILLED and {*read} == {F}
     aside = 16 if wide or triton.__version__.startswith("3.6.") else 0
-    assert found["stack"] <= aside and (aside or not found["spills"]), (name, found)
+    # LLVM leaves a slot that it came to need no more, and ptxas counts it.
+    stack = found["stack"] if found["spills"] or re.search(LOCAL, kernel.asm["ptx"]) else 0
+    assert stack <= aside and (aside or not found["spills"]), (name, found)
     loads = sum(per_thread * t.itemsize // 16 for t in read)
     if block > 1024:  # an even number of sums, which the last program reads in pairs
         assert found["loads128"] >= loads, (name, found)
@@ -281,6 +286,9 @@ def check(made):
     return found
 
 
+LOCAL = r"\b(ld|st)\.local\b|cvta\.local|\bcall\b"  # what can touch a thread's stack
+
+
 def check_arithmetic(made):
     """IEEE, without contraction: what the bits of the noise, of the mean and of a replay rest on.
     Fused multiply-adds are those that the noise asks for, and those of exp and of division in
@@ -292,6 +300,8 @@ def check_arithmetic(made):
     arithmetic = set(re.findall(name, ptx))
     # An operand of 16 bits is widened, which is exact.
     allowed = re.compile(r"(mul|add|sub|div|sqrt|fma)\.rn\.f\d\d(\.b?f16)?")
+    if "another power" in str(call):  # libdevice's log of a float64 begins a division with it
+        arithmetic -= {"rcp.approx.ftz.f64"}
     assert not [a for a in arithmetic if not allowed.fullmatch(a)], str(call)
     is_kept = kernel.metadata.name == "_backward_kept_kernel"  # what forward has left is scaled
     draws = call.has("seed") and not is_kept

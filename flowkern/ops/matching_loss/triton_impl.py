@@ -234,7 +234,9 @@ def _add_noise_kernel(
 def forward(i: MatchingInputs, records: bool) -> tuple[Tensor | None, ...]:
     """The fields of MatchingLoss, the slopes (B, 4), and the residual or None."""
     batch, rows = i.x0.shape[0], i.velocity.shape[0]
-    made = cut(i.velocity, may_grow=takes_more(i.velocity, i.row))
+    more = sum(x is not None for x in (i.old_velocity, i.velocity_ref, i.velocity_ema))
+    fits = i.noise is not None or more <= 1  # beside noise that is drawn there are few registers
+    made = cut(i.velocity, may_grow=fits and takes_more(i.velocity, i.row))
     nft = i.objective == "nft"
     sums = sum(x is not None for x in (i.velocity, i.velocity_ref, i.velocity_ema))
     sums += nft + 2 * (i.old_velocity is not None)
