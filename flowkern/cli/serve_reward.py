@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from errno import EADDRNOTAVAIL
 from pathlib import Path
 from socket import gaierror
@@ -100,10 +101,10 @@ def run(options: argparse.Namespace) -> int:
         place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         who = "without a token" if token is None else "with the token"
         served = f"serving {', '.join(rewards)} at {place}, {who}"
-        try:
+        # Where a shell's background job ignores SIGINT, a server that took it just returns.
+        with suppress(KeyboardInterrupt):
             server.serve(service, listening, token, lambda: print(served, flush=True))
-        except KeyboardInterrupt:
-            print("ended", flush=True)
+        print("ended", flush=True)
     return 0
 
 

@@ -7,25 +7,36 @@ from flowkern.lookup import lazily
 if TYPE_CHECKING:
     from flowkern.rl.advantage import Credit
     from flowkern.rl.depth import DepthCredit, GainCredit
+    from flowkern.rl.divergence import DivergenceMask
+    from flowkern.rl.groups import CenteredReward, GroupPreference
     from flowkern.rl.objectives import Matching, Objective, Outcome, RatioClip
+    from flowkern.rl.win_rate import WinRate
 
 __all__ = [
+    "CenteredReward",
     "Credit",
     "DepthCredit",
+    "DivergenceMask",
     "GainCredit",
+    "GroupPreference",
     "Matching",
     "Objective",
     "Outcome",
     "RatioClip",
+    "WinRate",
 ]
 
 _HOMES = {
+    "CenteredReward": "flowkern.rl.groups",
     "Credit": "flowkern.rl.advantage",
     "DepthCredit": "flowkern.rl.depth",
+    "DivergenceMask": "flowkern.rl.divergence",
     "GainCredit": "flowkern.rl.depth",
+    "GroupPreference": "flowkern.rl.groups",
     "Matching": "flowkern.rl.objectives",
     "Objective": "flowkern.rl.objectives",
     "Outcome": "flowkern.rl.objectives",
     "RatioClip": "flowkern.rl.objectives",
+    "WinRate": "flowkern.rl.win_rate",
 }
 __getattr__ = lazily(__name__, _HOMES)

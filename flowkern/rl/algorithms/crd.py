@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from flowkern import rollout
+from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, SHARE
-from flowkern.rl.groups import CenteredReward
 from flowkern.rl.recipe import Grid, MatchingRecipe, shared_random
 
 
@@ -60,7 +59,7 @@ class CRD(MatchingRecipe):
         levels = chance.sample(sigmas[:-1], self.num_train_timesteps)
         return self.matched(sigmas, levels, self.use_shared_noise)
 
-    def objective(self, guidance: rollout.Guidance | None) -> CenteredReward:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.CenteredReward:
         how = {"crd_beta": self.crd_beta, "limit": self.adv_clip_max}
         how |= {"adaptive_logp": self.adaptive_logp, "reward_adaptive_kl": self.reward_adaptive_kl}
-        return CenteredReward("awm", "uniform", old="old", ref_coef=self.ref_coef, **how)
+        return rl.CenteredReward("awm", "uniform", old="old", ref_coef=self.ref_coef, **how)

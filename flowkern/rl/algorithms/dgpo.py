@@ -15,7 +15,6 @@ from typing import Annotated, ClassVar
 
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, Range, count
-from flowkern.rl.groups import GroupPreference
 from flowkern.rl.recipe import Grid, Levels, MatchingRecipe, shared_random
 
 
@@ -63,8 +62,8 @@ class DGPO(MatchingRecipe):
     def credit(self) -> rl.Credit:
         return self.group_credit(global_std=self.global_std)
 
-    def objective(self, guidance: rollout.Guidance | None) -> GroupPreference:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.GroupPreference:
         clip, against = self.clip_range, "old" if self.use_ema_ref else "reference"
         how = {"clip_low": clip, "clip_high": clip, "beta_dpo": self.beta_dpo, "against": against}
         how |= {"group_size": self.group_size, "ref_coef": self.ref_coef}
-        return GroupPreference("awm", "uniform", old="old", **how)
+        return rl.GroupPreference("awm", "uniform", old="old", **how)

@@ -13,7 +13,6 @@ from typing import Annotated
 
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, SHARE
-from flowkern.rl.divergence import DivergenceMask
 from flowkern.rl.recipe import Grid, Levels, NoiseLevel, StepRecipe, shared_random
 
 
@@ -64,9 +63,11 @@ class FlowDPPO(StepRecipe):
     def credit(self) -> rl.Credit:
         return self.group_credit(global_std=self.global_std)
 
-    def objective(self, guidance: rollout.Guidance | None) -> DivergenceMask:
+    def objective(self, guidance: rollout.Guidance | None) -> rl.DivergenceMask:
         how = {"guidance": guidance, "uncond_gradient": self.uncond_gradient}
-        return DivergenceMask(kl_coef=self.kl_coef, kl_mask_threshold=self.kl_mask_threshold, **how)
+        return rl.DivergenceMask(
+            kl_coef=self.kl_coef, kl_mask_threshold=self.kl_mask_threshold, **how
+        )
 
     def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
         size = self.group_size

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from flowkern import rl
 from flowkern.rl.algorithms.dance_grpo import DanceGRPO
 from flowkern.rl.recipe import NoiseLevel, RewardAggregation, SdeType
-from flowkern.rl.win_rate import WinRate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,4 +32,4 @@ class PrefGRPO(DanceGRPO):
     def credit(self) -> rl.Credit:
         trimmed, best_of = self.trimmed_ratio, self.best_of
         how = {"eps": 1e-8, "unbiased": True, "trimmed_ratio": trimmed, "best_of": best_of}
-        return self.group_credit(WinRate, **how)
+        return self.group_credit(rl.WinRate, **how)
