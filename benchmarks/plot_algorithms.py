@@ -15,6 +15,7 @@ import numpy as np
 LEVELS = (0.60, 0.65, 0.70, 0.75, 0.80, 0.85)
 SCORES = {"reward": "reward", "judge": "independent judge", "distance": "distance to real digits"}
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
+STYLES = ("-", "--", ":", "-.")
 Run = dict
 
 
@@ -63,6 +64,11 @@ def common_level(*groups: list[Run]) -> float | None:
     return max(passed, default=None) if runs else None
 
 
+def look(place: int) -> tuple[str, str]:
+    """Color and style of a line, in the order of the legend."""
+    return COLORS[place % len(COLORS)], STYLES[place // len(COLORS) % len(STYLES)]
+
+
 def plot(result: dict, path: Path) -> None:
     """Reward, judge and distance against forward-equivalents: means, bands from worst to best."""
     import matplotlib
@@ -78,7 +84,7 @@ def plot(result: dict, path: Path) -> None:
         group = runs[name]
         end = min(run["curve"][-1]["forward_equivalents"] for run in group)
         x = np.linspace(0, end, 101)
-        color, style = COLORS[place % len(COLORS)], ("-", "--")[place // len(COLORS)]
+        color, style = look(place)
         for axes, key in zip(panels, SCORES, strict=True):
             y = np.array([[at(run, key, value) for value in x] for run in group])
             label = f"{result['labels'].get(name, name)}  {final[name]:.2f}"

@@ -200,3 +200,8 @@ def test_a_result_is_drawn_and_printed(tmp_path, capsys):
     assert (tmp_path / "algorithms.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "0.50 to 0.800" in printed and "0.50 to 0.400" in printed
+
+
+def test_every_algorithm_has_a_line_of_its_own_look():
+    places = range(len(algorithm_runs.ENTRIES))
+    assert len({curves.look(place) for place in places}) == len(places)
