@@ -12,6 +12,8 @@ from statistics import mean
 
 import numpy as np
 
+from flowkern.checks import counted
+
 LEVELS = (0.60, 0.65, 0.70, 0.75, 0.80, 0.85)
 SCORES = {"reward": "reward", "judge": "independent judge", "distance": "distance to real digits"}
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
@@ -104,7 +106,7 @@ def plot(result: dict, path: Path) -> None:
     )
     settings, machine = result["settings"], result["machine"]
     figure.suptitle(
-        f"Demo model, held-out prompts · mean and range of {len(settings['seeds'])} seeds · "
+        f"Demo model, held-out prompts · mean and range of {counted(len(settings['seeds']), 'seed')} · "
         f"{machine['processor']} · torch {machine['torch']} · commit {machine['commit']}",
         fontsize=9,
         x=0.01,
