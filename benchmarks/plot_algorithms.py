@@ -105,8 +105,9 @@ def plot(result: dict, path: Path) -> None:
         handles, labels, title=title, loc="outside right center", frameon=False, fontsize=9
     )
     settings, machine = result["settings"], result["machine"]
+    seeds = counted(len(settings["seeds"]), "seed")
     figure.suptitle(
-        f"Demo model, held-out prompts · mean and range of {counted(len(settings['seeds']), 'seed')} · "
+        f"Demo model, held-out prompts · mean and range of {seeds} · "
         f"{machine['processor']} · torch {machine['torch']} · commit {machine['commit']}",
         fontsize=9,
         x=0.01,
