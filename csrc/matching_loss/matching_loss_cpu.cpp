@@ -72,8 +72,9 @@ FK_INLINE void add_anchor_sums(const MatchingArguments& m, const Place& at, cons
   add(m.ema, sums.ema);
 }
 
-// The chunk of a velocity where nft_beta puts it, in a buffer that may hold it already.
-FK_INLINE const float* mixed_chunk(const MatchingArguments& m, const float* v, const float* old, int64_t count, float* buffer) {
+// The chunk of a velocity where nft_beta puts it, in a buffer that may hold it already. Apart from the loops of those who do not ask.
+__attribute__((noinline)) const float* mixed_chunk(const MatchingArguments& m, const float* v, const float* old, int64_t count,
+                                                   float* buffer) {
   const float mix = m.rule.mix;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) buffer[i] = mixed(v[i], old[i], mix);
