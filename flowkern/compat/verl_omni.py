@@ -71,7 +71,7 @@ class _Step:
         if sde_type not in _KINDS:
             raise ValueError(f"sde_type: expected one of {tuple(_KINDS)}, got {sde_type!r}")
         if per_token_timesteps is not None:
-            raise NotImplementedError(
+            raise ValueError(
                 "per_token_timesteps: verl-omni has one timestep for all tokens of a sample, and "
                 "so has this; expected None"
             )

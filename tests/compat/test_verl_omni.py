@@ -193,7 +193,7 @@ def test_what_cannot_be_served_is_said(scheduler):
         scheduler.sample_previous_step(x, x[:1], t)
     with pytest.raises(ValueError, match="^timestep: expected one or 2, one per sample; got 3"):
         scheduler.sample_previous_step(x, x, scheduler.timesteps[:3])
-    with pytest.raises(NotImplementedError, match="per_token_timesteps: verl-omni has one"):
+    with pytest.raises(ValueError, match="per_token_timesteps: verl-omni has one"):
         scheduler.sample_previous_step(x, x, t, per_token_timesteps=torch.ones(2, 16))
 
 
