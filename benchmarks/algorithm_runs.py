@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -59,8 +60,8 @@ ENTRIES = {
     "dgpo": Entry("DGPO", "dgpo"),
     "crd": Entry("CRD", "crd"),
 }
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
-TUNING_SEED = 1000  # never one of those that are reported
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+TUNING_SEED, TUNING_PROMPTS = 1000, "train_prompts"  # none of what is reported
 BUDGET, QUICK_BUDGET = 100_000, 100_000
 IMAGES, QUICK_IMAGES, EVALUATION_STEPS, EVALUATION_SEED = 240, 120, 10, 2**40
 POINTS = 8  # of a curve, beside its start
@@ -80,6 +81,8 @@ class Job:
     points: int = POINTS
     is_quick: bool = False
     """Stop as soon as an evaluation passes what --quick asks for."""
+    prompts: str = "test_prompts"
+    """The file that evaluations have, by its option in `data`."""
 
     def run(self) -> Run:
         """The run; what stopped it early, if anything, is in "failed"."""
@@ -87,7 +90,8 @@ class Job:
 
         trainer = _trainer(self)
         counter, images = Counter(trainer), QUICK_IMAGES if self.is_quick else IMAGES
-        curve = [counter.now | evaluate(trainer, images)]
+        look = partial(evaluate, trainer, images, self.prompts)
+        curve = [counter.now | look()]
         traces: list[dict[str, float]] = []
         failed = None
         while counter.total < self.budget:
@@ -99,7 +103,7 @@ class Job:
             counter.add(records, seconds)
             traces.append(_trace(records))
             if counter.total >= min(len(curve) * self.budget / self.points, self.budget):
-                curve.append(counter.now | evaluate(trainer, images))
+                curve.append(counter.now | look())
                 if self.is_quick and has_learned(curve):
                     break
         recipe, steps = trainer.recipe, trainer.global_step
@@ -174,22 +178,27 @@ def _trainer(job: Job):
     return Loop(config, load_pipeline(config, PartialState().device))
 
 
-def evaluate(trainer, images: int) -> dict[str, float]:
-    """Held-out prompts from the same noise every time, without randomness and guidance."""
-    found = _scores(trainer, images, 1.0)
+def evaluate(trainer, images: int, prompts: str = "test_prompts") -> dict[str, float]:
+    """Of a file of prompts, from the same noise every time, without randomness and guidance."""
+    from flowkern.train.prompts import read_prompts
+
+    asked = read_prompts(getattr(trainer.config.data, prompts))
+    found = _scores(trainer, asked, images, 1.0)
     guidance = trainer.recipe.guidance_scale
     if guidance != 1:  # what the algorithm samples with
-        found |= {f"guided_{name}": v for name, v in _scores(trainer, images, guidance).items()}
+        found |= {
+            f"guided_{name}": v for name, v in _scores(trainer, asked, images, guidance).items()
+        }
     return found
 
 
-def _scores(trainer, count: int, guidance_scale: float) -> dict[str, float]:
+def _scores(
+    trainer, prompts: Sequence[dict], count: int, guidance_scale: float
+) -> dict[str, float]:
     from flowkern.rollout import prompt_ids
-    from flowkern.train.prompts import read_prompts
     from flowkern.train.scoring import score
     from flowkern.train.validation import RESERVED_ITERATION, Sampler, sample_images
 
-    prompts = read_prompts(trainer.config.data.test_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     images = sample_images(
         trainer.task.model,

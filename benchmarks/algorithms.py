@@ -33,6 +33,7 @@ from algorithm_runs import (
     LEARNING_RATES,
     QUICK_BUDGET,
     QUICK_IMAGES,
+    TUNING_PROMPTS,
     TUNING_SEED,
     Job,
     Run,
@@ -60,7 +61,7 @@ def main() -> int:
             "threads_per_process": 1, "evaluation_steps": EVALUATION_STEPS,
             "evaluation_images": QUICK_IMAGES if options.quick else IMAGES,
             "learning_rates": list(LEARNING_RATES),
-            "tuning_seed": TUNING_SEED,
+            "tuning_seed": TUNING_SEED, "tuning_prompts": TUNING_PROMPTS,
         },
     }  # fmt: skip
     path = options.json or _default_path(device, result["machine"], options)
@@ -107,13 +108,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, help="forward-equivalents of a run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="does every algorithm learn? a test")
-    parser.add_argument("--tune", action="store_true", help="one seed, every learning rate")
+    tune = "one seed, every learning rate, on the training prompts"
+    parser.add_argument("--tune", action="store_true", help=tune)
     parser.add_argument("--from-json", type=Path, help="draw a table and a chart again")
     parser.add_argument("--json", type=Path, help="where the results go; the chart goes beside")
     options = parser.parse_args()
     if options.quick and options.tune:
         parser.error("--quick and --tune: expected one of them")
-    names = [n for n in ENTRIES if not (options.quick and ENTRIES[n].is_variant)]
+    is_short = options.quick or options.tune
+    names = [n for n in ENTRIES if not (is_short and ENTRIES[n].is_variant)]
     chosen = options.only.split(",") if options.only else names
     unknown = sorted(set(chosen) - set(ENTRIES))
     if unknown:
@@ -128,9 +131,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
+    where = {"prompts": TUNING_PROMPTS} if options.tune else {}
     rates = [(f"train.learning_rate={rate}",) for rate in LEARNING_RATES] if options.tune else [()]
     return [
-        Job(name, seed, options.budget, rate, is_quick=options.quick)
+        Job(name, seed, options.budget, rate, is_quick=options.quick, **where)
         for seed in options.seeds  # what is cut short has whole seeds
         for name in options.only
         for rate in rates
