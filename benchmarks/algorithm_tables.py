@@ -1,4 +1,5 @@
-"""What the runs of the algorithms say: tables from the JSON alone. docs/digits.md concludes."""
+"""What the runs of the algorithms say: tables from the JSON alone. docs/digits.md concludes, and
+docs/claims.md, which benchmarks/claims.py makes of the same, holds the papers to it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from plot_algorithms import LEVELS, by_name, common_level, mean_to_reach, plot
+from plot_algorithms import by_name, mean_to_reach, plot
 from rich.console import Console
 from rich.table import Table
 
@@ -15,11 +16,6 @@ Run = dict
 
 SCORES = {key: key for key in ("reward", "judge", "distance")} | {"guided_reward": "guided"}
 """Of the points of a curve, with their columns; the last where the run is one with guidance."""
-
-# What the papers compare: an algorithm, and the one that it is to be better than.
-SPEED = (("awm", "flow_grpo"), ("awm", "flow_grpo_guided"), ("tempflow_grpo", "flow_grpo"))
-COST = tuple((name, "dance_grpo") for name in ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"))
-END = (("g2rpo", "mixgrpo"),)
 
 
 def report(result: dict, path: Path) -> None:
@@ -39,18 +35,14 @@ def report(result: dict, path: Path) -> None:
     console.print(_count_table(runs))
     if result.get("iterations"):
         console.print(_cost_table(result))
-    if compared := comparisons(result):
-        console.print(_table("Compared", ("", "than", "measured"), compared, lines=True))
     plot(result, path.with_suffix(".png"))
     print(f"{result['seconds']:.0f} s; {path} and {path.with_suffix('.png').name}")
 
 
-def _table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool = False
-) -> Table:
-    table = Table(title=title or None, show_lines=lines)
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title or None)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if lines or i == 0 else "right")
+        table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -118,47 +110,3 @@ def _cost_table(result: dict) -> Table:
         ))  # fmt: skip
     columns = ("", "images", "forward-equivalents, mean of a run", "s, first iterations")
     return _table("An iteration with the papers' number of steps", columns, out)
-
-
-def comparisons(result: dict) -> list[tuple[str, str, str]]:
-    """What the papers compare, as it came out: (this, than that, measured); none where runs are
-    missing.
-    """
-    runs, costs = by_name(result["runs"]), {c["name"]: c for c in result.get("iterations", [])}
-    labels, found = result["labels"], []
-    tables = (SPEED, runs, _faster), (COST, costs, _cheaper), (END, runs, _higher)
-    for pairs, known, measure in tables:
-        for pair in pairs:
-            if known.keys() >= {*pair}:
-                this, that = (labels.get(name, name) for name in pair)
-                found.append((this, that, measure(*(known[name] for name in pair))))
-    return found
-
-
-def _faster(group: list[Run], others: list[Run]) -> str:
-    """How much less `group` took than `others` to the highest reward that all of them pass."""
-    level = common_level(group, others)
-    if level is None:
-        return f"they share no level of reward from {LEVELS[0]} on"
-    keys = ("forward_equivalents", "seconds")
-    taken, other = ([mean_to_reach(runs, level, key) for key in keys] for runs in (group, others))
-    return (
-        f"to {level:.2f}: {other[0] / taken[0]:.1f} times by count ({taken[0] / 1000:.0f}k against "
-        f"{other[0] / 1000:.0f}k), {other[1] / taken[1]:.1f} times in seconds"
-    )
-
-
-def _cheaper(cost: dict[str, float], other: dict[str, float]) -> str:
-    """How much less an iteration takes."""
-    count, seconds = (1 - cost[key] / other[key] for key in ("forward_equivalents_run", "seconds"))
-    return f"{count:.0%} less by count, {seconds:.0%} less time"
-
-
-def _higher(group: list[Run], others: list[Run]) -> str:
-    """The rewards at the end of an equal budget, and how often an iteration fits into it."""
-    ends = _end(group), _end(others)
-    rewards, iterations = ([end[key] for end in ends] for key in ("reward", "iterations"))
-    return (
-        f"{rewards[0]:.3f} against {rewards[1]:.3f} at an equal budget, "
-        f"of {iterations[0]:.0f} iterations against {iterations[1]:.0f}"
-    )
