@@ -84,13 +84,25 @@ class Job:
     prompts: str = "test_prompts"
     """The file that evaluations have, by its option in `data`."""
 
+    @property
+    def entry(self) -> Entry:
+        return ENTRIES[self.name]
+
+    @property
+    def images(self) -> int:
+        """Of an evaluation."""
+        return QUICK_IMAGES if self.is_quick else IMAGES
+
+    def change(self, trainer) -> None:
+        """What no option says."""
+
     def run(self) -> Run:
         """The run; what stopped it early, if anything, is in "failed"."""
         from flowkern.rewards import RewardError
 
         trainer = _trainer(self)
-        counter, images = Counter(trainer), QUICK_IMAGES if self.is_quick else IMAGES
-        look = partial(evaluate, trainer, images, self.prompts)
+        self.change(trainer)
+        counter, look = Counter(trainer), partial(evaluate, trainer, self.images, self.prompts)
         curve = [counter.now | look()]
         traces: list[dict[str, float]] = []
         failed = None
@@ -169,7 +181,7 @@ def _trainer(job: Job):
     from flowkern.train.loop import Loop
 
     torch.set_num_threads(1)
-    entry = ENTRIES[job.name]
+    entry = job.entry
     os.chdir(ROOT)  # the configurations' paths are relative to it
     config = load_config(
         CONFIGS / f"{entry.config}.yaml", [*entry.overrides, *job.overrides, f"seed={job.seed}"]

@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -66,18 +67,19 @@ def main() -> int:
     }  # fmt: skip
     path = options.json or _default_path(device, result["machine"], options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = _kept(path, result) if options.only_some else []
+    labels = {name: entry.label for name, entry in ENTRIES.items()}
+    kept = kept_runs(path, result, labels) if options.only_some else []
     begin, before = time.perf_counter(), result.pop("seconds", 0)
 
     def write(new: list[Run]) -> None:  # what is cut short counts
         runs = sorted([*kept, *new], key=lambda run: [*ENTRIES].index(run["name"]))
         result.update(runs=runs, seconds=before + time.perf_counter() - begin)
-        path.write_text(_compact(result))
+        path.write_text(compact(result))
 
     runs = run_all(_jobs(options), options.processes, write)
     if not options.quick and not options.tune and set(COSTED) <= set(options.only):
         result["iterations"] = iteration_costs()
-        path.write_text(_compact(result))
+        path.write_text(compact(result))
     report(result, path)
     if options.tune:
         return 0
@@ -87,15 +89,17 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _kept(path: Path, result: dict) -> list[Run]:
-    """The runs of other algorithms in the file at `path`, whose table `result` then adds to."""
+def kept_runs(path: Path, result: dict, labels: Mapping[str, str]) -> list[Run]:
+    """The runs of others than `result` has in the file at `path`, whose table `result` then adds
+    to. labels: of all that there is, in order.
+    """
     if not path.is_file():
         return []
     old = json.loads(path.read_text())
     if old["settings"] != result["settings"]:
         raise SystemExit(f"{path}: has other settings; expected {result['settings']}")
     names = set(result["labels"])
-    result["labels"] = {n: e.label for n, e in ENTRIES.items() if n in names | set(old["labels"])}
+    result["labels"] = {n: own for n, own in labels.items() if n in names | set(old["labels"])}
     result["commands"] = old["commands"] + result["commands"]
     result |= {key: old[key] for key in ("seconds", "iterations") if key in old}
     return [run for run in old["runs"] if run["name"] not in names]
@@ -161,7 +165,7 @@ def _default_path(device: torch.device, machine: dict, options: argparse.Namespa
     return folder / f"algorithms{suffix}.json"
 
 
-def _compact(result: dict) -> str:
+def compact(result: dict) -> str:
     """JSON with a line per point of a curve and per trace."""
     text = json.dumps(result, indent=1)
     return re.sub(r"\[[^][{}]*\]|\{[^][{}]*\}", lambda m: " ".join(m[0].split()), text) + "\n"
