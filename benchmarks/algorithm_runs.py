@@ -93,17 +93,19 @@ class Job:
         """Of an evaluation."""
         return QUICK_IMAGES if self.is_quick else IMAGES
 
-    def change(self, trainer) -> None:
-        """What no option says."""
+    def change(self, trainer) -> Callable[[], dict[str, float]]:
+        """Do what no option says; returns what is asked at each point of the curve, beside its
+        evaluation."""
+        return dict
 
     def run(self) -> Run:
         """The run; what stopped it early, if anything, is in "failed"."""
         from flowkern.rewards import RewardError
 
         trainer = _trainer(self)
-        self.change(trainer)
-        counter, look = Counter(trainer), partial(evaluate, trainer, self.images, self.prompts)
-        curve = [counter.now | look()]
+        more, counter = self.change(trainer), Counter(trainer)
+        look = partial(evaluate, trainer, self.images, self.prompts)
+        curve = [counter.now | look() | more()]
         traces: list[dict[str, float]] = []
         failed = None
         while counter.total < self.budget:
@@ -115,7 +117,7 @@ class Job:
             counter.add(records, seconds)
             traces.append(_trace(records))
             if counter.total >= min(len(curve) * self.budget / self.points, self.budget):
-                curve.append(counter.now | look())
+                curve.append(counter.now | look() | more())
                 if self.is_quick and has_learned(curve):
                     break
         recipe, steps = trainer.recipe, trainer.global_step

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def main() -> int:
     path = options.json or _default_path(device, result["machine"], options)
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = {name: entry.label for name, entry in ENTRIES.items()}
-    kept = kept_runs(path, result, labels) if options.only_some else []
+    kept = kept_runs(path, result, labels, options.seeds) if options.only_some else []
     begin, before = time.perf_counter(), result.pop("seconds", 0)
 
     def write(new: list[Run]) -> None:  # what is cut short counts
@@ -89,9 +89,11 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def kept_runs(path: Path, result: dict, labels: Mapping[str, str]) -> list[Run]:
-    """The runs of others than `result` has in the file at `path`, whose table `result` then adds
-    to. labels: of all that there is, in order.
+def kept_runs(
+    path: Path, result: dict, labels: Mapping[str, str], seeds: Sequence[int]
+) -> list[Run]:
+    """The runs in the file at `path`, whose table `result` then adds to, but for those of its names
+    and of `seeds`. labels: of all that there is, in order.
     """
     if not path.is_file():
         return []
@@ -102,7 +104,7 @@ def kept_runs(path: Path, result: dict, labels: Mapping[str, str]) -> list[Run]:
     result["labels"] = {n: own for n, own in labels.items() if n in names | set(old["labels"])}
     result["commands"] = old["commands"] + result["commands"]
     result |= {key: old[key] for key in ("seconds", "iterations") if key in old}
-    return [run for run in old["runs"] if run["name"] not in names]
+    return [run for run in old["runs"] if run["name"] not in names or run["seed"] not in seeds]
 
 
 def _arguments() -> argparse.Namespace:

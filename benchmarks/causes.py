@@ -6,7 +6,7 @@
 A table of experiments is a module, <name>_table.py: runs of benchmarks/algorithms.py that differ in
 the options named, or, where no option says it, in a change that the module makes to the trainer.
 Model, prompts, counting and evaluation are that benchmark's, with fewer images. The JSON is written
-as each run ends; with --only, what the file holds of other experiments stays, provided that it was
+as each run ends; what the file holds of other experiments and seeds stays, provided that it was
 measured with the same settings.
 """
 
@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 TABLES = ("causes",)
-IMAGES, BUDGET = 120, 60_000
+IMAGES, BUDGET = 120, 40_000
 LEVEL = 0.75
-Change = Callable[..., None]
-"""Of a trainer, before its first step."""
+Change = Callable[..., Callable[[], dict[str, float]] | None]
+"""Of a trainer, before its first step; see `Job.change`."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Trial(Job):
     def images(self) -> int:
         return IMAGES
 
-    def change(self, trainer) -> None:
-        if self.experiment.change is not None:
-            self.experiment.change(trainer)
+    def change(self, trainer) -> Callable[[], dict[str, float]]:
+        change = self.experiment.change
+        return (change and change(trainer)) or dict
 
 
 def main() -> int:
@@ -89,17 +89,17 @@ def main() -> int:
         "commands": [" ".join(("python", *sys.argv))],
         "labels": {name: labels[name] for name in options.only},
         "settings": {
-            "budget": options.budget, "seeds": options.seeds, "threads_per_process": 1,
+            "budget": options.budget, "threads_per_process": 1,
             "evaluation_steps": EVALUATION_STEPS, "evaluation_images": IMAGES,
         },
     }  # fmt: skip
     path = options.json or results_folder(device, result["machine"]) / f"{options.table}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = kept_runs(path, result, labels)
+    kept = kept_runs(path, result, labels, options.seeds)
     begin, before = time.perf_counter(), result.pop("seconds", 0)
 
     def write(new: list[Run]) -> None:  # what is cut short counts
-        runs = sorted([*kept, *new], key=lambda run: [*known].index(run["name"]))
+        runs = sorted([*kept, *new], key=lambda run: ([*known].index(run["name"]), run["seed"]))
         result.update(runs=runs, seconds=before + time.perf_counter() - begin)
         path.write_text(compact(result))
 
@@ -118,7 +118,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", choices=TABLES, default=TABLES[0])
     parser.add_argument("--only", help="names, separated by commas; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --first-seed")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=BUDGET, help="forward-equivalents of a run")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--from-json", type=Path, help="print a table again")
@@ -129,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     if unknown := sorted(set(chosen) - set(known)):
         parser.error(f"--only: got {unknown[0]!r}, expected some of {', '.join(known)}")
     options.only = [name for name in known if name in chosen]
-    options.seeds = list(range(options.seeds))
+    options.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     return options
 
 

@@ -6,11 +6,15 @@ at 3e-3 moves its window every five iterations; Flash* at 6e-3 never does.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from statistics import mean
 
 import torch
-from causes import Experiment
+from algorithm_runs import evaluate
+from causes import IMAGES, Experiment
 
 # What falls: entry and rate.
 FALLING = {"mix": ("MixGRPO", "mixgrpo", 3e-3), "star": ("Flash*", "mixgrpo_flash_star", 6e-3)}
@@ -36,22 +40,74 @@ def forget(trainer) -> None:
 
 def hold(trainer) -> None:
     """The adapter acts at the noise levels that the window has been at, and is off below them."""
+    _split(trainer, "below").__enter__()  # for good
+
+
+@contextmanager
+def _split(trainer, off: str) -> Iterator[None]:
+    """The adapter is off at noise levels "below" those where the window has been, or at "trained"
+    ones."""
     model, recipe, ask = trainer.task.model, trainer.recipe, trainer.task.model.velocity
     levels = recipe.levels(None)
 
-    def held(x_t, sigma, conditioning, network=None, sigma_host=None):
+    def split(x_t, sigma, conditioning, network=None, sigma_host=None):
         start = recipe.window_start(trainer.iteration, trainer.config.seed)
-        below = sigma < levels[start + recipe.window - 1] - 1e-6
-        if not below.any():
+        is_below = sigma < levels[start + recipe.window - 1] - 1e-6
+        is_off = is_below if off == "below" else ~is_below
+        if not is_off.any():
             return ask(x_t, sigma, conditioning, network, sigma_host)
         out = torch.empty_like(x_t)
         with model.network.disable_adapter():
-            out[below] = ask(x_t[below], sigma[below], conditioning[below])
-        if not below.all():
-            out[~below] = ask(x_t[~below], sigma[~below], conditioning[~below])
+            out[is_off] = ask(x_t[is_off], sigma[is_off], conditioning[is_off])
+        if not is_off.all():
+            out[~is_off] = ask(x_t[~is_off], sigma[~is_off], conditioning[~is_off])
         return out
 
-    model.velocity = held
+    model.velocity = split
+    try:
+        yield
+    finally:
+        model.velocity = ask
+
+
+def look_closer(trainer) -> Callable[[], dict[str, float]]:
+    """The same weights with the adapter off at some levels; and the rollout's rewards through the
+    tail that the algorithm has and through one of the grid's own steps, from the same states."""
+
+    looks = count()
+
+    def more() -> dict[str, float]:
+        found: dict[str, float] = {}
+        if next(looks) % 4:  # as it takes several evaluations
+            return found
+        for off in ("below", "trained"):
+            with _split(trainer, off):
+                scores = evaluate(trainer, IMAGES)
+            found |= {f"{key}_off_{off}": scores[key] for key in ("reward", "distance")}
+        return found | (_tails(trainer) if hasattr(trainer.recipe, "tail_ratio") else {})
+
+    return more
+
+
+def _tails(trainer) -> dict[str, float]:
+    """Rewards of one rollout through two tails: the spreads within groups, and how far they say
+    the same of a group."""
+    task, own, seen = trainer.task, trainer.task.recipe, []
+    credit = task.credit
+    task.credit = lambda scores, plan: seen.append(scores) or credit(scores, plan)
+    try:
+        for task.recipe in (own, replace(own, tail_ratio=None)):
+            task.collect(trainer.iteration)
+    finally:
+        task.recipe, task.credit = own, credit
+    rewards = [scores["digits_classifier"] for scores in seen]
+    within = [reward - reward.mean(1, keepdim=True) for reward in rewards]
+    both = torch.stack(within).flatten(1)
+    return {
+        "tail_reward": rewards[0].mean().item(), "full_reward": rewards[1].mean().item(),
+        "tail_spread": both[0].std().item(), "full_spread": both[1].std().item(),
+        "tail_correlation": torch.corrcoef(both)[0, 1].item(),
+    }  # fmt: skip
 
 
 def equal_edges(trainer) -> None:
@@ -83,7 +139,8 @@ def over_rollout(trainer) -> None:
 def _of(name: str, what: str, *overrides: str, rate: float | None = None, **more) -> Experiment:
     label, entry, own = FALLING[name]
     rate = f"train.learning_rate={rate or own:g}"
-    return Experiment(f"{label}: {what}", entry, (rate, *overrides), **more)
+    share = more.pop("share", 1.5 if name == "mix" else 1.0)  # 12 iterations, 16 of Flash*
+    return Experiment(f"{label}: {what}", entry, (rate, *overrides), share=share, **more)
 
 
 def _both(name: str, label: str, *overrides: str, **more) -> dict[str, Experiment]:
@@ -92,7 +149,7 @@ def _both(name: str, label: str, *overrides: str, **more) -> dict[str, Experimen
 
 WIDE, NARROW = (f"algorithm.clip_range={3.2e-3 * factor:g}" for factor in (16, 1 / 16))
 EXPERIMENTS = {
-    **_both("falls", "as it falls"),
+    **_both("falls", "as it falls", change=look_closer),
     "mix_tuned": _of("mix", "rate 1.5e-3", rate=1.5e-3),
     "star_tuned": _of("star", "rate 1.5e-3", rate=1.5e-3),
     # Adam's second moment across window moves
