@@ -33,6 +33,10 @@ class DivergenceMask(RatioClip):
         """The spread of the log-ratio where the KL is at the threshold."""
         return math.sqrt(2 * self.kl_mask_threshold / elements)
 
+    @property
+    def bound(self) -> str:
+        return "the log ratio's spread at kl_mask_threshold"
+
     def _loss(
         self, batch: StepBatch, velocity: Tensor, old_velocity: Tensor | None, **more: Any
     ) -> PolicyLoss:

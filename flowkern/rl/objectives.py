@@ -127,6 +127,11 @@ class RatioClip:
         return least_clipped(self.clip_low, self.clip_high)
 
     @property
+    def bound(self) -> str:
+        """What `least_clipped` is of, in words."""
+        return "the clip range"
+
+    @property
     def anchors(self) -> tuple[str, ...]:
         return ("reference",) if self.kl_coef > 0 else ()
 

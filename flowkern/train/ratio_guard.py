@@ -28,7 +28,7 @@ class RatioGuard:
         beyond = f"{found[OFF]:.0%} of its choices"
         said = (
             f"the first update's ratio is not 1: |log ratio| is {found[LOG_RATIO]:.3g} in the "
-            f"mean, and beyond {TOLERATED:g} of the clip range for {beyond}; "
+            f"mean, and beyond {TOLERATED:g} of {loop.task.objective.bound} for {beyond}; "
             f"{self._cause()}"
         )
         if loop.config.train.ratio_guard == "warn":

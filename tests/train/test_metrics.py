@@ -15,11 +15,14 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from legend import unknown, unused
 
+from flowkern.rl.divergence import DivergenceMask
+from flowkern.rl.objectives import LOG_RATIO, OFF, RatioClip
 from flowkern.train import metrics
 from flowkern.train.config import ConfigError
 from flowkern.train.distributed import make_accelerator
 from flowkern.train.errors import RunError
 from flowkern.train.loop import Loop
+from flowkern.train.ratio_guard import RatioGuard
 from flowkern.train.run_directory import RunDirectory
 from flowkern.train.tracking import save_image
 from flowkern.train.turn_figures import Told, evaluated, figures
@@ -142,6 +145,18 @@ def broken(loop, factor):
         return found * factor if network is not None and torch.is_grad_enabled() else found
 
     return asked
+
+
+def test_what_a_first_ratio_is_held_against_has_the_name_of_its_algorithm():
+    """Flow-DPPO clips no ratio. Doctor has nothing to look at here, and says so."""
+    config = SimpleNamespace(train=SimpleNamespace(ratio_guard="stop"))
+    for objective, name in (
+        (RatioClip(1e-4, 1e-4), "the clip range"),
+        (DivergenceMask(), "the log ratio's spread at kl_mask_threshold"),
+    ):
+        loop = SimpleNamespace(task=SimpleNamespace(objective=objective), config=config)
+        with pytest.raises(RunError, match=f"beyond 0.25 of {name} for 50% of .*could not look"):
+            RatioGuard(loop).look({OFF: 0.5, LOG_RATIO: 1.0})
 
 
 def test_a_first_ratio_that_is_not_1_stops_with_what_doctor_says(tiny, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def matching_loss(
         old_velocity: (R, *D), of the old policy, at the same noise; None: the detached velocity
             (awm: log_ratio is exactly 0 and keeps its gradient).
         velocity_ref, velocity_ema: (R, *D) anchors, with ref_coef and ema_coef >= 0, floats or
-            (B,).
+            (B,); a tensor's values are not looked at, on any device.
         clip_low, clip_high: awm's clip range: 0 <= clip_low <= 1, where 1 is no lower clip.
         reduction: "mean" | "sum" | "none". backend: "native" | "triton" | "reference"; None takes
             the best that can serve.

@@ -118,7 +118,8 @@ def policy_loss(
         noise, seed, sample_id, step: as in `sde_step`, only with x_next=None.
         velocity_uncond: (R, *D), with guidance_scale; uncond_gradient: it has one too, as in
             DanceGRPO and Flow-Factory; in Flow-GRPO it is a constant.
-        velocity_ref: (R, *D), already guided, of the reference policy. kl_coef: float or (B,).
+        velocity_ref: (R, *D), already guided, of the reference policy. kl_coef: >= 0, a float or
+            (B,), whose values are not looked at.
         step_weight: (B,), multiplies the policy term and never the KL.
         clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and
             log1p(clip_high).
