@@ -42,6 +42,7 @@ ENTRIES = {
         (*TUNED, *PAPERS_SETTING, "algorithm.uncond_gradient=true"),
         is_variant=True,
     ),
+    "gardo": Entry("GARDO", "gardo"),
     "flow_dppo": Entry("Flow-DPPO", "flow_dppo"),
     "flow_grpo_fast": Entry("Flow-GRPO-Fast", "flow_grpo_fast"),
     "grpo_guard": Entry("GRPO-Guard", "grpo_guard"),

@@ -41,6 +41,7 @@ PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "flow_grpo": ("Flow-GRPO", [("", SHORT, 0)]),
     "flow_dppo": ("Flow-DPPO", [("", {"num_inference_steps": 10}, 2)]),
     "flow_grpo_fast": ("Flow-GRPO-Fast", [(", window", {}, 5), BRANCHING]),
+    "gardo": ("GARDO", [("", {"num_inference_steps": 10}, 0)]),
     "grpo_guard": ("GRPO-Guard", [("", SHORT, 0)]),
     "dance_grpo": ("DanceGRPO", [("", {}, 0)]),
     "branch_grpo": (

@@ -61,6 +61,7 @@ REWARDS = {
     "aesthetic": "flowkern.rewards.aesthetic:Aesthetic",
     "clipscore": "flowkern.rewards.clipscore:ClipScore",
     "digits_classifier": "flowkern.rewards.digits:DigitsClassifier",
+    "digits_diversity": "flowkern.rewards.digits:DigitsDiversity",
     "digits_judge": "flowkern.rewards.digits:DigitsJudge",
     "distance_to_real": "flowkern.rewards.digits:DistanceToReal",
     "diversity": "flowkern.rewards.diversity:Diversity",

@@ -7,17 +7,19 @@ size. Weights and the 1,797 real digits are in ``assets/digits-rewards``, writte
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowkern.rewards.groups import differences, groups_of
 from flowkern.rewards.pixels import check_range
 
 __all__ = [
     "DigitsClassifier",
+    "DigitsDiversity",
     "DigitsJudge",
     "DistanceToReal",
     "build_classifier",
@@ -163,6 +165,29 @@ class DigitsJudge(_Network):
     ) -> Tensor:
         """images (B, C, H, W) in [0, 1] -> 0.0 or 1.0, (B,); needs ``metadata[i]["digit"]``."""
         return (self.logits(images).argmax(-1) == prompted_digits(images, metadata)).float()
+
+
+class DigitsDiversity(_Network):
+    """How far an image is from the most alike of its group: 1 minus the cosine of the classifier's
+    features. NaN for an image that is alone."""
+
+    may_fail: ClassVar[bool] = True
+
+    def __init__(self, directory: str | Path | None = None) -> None:
+        super().__init__(build_classifier(), "classifier.safetensors", directory)
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]] = (),
+        *,
+        group: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """images (B, C, H, W) in [0, 1] -> distances (B,); group: as `Diversity` has it."""
+        features = self.network.to(images.device)[:-1](to_pixels(images))
+        group = groups_of(group, prompts).to(images.device)
+        return differences(F.normalize(features), group, "nearest")
 
 
 class DistanceToReal:

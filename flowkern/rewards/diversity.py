@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 
 from flowkern.rewards.frames import frame_numbers, require_frames
+from flowkern.rewards.groups import differences, groups_of
 from flowkern.rewards.pixels import as_bytes, check_layout
 from flowkern.rewards.processors import PICTURES, Pixels
 from flowkern.rewards.towers import ImageTower, TowerOptions, load_network, unit
 from flowkern.rewards.weights import device_of, folder_of
 
-__all__ = ["Diversity", "differences"]
+__all__ = ["Diversity"]
 
 
 @dataclass(kw_only=True, eq=False)
 class Diversity(TowerOptions):
-    """1 minus the mean cosine of an image's feature and those of its group's others: 0 among
-    copies. NaN for an image that is alone in its group.
+    """1 minus the cosine of an image's feature and those of its group's others, their mean or the
+    nearest one's: 0 among copies. NaN for an image that is alone in its group.
     """
 
     path: str = "facebook/dinov2-base"
     """A DINOv2, or a CLIP, whose image tower is taken."""
     processor: str | None = None
     """A directory or id with the image processor; null: path has it."""
+    distance_to: str = "mean"
+    """"mean": to all others; "nearest": to the most alike of them."""
     frames: int | str = 8
     """Of a video: how many are looked at, evenly from the first to the last, or "all"."""
 
@@ -38,6 +41,8 @@ class Diversity(TowerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.distance_to not in ("mean", "nearest"):
+            raise ValueError(f"distance_to: got {self.distance_to!r}, expected mean or nearest")
         require_frames(self.frames)
         network, folder = load_network(
             self.path, self.revision, self.dtype, self.device, "dinov2", "clip"
@@ -63,24 +68,9 @@ class Diversity(TowerOptions):
         for another number of groups.
         """
         check_layout(images, prompts)
-        if group is None:
-            place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-            group = [place[prompt] for prompt in prompts]
-        group = torch.as_tensor(group)
-        if group.shape != (len(images),):
-            raise ValueError(f"group: got {tuple(group.shape)}, expected {len(images)} as images")
+        group = groups_of(group, prompts)
         if images.ndim == 5:
             images = images[:, frame_numbers(images.shape[1], self.frames)]
         features = self.tower.image_features(as_bytes(images).flatten(0, -4))
         features = unit(features.view(len(images), -1, features.shape[-1]).mean(1))
-        return differences(features, group.to(features.device))
-
-
-def differences(features: Tensor, group: Tensor) -> Tensor:
-    """Unit features (B, D), groups (B,) -> (B,) mean cosine distance to the group's others, NaN for
-    one alone. Their mean is the mean over pairs.
-    """
-    kinds, place, sizes = group.unique(return_inverse=True, return_counts=True)
-    total = features.new_zeros(len(kinds), features.shape[1]).index_add_(0, place, features)
-    others = total[place] - features
-    return 1 - (features * others).sum(-1) / (sizes[place] - 1)
+        return differences(features, group.to(features.device), self.distance_to)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from flowkern.rl.depth import DepthCredit, GainCredit
     from flowkern.rl.divergence import DivergenceMask
     from flowkern.rl.groups import CenteredReward, GroupPreference
+    from flowkern.rl.kl_weight import RewardKL, UncertainKL
     from flowkern.rl.objectives import Matching, Objective, Outcome, RatioClip
     from flowkern.rl.win_rate import WinRate
 
@@ -23,6 +24,8 @@ __all__ = [
     "Objective",
     "Outcome",
     "RatioClip",
+    "RewardKL",
+    "UncertainKL",
     "WinRate",
 ]
 
@@ -37,6 +40,8 @@ _HOMES = {
     "Objective": "flowkern.rl.objectives",
     "Outcome": "flowkern.rl.objectives",
     "RatioClip": "flowkern.rl.objectives",
+    "RewardKL": "flowkern.rl.kl_weight",
+    "UncertainKL": "flowkern.rl.kl_weight",
     "WinRate": "flowkern.rl.win_rate",
 }
 __getattr__ = lazily(__name__, _HOMES)

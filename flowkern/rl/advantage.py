@@ -11,7 +11,7 @@ P prompts, L leaves of each, C choices that are trained (edges, or points over t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,20 +69,35 @@ class Credit:
         if self.best_of is not None:
             kept[there] = self._extremes(scored, of, _size(group.flatten())[there])
         leaf = leaf.masked_scatter(there, scored * (kept[there] > 0)).view(group.shape)
-        kept, there = kept.view(group.shape), there.view(group.shape).to(leaf)
-        if plan.points:
-            of_point = [position for position, _ in plan.points]
-            choice, kept, leads = leaf[:, of_point], kept[:, of_point], there[:, of_point]
-        else:
-            below = plan.below().to(leaf).T
-            leads = there @ below
-            choice = leaf @ below
-            if self.over_leaves == "mean":
-                choice = choice / leads.clamp(min=1)
-            # Of a choice's leaves, those that are kept speak for it.
-            kept = (kept @ below) / ((kept > 0).to(leaf) @ below).clamp(min=1)
+        kept, there = kept.view(group.shape), there.view(group.shape)
+        leaf, there = self.shaped(leaf, there, scores, plan), there.to(leaf)
+        choice, leads = of_leaves(leaf, plan), of_leaves(there, plan)
+        if self.over_leaves == "mean":
+            choice = choice / leads.clamp(min=1)
+        # Of a choice's leaves, those that are kept speak for it.
+        kept = of_leaves(kept, plan) / of_leaves((kept > 0).to(leaf), plan).clamp(min=1)
         choice = choice.clamp(-self.limit, self.limit) * self.scale * kept
         return choice.masked_fill(leads == 0, torch.nan)
+
+    @property
+    def asks(self) -> Mapping[str, Sequence[str]]:
+        """The rewards that it looks at beside those with a weight, by the option that names
+        them."""
+        return {}
+
+    def shaped(
+        self, leaf: Tensor, there: Tensor, scores: Mapping[str, Tensor], plan: Plan
+    ) -> Tensor:
+        """The advantages of leaves (P, L), before they are summed over those of a choice; there:
+        (P, L) bool, those that have one."""
+        return leaf
+
+    def kl_weight(
+        self, scores: Mapping[str, Tensor], weights: Mapping[str, float], plan: Plan
+    ) -> Tensor | None:
+        """(P, C) float64, from 0: what the KL of each choice counts, times its coefficient; None:
+        1."""
+        return None
 
     def _extremes(self, advantage: Tensor, group: Tensor, size: Tensor) -> Tensor:
         """`keep_extremes`, and all of a group that has lost so many of its `size` that no more are
@@ -164,6 +179,13 @@ def keep_extremes(advantage: Tensor, group: Tensor, count: int) -> Tensor:
         )
     is_kept = (rank < count // 2) | (rank >= size - count // 2)
     return torch.where(is_kept, size / count, 0.0).to(advantage)
+
+
+def of_leaves(value: Tensor, plan: Plan) -> Tensor:
+    """(P, C) sums of values (P, L) over the leaves that each choice leads to."""
+    if plan.points:
+        return value[:, [position for position, _ in plan.points]]
+    return value @ plan.below().to(value).T
 
 
 def _groups(plan: Plan, prompts: int) -> Tensor:

@@ -55,3 +55,11 @@ def network_calls(
     calls = [first, *[objective.calls()] * (updates - 1)]
     halves = 1 if guidance is None else 2
     return prompts * halves * cost.sample, [prompts / updates * cost.train * c for c in calls]
+
+
+def released_calls(recipe: Recipe, iteration: int = 0, seed: int = 0) -> tuple[int, int]:
+    """The same of the authors' loop: in sampling, in training."""
+    cost, guidance = recipe.released(iteration, seed), recipe.guidance(uncond=0)
+    prompts, halves = recipe.prompts_per_rollout, 1 if guidance is None else 2
+    calls = recipe.objective(guidance).calls()
+    return round(prompts * halves * cost.sample), round(prompts * calls * cost.train)

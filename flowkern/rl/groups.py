@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowkern.ops.matching_loss import MatchingLoss, matching_loss
-from flowkern.rl.objectives import Matching, Outcome, statistics_of
+from flowkern.rl.objectives import Matching, Outcome, of_choices, statistics_of
 from flowkern.rollout.batches import PointBatch
 from flowkern.rollout.engine import Velocity
 
@@ -30,7 +30,6 @@ class Weighed(NamedTuple):
 
     advantage: Tensor
     """What the gradient of the mean squared error is multiplied with."""
-    ref_coef: Tensor | float
     said: MatchingLoss
     """The velocity compared with the old one."""
 
@@ -56,9 +55,9 @@ class GroupMatching(Matching):
         x_t, others = self.answers(batch, anchors)
         v = velocity(x_t, batch.sigma, batch.prompt, batch.on_host)
         with torch.no_grad():
-            advantage, ref_coef, said = self.weigh(batch, v.detach(), others)
-        ref = others.get("reference") if self.ref_coef > 0 else None
-        more = {"velocity_ref": ref, "ref_coef": 0.0 if ref is None else ref_coef}
+            advantage, said = self.weigh(batch, v.detach(), others)
+        more = {"velocity_ref": others.get("reference") if self.ref_coef > 0 else None}
+        more["ref_coef"] = of_choices(self.ref_coef, batch)
         out = self.matched(batch, v, advantage, reduction="sum", **more)
         found = statistics_of(said.ratio, said.clipped_high, said.clipped_low, out.ref)
         return Outcome(out.loss, found)
@@ -107,11 +106,7 @@ class GroupPreference(GroupMatching):
         per_image = self.beta_dpo / self.group_size * batch.advantage * farther
         weight = total(per_image, batch.group).sigmoid()
         advantage = (weight * batch.advantage).masked_fill(said.clipped_low | said.clipped_high, 0)
-        return Weighed(advantage, self.ref_coef, said)
-
-
-LEAST_KL = 1e-4
-"""The coefficient of the KL where the reward is least."""
+        return Weighed(advantage, said)
 
 
 @dataclass(frozen=True)
@@ -123,8 +118,6 @@ class CenteredReward(GroupMatching):
 
     crd_beta: float = 1.0
     adaptive_logp: bool = True
-    reward_adaptive_kl: bool = True
-    """Is ref_coef that of the best image, and falls to `LEAST_KL` with R?"""
     limit: float = 5.0
     """What advantages were clamped at, before they were divided by it."""
 
@@ -142,11 +135,8 @@ class CenteredReward(GroupMatching):
             per_error = torch.where(said.matching > 0, scaled / said.matching, 0.0)
         reward = (0.5 + 0.5 * batch.advantage).clamp(0, 1)
         short = centred(reward, batch.group) - self.crd_beta * centred(implicit, batch.group)
-        ref_coef = self.ref_coef
-        if self.reward_adaptive_kl:
-            ref_coef = LEAST_KL + reward * (ref_coef - LEAST_KL)
         said = said._replace(ratio=torch.ones_like(said.ratio))  # nothing is clipped by it
-        return Weighed(2 * self.limit * short * per_error, ref_coef, said)
+        return Weighed(2 * self.limit * short * per_error, said)
 
     def _scaled(self, batch: PointBatch, v: Tensor) -> Tensor:
         """(B,): mean squared error over mean absolute error, as NFT weighs what it goes towards."""

@@ -110,17 +110,20 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class RatioClip:
-    """The clipped likelihood ratio of drawn edges, with a KL to the reference where kl_coef > 0."""
+    """The clipped likelihood ratio of drawn edges, with a KL to an anchor where kl_coef > 0."""
 
     clip_low: float
     clip_high: float
     kl_coef: float = 0.0
+    """Of a choice, times its weight where credit gives one."""
     ratio: str = "sde"
     """ "sde" | "guard", as in `policy_loss`."""
     guidance: Guidance | None = None
     uncond_gradient: bool = False
     """Does the unconditional half of guidance learn too?"""
     backend: str | None = None
+    anchor: str = "reference"
+    """The weights that the KL is to: the reference, or a copy."""
 
     def least_clipped(self, elements: int) -> float:
         """The least |log ratio| that may be clipped, of latents of so many elements."""
@@ -133,11 +136,11 @@ class RatioClip:
 
     @property
     def anchors(self) -> tuple[str, ...]:
-        return ("reference",) if self.kl_coef > 0 else ()
+        return (self.anchor,) if self.kl_coef > 0 else ()
 
     def calls(self, is_on_policy: bool = False, current: Collection[str] = ()) -> int:
-        halves = 1 if self.guidance is None else 2
-        return halves * (1 + len(self.anchors)) - (is_on_policy and self.keeps_uncond)
+        halves, anchors = 1 if self.guidance is None else 2, {*self.anchors} - {*current}
+        return halves * (1 + len(anchors)) - (is_on_policy and self.keeps_uncond)
 
     @property
     def together(self) -> int:
@@ -159,15 +162,15 @@ class RatioClip:
         self, batch: StepBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> Outcome:
         """Where the unconditional half of guidance has no gradient it is run without, or is what
-        sampling kept.
+        sampling kept. To an anchor that equals the weights the KL is 0, and so is its gradient.
         """
-        v_ref = None
-        if self.anchors:
+        more: dict[str, Any] = {"step_weight": batch.weight}
+        if self.anchors and self.anchor in anchors:
             with torch.no_grad():
-                v_ref, guide = self.ask(anchors["reference"], batch, None)
-                v_ref = guided(v_ref, **guide)
+                v_ref, guide = self.ask(anchors[self.anchor], batch, None)
+            more["velocity_ref"] = guided(v_ref, **guide)
+            more["kl_coef"] = of_choices(self.kl_coef, batch)
         v, guide = self.ask(velocity, batch, batch.uncond)
-        more = {"velocity_ref": v_ref, "kl_coef": self.kl_coef, "step_weight": batch.weight}
         out = self._loss(batch, v, batch.old_velocity, **guide, **more)
         statistics = statistics_of(out.ratio, out.clipped_high, out.clipped_low, out.kl)
         return Outcome(out.loss, statistics, self.replayed(batch, v, guide))
@@ -302,7 +305,7 @@ class Matching:
             old_velocity=v.get(self.old),
             velocity_ref=v.get("reference"),
             velocity_ema=v.get(self.ema) if self.ema_coef > 0 else None,
-            ref_coef=_at(batch.sigma, ref, self.kl_weight),
+            ref_coef=of_choices(_at(batch.sigma, ref, self.kl_weight), batch),
             ema_coef=_at(batch.sigma, ema, self.kl_ema_weight),
             clip_low=self.clip_low,
             clip_high=self.clip_high,
@@ -322,6 +325,12 @@ class Matching:
         with torch.no_grad():
             where = x_t, batch.sigma, batch.prompt, batch.on_host
             return x_t, {n: ask(*where) for n, ask in anchors.items() if n in self.anchors}
+
+
+def of_choices(coefficient: float | Tensor, batch: StepBatch | PointBatch) -> float | Tensor:
+    """That of a KL, (B,) where credit weighs the choices, and 0.0 where there is none."""
+    is_none = isinstance(coefficient, float | int) and not coefficient
+    return coefficient if is_none or batch.kl_weight is None else coefficient * batch.kl_weight
 
 
 def _at(sigma: Tensor, coefficient: float, weight: str) -> float | Tensor:

@@ -110,6 +110,11 @@ class AnyRecipe:
     task: ClassVar[str]
     """What is trained: the name of a Task of the trainer's, or "module:attribute" of one's own."""
 
+    def decay(self, copy: str, rollout: int, record: Mapping[str, float]) -> float:
+        """What `copies` says of one of them after rollout number `rollout`, whose last optimizer
+        step left `record`, the same on all processes: a metric by name."""
+        return self.copies[copy](rollout)
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -204,6 +209,8 @@ class StepRecipe(Recipe):
     your own (docs/algorithms.md)."""
     kl_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Of the Gaussian KL to the reference at the trained edges."""
+    anchor: ClassVar[str] = "reference"
+    """The weights that it is to: the reference, or a copy."""
     uncond_gradient: bool = False
     """Does the unconditional half of guidance learn too, as in DanceGRPO's and Flow-Factory's code?
     It does not in Flow-GRPO's; the gradient is then shorter, so the learning rate higher."""
@@ -278,7 +285,8 @@ class PolicyRecipe(StepRecipe):
     def objective(self, guidance: rollout.Guidance | None) -> rl.RatioClip:
         clip = self.clip_range
         both = self.uncond_gradient
-        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, guidance, both)
+        how = {"guidance": guidance, "uncond_gradient": both, "anchor": self.anchor}
+        return rl.RatioClip(clip, clip, self.kl_coef, self.ratio, **how)
 
 
 @dataclass(frozen=True, kw_only=True)

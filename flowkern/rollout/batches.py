@@ -8,6 +8,7 @@ B choices in it. A choice whose advantage is NaN takes no part: it has no score,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from flowkern.ops.sde_step import sde_step
 from flowkern.rollout.layout import Layout, Points
-from flowkern.rollout.moves import indices, moved, picked
-from flowkern.rollout.states import OnHost, Rollout
+from flowkern.rollout.moves import indices, picked, together
+from flowkern.rollout.states import OnHost, Rollout, Source
 from flowkern.schedules import Coefficients
 
 
@@ -50,6 +51,8 @@ class StepBatch:
     """seed, sample_id (B,), step (B,): of the noise that led to x_next."""
     sampled: Tensor | None = None
     """(R, *D): what sampling said there, where training is to be held against it."""
+    kl_weight: Tensor | None = None
+    """(B,), of the KL; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class PointBatch:
     """(B,): what is compared at one noise level has one number."""
     key: dict[str, int | Tensor]
     """seed, sample_id (B,), step (B,)"""
+    kl_weight: Tensor | None = None
+    """(B,), of the pull to the reference; None: 1."""
 
 
 def network_batches(
@@ -128,18 +133,34 @@ def _of_sites(layout: Layout, choices: Tensor) -> Tensor:
 
 
 def batch(
-    rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor, is_on_policy: bool = False
+    rollout: Rollout,
+    site: Tensor,
+    prompt: Tensor,
+    advantage: Tensor,
+    is_on_policy: bool = False,
+    kl_weight: Tensor | None = None,
 ) -> StepBatch | PointBatch:
-    """What the calls (site, prompt), both (R,), learn from; on the host as is advantage (P, C).
-    Where nothing `takes_part`, advantages are 0, and what is made of it is not to count.
+    """What the calls (site, prompt), both (R,), learn from; on the host as are advantage and
+    kl_weight, (P, C). Where nothing `takes_part`, these are 0, and what is made of it is not to
+    count.
 
     is_on_policy: the weights are those that sampled. Then the ratio is 1 and no old velocity is
     compared with; and what sampling kept of the unconditional half is handed on.
     """
     rollout.wait()
+    credit = [advantage] if kl_weight is None else [advantage, kl_weight]
     if isinstance(rollout.layout.trained, Points):
-        return _points(rollout, site, prompt, advantage)
-    return _steps(rollout, site, prompt, advantage, is_on_policy)
+        return _points(rollout, site, prompt, credit)
+    return _steps(rollout, site, prompt, credit, is_on_policy)
+
+
+def _credit(
+    tables: Sequence[Tensor], prompt: Tensor, choice: Tensor, source: Source
+) -> dict[str, Tensor]:
+    """Advantage, and the KL's weight where there is one, (B,) of choices, in one copy."""
+    found = [table[prompt, choice].nan_to_num() for table in tables]
+    found = together(found, source.prompt_id.device, source.precision)
+    return dict(zip(("advantage", "kl_weight"), found, strict=False))
 
 
 def sampled_velocity(rollout: Rollout, site: Tensor, prompt: Tensor) -> Tensor | None:
@@ -151,7 +172,7 @@ def sampled_velocity(rollout: Rollout, site: Tensor, prompt: Tensor) -> Tensor |
     return picked(rollout.velocity, *indices([site, prompt], device), device)
 
 
-def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -> PointBatch:
+def _points(rollout: Rollout, site: Tensor, prompt: Tensor, credit: Sequence[Tensor]) -> PointBatch:
     points, source = rollout.layout.trained, rollout.source
     device = source.prompt_id.device
     there = rollout.layout.tables(device, source.precision)
@@ -164,7 +185,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
         sigma=there.sigma[of_site.there],
         on_host=OnHost(points.sigma[site].tolist(), prompt.tolist()),
         prompt=of_prompt.there,
-        advantage=moved(advantage[prompt, site].nan_to_num(), device, source.precision),
+        **_credit(credit, prompt, site, source),
         group=group.there,
         key={
             "seed": source.seed,
@@ -175,7 +196,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor) -
 
 
 def _steps(
-    rollout: Rollout, site: Tensor, prompt: Tensor, advantage: Tensor, is_on_policy: bool
+    rollout: Rollout, site: Tensor, prompt: Tensor, credit: Sequence[Tensor], is_on_policy: bool
 ) -> StepBatch:
     source, edges = rollout.source, rollout.layout.trained
     device, first, count = source.prompt_id.device, edges.first, edges.count
@@ -183,7 +204,7 @@ def _steps(
     row = torch.arange(len(site)).repeat_interleave(count[site])
     within = torch.arange(len(row)) - (count[site].cumsum(0) - count[site])[row]
     choice = edges.order[first[site][row] + within]
-    is_there = ~advantage[prompt[row], choice].isnan()
+    is_there = ~credit[0][prompt[row], choice].isnan()
     if is_there.any():  # else the batch is a call that nothing takes part in, and is as it would be
         row, choice = row[is_there], choice[is_there]
     place = torch.tensor([rollout.kept[i] for i in edges.origins])[site]
@@ -218,7 +239,7 @@ def _steps(
         prompt=of_prompt.there,
         row=None if len(row) == len(site) else of_row.there,
         coefficients=table,
-        advantage=moved(advantage[prompt[row], choice].nan_to_num(), device, source.precision),
+        **_credit(credit, prompt[row], choice, source),
         weight=there.weight[of_choice.there],
         x_next=x_next,
         old_velocity=old,

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowkern.models import Conditioning, Model, guide_of
-from flowkern.rl.cost import network_calls
+from flowkern.rl.cost import network_calls, released_calls
 from flowkern.rl.objectives import Outcome, Parts, by_level
 from flowkern.rl.recipe import plan_of
 from flowkern.rollout import (
@@ -46,6 +46,7 @@ from flowkern.train.loading import load_pipeline
 from flowkern.train.loop import Batch
 from flowkern.train.metrics import Experience
 from flowkern.train.prompts import Prompt, draw_prompts
+from flowkern.train.reward_config import require_asked
 from flowkern.train.scoring import MEAN, Scores, load_rewards, score
 from flowkern.train.sharding import shard
 from flowkern.train.stop import StopRequest
@@ -63,6 +64,8 @@ class FlowExperience(Experience):
     """Of the P prompts, and of none in the last row."""
     advantage: Tensor
     """(ranks, P, C) of all ranks, on the host; NaN: takes no part."""
+    kl_weight: Tensor | None
+    """(P, C) of this rank, as `Credit` has it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class FlowTask:
             config, accelerator, len(prompts_of(config.data, "train_prompts"))
         )
         held_out(config)
+        require_asked(config.algorithm, config.reward)
 
     def __init__(
         self,
@@ -224,10 +228,11 @@ class FlowTask:
         rollout, plan = blocks.rollout, blocks.rollout.plan
         scaled = {name: one.scaled(found.rewards[name]) for name, one in self.rewards.items()}
         scores = {name: value.view(-1, len(plan.leaves)) for name, value in scaled.items()}
-        advantage = self.credit(scores, plan)
+        advantage, kl_weight = self.credit(scores, plan)
         laps.mark(REWARD)
         weights = self.config.reward.weights
-        credit, (sampling, training) = self.recipe.credit(), self.released_calls(iteration)
+        credit = self.recipe.credit()
+        sampling, training = released_calls(self.recipe, iteration, self.config.seed)
         flat = credit.zero_std_ratio(scores, weights, plan)
         told = metrics.spread(scores, weights, advantage, credit.limit * abs(credit.scale))
         told |= {"zero_std_ratio": flat, "nfe/naive_sample": sampling}
@@ -242,6 +247,7 @@ class FlowTask:
             rollout=rollout,
             conditioning=conditioning,
             advantage=advantage,
+            kl_weight=kl_weight,
         )
 
     def draw_prompts(self, iteration: int) -> list[Prompt]:
@@ -302,18 +308,14 @@ class FlowTask:
         )
         return Scores.joined(found)
 
-    def credit(self, scores: dict[str, Tensor], plan: Plan) -> Tensor:
-        """The advantages of all ranks, (ranks, P, C); the same for any number of ranks."""
-        advantage = self.recipe.credit()(scores, self.config.reward.weights, plan)
-        return advantage.view(self.world, len(self.slots), -1)
-
-    def released_calls(self, iteration: int) -> tuple[int, int]:
-        """Of the network in the authors' loop, of all ranks: in sampling, in training."""
-        recipe, prompts = self.recipe, self.recipe.prompts_per_rollout
-        cost = recipe.released(iteration, self.config.seed)
-        halves = 1 if self.guidance is None else 2
-        calls = self.objective.calls()
-        return round(prompts * halves * cost.sample), round(prompts * calls * cost.train)
+    def credit(self, scores: dict[str, Tensor], plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """The advantages of all ranks, (ranks, P, C), the same for any number of ranks; and what
+        the KLs of this one count."""
+        credit, shape = self.recipe.credit(), (self.world, len(self.slots), -1)
+        asked = scores, self.config.reward.weights, plan
+        kl_weight = credit.kl_weight(*asked)
+        kl_weight = None if kl_weight is None else kl_weight.view(shape)[self.rank]
+        return credit(*asked).view(shape), kl_weight
 
     # ---- learning ----
 
@@ -340,9 +342,9 @@ class FlowTask:
 
     def loss(self, batch: FlowBatch, weights: Weights) -> Outcome:
         experience = batch.experience
-        advantage = experience.advantage[self.rank]
+        advantage, kl_weight = experience.advantage[self.rank], experience.kl_weight
         where = batch.site, batch.prompt, advantage
-        trained = gathered(experience.rollout, *where, weights.have_sampled)
+        trained = gathered(experience.rollout, *where, weights.have_sampled, kl_weight)
         learn = self.velocity(experience.conditioning, weights.trained[NETWORK])
         # No copy that is known to equal the weights.
         names = [name for name in self.objective.anchors if not weights.is_current(name)]

@@ -120,7 +120,6 @@ class Loop:
         draws the rollout again; returns the metrics of each.
         """
         updates = self.recipe.updates_per_rollout
-        decays = {name: decay(self.iteration + 1) for name, decay in self.recipe.copies.items()}
         distributed.seed_generators(self.config.seed, self.iteration, self.rank)
         if SAMPLED in self.copies and self.updates_done == 0:
             self.copies.update(SAMPLED, 0.0)
@@ -134,6 +133,8 @@ class Loop:
         with self.display.phase("training"):
             for update in range(self.updates_done, updates):
                 self.learn(experience, update)
+        last = self.progress.updates[-1] if self.progress.updates else {}
+        decays = {n: self.recipe.decay(n, self.iteration + 1, last) for n in self.recipe.copies}
         with self.changing():
             self.iteration, self.updates_done = self.iteration + 1, 0
             for name, decay in decays.items():

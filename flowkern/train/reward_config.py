@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, RootModel, model_valida
 
 from flowkern.checks import ABOVE_0, ConfigError, Range
 from flowkern.rewards import require_reward
+from flowkern.rl.recipe import Recipe
 from flowkern.train.fields import Section, Text, wanted
 
 __all__ = ["RewardConfig", "Rewards"]
@@ -85,3 +86,19 @@ class Rewards(RootModel[dict[Text, RewardConfig]]):
     def weights(self) -> dict[str, float]:
         """Of those that are optimized."""
         return {name: one.weight for name, one in self.root.items() if one.weight}
+
+
+def require_asked(recipe: Recipe, rewards: Rewards) -> None:
+    """Raise ConfigError, naming the option, for a reward that its credit asks and that there is
+    not."""
+    try:
+        asked = recipe.credit().asks
+    except ValueError as error:
+        raise ConfigError(f"algorithm.{error}") from error
+    for option, names in asked.items():
+        for name in names:
+            if name not in rewards.root:
+                raise ConfigError(
+                    f"algorithm.{option}: got {name!r}, expected one of the rewards under reward, "
+                    f"{', '.join(rewards.root)}"
+                )

@@ -70,6 +70,7 @@ DEFAULTS = {
     "flow_grpo": "flow_grpo_sd35m_geneval",
     "flow_grpo_fast": "flow_grpo_fast_sd35m_geneval",
     "g2rpo": "g2rpo_flux_hps",
+    "gardo": "gardo_sd35m_ocr",
     "grpo_guard": "grpo_guard_sd35m_ocr",
     "mixgrpo": "mixgrpo_flux",
     "mixgrpo_flash": "mixgrpo_flash_flux",

@@ -46,6 +46,7 @@ SMALL = {
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 4, "window": 2, "guidance_scale": 2.0},
     "g2rpo": {"num_inference_steps": 5, "branch_steps": 2},
+    "gardo": {"num_inference_steps": 3, "diversity_reward": None},
     "grpo_guard": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "mixgrpo": {"num_inference_steps": 4, "window": 2, "uncond_gradient": True},
     "mixgrpo_flash": {"num_inference_steps": 6, "window": 2},
@@ -55,6 +56,7 @@ SMALL = {
     "tree_rpo": {"num_inference_steps": 4, "window": 1},
 }
 SMALL["mixgrpo"]["guidance_scale"] = 2.0
+SMALL["gardo"]["auxiliary_rewards"] = [f"{__name__}:brightness"]
 FAMILIES, EVERY = list(SIZES), os.environ.get("FLOWKERN_EVERY_CELL") == "1"
 ON_THE_HOST = ("wan_a14b", "z_image")
 """Families that choose by what the host knows of a row."""

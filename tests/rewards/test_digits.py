@@ -51,6 +51,15 @@ def test_distance_is_zero_for_a_copy_and_grows_with_damage(held_out):
     assert 1.0 < real < distance(held_out[0].roll(8, -1)).mean() < distance(noise).mean()
 
 
+def test_diversity_is_the_distance_to_the_most_alike_of_a_group(held_out):
+    images, found = held_out[0][:6], load_reward("digits_diversity")
+    apart = found(images, ["a", "a", "a", "b", "b", "c"], [{}] * 6)
+    assert (apart[:5] > 0).all() and apart[5].isnan() and apart[3] == apart[4]
+    copied = found(images[[0, 0, 1]], ["a"] * 3, [{}] * 3, group=torch.zeros(3))
+    torch.testing.assert_close(copied[:2], torch.zeros(2), rtol=0, atol=1e-6)
+    assert copied[2] > 1e-2
+
+
 def test_prompts_are_held_out_and_answerable():
     prompts = {
         split: [json.loads(line) for line in (ASSETS / f"digits-prompts/{split}.jsonl").open()]

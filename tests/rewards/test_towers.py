@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, Dinov2Model
 
 from flowkern.rewards import load_reward, towers
-from flowkern.rewards.diversity import differences
 from flowkern.rewards.frames import frame_numbers
+from flowkern.rewards.groups import differences
 from flowkern.rewards.hpsv2 import fit_long_edge
 from flowkern.rewards.open_clip import _renamed, _sizes
 from flowkern.rewards.resize import CLIP_MEAN, CLIP_STD
@@ -230,6 +230,11 @@ def test_diversity_of_a_group_by_its_formula():
     f = towers.unit(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)))
     mean = 1 - ((f.sum(0) ** 2).sum() - 5) / 20
     torch.testing.assert_close(differences(f, torch.zeros(5)).mean(), mean)
+    group = torch.tensor([0, 1, 0, 0, 2])
+    near = differences(f, group, "nearest")
+    expected = [min(1 - f[i] @ f[j] for j in (0, 2, 3) if j != i) for i in (0, 2, 3)]
+    torch.testing.assert_close(near[[0, 2, 3]], torch.stack(expected))
+    assert near[[1, 4]].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2", "aesthetic"])
@@ -390,6 +395,7 @@ def test_a_file_that_is_broken_is_said_by_its_option(made, tmp_path, name, optio
         ("hpsv2", {"path": "{head}"}, "path: '.*.pth' is no CLIP of open_clip: it lacks vision"),
         ("hpsv2", {"path": "{text}"}, "path: '.*' holds no weights: "),
         ("aesthetic", {"head": "{hps}"}, "head: its layers layers.N do not go from 16 values of"),
+        ("diversity", {"distance_to": "best"}, "distance_to: got 'best', expected mean or nearest"),
         ("diversity", {"path": "{vit}"}, "path: '.*' is a 'vit', expected dinov2 or clip"),
     ],
 )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,6 +204,15 @@ def dance_grpo(
     return walks
 
 
+def gardo(sigmas, size: int, trained: int, own_root=False) -> list[Walk]:
+    """Every step is drawn, the first ones are trained. Root 0 for all, unless each has its own."""
+    path = [
+        Step(n, "flow_sde", 0.7, 1.0 if i < trained else None)
+        for i, (_, n) in enumerate(pairs(sigmas))
+    ]
+    return [Walk(m if own_root else 0, m, path) for m in range(size)]
+
+
 def window(sigmas, drawn: Container[int], size: int, solver, level, own_root=False) -> list[Walk]:
     """Flow-GRPO-Fast, MixGRPO: the steps `drawn` are drawn and trained, the others are Euler's.
 
@@ -380,6 +390,29 @@ def mixed(
     total = sum(weights.values()) if mix == "mean" else 1.0
     parts = {name: advantages(table, groups, **options) for name, table in rewards.items()}
     return weighted(parts, {name: weight / total for name, weight in weights.items()})
+
+
+def by_distance(advantage: Table, apart: Table) -> Table:
+    """GARDO: what is good counts by how far it is from its group, over the group's mean."""
+    out = []
+    for row, far in zip(advantage, apart, strict=True):
+        there = [d for a, d in zip(row, far, strict=True) if a == a]
+        mean = statistics.fmean(there) if there else 1.0
+        out.append([a * d / mean if a > 0 else a for a, d in zip(row, far, strict=True)])
+    return out
+
+
+def uncertain(reward: Table, others: Sequence[Table], share: float) -> list[list[bool]]:
+    """GARDO: the images whose reward beats more of all images than the others' do on average."""
+
+    def wins(table: Table) -> list[float]:
+        everything = [r for row in table for r in row if r == r]
+        return [sum(mine > r for r in everything) / len(everything) for mine in everything]
+
+    own, *rest = (wins(table) for table in (reward, *others))
+    found = [w - statistics.fmean(o) for w, *o in zip(own, *rest, strict=True)]
+    least, left = np.percentile(found, 100 * (1 - share)), iter(found)
+    return [[r == r and next(left) > least for r in row] for row in reward]
 
 
 def weighted(tables: dict[str, Table], weights: dict[str, float]) -> Table:

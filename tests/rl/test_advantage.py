@@ -297,7 +297,7 @@ def test_every_recipe_has_a_least_standard_deviation(name):
     reward = 0.7 + 1e-7 * torch.randn(
         2, len(plan.leaves), generator=torch.Generator().manual_seed(0)
     )
-    scores, weights = {"toy": reward.double()}, {"toy": 1.0}
+    scores, weights = {"toy": reward.double(), "diversity": torch.ones_like(reward)}, {"toy": 1.0}
     flat, dense = (made[least].credit() for least in made)
     assert not flat(scores, weights, plan).any()
     assert flat.zero_std_ratio(scores, weights, plan) == 1

@@ -77,15 +77,16 @@ class Network(torch.nn.Module):
 
 def networks():
     """The weights that learn, under None, and the others that take part."""
-    copies = {"reference": Network(1), "old": Network(2), "ema": Network(3), "sampling": Network(4)}
-    return {None: Network(0), **copies}
+    copies = "reference", "old", "ema", "sampling", "anchor"
+    return {None: Network(0), **{name: Network(1 + i) for i, name in enumerate(copies)}}
 
 
 def score(image, slot):
-    """Two rewards of one image."""
+    """Three rewards of one image."""
     target = torch.linspace(-1, 1, image.numel(), dtype=torch.float64).view(SHAPE).roll(slot, 2)
     likeness = -(image.double() - target).abs().mean()
-    return {"likeness": float(likeness), "tone": float(image.double().mean().tanh())}
+    tone = float(image.double().mean().tanh())
+    return {"likeness": float(likeness), "tone": tone, "apart": float(image.double().std())}
 
 
 @dataclass
@@ -110,6 +111,9 @@ class Case:
     group_matching: Callable | None = None
     """(networks, [(x0, noise, sigma, slot, advantage)] of a group) -> loss of all of it."""
     best_of: int | None = None
+    weights: dict = field(default_factory=lambda: WEIGHTS)
+    kl_share: float | None = None
+    """Of the images, those that have a KL; the good ones count by how far they are `apart`."""
     unit: float = 1.0  # what the package's advantages are multiplied by, over the loop's
     grid: Callable = sd3_sigmas
     iteration: int = 0
@@ -185,14 +189,17 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
         [score(image * (slot not in flat), slot) for image in images]
         for slot, images in zip(slots.flatten().tolist(), latents, strict=True)
     ]
-    rewards = {name: tensor(table) for name, table in by_name(scores, WEIGHTS).items()}
+    rewards = {name: tensor(table) for name, table in by_name(scores, scores[0][0]).items()}
     for row, slot in enumerate(slots.flatten().tolist()):
         for image in range(latents.shape[1]):
             if failed(slot, image):
                 rewards["likeness"][row, image] = torch.nan
     if ranks == 1:
         spoil(rollouts[0], rewards["likeness"].isnan())
-    advantage = algorithm.credit()(rewards, WEIGHTS, plan).view(ranks, uncond, -1)
+    credit, shape = algorithm.credit(), (ranks, uncond, -1)
+    advantage = credit(rewards, case.weights, plan).view(shape)
+    kl_weight = credit.kl_weight(rewards, case.weights, plan)
+    kl_weight = [None] * ranks if kl_weight is None else kl_weight.view(shape)
 
     objective = algorithm.objective(algorithm.guidance(uncond))
     objective = dataclasses.replace(objective, backend="reference")
@@ -213,7 +220,8 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
             how = objective.needs_all, objective.compares
             parts = network_batches(rollout.layout, advantage[:, share], rank, max_batch, *how)
             for site, prompt in parts:
-                part = batch(rollout, site, share[prompt], advantage[rank], is_on_policy)
+                credited = advantage[rank], is_on_policy, kl_weight[rank]
+                part = batch(rollout, site, share[prompt], *credited)
                 out = objective(part, velocity[None], anchors)
                 if not takes_part(rollout.layout, advantage[rank], site, share[prompt]):
                     out = out.nothing()
@@ -252,12 +260,18 @@ def loop(case, failed=lambda *_: False):
     ways = case.ways(case.grid(algorithm.num_inference_steps).tolist(), trained_steps(plan))
     images, moves = zip(*(naive.sample(world, slot, ways) for slot in SLOTS), strict=True)
     scores = [[score(image, slot) for image in images[slot]] for slot in SLOTS]
-    rewards, groups = by_name(scores, WEIGHTS), [way.group for way in ways]
+    rewards, groups = by_name(scores, scores[0][0]), [way.group for way in ways]
     for table in rewards.values():  # one that is missing takes the others along
         for slot in SLOTS:
             row = enumerate(table[slot])
             table[slot] = [math.nan if failed(slot, image) else r for image, r in row]
-    advantage = naive.mixed(rewards, WEIGHTS, groups, **case.credit)
+    advantage = naive.mixed(
+        {name: rewards[name] for name in case.weights}, case.weights, groups, **case.credit
+    )
+    has_kl = [[True] * len(ways)] * len(SLOTS)
+    if case.kl_share:
+        advantage = naive.by_distance(advantage, rewards["apart"])
+        has_kl = naive.uncertain(rewards["likeness"], [rewards["tone"]], case.kl_share)
     if case.worth:
         steps = algorithm.num_inference_steps
         of_moves = {
@@ -266,12 +280,15 @@ def loop(case, failed=lambda *_: False):
                 for slot in SLOTS
             ]
             for name, table in rewards.items()
+            if name in case.weights
         }
         own = naive.mixed(of_moves, WEIGHTS, [step for _, step in moves[0]], **case.credit)
 
     def loss(slot, number, choice, a):
         if case.matching is None:
-            options = CLIP, case.kl_coef, nets["reference"].one, case.guard, case.threshold
+            kl_coef = case.kl_coef * has_kl[slot][choice.images[0]]
+            anchor = nets[getattr(algorithm, "anchor", "reference")].one
+            options = CLIP, kl_coef, anchor, case.guard, case.threshold
             return naive.policy_loss(world, network.one, choice, a, *options)
         image, sigma = choice  # the noise over an image is its member's, of step `number`
         noise = world.noise(slot, image, number, "match")
@@ -380,6 +397,17 @@ CASES = {
         lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "flow_sde", 0.7, True),
         ALL_STD, threshold=threshold, kl_coef=more.get("kl_coef", 0.0), iteration=2,
     ) for form, threshold, more in (("", 3e-5, {}), (", guidance and KL", 3e-4, GUIDED))},
+    **{f"gardo{form}": policy(
+        "gardo",
+        {"group_size": 4, "timestep_fraction": 0.5, "kl_share": 0.3, "auxiliary_rewards": ["tone"],
+        "diversity_reward": "apart", "scale_rewards": divided} | more,
+        lambda sigmas, _, m=more: naive.gardo(sigmas, 4, 2, "init_same_noise" in m),
+        ALL_STD | {"divided": divided}, kl_coef=more["kl_coef"], weights={"likeness": 1.0},
+        kl_share=0.3,
+    ) for form, divided, more in (
+        ("", False, GUIDED),
+        (", noises apart, divided", True, PLAIN | {"init_same_noise": False, "kl_coef": 0.5}),
+    )},
     "grpo_guard": policy(
         "grpo_guard", PLAIN, drawn("flow_sde", 0.7, lambda s, n: 1 / (s - n)), POPULATION,
         guard=True,

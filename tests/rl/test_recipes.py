@@ -58,6 +58,8 @@ def test_a_recipe_is_one_short_file():
     [
         ("flow_grpo", {}, (240, 216, 24), (240, 216, 24)),
         ("flow_dppo", {}, (160, 48, 16), (160, 48, 16)),
+        ("gardo", {}, (217, 169, 24), (240, 192, 24)),
+        ("gardo", {"init_same_noise": False}, (240, 192, 24), (240, 192, 24)),
         ("flow_grpo_fast", {}, (240, 72, 24), (240, 72, 24)),
         ("flow_grpo_fast", {"window": 0}, (240, 216, 24), (240, 216, 24)),
         ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
@@ -441,6 +443,7 @@ STATISTICS = {
     "flow_dppo": (0, 1e-4, True, 1.0),
     "flow_grpo": (0, 1e-4, True, 1.0),
     "flow_grpo_fast": (0, 1e-4, True, 1.0),
+    "gardo": (0, 1e-4, True, 1.0),
     "grpo_guard": (0, 1e-4, False, 1.0),
     "dance_grpo": (1, 1e-8, False, 1.0),
     "mixgrpo": (1, 1e-8, False, 1.0),
@@ -483,7 +486,8 @@ def test_each_algorithm_has_its_own_statistics(name):
         for tag in {*groups.tolist()}:
             mine = compared[prompt, groups == tag]
             spread = np.std(reward if is_global else mine, ddof=ddof)
-            leaf[prompt, groups == tag] = (mine - mine.mean()) / (spread + eps)
+            divided_by = 1 if name == "gardo" else spread + eps
+            leaf[prompt, groups == tag] = (mine - mine.mean()) / divided_by
     if by_depth:
         expected = leaf
     elif plan.points:
@@ -491,13 +495,15 @@ def test_each_algorithm_has_its_own_statistics(name):
     else:
         expected = leaf @ below
     expected = expected.clip(-5, 5) * scale
-    scores = {"toy": given}
+    more = {"diversity": torch.ones(2, count)} if name == "gardo" else {}  # all as far apart
+    scores = {"toy": given, **more}
     actual = recipe(name)(**options).credit()(scores, {"toy": 1.0}, plan)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-6)
     high = torch.zeros(2, count, dtype=torch.float64)
     high[0, 0] = 1e9
     assert (
-        recipe(name)(**options).credit()({"toy": high}, {"toy": 1.0}, plan).abs().max() <= 5 * scale
+        recipe(name)(**options).credit()({"toy": high, **more}, {"toy": 1.0}, plan).abs().max()
+        <= 5 * scale
     )
 
 

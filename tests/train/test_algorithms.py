@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
 from flowkern.rl.cost import network_calls
-from flowkern.train.config import from_dict, to_dict
+from flowkern.train.config import ConfigError, from_dict, to_dict
 from flowkern.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +42,13 @@ SMALL = {
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 6, "window": 2},
     "g2rpo": {"num_inference_steps": 6, "branch_steps": 2, "granularities": [1, 2, 3]},
+    "gardo": {
+        "num_inference_steps": 4,
+        "kl_share": 0.5,
+        "kl_thres": 1.0,
+        "auxiliary_rewards": ["distance_to_real"],
+        "diversity_reward": "digits_diversity",
+    },
     "grpo_guard": {"num_inference_steps": 3},
     "mixgrpo": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
     "mixgrpo_flash": {"num_inference_steps": 8, "window": 2, "window_iterations": 1},
@@ -52,6 +59,9 @@ SMALL = {
 }
 
 
+ASKED = {name: {"weight": 0} for name in ("distance_to_real", "digits_diversity")}
+
+
 @pytest.fixture
 def small(tiny):
     """small(algorithm): a configuration that takes a second."""
@@ -59,6 +69,8 @@ def small(tiny):
     def make(name: str, directory: str = "run", **train):
         tree = to_dict(tiny("train.steps=4", "validation.num_prompts=2", name=directory))
         tree["algorithm"] = {"name": name, **COMMON, **SMALL[name]}
+        if name == "gardo":
+            tree["reward"] |= ASKED
         tree["train"] |= train
         return from_dict(tree)
 
@@ -116,7 +128,8 @@ def test_the_first_step_is_the_same_on_two_processes(
 
     def config(name, directory):
         tree = to_dict(small(name, directory, max_failed_rewards=1.0))
-        return from_dict(tree | {"reward": {"light": {"kind": "forgetful:Reward", "scale": 9}}})
+        reward = {"light": {"kind": "forgetful:Reward", "scale": 9}}
+        return from_dict(tree | {"reward": reward | (ASKED if name == "gardo" else {})})
 
     on_processes(2, program, json.dumps([to_dict(config(name, name)) for name in names()]))
     for name in names():
@@ -227,6 +240,34 @@ def test_copies_of_the_weights_survive_a_resume(small, name, lines):
         assert all(map(torch.equal, copy, states[1][key])), key
     averaged = directory / "checkpoint-4/ema/adapter_model.safetensors"
     assert averaged.read_bytes() != (averaged.parents[1] / averaged.name).read_bytes()
+
+
+def test_an_anchor_is_made_anew_by_the_clock_and_where_the_weights_are_far_from_it(small):
+    """Then it equals them, and is not asked in the update after it."""
+    for options, expected in (
+        ({"reset_freq": 2, "kl_thres": 1e9}, [True, False, True]),
+        ({"reset_freq": 99, "kl_thres": 1e-12}, [True, True, True]),
+    ):
+        tree = to_dict(small("gardo", learning_rate=1e-2))
+        tree["algorithm"] |= options
+        loop, found = Loop(from_dict(tree)), []
+        for _ in expected:
+            found.append(loop.weights.is_current("anchor"))
+            records = loop.step()
+            assert (records[0]["kl"] == 0) == found[-1] and records[1]["kl"] > 0
+        assert found == expected
+
+
+def test_a_reward_that_credit_asks_is_there(small):
+    tree = to_dict(small("gardo"))
+    for option, value, message in (
+        ("auxiliary_rewards", ["beauty"], "auxiliary_rewards: got 'beauty', expected one of the"),
+        ("auxiliary_rewards", [], "auxiliary_rewards: got none, expected the name of one"),
+        ("diversity_reward", "range", "diversity_reward: got 'range', expected one of the"),
+    ):
+        algorithm = tree["algorithm"] | {option: value}
+        with pytest.raises(ConfigError, match=f"algorithm.{message}"):
+            Loop(from_dict(tree | {"algorithm": algorithm}))
 
 
 @pytest.mark.parametrize("name, scale", [("flow_grpo", 2), ("tempflow_grpo", 1), ("awm", 1)])

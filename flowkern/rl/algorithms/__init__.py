@@ -23,6 +23,7 @@ ALGORITHMS = {
     "flow_grpo": "flowkern.rl.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "flowkern.rl.algorithms.flow_grpo_fast:FlowGRPOFast",
     "g2rpo": "flowkern.rl.algorithms.g2rpo:G2RPO",
+    "gardo": "flowkern.rl.algorithms.gardo:GARDO",
     "grpo_guard": "flowkern.rl.algorithms.grpo_guard:GRPOGuard",
     "mixgrpo": "flowkern.rl.algorithms.mixgrpo:MixGRPO",
     "mixgrpo_flash": "flowkern.rl.algorithms.mixgrpo_flash:MixGRPOFlash",

@@ -19,6 +19,8 @@ from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, SHARE
 from flowkern.rl.recipe import Grid, MatchingRecipe, shared_random
 
+LEAST_KL = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class CRD(MatchingRecipe):
@@ -59,7 +61,13 @@ class CRD(MatchingRecipe):
         levels = chance.sample(sigmas[:-1], self.num_train_timesteps)
         return self.matched(sigmas, levels, self.use_shared_noise)
 
+    def credit(self) -> rl.Credit:
+        how = {"global_std": self.global_std, "scale": 1 / self.adv_clip_max}
+        if not (self.reward_adaptive_kl and self.ref_coef):
+            return self.group_credit(**how)
+        return self.group_credit(rl.RewardKL, least=LEAST_KL / self.ref_coef, **how)
+
     def objective(self, guidance: rollout.Guidance | None) -> rl.CenteredReward:
         how = {"crd_beta": self.crd_beta, "limit": self.adv_clip_max}
-        how |= {"adaptive_logp": self.adaptive_logp, "reward_adaptive_kl": self.reward_adaptive_kl}
+        how |= {"adaptive_logp": self.adaptive_logp}
         return rl.CenteredReward("awm", "uniform", old="old", ref_coef=self.ref_coef, **how)
