@@ -27,6 +27,7 @@ from environments import (
     ROOT,
     environment,
     install,
+    interpreters,
     run,
     tests_alone,
     tools,
@@ -44,19 +45,19 @@ def main() -> int:
     parser.add_argument("--sdist", action="store_true", help="test the source distribution, too")
     options = parser.parse_args()
     DIST.mkdir(exist_ok=True)
+    pythons = interpreters(options.pythons or [sys.executable])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sdist = source_distribution(folder)
-        for number, python in enumerate(options.pythons or [sys.executable]):
+        for number, python in enumerate(pythons):
             wheel = build(sdist, python, folder / str(number))
             size = wheel.stat().st_size / 2**20
             print(f"{wheel.relative_to(ROOT)}: {size:.2f} MiB", flush=True)
             if not options.no_check:
                 check(wheel, python, folder / str(number))
         if options.sdist:
-            python = (options.pythons or [sys.executable])[0]
-            check_sdist_alone(sdist, python, folder)
-            check_sdist(sdist, python, folder)
+            check_sdist_alone(sdist, pythons[0], folder)
+            check_sdist(sdist, pythons[0], folder)
     return 0
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +50,28 @@ def tools(*packages: str) -> Path:
 
 def uv(*command, **options):
     """uv, from the PATH or PyPI."""
-    found = shutil.which("uv") or tools() / "uv"
-    return run(found, *command, UV_NO_PROGRESS="1", **options)
+    return run(_uv(), *command, UV_NO_PROGRESS="1", **options)
+
+
+def _uv() -> Path:
+    return Path(shutil.which("uv") or tools() / "uv")
+
+
+def interpreters(pythons: Sequence[str]) -> list[str]:
+    """The path of each, by its version or path, before there is any work to lose. Exits with a
+    line for each that is not there and that uv cannot download."""
+    paths = []
+    for python in pythons:
+        find = [_uv(), "python", "find", "--no-project", python]
+        found = subprocess.run(find, capture_output=True, text=True)
+        if found.returncode and uv("python", "install", "--quiet", python, check=False).returncode:
+            print(f"{python}: {found.stderr.partition(chr(10))[0]}", file=sys.stderr)
+            continue
+        found = subprocess.run(find, capture_output=True, text=True, check=True)
+        paths.append(found.stdout.strip())
+    if len(paths) < len(pythons):
+        sys.exit("not all Pythons are there, and nothing was built; a path names one as well")
+    return paths
 
 
 def environment(folder: Path, python: str, *packages: str, constrained: bool = True) -> Path:

@@ -21,7 +21,17 @@ import tomllib
 from pathlib import Path
 
 from build_wheel import build, source_distribution
-from environments import CONSTRAINTS, CORE, QUICK, ROOT, environment, install, run, tests_alone
+from environments import (
+    CONSTRAINTS,
+    CORE,
+    QUICK,
+    ROOT,
+    environment,
+    install,
+    interpreters,
+    run,
+    tests_alone,
+)
 
 FOLDER = ROOT / "build" / "versions"
 SECONDS = 1800  # of each run of tests
@@ -35,14 +45,15 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="TORCH[/TRITON]", help="these, and no others")
     parser.add_argument("--wheel", type=Path, help="of that Python; without, it is built")
     options = parser.parse_args()
+    (python,) = interpreters([options.python])
     pairs = [(*text.split("/"), "")[:2] for text in options.only or ()] or allowed()
     shutil.rmtree(FOLDER / "place", ignore_errors=True)
     place = tests_alone(FOLDER / "place")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel = options.wheel or build(source_distribution(folder), options.python, folder)
+        wheel = options.wheel or build(source_distribution(folder), python, folder)
     for torch, triton in pairs:
-        row = found(options.python, torch, triton, wheel.resolve(), place)
+        row = found(python, torch, triton, wheel.resolve(), place)
         keep(row)
         print(as_row(row), flush=True)
     return 0
