@@ -30,7 +30,7 @@ from plot_algorithms import by_name, mean_to_reach
 from rich.console import Console
 from rich.table import Table
 
-TABLES = ("causes",)
+TABLES = ("causes", "solver")
 IMAGES, BUDGET = 120, 40_000
 LEVEL = 0.75
 Change = Callable[..., Callable[[], dict[str, float]] | None]

@@ -20,7 +20,9 @@ class MatchingLoop(PlainLoop):
     """Images of a walk; K noise levels of each to match at."""
 
     def path(self) -> list[Step]:
-        edges = pairwise(self.model.sigmas(self.recipe.num_inference_steps).tolist())
+        *first, before, last, end = self.model.sigmas(self.recipe.num_inference_steps).tolist()
+        last = max(last, before * self.recipe.last_sigma_ratio)
+        edges = pairwise([*first, before, last, end])
         return [self.walked(Step(*edge)) for edge in edges]
 
     def walked(self, step: Step) -> Step:

@@ -307,17 +307,26 @@ def dense(sigmas, size: int, levels: Sequence[float]) -> list[Walk]:
     return walks
 
 
-def awm(sigmas, size: int, level: float = 0.4) -> list[Walk]:
+def awm(sigmas, size: int, level: float = 0.4, solver="dpm", ratio: float = 0.5) -> list[Walk]:
     """Drawn where .3 <= sigma <= .9, DPM-Solver++ elsewhere; no step is trained."""
     path = [
-        Step(n, "flow_sde", level) if 0.3 <= s <= 0.9 else Step(n, "dpm") for s, n in pairs(sigmas)
+        Step(n, "flow_sde", level) if 0.3 <= s <= 0.9 else Step(n, solver)
+        for s, n in pairs(ending(sigmas, ratio))
     ]
     return [Walk(m, m, path) for m in range(size)]
 
 
-def nft(sigmas, size: int) -> list[Walk]:
+def nft(sigmas, size: int, solver="dpm", ratio: float = 0.5) -> list[Walk]:
     """DPM-Solver++, from a root of each sample's own."""
-    return [Walk(m, m, [Step(n, "dpm") for n in sigmas[1:]]) for m in range(size)]
+    return [Walk(m, m, [Step(n, solver) for n in ending(sigmas, ratio)[1:]]) for m in range(size)]
+
+
+def ending(sigmas: Sequence[float], ratio: float) -> list[float]:
+    """Where the last level above 0 is less than this share of the one before, it becomes that."""
+    out = list(sigmas)
+    if out[-2] < ratio * out[-3]:
+        out[-2] = ratio * out[-3]
+    return out
 
 
 def pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:

@@ -487,8 +487,8 @@ CASES = {
         ),
     ),
     "awm, no anchors": Case(
-        "awm", {"group_size": 2, "ref_coef": 0.0, "ema_coef": 0.0},
-        lambda sigmas, _: naive.awm(sigmas, 2), ALL_STD, unit=1 / 5,
+        "awm", {"group_size": 2, "ref_coef": 0.0, "ema_coef": 0.0, "solver_order": 1},
+        lambda sigmas, _: naive.awm(sigmas, 2, solver="ode"), ALL_STD, unit=1 / 5,
         matching=lambda nets, *point: naive.awm_loss(nets[None].one, *point),
     ),
     "awm, huber, elbo": Case(
@@ -506,9 +506,9 @@ CASES = {
     "awm, another power": Case(
         "awm", {
             "group_size": 2, "ghuber_power": 0.6, "ref_coef": 0.0, "ema_coef": 0.7,
-            "global_std": False,
+            "global_std": False, "last_sigma_ratio": 0.0,
         },
-        lambda sigmas, _: naive.awm(sigmas, 2), POPULATION, unit=1 / 5,
+        lambda sigmas, _: naive.awm(sigmas, 2, ratio=0), POPULATION, unit=1 / 5,
         matching=lambda nets, *point: naive.awm_loss(
             nets[None].one, *point, p=0.6, pulls=[(0.7, nets["ema"].one)]
         ),
@@ -524,9 +524,9 @@ CASES = {
         "dgpo", {
             "num_inference_steps": 4, "trunc_steps": 2, "num_train_timesteps": 2, "group_size": 2,
             "beta_dpo": 4.0, "clip_range": 0.05, "ref_coef": 0.0, "use_shared_noise": False,
-            "use_ema_ref": True, "global_std": False,
+            "use_ema_ref": True, "global_std": False, "solver_order": 1,
         },
-        lambda sigmas, _: naive.nft(sigmas, 2), POPULATION,
+        lambda sigmas, _: naive.nft(sigmas, 2, solver="ode"), POPULATION,
         group_matching=lambda nets, group: naive.dgpo_loss(
             nets[None].one, nets["old"].one, nets["old"].one, group, 2, 4.0, 0.05
         ),
@@ -542,8 +542,9 @@ CASES = {
         "crd", {
             "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.3, "crd_beta": 0.4,
             "adaptive_logp": False, "reward_adaptive_kl": False, "use_shared_noise": True,
+            "last_sigma_ratio": 0.3,
         },
-        lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
+        lambda sigmas, _: naive.nft(sigmas, 3, ratio=0.3), ALL_STD, unit=1 / 5,
         group_matching=lambda nets, group: naive.crd_loss(
             nets[None].one, nets["old"].one, nets["reference"].one, group, 0.3, 0.4, 1.0, False
         ),
@@ -551,9 +552,9 @@ CASES = {
     "diffusion_nft, beta, uniform": Case(
         "diffusion_nft", {
             "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.1, "nft_beta": 0.1,
-            "weighting": "uniform", "global_std": False,
+            "weighting": "uniform", "global_std": False, "last_sigma_ratio": 0.0,
         },
-        lambda sigmas, _: naive.nft(sigmas, 3), POPULATION, unit=1 / 5,
+        lambda sigmas, _: naive.nft(sigmas, 3, ratio=0), POPULATION, unit=1 / 5,
         matching=lambda nets, *point: naive.nft_loss(
             nets[None].one, nets["old"].one, *point, beta=0.1, adaptive=False,
             pulls=[(0.1, nets["reference"].one)],

@@ -305,7 +305,10 @@ def test_nft_matches_nine_of_ten_levels_of_every_image():
         left_out += {*grid[:-1]} - {*mine}
     assert len({*left_out}) > 5
     orders = [node.edge.num_history for node in plan.nodes[1:11]]
-    assert orders == [0, *[1] * 8, 0] and path(plan, 3) == grid
+    assert orders == [0, *[1] * 8, 0] and path(plan, 3) == [*grid[:-2], grid[-3] / 2, 0.0]
+    released = plan_of("diffusion_nft", last_sigma_ratio=0.0, solver_order=3)
+    orders = [node.edge.num_history for node in released.nodes[1:11]]
+    assert orders == [0, 1, *[2] * 7, 0] and path(released, 3) == grid
     assert drawn_steps(plan)[0] == set()
     it = recipe("diffusion_nft")()
     objective = it.objective(it.guidance(0))

@@ -63,11 +63,11 @@ class AWM(MatchingRecipe):
         bounds = [first + (last - first) * i // count for i in range(count + 1)]
         for member in range(self.group_size):
             node = plan.root(member)
-            for sigma, following in pairwise(sigmas):
+            for sigma, following in pairwise(self.path(sigmas)):
                 if self.noise_level > 0 and 0.3 <= sigma <= 0.9:
                     node = plan.draw(node, following, "flow_sde", self.noise_level, member)
                 else:
-                    node = plan.step(node, following, order=2)
+                    node = plan.step(node, following, self.solver_order)
             leaf = plan.leaf(node)
             for low, high in pairwise(bounds):
                 plan.match(leaf, sigmas[chance.randrange(low, max(high, low + 1))])

@@ -1,7 +1,8 @@
 """DiffusionNFT (arXiv 2509.16117; github.com/NVlabs/DiffusionNFT, SD3.5-M on 512 x 512).
 
-An old policy samples with DPM-Solver++ of order 2. Over its images the forward process is matched
-with two mirrored velocities, towards good images and away from bad ones.
+An old policy samples with DPM-Solver++ of order 2, released on the model's own grid
+(`last_sigma_ratio` 0). Over its images the forward process is matched with two mirrored velocities,
+towards good images and away from bad ones.
 """
 
 from __future__ import annotations
@@ -57,10 +58,7 @@ class DiffusionNFT(MatchingRecipe):
         plan, chance = rollout.Plan(), shared_random(seed, iteration)
         sigmas = grid(self.num_inference_steps).tolist()
         for member in range(self.group_size):
-            node = plan.root(member)
-            for sigma in sigmas[1:]:
-                node = plan.step(node, sigma, order=2)
-            leaf = plan.leaf(node)
+            leaf = self.sampled(plan, member, sigmas)
             for sigma in chance.sample(sigmas[:-1], self.num_train_timesteps):
                 plan.match(leaf, sigma)
         return plan
