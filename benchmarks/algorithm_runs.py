@@ -99,6 +99,10 @@ class Job:
         evaluation."""
         return dict
 
+    def is_over(self, curve: list[dict[str, float]]) -> bool:
+        """Has it shown what it is for?"""
+        return self.is_quick and has_learned(curve)
+
     def run(self) -> Run:
         """The run; what stopped it early, if anything, is in "failed"."""
         from flowkern.rewards import RewardError
@@ -119,7 +123,7 @@ class Job:
             traces.append(_trace(records))
             if counter.total >= min(len(curve) * self.budget / self.points, self.budget):
                 curve.append(counter.now | look() | more())
-                if self.is_quick and has_learned(curve):
+                if self.is_over(curve):
                     break
         recipe, steps = trainer.recipe, trainer.global_step
         return {
@@ -198,18 +202,16 @@ def evaluate(trainer, images: int, prompts: str = "test_prompts") -> dict[str, f
     from flowkern.train.prompts import read_prompts
 
     asked = read_prompts(getattr(trainer.config.data, prompts))
-    found = _scores(trainer, asked, images, 1.0)
+    found = scores(trainer, asked, images, 1.0)
     guidance = trainer.recipe.guidance_scale
     if guidance != 1:  # what the algorithm samples with
         found |= {
-            f"guided_{name}": v for name, v in _scores(trainer, asked, images, guidance).items()
+            f"guided_{name}": v for name, v in scores(trainer, asked, images, guidance).items()
         }
     return found
 
 
-def _scores(
-    trainer, prompts: Sequence[dict], count: int, guidance_scale: float
-) -> dict[str, float]:
+def scores(trainer, prompts: Sequence[dict], count: int, guidance_scale: float) -> dict[str, float]:
     from flowkern.rollout import prompt_ids
     from flowkern.train.scoring import score
     from flowkern.train.validation import RESERVED_ITERATION, Sampler, sample_images

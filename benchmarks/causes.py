@@ -30,7 +30,7 @@ from plot_algorithms import by_name, mean_to_reach
 from rich.console import Console
 from rich.table import Table
 
-TABLES = ("causes", "solver")
+TABLES = ("causes", "solver", "speed_ups")
 IMAGES, BUDGET = 120, 40_000
 LEVEL = 0.75
 Change = Callable[..., Callable[[], dict[str, float]] | None]
@@ -48,10 +48,17 @@ class Experiment:
     change: Change | None = None
     share: float = 1.0
     """Of the budget: more where an iteration costs more, so that as many of them fit."""
+    until: tuple[tuple[str, float], ...] = ()
+    """Scores and levels: a run ends with the evaluation that passes all of them."""
 
 
 def experiments(table: str) -> Mapping[str, Experiment]:
     return import_module(f"{table}_table").EXPERIMENTS
+
+
+def images(table: str) -> int:
+    """Of an evaluation."""
+    return getattr(import_module(f"{table}_table"), "IMAGES", IMAGES)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,11 @@ class Trial(Job):
 
     @property
     def images(self) -> int:
-        return IMAGES
+        return images(self.table)
+
+    def is_over(self, curve: list[dict[str, float]]) -> bool:
+        until = self.experiment.until
+        return bool(until) and all(curve[-1][key] >= level for key, level in until)
 
     def change(self, trainer) -> Callable[[], dict[str, float]]:
         change = self.experiment.change
@@ -80,7 +91,7 @@ class Trial(Job):
 def main() -> int:
     options = _arguments()
     if options.from_json:
-        report(json.loads(options.from_json.read_text()), options.from_json)
+        tell(options.table, json.loads(options.from_json.read_text()), options.from_json)
         return 0
     known, device = experiments(options.table), torch.device("cpu")
     labels = {name: experiment.label for name, experiment in known.items()}
@@ -90,7 +101,7 @@ def main() -> int:
         "labels": {name: labels[name] for name in options.only},
         "settings": {
             "budget": options.budget, "threads_per_process": 1,
-            "evaluation_steps": EVALUATION_STEPS, "evaluation_images": IMAGES,
+            "evaluation_steps": EVALUATION_STEPS, "evaluation_images": images(options.table),
         },
     }  # fmt: skip
     path = options.json or results_folder(device, result["machine"]) / f"{options.table}.json"
@@ -110,7 +121,7 @@ def main() -> int:
         for name in options.only
     ]  # fmt: skip
     run_all(jobs, options.processes, write)
-    report(result, path)
+    tell(options.table, result, path)
     return 0
 
 
@@ -135,6 +146,11 @@ def _arguments() -> argparse.Namespace:
 
 
 # ---- what the runs say ----
+
+
+def tell(table: str, result: dict, path: Path) -> None:
+    """By the table's own report, where it has one."""
+    getattr(import_module(f"{table}_table"), "report", report)(result, path)
 
 
 def fall(run: Run) -> float:
