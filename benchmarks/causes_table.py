@@ -6,11 +6,11 @@ at 3e-3 moves its window every five iterations; Flash* at 6e-3 never does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from statistics import mean
+from unittest.mock import patch
 
 import torch
 from algorithm_runs import evaluate
@@ -40,13 +40,12 @@ def forget(trainer) -> None:
 
 def hold(trainer) -> None:
     """The adapter acts at the noise levels that the window has been at, and is off below them."""
-    _split(trainer, "below").__enter__()  # for good
+    trainer.task.model.velocity = _split(trainer, "below")
 
 
-@contextmanager
-def _split(trainer, off: str) -> Iterator[None]:
-    """The adapter is off at noise levels "below" those where the window has been, or at "trained"
-    ones."""
+def _split(trainer, off: str) -> Callable[..., torch.Tensor]:
+    """The model's velocity, with the adapter off at noise levels "below" those where the window has
+    been, or at those, "trained"."""
     model, recipe, ask = trainer.task.model, trainer.recipe, trainer.task.model.velocity
     levels = recipe.levels(None)
 
@@ -63,11 +62,7 @@ def _split(trainer, off: str) -> Iterator[None]:
             out[~is_off] = ask(x_t[~is_off], sigma[~is_off], conditioning[~is_off])
         return out
 
-    model.velocity = split
-    try:
-        yield
-    finally:
-        model.velocity = ask
+    return split
 
 
 def look_closer(trainer) -> Callable[[], dict[str, float]]:
@@ -78,10 +73,10 @@ def look_closer(trainer) -> Callable[[], dict[str, float]]:
 
     def more() -> dict[str, float]:
         found: dict[str, float] = {}
-        if next(looks) % 4:  # as it takes several evaluations
+        if next(looks) % 8:  # as it takes several evaluations
             return found
         for off in ("below", "trained"):
-            with _split(trainer, off):
+            with patch.object(trainer.task.model, "velocity", _split(trainer, off)):
                 scores = evaluate(trainer, IMAGES)
             found |= {f"{key}_off_{off}": scores[key] for key in ("reward", "distance")}
         return found | (_tails(trainer) if hasattr(trainer.recipe, "tail_ratio") else {})
@@ -161,6 +156,7 @@ EXPERIMENTS = {
     # clip binding
     **_both("wide", "clip range x 16", WIDE),
     **_both("narrow", "clip range / 16", NARROW),
+    "star_narrow_long": _of("star", "clip range / 16, 100,000", NARROW, share=2.5),
     # shared root noise
     **_both("roots", "a root for each sample", "algorithm.init_same_noise=false"),
     # group statistics
