@@ -41,7 +41,8 @@ RATES = (0.025, 0.0125, 0.05, 0.00625, 0.1, 0.2, 0.4)  # the likely first
 REACH = math.sqrt(2) * math.asinh(1)  # of a shift in the image: the integral of 1 / sqrt(q) below
 SIZES = {
     "flow_grpo": {"group_size": 8, "prompts_per_rollout": 20, "updates_per_rollout": 1},
-    "awm": {"group_size": 8, "prompts_per_rollout": 20, "ref_coef": 0.0, "ema_coef": 0.0},
+    "awm": {"group_size": 8, "prompts_per_rollout": 20, "ref_coef": 0.0, "ema_coef": 0.0}
+    | {"last_sigma_ratio": 0.0},
     "tempflow_grpo": {"num_seeds": 2, "group_size": 4, "prompts_per_rollout": 10}
     | {"updates_per_rollout": 1},
 }
