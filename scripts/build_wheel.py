@@ -36,6 +36,8 @@ from environments import (
 
 DIST = ROOT / "dist"
 TESTED_WITH = ("torch", "numpy", "pytest", "hypothesis")
+# uv keeps what it once built of a file, with a compiler or without one.
+ANEW = ("--no-deps", "--refresh-package", "flowkern")
 
 
 def main() -> int:
@@ -115,7 +117,7 @@ def check_sdist(sdist: Path, python: str, folder: Path) -> None:
     place = tests_alone(folder / "place")
     kind = "cuda" if shutil.which("nvcc") else "cpu"
     interpreter = environment(folder / "compiled", python, *TESTED_WITH)
-    install(interpreter, "--no-deps", sdist, FLOWKERN_BUILD=kind)
+    install(interpreter, *ANEW, sdist, FLOWKERN_BUILD=kind)
     code = (
         "import flowkern as fk; from importlib.util import find_spec; "
         "assert fk.backends('cpu')['native'] is None; "
@@ -132,7 +134,7 @@ def check_sdist_alone(sdist: Path, python: str, folder: Path) -> None:
     interpreter = environment(folder / "bare", python, *TESTED_WITH, "triton")
     nothing = folder / "nothing"
     nothing.mkdir()
-    install(interpreter, "--no-deps", sdist, PATH=str(nothing), CC="no-cc", CXX="no-cxx")
+    install(interpreter, *ANEW, sdist, PATH=str(nothing), CC="no-cc", CXX="no-cxx")
     code = (
         "import torch, flowkern as fk; "
         "assert fk.backends('cpu')['native'] and not fk.backends('cpu')['reference']; "
