@@ -1,6 +1,6 @@
 """How far ways to sample end from the flow that they follow: a Gaussian's, and the demo model's.
 
-    python benchmarks/solver_error.py [--images N] [--only gaussian|demo] [--json PATH]
+    python benchmarks/solver_error.py [--images N] [--json PATH]
 
 A Gaussian's velocity is known, and every way is affine in the noise it draws, so the std of what is
 sampled is computed, not drawn; over that of the data it is 1 where nothing is wrong. With the demo
@@ -78,17 +78,13 @@ WAYS: dict[str, Callable[[list[float]], Plan]] = {
 
 
 def gaussian(plan: Plan, std: float) -> float:
-    """The std of what is sampled of N(0, std^2), over std; its sign says whether it is upside down.
-
-    States and clean predictions are rows of weights on all noise that is drawn.
-    """
-    nodes = [next(iter(plan.leaves))]
-    while plan.nodes[nodes[0]].parent >= 0:
-        nodes.insert(0, plan.nodes[nodes[0]].parent)
+    """The std of what is sampled of N(0, std^2), over std; negative where it is upside down. States
+    and clean predictions are rows of weights on all noise that is drawn."""
+    nodes = plan.nodes[: 1 + next(iter(plan.leaves))]  # the first sample's, in order
     noise = torch.eye(len(nodes), dtype=torch.float64)
     x, predictions = noise[0], []
     for i, (here, there) in enumerate(pairwise(nodes), 1):
-        sigma, edge = plan.nodes[here].sigma, plan.nodes[there].edge
+        sigma, edge = here.sigma, there.edge
         variance = ((1 - sigma) * std) ** 2 + sigma**2
         clean = (1 - sigma) * std**2 / variance * x
         earlier = sum(w * m for w, m in zip(edge.history, predictions, strict=False))
@@ -150,14 +146,13 @@ def demo(images: int) -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("gaussian", "demo"), help="default: both")
     parser.add_argument("--images", type=int, default=120, help="of the demo model")
     parser.add_argument("--json", type=Path, help="where the results go")
     options, device = parser.parse_args(), torch.device("cpu")
     result = {"machine": describe_machine(device), "command": " ".join(("python", *sys.argv))}
     target = options.json or results_folder(device, result["machine"]) / "solver_error.json"
-    for part, rows in (("gaussian", gaussians), ("demo", lambda: demo(options.images))):
-        for row in rows() if options.only in (None, part) else ():
+    for part, rows in (("gaussian", gaussians()), ("demo", demo(options.images))):
+        for row in rows:
             result.setdefault(part, []).append(row)
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     target.write_text(json.dumps(result).replace('{"grid"', '\n{"grid"') + "\n")  # a row, a line
