@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from statistics import mean, median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ class Entry:
     overrides: tuple[str, ...] = ()
     is_variant: bool = False
     """Not one that --quick asks to learn."""
+    teacher: str | None = None
+    """The entry whose weights it learns from, after a run of `TEACHER_SEED` with the same budget:
+    that run is not counted in its own."""
 
 
 CONFIGS = ROOT / "configs" / "digits"
@@ -58,10 +63,12 @@ ENTRIES = {
     "dense_grpo": Entry("DenseGRPO", "dense_grpo"),
     "awm": Entry("AWM", "awm"),
     "diffusion_nft": Entry("DiffusionNFT", "diffusion_nft"),
+    "diffusion_opd": Entry("DiffusionOPD", "diffusion_opd", teacher="flow_grpo"),
     "dgpo": Entry("DGPO", "dgpo"),
     "crd": Entry("CRD", "crd"),
 }
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+TEACHER_SEED = 2000
 TUNING_SEED, TUNING_PROMPTS = 1000, "train_prompts"  # none of what is reported
 BUDGET, QUICK_BUDGET = 100_000, 100_000
 IMAGES, QUICK_IMAGES, EVALUATION_STEPS, EVALUATION_SEED = 240, 120, 10, 2**40
@@ -190,11 +197,23 @@ def _trainer(job: Job):
     torch.set_num_threads(1)
     entry = job.entry
     os.chdir(ROOT)  # the configurations' paths are relative to it
-    config = load_config(
-        CONFIGS / f"{entry.config}.yaml", [*entry.overrides, *job.overrides, f"seed={job.seed}"]
-    )
+    overrides = [*entry.overrides, *job.overrides, f"seed={job.seed}"]
+    if entry.teacher is not None:
+        overrides.append(f"algorithm.teacher={_teacher(entry.teacher, job.budget).name}")
+    config = load_config(CONFIGS / f"{entry.config}.yaml", overrides)
     # A model that is handed over keeps its encoders: evaluations have prompts that no run has.
     return Loop(config, load_pipeline(config, PartialState().device))
+
+
+@cache
+def _teacher(name: str, budget: int) -> TemporaryDirectory:
+    """With the weights that an entry has learned; once in a process."""
+    trainer, folder = _trainer(Job(name, TEACHER_SEED, budget)), TemporaryDirectory()
+    counter = Counter(trainer)
+    while counter.total < budget:
+        counter.add(*timed(trainer.step))
+    trainer.task.save(Path(folder.name))
+    return folder
 
 
 def evaluate(trainer, images: int, prompts: str = "test_prompts") -> dict[str, float]:

@@ -35,6 +35,7 @@ FIRST, LATER = (", first rollout", LONG, 0), (", three moves later", LONG, 3)
 TEN = {"num_inference_steps": 10, "num_train_timesteps": 4}
 LAYERS = {"window": 3, "window_iterations": 1, "group_size": 6}
 THREE = {"split_steps": [0, 2, 4]}
+ALONE = {"uncond_gradient": False, "teacher_guidance_scale": 1.0}
 BRANCHING = (", branching", {"branching": True}, 3)
 # The trees of one picture: what follows the title, options beside SIZES, number of the rollout.
 PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
@@ -61,6 +62,7 @@ PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "g2rpo": ("G2RPO", [(", step sizes 1 and 2", {"branch_steps": 4}, 0)]),
     "awm": ("AWM", [("", TEN, 0)]),
     "diffusion_nft": ("DiffusionNFT", [("", {}, 0)]),
+    "diffusion_opd": ("DiffusionOPD", [("", ALONE | {"num_inference_steps": 6}, 0)]),
     "dgpo": ("DGPO", [("", {}, 0)]),
     "crd": ("CRD", [("", {}, 0)]),
 }

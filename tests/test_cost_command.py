@@ -21,6 +21,7 @@ DEFAULTS = {
     "crd": "240 240 0% 216 216 240 432 24",
     "dgpo": "160 160 0% 64 64 320 128 16",
     "diffusion_nft": "240 240 0% 216 216 240 432 24",
+    "diffusion_opd": "10 10 0% 9 9 20 36 1",
     "flow_dppo": "160 160 0% 48 48 160 48 16",
     "flow_grpo": "240 240 0% 216 216 480 756 24",
     "flow_grpo_fast": "240 240 0% 72 72 240 72 24",
@@ -142,9 +143,9 @@ def pairs(name, place, between=" / "):
 def test_the_docs_show_these_numbers():
     said = {}
     for line in (ROOT / "docs/algorithms.md").read_text().splitlines():
-        if line.startswith("| ") and " / " in line:
+        if " / " in line and (name := re.match(r"\| \[?`(\w+)`", line)):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            said.setdefault(re.search(r"`(\w+)`", cells[0])[1], cells[5:8])
+            said.setdefault(name[1], cells[5:8])
     assert said.keys() == {name for name in DEFAULTS if "," not in name}
     for name, (sampling, training, calls) in said.items():
         assert sampling == ", mean ".join(pairs(name, slice(0, 2))), name

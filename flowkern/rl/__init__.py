@@ -7,6 +7,7 @@ from flowkern.lookup import lazily
 if TYPE_CHECKING:
     from flowkern.rl.advantage import Credit
     from flowkern.rl.depth import DepthCredit, GainCredit
+    from flowkern.rl.distillation import Distillation, NoCredit
     from flowkern.rl.divergence import DivergenceMask
     from flowkern.rl.groups import CenteredReward, GroupPreference
     from flowkern.rl.kl_weight import RewardKL, UncertainKL
@@ -17,10 +18,12 @@ __all__ = [
     "CenteredReward",
     "Credit",
     "DepthCredit",
+    "Distillation",
     "DivergenceMask",
     "GainCredit",
     "GroupPreference",
     "Matching",
+    "NoCredit",
     "Objective",
     "Outcome",
     "RatioClip",
@@ -33,10 +36,12 @@ _HOMES = {
     "CenteredReward": "flowkern.rl.groups",
     "Credit": "flowkern.rl.advantage",
     "DepthCredit": "flowkern.rl.depth",
+    "Distillation": "flowkern.rl.distillation",
     "DivergenceMask": "flowkern.rl.divergence",
     "GainCredit": "flowkern.rl.depth",
     "GroupPreference": "flowkern.rl.groups",
     "Matching": "flowkern.rl.objectives",
+    "NoCredit": "flowkern.rl.distillation",
     "Objective": "flowkern.rl.objectives",
     "Outcome": "flowkern.rl.objectives",
     "RatioClip": "flowkern.rl.objectives",

@@ -50,7 +50,8 @@ def network_calls(
     objective, updates = recipe.objective(guidance), recipe.updates_per_rollout
     prompts = recipe.prompts_per_rollout
     # At the first update copies are the weights where they have just been made so, or all begin.
-    current = [n for n, decay in recipe.copies.items() if not iteration or not decay(iteration)]
+    moving = {n: decay for n, decay in recipe.copies.items() if n not in recipe.read_from}
+    current = [n for n, decay in moving.items() if not iteration or not decay(iteration)]
     first = objective.calls(is_on_policy=recipe.sampler is None, current=current)
     calls = [first, *[objective.calls()] * (updates - 1)]
     halves = 1 if guidance is None else 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -139,8 +139,14 @@ class RatioClip:
         return (self.anchor,) if self.kl_coef > 0 else ()
 
     def calls(self, is_on_policy: bool = False, current: Collection[str] = ()) -> int:
-        halves, anchors = 1 if self.guidance is None else 2, {*self.anchors} - {*current}
-        return halves * (1 + len(anchors)) - (is_on_policy and self.keeps_uncond)
+        own, theirs = (1 if g is None else 2 for g in (self.guidance, self.anchor_guidance))
+        anchors = len({*self.anchors} - {*current})
+        return own + theirs * anchors - (is_on_policy and self.keeps_uncond)
+
+    @property
+    def anchor_guidance(self) -> Guidance | None:
+        """Of the anchor's velocity."""
+        return self.guidance
 
     @property
     def together(self) -> int:
@@ -166,14 +172,18 @@ class RatioClip:
         """
         more: dict[str, Any] = {"step_weight": batch.weight}
         if self.anchors and self.anchor in anchors:
-            with torch.no_grad():
-                v_ref, guide = self.ask(anchors[self.anchor], batch, None)
-            more["velocity_ref"] = guided(v_ref, **guide)
+            more["velocity_ref"] = self.said_by(anchors[self.anchor], batch)
             more["kl_coef"] = of_choices(self.kl_coef, batch)
         v, guide = self.ask(velocity, batch, batch.uncond)
         out = self._loss(batch, v, batch.old_velocity, **guide, **more)
         statistics = statistics_of(out.ratio, out.clipped_high, out.clipped_low, out.kl)
         return Outcome(out.loss, statistics, self.replayed(batch, v, guide))
+
+    @torch.no_grad()
+    def said_by(self, anchor: Velocity, batch: StepBatch) -> Tensor:
+        """(R, *D): the velocity of an anchor, guided."""
+        v, guide = replace(self, guidance=self.anchor_guidance).ask(anchor, batch, None)
+        return guided(v, **guide)
 
     def _loss(
         self, batch: StepBatch, velocity: Tensor, old_velocity: Tensor | None, **more: Any

@@ -106,6 +106,9 @@ class AnyRecipe:
     copy = d copy + (1 - d) current, once per rollout."""
     sampler: ClassVar[str | None] = None
     """The copy that samples; None: the current weights."""
+    read_from: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Copies that are read, and not the weights as they begin: name -> the option that names their
+    checkpoint. A resume reads them again."""
 
     task: ClassVar[str]
     """What is trained: the name of a Task of the trainer's, or "module:attribute" of one's own."""

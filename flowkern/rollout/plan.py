@@ -65,8 +65,9 @@ class Cost:
 class Plan:
     """A tree that is built node by node: every method returns the node it made."""
 
-    def __init__(self, needs_std: bool = False) -> None:
-        """needs_std: a KL, or a guarded ratio, is taken at the trained edges."""
+    def __init__(self, needs_std: bool = False, needs_ratio: bool = True) -> None:
+        """needs_std: a KL, or a guarded ratio, is taken at the trained edges. needs_ratio: a ratio
+        is; else an edge without noise may be trained."""
         self.nodes: list[Node] = []
         self.leaves: dict[int, int] = {}
         """Nodes that are decoded and rewarded -> their position, 0 to L - 1."""
@@ -76,7 +77,7 @@ class Plan:
         """(position of a leaf, sigma), where a matching objective looks at a leaf."""
         self.noises: list[tuple[int, int]] = []
         """Of each point the leaf and the number of the point whose noise it is."""
-        self.needs_std = needs_std
+        self.needs_std, self.needs_ratio = needs_std, needs_ratio
         self._noises: set[tuple[int, int]] = set()
 
     # ---- building ----
@@ -109,7 +110,7 @@ class Plan:
         is_known = isinstance(kind, Hashable) and isinstance(noise_level, Hashable)
         edge_of = _sde_edge if is_known else _sde_edge.__wrapped__
         edge, k, std = edge_of(origin.sigma, float(sigma_next), kind, noise_level)
-        if is_trained and k == 0:
+        if is_trained and self.needs_ratio and k == 0:
             raise ValueError(
                 f"is_trained: the edge from sigma {origin.sigma} to {sigma_next} has k = 0, so its "
                 "ratio is always 1"

@@ -37,6 +37,7 @@ class Copies:
             name: [_hosted(p) if name in on_host else p.detach().clone() for p in parameters]
             for name in names
         }
+        self._fixed = {REFERENCE}
         self._current = set(self._copies) - {REFERENCE}  # which is asked for what it is
 
     def __contains__(self, name: str) -> bool:
@@ -49,6 +50,13 @@ class Copies:
     def weights_moved(self) -> None:
         """To be told after every optimizer step."""
         self._current.clear()
+
+    def fill(self, name: str, load: Callable[[], None]) -> None:
+        """Give a copy what `load` gives the weights, once and for all."""
+        self._fixed.add(name)
+        self._current.discard(name)
+        with self.using(name):
+            load()
 
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
@@ -82,11 +90,11 @@ class Copies:
         self._moved()
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the reference, which the model is loaded with."""
+        """Without the reference, which the model is loaded with, and what was read."""
         return {"copies": self._moving(), "current": sorted(self._current)}
 
     def _moving(self) -> dict[str, list[Tensor]]:
-        return {name: copy for name, copy in self._copies.items() if name != REFERENCE}
+        return {name: copy for name, copy in self._copies.items() if name not in self._fixed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """To be called while the reference is what the model was loaded with."""

@@ -43,6 +43,7 @@ from flowkern.train.served import require_served, served
 from flowkern.train.sharding import require, saves_alone, spread
 from flowkern.train.stop import Stop, StopRequest
 from flowkern.train.task import TASKS, Batch, Task
+from flowkern.train.teachers import places, read_copies
 
 __all__ = ["Batch", "Loop", "Task"]
 
@@ -70,6 +71,7 @@ class Loop:
         task: Callable[..., Task] = load(config.algorithm.task, TASKS, "algorithm: task")
         if hasattr(task, "require"):
             task.require(config, self.accelerator)
+        teachers = places(config)
         require_place(config)
         config = pinned(config, self.accelerator) if model is None else config
         self.config, self.recipe = config, config.algorithm
@@ -94,6 +96,7 @@ class Loop:
         wrapped = self.processes.wrap(modules)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.weights = Weights(modules, wrapped, self.copies, self.sampler)
+        read_copies(self, teachers)
 
     def _names_of_copies(self) -> list[str]:
         names = [*self.recipe.copies, *self.task.copies]

@@ -66,6 +66,7 @@ DEFAULTS = {
     "crd": "crd_sd35m_ocr",
     "dgpo": "dgpo_sd35m_ocr",
     "diffusion_nft": "diffusion_nft_sd35m_geneval",
+    "diffusion_opd": "diffusion_opd_sd35m_ocr",
     "flow_dppo": "flow_dppo_sd35m_pickscore",
     "flow_grpo": "flow_grpo_sd35m_geneval",
     "flow_grpo_fast": "flow_grpo_fast_sd35m_geneval",
@@ -241,6 +242,10 @@ def test_a_papers_file_is_refused_in_a_sentence_for_what_is_missing(
     missing = refused(*given, where, *few)
     assert missing.startswith("flowkern: data.test_prompts: cannot read '")
     released(tmp_path, config)
+    for option in config.algorithm.read_from.values():
+        assert refused(*given, *few).startswith(f"flowkern: algorithm.{option}: got null")
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
+        few.append(f"algorithm.{option}={tmp_path}")
     assert refused(*given, *few).startswith(f"flowkern: model.path: '{config.model.path}' is")
     assert not list(tmp_path.glob("runs/*"))
 

@@ -7,6 +7,7 @@ FLOWKERN_EVERY_CELL=1 has all of them.
 
 import math
 import os
+from copy import deepcopy
 from functools import partial
 from itertools import product
 
@@ -42,6 +43,7 @@ SMALL = {
     "crd": {"num_inference_steps": 3},
     "dgpo": {"num_inference_steps": 3, "num_train_timesteps": 2, "guidance_scale": 2.0},
     "diffusion_nft": {"num_inference_steps": 3},
+    "diffusion_opd": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_dppo": {"num_inference_steps": 4, "num_sde_steps": 2, "guidance_scale": 2.0},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 4, "window": 2, "guidance_scale": 2.0},
@@ -97,7 +99,21 @@ def loop_of(models, tmp_path, monkeypatch):
             "algorithm": {"name": algorithm, **COMMON, **SMALL[algorithm]},
         }
         torch.manual_seed(0)
+        if algorithm == "diffusion_opd":
+            config["algorithm"]["teacher"] = teacher(config, deepcopy(models[dtype]))
         return Loop(from_dict(config), models[dtype])
+
+    def teacher(config, model):
+        flow_grpo = {"name": "flow_grpo", **COMMON, **SMALL["flow_grpo"]}
+        loop, place = (
+            Loop(from_dict(config | {"algorithm": flow_grpo}), model),
+            tmp_path / "teacher",
+        )
+        with torch.no_grad():
+            for weight in loop.parameters:
+                weight.add_(0.1)
+        loop.task.save(place)
+        return str(place)
 
     return of
 

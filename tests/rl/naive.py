@@ -204,10 +204,10 @@ def dance_grpo(
     return walks
 
 
-def gardo(sigmas, size: int, trained: int, own_root=False) -> list[Walk]:
+def gardo(sigmas, size: int, trained: int, own_root=False, level: float = 0.7) -> list[Walk]:
     """Every step is drawn, the first ones are trained. Root 0 for all, unless each has its own."""
     path = [
-        Step(n, "flow_sde", 0.7, 1.0 if i < trained else None)
+        Step(n, "flow_sde", level, 1.0 if i < trained else None)
         for i, (_, n) in enumerate(pairs(sigmas))
     ]
     return [Walk(m if own_root else 0, m, path) for m in range(size)]
@@ -482,6 +482,29 @@ def policy_loss(
         mean_ref, _ = mean_and_std(move.x, anchor, move.sigma, move.step)
         loss = loss + kl_coef * ((mean - mean_ref) ** 2).mean() / (2 * std**2)
     return loss
+
+
+def distillation_loss(
+    world: World, network: Network, move: Move, teacher: Network, scale: float, both: bool = False
+) -> Tensor:
+    """Of one move the KL to a teacher's, guided by `scale`; half the squared distance of the means
+    where a step has no noise. both: the half without a prompt has a gradient, too."""
+
+    def velocity(network: Network, scale: float) -> Tensor:
+        v = network(move.x, move.sigma, move.slot)
+        if scale == 1:
+            return v
+        uncond = network(move.x, move.sigma, world.uncond)
+        return (uncond if both else uncond.detach()) * (1 - scale) + scale * v
+
+    mean, std = mean_and_std(move.x, velocity(network, world.guidance), move.sigma, move.step)
+    told = velocity(teacher, scale).detach()
+    wanted, _ = mean_and_std(move.x, told, move.sigma, move.step)
+    if std == 0:
+        return ((mean - wanted) ** 2).mean() / 2
+    return torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(wanted, std)
+    ).mean()
 
 
 def awm_loss(

@@ -77,7 +77,7 @@ class Network(torch.nn.Module):
 
 def networks():
     """The weights that learn, under None, and the others that take part."""
-    copies = "reference", "old", "ema", "sampling", "anchor"
+    copies = "reference", "old", "ema", "sampling", "anchor", "teacher"
     return {None: Network(0), **{name: Network(1 + i) for i, name in enumerate(copies)}}
 
 
@@ -112,6 +112,8 @@ class Case:
     """(networks, [(x0, noise, sigma, slot, advantage)] of a group) -> loss of all of it."""
     best_of: int | None = None
     weights: dict = field(default_factory=lambda: WEIGHTS)
+    teacher_scale: float | None = None
+    """Of the guidance of a teacher, from which alone is learned."""
     kl_share: float | None = None
     """Of the images, those that have a KL; the good ones count by how far they are `apart`."""
     unit: float = 1.0  # what the package's advantages are multiplied by, over the loop's
@@ -194,7 +196,7 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
         for image in range(latents.shape[1]):
             if failed(slot, image):
                 rewards["likeness"][row, image] = torch.nan
-    if ranks == 1:
+    if ranks == 1 and case.teacher_scale is None:
         spoil(rollouts[0], rewards["likeness"].isnan())
     credit, shape = algorithm.credit(), (ranks, uncond, -1)
     advantage = credit(rewards, case.weights, plan).view(shape)
@@ -265,6 +267,8 @@ def loop(case, failed=lambda *_: False):
         for slot in SLOTS:
             row = enumerate(table[slot])
             table[slot] = [math.nan if failed(slot, image) else r for image, r in row]
+    if case.teacher_scale is not None:
+        failed = lambda *_: False  # noqa: E731
     advantage = naive.mixed(
         {name: rewards[name] for name in case.weights}, case.weights, groups, **case.credit
     )
@@ -286,6 +290,9 @@ def loop(case, failed=lambda *_: False):
 
     def loss(slot, number, choice, a):
         if case.matching is None:
+            if case.teacher_scale is not None:
+                told = nets["teacher"].one, case.teacher_scale, algorithm.uncond_gradient
+                return naive.distillation_loss(world, network.one, choice, *told)
             kl_coef = case.kl_coef * has_kl[slot][choice.images[0]]
             anchor = nets[getattr(algorithm, "anchor", "reference")].one
             options = CLIP, kl_coef, anchor, case.guard, case.threshold
@@ -318,6 +325,7 @@ def loop(case, failed=lambda *_: False):
                     continue
                 total = sum(advantage[slot][image] for image in of)
                 a = naive.clamp(own[slot][number] if case.worth else total)
+                a = a if case.teacher_scale is None else 0.0
                 table[-1].append(a * case.unit * speaks_for if of[0] in kept else 0.0)
                 if of[0] in kept:
                     taught += speaks_for
@@ -407,6 +415,18 @@ CASES = {
     ) for form, divided, more in (
         ("", False, GUIDED),
         (", noises apart, divided", True, PLAIN | {"init_same_noise": False, "kl_coef": 0.5}),
+    )},
+    **{f"diffusion_opd, noise {level}{form}": Case(
+        "diffusion_opd", {
+            "num_inference_steps": 5, "group_size": size, "noise_level": level,
+            "guidance_scale": scale, "uncond_gradient": both, "teacher_guidance_scale": of_teacher,
+        },
+        lambda sigmas, _, size=size, level=level: naive.gardo(sigmas, size, 4, True, level),
+        ALL_STD, teacher_scale=of_teacher,
+    ) for form, size, level, scale, of_teacher, both in (
+        ("", 1, 0.0, 1.0, 1.0, False),
+        ("", 2, 0.7, 2.5, 1.5, False),
+        (", both halves", 1, 0.0, 2.5, 1.0, True),
     )},
     "grpo_guard": policy(
         "grpo_guard", PLAIN, drawn("flow_sde", 0.7, lambda s, n: 1 / (s - n)), POPULATION,
@@ -570,6 +590,9 @@ CASES = {
 }  # fmt: skip
 
 
+BY_REWARD = [name for name, case in CASES.items() if case.teacher_scale is None]
+
+
 @cache
 def whole(name):
     """In as few calls as can be, on one rank."""
@@ -593,7 +616,7 @@ def test_the_engine_is_the_loop(name):
     found = whole(name)
     assert_equal(found, loop(CASES[name]), 1e-10)
     # What is compared is there: rewards differ, and off policy some choices are clipped, not all.
-    assert (found.advantage != 0).any(1).all()
+    assert (found.advantage != 0).any(1).all() or name not in BY_REWARD
     assert (found.gradients.norm(dim=1) > 1e-3).all()
     for clipped in found.clipped[1:]:
         assert 0 < clipped < found.advantage.numel() // len(found.gradients)
@@ -626,7 +649,7 @@ def test_two_ranks_give_the_mean_of_their_gradients(name):
         assert max(first + second) <= 3 and sum(first) + sum(second) == sum(one)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BY_REWARD)
 def test_ranks_call_alike_where_one_has_nothing_to_learn(name):
     """All images of rank 1 have one reward. Its rows are left out where nothing else is learned
     from them, all but one a call.
@@ -654,7 +677,14 @@ def lost(slot, image):
     return (image % 5 == 1, image > 0, True, False)[slot]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in BY_REWARD])
+def test_what_has_no_reward_is_learned_from_a_teacher(name):
+    found = engine(CASES[name], failed=lost)
+    torch.testing.assert_close(found.gradients, whole(name).gradients, rtol=0, atol=0)
+    assert (found.advantage == 0).all()
+
+
+@pytest.mark.parametrize("name", BY_REWARD)
 def test_an_image_without_a_reward_is_as_if_it_had_never_been(name):
     """In statistics and gradients, those of KLs and of other anchors included; on any ranks."""
     case = CASES[name]

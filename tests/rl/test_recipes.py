@@ -80,6 +80,7 @@ def test_a_recipe_is_one_short_file():
         ("dgpo", {}, (160, 64, 16), (160, 64, 16)),
         ("crd", {}, (240, 216, 24), (240, 216, 24)),
         ("diffusion_nft", {}, (240, 216, 24), (240, 216, 24)),
+        ("diffusion_opd", {}, (10, 9, 1), (10, 9, 1)),
     ],
 )
 def test_what_a_prompt_costs(name, options, ours, released):
@@ -465,9 +466,12 @@ STATISTICS = {
 }
 
 
-@pytest.mark.parametrize("name", names())
+def test_all_but_those_that_learn_from_no_reward_have_statistics():
+    assert {*STATISTICS, "diffusion_opd"} == {*names()}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
 def test_each_algorithm_has_its_own_statistics(name):
-    assert name in STATISTICS, f"{name} needs an entry in STATISTICS"
     ddof, eps, is_global, scale = STATISTICS[name]
     options = {"num_inference_steps": 10, "group_size": 4}
     options |= {"split_steps": [0, 3]} if name == "branch_grpo" else {}
@@ -547,7 +551,7 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
     assert recipe("mixgrpo")(trimmed_ratio=0.25).credit().trimmed_ratio == 0.25
     key = "multi_objective_aggregation"
     assert recipe("mixgrpo")().credit().multi_objective_aggregation == "normalize_then_mean"
-    for name in names():
+    for name in STATISTICS:
         made = recipe(name)(**{key: "normalize_then_sum"}).credit()
         assert getattr(made, key) == "normalize_then_sum", name
 
@@ -565,6 +569,14 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
             {"branching": True, "train_num_steps": 7},
             "train_num_steps: got 7, expected at most 5",
         ),
+        ("diffusion_opd", {"adv_clip_max": 2.0}, "adv_clip_max: got 2.0, but no reward is learned"),
+        (
+            "diffusion_opd",
+            {"guidance_scale": 1.0, "uncond_gradient": False},
+            "teacher_guidance_scale: got 4.5, expected at most 1",
+        ),
+        ("diffusion_opd", {"kl_coef": 0.0}, "kl_coef: got 0.0, expected a number above 0"),
+        ("flow_grpo", {"group_size": 1}, "group_size: got 1, expected a number at least 2"),
         ("flow_dppo", {"num_sde_steps": 6}, "num_sde_steps: got 6, expected at most 5"),
         ("flow_dppo", {"kl_mask_threshold": 0.0}, "kl_mask_threshold: got 0.0, expected"),
         (
@@ -662,7 +674,9 @@ def test_names_of_nothing_are_told_apart():
 def test_guidance_up_to_1_is_none():
     """In every recipe, and what it costs with it; the verbs keep their formula for every w."""
     for name in names():
+        alone = {"uncond_gradient": False, "teacher_guidance_scale": 1.0}
         for scale in (0, 0.5, 1):
-            chosen = recipe(name)(guidance_scale=scale)
+            options = alone if name == "diffusion_opd" else {}
+            chosen = recipe(name)(guidance_scale=scale, **options)
             assert chosen.guidance(uncond=7) is None
         assert recipe(name)(guidance_scale=1.5).guidance(uncond=7).scale == 1.5

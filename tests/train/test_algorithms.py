@@ -38,6 +38,11 @@ SMALL = {
     "crd": {"num_inference_steps": 3},
     "dgpo": {"num_inference_steps": 4, "num_train_timesteps": 2},
     "diffusion_nft": {"num_inference_steps": 4},
+    "diffusion_opd": {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "teacher_guidance_scale": 1.5,
+    },
     "flow_dppo": {"num_inference_steps": 5, "num_sde_steps": 2},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 6, "window": 2},
@@ -63,7 +68,25 @@ ASKED = {name: {"weight": 0} for name in ("distance_to_real", "digits_diversity"
 
 
 @pytest.fixture
-def small(tiny):
+def teacher(tiny, tmp_path):
+    """teacher(): a checkpoint's adapter of the same shape, which says something else."""
+
+    def make() -> Path:
+        place = tmp_path / "teacher"
+        if not place.is_dir():
+            loop = Loop(tiny(name="of-teacher"))
+            torch.manual_seed(3)
+            with torch.no_grad():
+                for weight in loop.parameters:
+                    weight.copy_(0.1 * torch.randn_like(weight))
+            loop.task.save(place)
+        return place
+
+    return make
+
+
+@pytest.fixture
+def small(tiny, teacher):
     """small(algorithm): a configuration that takes a second."""
 
     def make(name: str, directory: str = "run", **train):
@@ -71,6 +94,8 @@ def small(tiny):
         tree["algorithm"] = {"name": name, **COMMON, **SMALL[name]}
         if name == "gardo":
             tree["reward"] |= ASKED
+        if name == "diffusion_opd":
+            tree["algorithm"]["teacher"] = str(teacher())
         tree["train"] |= train
         return from_dict(tree)
 
@@ -256,6 +281,41 @@ def test_an_anchor_is_made_anew_by_the_clock_and_where_the_weights_are_far_from_
             records = loop.step()
             assert (records[0]["kl"] == 0) == found[-1] and records[1]["kl"] > 0
         assert found == expected
+
+
+def test_a_student_becomes_its_teacher(small, teacher):
+    """Whose weights are read, and no part of a checkpoint."""
+    loop = Loop(small("diffusion_opd", learning_rate=3e-3))
+    stored = load_file(teacher() / "adapter_model.safetensors")
+    with loop.weights.using("teacher"):
+        here = [p.detach().clone() for p in loop.parameters]
+    assert sorted(x.sum().item() for x in here) == sorted(x.sum().item() for x in stored.values())
+    found = [record["kl"] for _ in range(8) for record in loop.step()]
+    assert 0 < max(found[-4:]) < 0.5 * found[0]
+    assert "teacher" not in loop.copies.state_dict()["copies"]
+    with loop.weights.using("teacher"):
+        assert all(map(torch.equal, here, loop.parameters))
+
+
+def test_a_teacher_that_is_none_is_refused(small, teacher, tmp_path):
+    tree = to_dict(small("diffusion_opd"))
+    (tmp_path / "empty").mkdir()
+    for section, options, message in (
+        ("algorithm", {"teacher": None}, "got null, expected a folder checkpoint-N"),
+        ("algorithm", {"teacher": str(tmp_path / "no")}, "there is no folder '.*no'"),
+        ("algorithm", {"teacher": str(tmp_path / "empty")}, "'.*empty' has no adapter"),
+        ("lora", {"alpha": 64}, ".*lora_alpha 32.*, expected lora.alpha, 64"),
+        ("lora", {"rank": 2}, r"lora.rank: '.*' has shape .*, expected \("),
+        ("lora", {"target_modules": ["to_q"]}, "lora.target_modules: .* holds '.*'; expected"),
+    ):
+        changed = tree | {section: tree[section] | options}
+        with pytest.raises(ConfigError, match=f"^algorithm.teacher: {message}") as raised:
+            Loop(from_dict(changed))
+        assert "\n" not in str(raised.value)
+    weights = teacher() / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="^algorithm.teacher: "):
+        Loop(from_dict(tree))
 
 
 def test_a_reward_that_credit_asks_is_there(small):
