@@ -154,15 +154,15 @@ def tell(table: str, result: dict, path: Path) -> None:
 
 
 def fall(run: Run) -> float:
-    """From the best evaluation of a run to its last."""
+    """The farthest that a run was below its best evaluation until then."""
     rewards = [point["reward"] for point in run["curve"]]
-    return max(rewards) - rewards[-1]
+    return max(max(rewards[: i + 1]) - reward for i, reward in enumerate(rewards))
 
 
 def report(result: dict, path: Path) -> None:
     """A line per experiment; means over seeds, with the range of the reward at the end."""
     columns = (
-        "", "seeds", "end reward", "range", "best", "best - end", "worst fall", "judge", "distance",
+        "", "seeds", "end reward", "range", "best", "fall", "worst fall", "judge", "distance",
         f"to {LEVEL:.2f}", "iterations", "s",
     )  # fmt: skip
     table = Table(title="Held-out prompts: means over seeds")

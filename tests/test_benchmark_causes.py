@@ -24,7 +24,7 @@ def test_every_experiment_is_a_configuration(monkeypatch):
         load_config(path, [*job.entry.overrides, *job.overrides, "seed=0"])
 
 
-def test_a_fall_is_from_the_best_evaluation_to_the_last():
-    curve = [{"reward": reward} for reward in (0.5, 0.8, 0.6, 0.7)]
-    assert causes.fall({"curve": curve}) == pytest.approx(0.1)
+def test_a_fall_is_from_the_best_evaluation_until_then():
+    curve = [{"reward": reward} for reward in (0.5, 0.8, 0.6, 0.7, 0.9)]
+    assert causes.fall({"curve": curve}) == pytest.approx(0.2)
     assert causes.fall({"curve": curve[:2]}) == 0
