@@ -37,7 +37,7 @@ from environments import (
 DIST = ROOT / "dist"
 TESTED_WITH = ("torch", "numpy", "pytest", "hypothesis")
 # uv keeps what it once built of a file, with a compiler or without one.
-ANEW = ("--no-deps", "--refresh-package", "flowkern")
+ANEW = ("--no-deps", "--no-cache")
 
 
 def main() -> int:
