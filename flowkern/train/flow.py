@@ -64,7 +64,7 @@ class FlowExperience(Experience):
     """Of the P prompts, and of none in the last row."""
     advantage: Tensor
     """(ranks, P, C) of all ranks, on the host; NaN: takes no part."""
-    kl_weight: Tensor | None
+    kl_weight: Tensor | None = None
     """(P, C) of this rank, as `Credit` has it."""
 
 
