@@ -48,6 +48,7 @@ ENTRIES = {
         is_variant=True,
     ),
     "gardo": Entry("GARDO", "gardo"),
+    "flash_grpo": Entry("Flash-GRPO", "flash_grpo"),
     "flow_dppo": Entry("Flow-DPPO", "flow_dppo"),
     "flow_grpo_fast": Entry("Flow-GRPO-Fast", "flow_grpo_fast"),
     "grpo_guard": Entry("GRPO-Guard", "grpo_guard"),

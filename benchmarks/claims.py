@@ -189,12 +189,13 @@ def per_image(name: str, options: dict, is_released: bool) -> float:
     """Forward-equivalents of an image that is rewarded, guidance and copies of the weights too."""
     from flowkern.rl.algorithms import flow_recipe
     from flowkern.rl.cost import network_calls
-    from flowkern.rl.recipe import plan_of
+    from flowkern.rl.plans import cost_of, plans_of
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
     recipe, calls, images = flow_recipe(name)(**options), 0.0, 0.0
     for i in COUNTED:
-        cost = recipe.released(i, 0) if is_released else plan_of(recipe, sd3_sigmas, i, 0).cost()
+        ours = cost_of(plans_of(recipe, sd3_sigmas, i, 0))
+        cost = recipe.released(i, 0) if is_released else ours
         sample, updates = network_calls(recipe, cost, i)
         calls += sample + sum(updates) + 2 * recipe.prompts_per_rollout * cost.train
         images += recipe.prompts_per_rollout * cost.images

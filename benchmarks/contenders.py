@@ -127,8 +127,8 @@ class Contender:
             blocks, self.phase = sample(*given), "rollout"
             walk = blocks.walk
 
-            def walked(source):
-                rollout = walk(source)
+            def walked(*given):
+                rollout = walk(*given)
                 self.found["latents"] = rollout.latents.flatten(0, 1)
                 return rollout
 

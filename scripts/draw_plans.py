@@ -41,6 +41,7 @@ BRANCHING = (", branching", {"branching": True}, 3)
 PANELS: dict[str, tuple[str, list[tuple[str, dict, int]]]] = {
     "flow_grpo": ("Flow-GRPO", [("", SHORT, 0)]),
     "flow_dppo": ("Flow-DPPO", [("", {"num_inference_steps": 10}, 2)]),
+    "flash_grpo": ("Flash-GRPO", [(", a prompt", {}, 9), (", another prompt", {}, 0)]),
     "flow_grpo_fast": ("Flow-GRPO-Fast", [(", window", {}, 5), BRANCHING]),
     "gardo": ("GARDO", [("", {"num_inference_steps": 10}, 0)]),
     "grpo_guard": ("GRPO-Guard", [("", SHORT, 0)]),
@@ -85,7 +86,7 @@ def picture(name: str) -> Figure:
         labels = [f"{level:.2f}".removesuffix(".00").lstrip("0") or "0" for level in levels]
         axes.set_xticks([across(level) for level in levels], labels)
         ours, theirs = plan.cost(), algorithm.released(i)
-        cost = f"{ours.sample} calls, released loop {theirs.sample}; "
+        cost = f"{ours.sample} calls, released loop {theirs.sample:g}; "
         cost += f"training {ours.train}, released {theirs.train}"
         place = {"y": (top - 0.24) / total, "va": "center", "color": INK}
         figure.text(0.03, s=title + form, fontsize=11, weight="bold", **place)

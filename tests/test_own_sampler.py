@@ -12,7 +12,8 @@ import torch
 import flowkern as fk
 from flowkern.checks import ConfigError
 from flowkern.rl.algorithms import names, recipe
-from flowkern.rl.recipe import SDES, StepRecipe, plan_of
+from flowkern.rl.plans import plans_of
+from flowkern.rl.recipe import SDES, StepRecipe
 from flowkern.rollout import Plan
 from flowkern.schedules import (
     KINDS,
@@ -222,15 +223,15 @@ def test_a_run_that_it_cannot_serve_is_refused_by_its_key():
 def test_what_a_plan_refuses_is_said_by_its_key(options, said):
     made = recipe("flow_grpo")(**options)
     if said is None:
-        return plan_of(made, sd3_sigmas).check()
+        return plans_of(made, sd3_sigmas)[0].check()
     with pytest.raises(ConfigError, match=rf"^algorithm\.{said}"):
-        plan_of(made, sd3_sigmas)
+        plans_of(made, sd3_sigmas)
 
 
 def test_steps_are_not_weighted_by_noise_that_there_is_not():
     made = recipe("tempflow_grpo")(sde_type="samplers_of_mine:fixed", kl_coef=0.0)
     with pytest.raises(ConfigError, match="^algorithm: weight: expected a finite number, got nan"):
-        plan_of(made, sd3_sigmas)
+        plans_of(made, sd3_sigmas)
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "grpo_guard", "flow_dppo"])
@@ -238,7 +239,7 @@ def test_what_is_divided_by_the_noise_needs_some(name):
     """By a KL to the reference or to the policy that sampled, and by a guarded ratio."""
     made = recipe(name)(sde_type="samplers_of_mine:fixed")
     with pytest.raises(ConfigError, match="^algorithm.sde_type: .* has std = 0, so it has no KL"):
-        plan_of(made, sd3_sigmas)
+        plans_of(made, sd3_sigmas)
 
 
 def test_a_plan_says_what_is_no_option_of_its_recipe():
@@ -248,7 +249,7 @@ def test_a_plan_says_what_is_no_option_of_its_recipe():
     made = recipe("awm")()
     object.__setattr__(made, "plan", refuses)
     with pytest.raises(ConfigError, match="^algorithm: member: 0 draws noise"):
-        plan_of(made, sd3_sigmas)
+        plans_of(made, sd3_sigmas)
 
 
 def test_a_sampler_that_has_no_hash_draws():

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         seed = config.seed
 
     from flowkern.rl.cost import network_calls  # what is refused shows before the imports
-    from flowkern.rl.recipe import plan_of
+    from flowkern.rl.plans import cost_of, plans_of
     from flowkern.rollout import Cost
     from flowkern.schedules import sd3_sigmas  # any grid: calls do not depend on noise levels
 
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     head = "sampling released saved training released nfe/sample nfe/train images"
     rows = [("", *head.split())]
     for name, algorithm in recipes.items():
-        costs = [plan_of(algorithm, sd3_sigmas, i, seed).cost() for i in range(rollouts)]
+        costs = [cost_of(plans_of(algorithm, sd3_sigmas, i, seed)) for i in range(rollouts)]
         first, mean = row(algorithm, costs[:1]), row(algorithm, costs)
         rows += [(name, *first)] + ([(f"  mean of {rollouts}", *mean)] if mean != first else [])
     print("Network calls and images per prompt, guidance not counted. Released: the authors' loop.")

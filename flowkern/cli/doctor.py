@@ -203,7 +203,8 @@ def _clip_range(report: Report) -> str:
     said = f"{clip['configured']:.2g}"
     if clip["fits"]:
         said += (
-            f"; the paper's {clip['paper']:.2g} for 65,536 elements goes with 1 / sqrt(D): "
+            f"; the paper's {clip['paper']:.2g} for {clip['elements']:,} elements goes with "
+            "1 / sqrt(D): "
             f"{clip['fits']:.2g} here"
         )
     return said

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flowkern import rollout
-from flowkern.rl.recipe import Grid, Recipe, plan_of
+from flowkern.rl.plans import cost_of, plans_of
+from flowkern.rl.recipe import Grid, Recipe
 
 
 def mean_cost(
@@ -13,7 +14,7 @@ def mean_cost(
 
     Means over the rollouts `iterations`, whose plans may differ.
     """
-    ours = [plan_of(recipe, grid, i, seed).cost() for i in iterations]
+    ours = [cost_of(plans_of(recipe, grid, i, seed)) for i in iterations]
     theirs = [recipe.released(i, seed) for i in iterations]
     return rollout.Cost.mean(ours), rollout.Cost.mean(theirs)
 
@@ -44,7 +45,7 @@ def network_calls(
     """All calls of the network for a rollout of all prompts, those of guidance, of a reference and
     of copies included, as nfe/sample and nfe/train count them: in sampling, and in each update.
 
-    cost: of the plan of that rollout. Training takes fewer calls where rewards are all alike.
+    cost: of a prompt of that rollout. Training takes fewer calls where rewards are all alike.
     """
     guidance = recipe.guidance(uncond=0)
     objective, updates = recipe.objective(guidance), recipe.updates_per_rollout

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -19,7 +19,6 @@ from flowkern.checks import (
     ABOVE_0,
     AT_LEAST_0,
     BELOW_1,
-    ConfigError,
     Held,
     Range,
     check_fields,
@@ -42,7 +41,6 @@ __all__ = [
     "SdeType",
     "ShiftedRecipe",
     "StepRecipe",
-    "plan_of",
     "shared_random",
 ]
 
@@ -148,9 +146,27 @@ class Recipe(AnyRecipe, ABC):
 
     @abstractmethod
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-        """The tree of every prompt of a rollout: a function of the arguments alone, so that all
-        ranks walk the same one.
+        """The tree of every prompt of a rollout, or of its first: a function of the arguments
+        alone, so that all ranks walk the same one.
         """
+
+    def plans(self, grid: Grid, iteration: int = 0, seed: int = 0) -> Sequence[rollout.Plan]:
+        """(prompts_per_rollout,): the tree of each prompt. Prompts that follow each other with one
+        and the same are sampled together; all are of one form (`Plan.form`).
+        """
+        return [self.plan(grid, iteration, seed)] * self.prompts_per_rollout
+
+    def dealt(self, places: int, iteration: int, seed: int) -> list[int]:
+        """(prompts_per_rollout,): a place that chance has for each prompt, 0 to `places` - 1. In an
+        update those of one place follow each other: which prompts they are is chance already.
+        """
+        chance, out = shared_random(seed, iteration), []
+        count = -(-self.prompts_per_rollout // self.updates_per_rollout)
+        for first in range(0, self.prompts_per_rollout, count):
+            prompts = range(first, min(first + count, self.prompts_per_rollout))
+            drawn = [chance.randint(0, places - 1) for _ in prompts]
+            out += sorted(drawn, key=drawn.index)
+        return out
 
     @abstractmethod
     def credit(self) -> rl.Credit:
@@ -183,22 +199,6 @@ class Recipe(AnyRecipe, ABC):
         return rollout.Guidance.of(self.guidance_scale, uncond, guide)
 
 
-_OPTIONS = {"kind": "sde_type", "is_trained": "sde_type", "needs_std": "sde_type"}
-"""What a plan calls it -> the option that it comes from."""
-
-
-def plan_of(recipe: Recipe, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
-    """Its plan. Raises ConfigError, naming the key, for options that nothing can be drawn with."""
-    try:
-        return recipe.plan(grid, iteration, seed)
-    except ValueError as error:
-        name, colon, reason = str(error).partition(":")
-        option = _OPTIONS.get(name, name)
-        if option not in {field.name for field in fields(recipe)}:
-            raise ConfigError(f"algorithm: {error}") from error
-        raise ConfigError(f"algorithm.{option}{colon}{reason}") from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepRecipe(Recipe):
     """Trains drawn edges."""
@@ -220,7 +220,8 @@ class StepRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.uncond_gradient and self.guidance_scale <= 1:
+        is_asked = self.uncond_gradient and not type(self).uncond_gradient
+        if is_asked and self.guidance_scale <= 1:
             raise ValueError(
                 "uncond_gradient: got True, but there is no second half at guidance_scale "
                 f"{self.guidance_scale}; expected one above 1"
@@ -251,11 +252,12 @@ class StepRecipe(Recipe):
         tail: list[float],
         is_shared: bool = True,
         order: int = 1,
+        weight: float = 1.0,
     ) -> rollout.Plan:
         """A group of samples, drawn and trained in a window of steps and deterministic around it.
 
         sigmas: the noise levels up to the window's end, at least; tail: those after it; order: of
-        the solver there. is_shared: the samples are one up to the window.
+        the solver there. is_shared: the samples are one up to the window. weight: of its steps.
         """
         plan, trunk = self.empty_plan(), None
         for member in range(self.group_size):
@@ -265,7 +267,7 @@ class StepRecipe(Recipe):
                     trunk = plan.step(trunk, sigma)
             node = trunk
             for i in window:
-                node = plan.draw(node, sigmas[i + 1], *self.sde(i), member, is_trained=True)
+                node = plan.draw(node, sigmas[i + 1], *self.sde(i), member, True, weight)
             for sigma in tail:
                 node = plan.step(node, sigma, order)
             plan.leaf(node)
@@ -278,6 +280,8 @@ class PolicyRecipe(StepRecipe):
 
     clip_range: Annotated[float, BELOW_1] = 1e-4
     """For 65,536 latent elements; the spread of the log-ratio goes with 1 / sqrt(elements)."""
+    clip_elements: ClassVar[int] = 65_536
+    """Of the latents that the default `clip_range` is for."""
     ratio: ClassVar[str] = "sde"
     """Or "guard", as in `policy_loss`."""
 

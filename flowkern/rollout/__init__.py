@@ -16,14 +16,16 @@ if TYPE_CHECKING:
         takes_part,
     )
     from flowkern.rollout.blocks import Blocks
+    from flowkern.rollout.deal import Deal
     from flowkern.rollout.engine import Guidance, Guide, run
     from flowkern.rollout.layout import Layout
-    from flowkern.rollout.plan import Cost, Plan
+    from flowkern.rollout.plan import Cost, Plan, require_one_form
     from flowkern.rollout.states import Rollout, Source, prompt_ids
 
 __all__ = [
     "Blocks",
     "Cost",
+    "Deal",
     "Guidance",
     "Guide",
     "Layout",
@@ -35,6 +37,7 @@ __all__ = [
     "batch",
     "network_batches",
     "prompt_ids",
+    "require_one_form",
     "run",
     "sampled_velocity",
     "takes_part",
@@ -43,6 +46,7 @@ __all__ = [
 _HOMES = {
     "Blocks": "flowkern.rollout.blocks",
     "Cost": "flowkern.rollout.plan",
+    "Deal": "flowkern.rollout.deal",
     "Guidance": "flowkern.rollout.engine",
     "Guide": "flowkern.rollout.engine",
     "Layout": "flowkern.rollout.layout",
@@ -56,6 +60,7 @@ _HOMES = {
     "sampled_velocity": "flowkern.rollout.batches",
     "takes_part": "flowkern.rollout.batches",
     "prompt_ids": "flowkern.rollout.states",
+    "require_one_form": "flowkern.rollout.plan",
     "run": "flowkern.rollout.engine",
 }
 __getattr__ = lazily(__name__, _HOMES)

@@ -173,17 +173,17 @@ def sampled_velocity(rollout: Rollout, site: Tensor, prompt: Tensor) -> Tensor |
 
 
 def _points(rollout: Rollout, site: Tensor, prompt: Tensor, credit: Sequence[Tensor]) -> PointBatch:
-    points, source = rollout.layout.trained, rollout.source
+    points, source, deal = rollout.layout.trained, rollout.source, rollout.deal
     device = source.prompt_id.device
-    there = rollout.layout.tables(device, source.precision)
+    there = deal.tables(device, source.precision)
     group = prompt * len(points.site) + points.unit[site]
-    places = [site, prompt, points.leaf[site], group]
-    of_site, of_prompt, leaf, group = indices(places, device)
-    noise = there.numbers[of_site.there]
+    at = deal.at(site, prompt, len(points.site))
+    at, of_prompt, leaf, group = indices([at, prompt, points.leaf[site], group], device)
+    noise = there.numbers[at.there]
     return PointBatch(
         x0=picked(rollout.latents, of_prompt, leaf, device),
-        sigma=there.sigma[of_site.there],
-        on_host=OnHost(points.sigma[site].tolist(), prompt.tolist()),
+        sigma=there.sigma[at.there],
+        on_host=OnHost(deal.sigma[at.on_host].tolist(), prompt.tolist()),
         prompt=of_prompt.there,
         **_credit(credit, prompt, site, source),
         group=group.there,
@@ -198,7 +198,7 @@ def _points(rollout: Rollout, site: Tensor, prompt: Tensor, credit: Sequence[Ten
 def _steps(
     rollout: Rollout, site: Tensor, prompt: Tensor, credit: Sequence[Tensor], is_on_policy: bool
 ) -> StepBatch:
-    source, edges = rollout.source, rollout.layout.trained
+    source, edges, deal = rollout.source, rollout.layout.trained, rollout.deal
     device, first, count = source.prompt_id.device, edges.first, edges.count
     # The choices of every row, one row after another.
     row = torch.arange(len(site)).repeat_interleave(count[site])
@@ -208,11 +208,14 @@ def _steps(
     if is_there.any():  # else the batch is a call that nothing takes part in, and is as it would be
         row, choice = row[is_there], choice[is_there]
     place = torch.tensor([rollout.kept[i] for i in edges.origins])[site]
-    places = [row, site, prompt, place, choice, prompt[row]]  # a kernel reads row, so it is first
+    at = deal.at(site, prompt, rollout.layout.sites)
+    of_choice = deal.at(choice, prompt[row], len(edges.site))
+    # A kernel reads row, so it is first.
+    places = [row, site, at, prompt, place, of_choice, prompt[row]]
     if not rollout.is_redrawn:
         places.append(torch.tensor([rollout.kept[i] for i in edges.ends])[choice])
-    of_row, of_site, of_prompt, place, of_choice, prompt_of_row, *end = indices(places, device)
-    there = rollout.layout.tables(device, source.precision)
+    of_row, of_site, at, of_prompt, place, of_choice, prompt_of_row, *end = indices(places, device)
+    there = deal.tables(device, source.precision)
     noise = there.numbers[of_choice.there]
     key = {
         "seed": source.seed,
@@ -234,8 +237,8 @@ def _steps(
         uncond = picked(rollout.uncond, of_site, of_prompt, device)
     return StepBatch(
         x_t=x_t,
-        sigma=there.sigma[of_site.there],
-        on_host=OnHost(edges.sigma[site].tolist(), prompt.tolist()),
+        sigma=there.sigma[at.there],
+        on_host=OnHost(deal.sigma[at.on_host].tolist(), prompt.tolist()),
         prompt=of_prompt.there,
         row=None if len(row) == len(site) else of_row.there,
         coefficients=table,

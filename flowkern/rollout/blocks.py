@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowkern.rollout.deal import Deal
 from flowkern.rollout.engine import slices
+from flowkern.rollout.layout import Layout
 from flowkern.rollout.states import Rollout, Source
 
 WAITS = 2**21
@@ -32,12 +34,12 @@ class Blocks:
     training needs is left in `rollout`.
     """
 
-    walk: Callable[[Source], Rollout]
+    walk: Callable[[Layout, Source], Rollout]
     """Samples the prompts of a source, as `run` does."""
     source: Source
     """Of all P prompts."""
-    leaves: int
-    """L."""
+    deal: Deal
+    """A block is of one plan."""
     size: int | None
     """Prompts of a block, at most; what training needs of them then waits on the host. None: all,
     and it stays on the device up to `WAITS`."""
@@ -46,13 +48,25 @@ class Blocks:
     rollout: Rollout | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for block in slices(self.source.prompts, self.size or self.source.prompts):
-            found = self.walk(self.source.block(block))
+        for layout, block in self.parts():
+            found = self.walk(layout, self.source.block(block))
             leaves, found = found.latents, found.taught()
             self._keep(found)
             del found
             yield block.start, leaves
             del leaves
+
+    def parts(self) -> Iterator[tuple[Layout, slice]]:
+        """The plan and the prompts of each block, in order."""
+        for layout, run in self.deal.runs():
+            count = run.stop - run.start
+            for part in slices(count, self.size or count):
+                yield layout, slice(run.start + part.start, run.start + part.stop)
+
+    @property
+    def leaves(self) -> int:
+        """L."""
+        return len(self.deal.layouts[0].plan.leaves)
 
     @property
     def waits(self) -> bool:
@@ -62,9 +76,9 @@ class Blocks:
         return self.size is not None or (is_elsewhere and is_large(source.shape, source.dtype))
 
     def _keep(self, found: Rollout) -> None:
-        if not self.waits:
-            self.rollout = found
+        if not self.waits and found.source.prompts == self.source.prompts:
+            self.rollout = replace(found, deal=self.deal)  # there is no other block
             return
         if self.rollout is None:
-            self.rollout = found.room(self.source, self.keep_uncond)
+            self.rollout = found.room(self.deal, self.source, self.keep_uncond, self.waits)
         self.rollout.put(found)

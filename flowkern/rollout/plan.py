@@ -1,8 +1,8 @@
 """The plan of a rollout: the tree of states that is sampled for every prompt, and what is trained.
 
 A node is a latent at a noise level; it takes one network call, however many edges leave it. An edge
-is an ODE step (of an order, with the history of its path) or a draw from an SDE. A recipe makes one
-plan per rollout, on the host; all prompts of the rollout share it.
+is an ODE step (of an order, with the history of its path) or a draw from an SDE. A recipe makes
+plans on the host: one per rollout, which all prompts share, or several of one form.
 
 N nodes, L leaves, E trained edges, S sites: the places of a tree where training calls the network,
 which are the nodes that trained edges leave or, for matching objectives, the points to match at.
@@ -14,6 +14,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,6 +203,25 @@ class Plan:
         inner = {node.parent for node in self.nodes} - {-1}
         return Cost(len(inner), len(sites), len(self.leaves))
 
+    def form(self) -> tuple[Any, ...]:
+        """What all plans of a rollout agree in, whatever their noise levels and the way there:
+        leaves and their groups, choices and sites, how these lie, which leaves they lead to.
+        """
+        origins, ends = self.origins, self.trained
+        kept = sorted({*origins, *ends})
+        place = {node: i for i, node in enumerate(kept)}
+        site = {node: i for i, node in enumerate(origins)}
+        leaves = self.below().nonzero().tolist()
+        units: dict[tuple[int, float], int] = {}
+        points = [
+            (leaf, *noise, units.setdefault((self.groups[leaf], sigma), len(units)))
+            for (leaf, sigma), noise in zip(self.points, self.noises, strict=True)
+        ]
+        top = min((self.nodes[i].depth for i in ends), default=0)
+        edges = [(site[self.nodes[i].parent], place[i], self.nodes[i].depth - top) for i in ends]
+        where = [place[i] for i in origins]
+        return tuple(map(repr, (self.groups, where, edges, leaves, points)))
+
     def check(self) -> None:
         """Raises ValueError for what no rollout can use."""
         inner = {node.parent for node in self.nodes}
@@ -210,6 +230,17 @@ class Plan:
             raise ValueError(f"plan: nothing leaves nodes {dead[:5]}, and they are no leaves")
         if self.points and self.trained:
             raise ValueError("plan: has points to match and trained edges; expected one of them")
+
+
+def require_one_form(plans: Sequence[Plan]) -> None:
+    """Raise ValueError where the plans of a rollout differ in what training and credit look at."""
+    distinct = [*{id(plan): plan for plan in plans}.values()]
+    if len(distinct) > 1 and len({plan.form() for plan in distinct}) > 1:
+        told = (len(plan.points or plan.trained) for plan in distinct)
+        raise ValueError(
+            f"plans: have {', '.join(map(str, told))} choices; expected plans of one form: as many "
+            "leaves, choices and sites, of one group and order"
+        )
 
 
 @lru_cache(maxsize=65536)

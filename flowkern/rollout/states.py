@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowkern.rollout.deal import Deal
 from flowkern.rollout.layout import Edges, Layout, Wave
 from flowkern.rollout.plan import Plan
 
@@ -93,13 +95,11 @@ class Rollout:
     way there.
     """
 
-    layout: Layout
-    """Of the plan, made once."""
+    deal: Deal
+    """The plans, laid out once, and which of them each prompt has."""
     source: Source
     backend: str | None
     """Of the step kernels that drew it."""
-    kept: dict[int, int]
-    """Node -> its place in `states`."""
     is_redrawn: bool
     """Is x_next drawn again from its seed, with `velocity`, where training needs it?"""
     states: Tensor
@@ -122,26 +122,36 @@ class Rollout:
         """What will be left behind, with room for what has to be there from the first wave on."""
         prompts, trained = source.prompts, layout.trained
         origins, ends = layout.origins, trained.ends if isinstance(trained, Edges) else ()
-        kept = sorted({*origins, *ends})
+        kept = {*origins, *ends}
         # A velocity per origin and a seed, in place of the states of many siblings.
         is_redrawn = source.dtype == torch.float32 and 2 * len(origins) < len(kept)
-        kept = sorted(origins) if is_redrawn else kept
         velocity = None
         if is_redrawn or keep_velocity:
             velocity = source.empty(len(origins), prompts, dtype=source.precision)
         return cls(
-            layout,
+            Deal.one(layout, prompts),
             source,
             backend,
-            kept={node: place for place, node in enumerate(kept)},
             is_redrawn=is_redrawn,
-            states=source.empty(len(kept), prompts),
+            states=source.empty(len(origins if is_redrawn else kept), prompts),
             velocity=velocity,
         )
 
     @property
+    def layout(self) -> Layout:
+        """The first, which has the form of all."""
+        return self.deal.layouts[0]
+
+    @property
     def plan(self) -> Plan:
         return self.layout.plan
+
+    @cached_property
+    def kept(self) -> dict[int, int]:
+        """Node of the first plan -> its place in `states`, which is that of its like in all."""
+        plan = self.plan
+        nodes = plan.origins if self.is_redrawn else {*plan.origins, *plan.trained}
+        return {node: place for place, node in enumerate(sorted(nodes))}
 
     def record(self, wave: Wave, x: Tensor) -> None:
         """Put aside the leaves, and what training needs, of a wave's states (W, P, *D)."""
@@ -160,18 +170,20 @@ class Rollout:
         """Without the leaves, where no point is matched over them."""
         return replace(self, latents=None) if isinstance(self.layout.trained, Edges) else self
 
-    def room(self, source: Source, keep_uncond: int) -> Rollout:
-        """Room on the host for all prompts of `source`, of which this rollout has a block."""
-        is_pinned = source.prompt_id.device.type == "cuda"
+    def room(self, deal: Deal, source: Source, keep_uncond: int, on_host: bool) -> Rollout:
+        """Room for all prompts of `source`, of which this rollout has a block."""
+        is_pinned = on_host and source.prompt_id.device.type == "cuda"
+        device = torch.device("cpu") if on_host else source.prompt_id.device
 
         def room(value: Tensor | None, axis: int, prompts: int = source.prompts) -> Tensor | None:
             if value is None:
                 return None
             shape = [*value.shape[:axis], prompts, *value.shape[axis + 1 :]]
-            return torch.empty(shape, dtype=value.dtype, pin_memory=is_pinned)
+            return torch.empty(shape, dtype=value.dtype, device=device, pin_memory=is_pinned)
 
         return replace(
             self,
+            deal=deal,
             source=source,
             latents=room(self.latents, 0),
             states=room(self.states, 1),

@@ -33,7 +33,7 @@ from flowkern.train.prompts import draw_prompts
 from flowkern.train.replay import Compared, Replay
 
 ELEMENTS = 65_536
-"""Of the latents that the papers' clip ranges are for: 512 x 512 pixels."""
+"""Of the latents that papers' clip ranges are for where a recipe says nothing: 512 x 512 pixels."""
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,10 @@ def _facts(task: FlowTask, replay: Replay) -> dict[str, Any]:
         total, hits = layers(model, config.lora)
         facts["lora"] = {"rank": config.lora.rank, "layers": total, "hits": hits}
     if clip_range is not None:
-        fits = paper and paper * math.sqrt(ELEMENTS / elements)
-        facts["clip_range"] = {"configured": clip_range, "paper": paper, "fits": fits}
+        of = getattr(task.recipe, "clip_elements", ELEMENTS)
+        fits = paper and paper * math.sqrt(of / elements)
+        said = {"configured": clip_range, "paper": paper, "elements": of, "fits": fits}
+        facts["clip_range"] = said
     return facts
 
 

@@ -21,7 +21,7 @@ from flowkern.models.on_meta import on_meta
 from flowkern.models.pipeline import DECODE_PIXELS
 from flowkern.rl.cost import network_calls
 from flowkern.rl.objectives import Objective
-from flowkern.rl.recipe import plan_of
+from flowkern.rl.plans import cost_of, plans_of
 from flowkern.rollout import Layout, Rollout, Source
 from flowkern.rollout.blocks import is_large
 from flowkern.train.attention import require_attention
@@ -116,7 +116,8 @@ class _Run:
             raise
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"model.{' '.join(str(error).split())}") from error
-        self.layout = Layout(plan_of(self.recipe, self.model.sigmas, 1, config.seed))
+        plans = plans_of(self.recipe, self.model.sigmas, 1, config.seed)
+        self.cost, self.layout = cost_of(plans), Layout(plans[0])
         self.weights = [p for p in self.model.network.parameters() if p.requires_grad]
         self.objective: Objective = self.recipe.objective(self.recipe.guidance(0))
         self.held = held(config, self.model.network, self.blocks, processes)
@@ -137,7 +138,7 @@ class _Run:
 
     def rows(self) -> dict[str, float]:
         """Of an iteration after the first, by kind."""
-        cost = self.layout.plan.cost()
+        cost = self.cost
         sampling, updates = network_calls(self.recipe, cost, 1)
         learning = self.prompts * cost.train * self.objective.together
         return {

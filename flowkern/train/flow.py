@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from flowkern.models import Conditioning, Model, guide_of
 from flowkern.rl.cost import network_calls, released_calls
 from flowkern.rl.objectives import Outcome, Parts, by_level
-from flowkern.rl.recipe import plan_of
+from flowkern.rl.plans import cost_of, plans_of
 from flowkern.rollout import (
     Blocks,
+    Deal,
     Layout,
     Plan,
     Rollout,
@@ -200,7 +201,7 @@ class FlowTask:
         rollouts = min(4096, -(-steps // recipe.updates_per_rollout))
         first = {recipe.window_start(i, seed): i for i in reversed(range(rollouts))}
         for iteration in first.values():
-            plan_of(recipe, self.model.sigmas, iteration, seed)
+            plans_of(recipe, self.model.sigmas, iteration, seed)
 
     def modules(self) -> dict[str, nn.Module]:
         return {NETWORK: self.model.network}
@@ -213,9 +214,14 @@ class FlowTask:
 
     def planned(self, iteration: int) -> dict[str, float]:
         """Calls of the network on this rank, those that turn out to teach nothing included."""
-        cost = self.recipe.plan(self.model.sigmas, iteration, self.config.seed).cost()
+        plans = self.plans(iteration)
+        cost = cost_of([plans[slot] for slot in self.slots.tolist()])
         sampling, training = network_calls(self.recipe, cost, iteration)
         return {"sampling": sampling / self.world, "training": sum(training) / self.world}
+
+    def plans(self, iteration: int) -> Sequence[Plan]:
+        """Of all prompts of the iteration, also those of other processes."""
+        return plans_of(self.recipe, self.model.sigmas, iteration, self.config.seed)
 
     def collect(self, iteration: int) -> FlowExperience:
         """A rollout of all the prompts of an iteration, scored."""
@@ -225,12 +231,11 @@ class FlowTask:
         conditioning = self.model.encode(texts).to(self.device)
         blocks = self.sample(iteration, conditioning)
         found = self.score(blocks, prompts, laps)
-        rollout, plan = blocks.rollout, blocks.rollout.plan
+        plan, weights = blocks.rollout.plan, self.config.reward.weights
         scaled = {name: one.scaled(found.rewards[name]) for name, one in self.rewards.items()}
         scores = {name: value.view(-1, len(plan.leaves)) for name, value in scaled.items()}
         advantage, kl_weight = self.credit(scores, plan)
         laps.mark(REWARD)
-        weights = self.config.reward.weights
         credit = self.recipe.credit()
         sampling, training = released_calls(self.recipe, iteration, self.config.seed)
         flat = credit.zero_std_ratio(scores, weights, plan)
@@ -244,7 +249,7 @@ class FlowTask:
             unit="images",
             left_out=found.failed()[MEAN],
             reasons=found.explained(),
-            rollout=rollout,
+            rollout=blocks.rollout,
             conditioning=conditioning,
             advantage=advantage,
             kl_weight=kl_weight,
@@ -261,26 +266,21 @@ class FlowTask:
 
     def sample(self, iteration: int, conditioning: Conditioning) -> Blocks:
         """The tree of every prompt: sampled as it is iterated over."""
-        recipe, seed = self.recipe, self.config.seed
-        layout = Layout(recipe.plan(self.model.sigmas, iteration, seed))
-        velocity = self.velocity(conditioning)
+        recipe, train = self.recipe, self.config.train
+        deal = Deal.dealt(self.plans(iteration), self.slots)
         ids = moved(prompt_ids(iteration, self.slots), self.device)
 
-        def walk(source: Source) -> Rollout:
-            return run(
-                layout,
-                velocity,
-                source,
-                self.config.train.max_batch,
-                guidance=self.guidance,
-                # Where the weights move in between, or never were those that sampled.
-                keep_velocity=recipe.updates_per_rollout > 1 or recipe.sampler is not None,
-                keep_uncond=max(0, self.keep_uncond - source.first),
-            )
+        velocity = self.velocity(conditioning)
+        # Where the weights move in between, or never were those that sampled.
+        keeps = recipe.updates_per_rollout > 1 or recipe.sampler is not None
 
-        source = Source(seed, ids, self.model.latent_shape)
-        size = self.config.train.prompts_per_block
-        return Blocks(walk, source, len(layout.plan.leaves), size, self.keep_uncond)
+        def walk(layout: Layout, source: Source) -> Rollout:
+            uncond = max(0, self.keep_uncond - source.first)
+            keep = {"keep_velocity": keeps, "keep_uncond": uncond}
+            return run(layout, velocity, source, train.max_batch, self.guidance, **keep)
+
+        source = Source(self.config.seed, ids, self.model.latent_shape)
+        return Blocks(walk, source, deal, train.prompts_per_block, self.keep_uncond)
 
     @property
     def keep_uncond(self) -> int:
@@ -360,8 +360,8 @@ class FlowTask:
     def _by_level(self, out: Outcome, trained: StepBatch, rollout: Rollout) -> Parts:
         """Where the ratio is not 1 by definition."""
         sigma = trained.sigma if trained.row is None else trained.sigma[trained.row]
-        there = rollout.layout.tables(self.device, rollout.source.precision).sigma
-        on_host = rollout.layout.trained.sigma.tolist()
+        there = rollout.deal.tables(self.device, rollout.source.precision).sigma
+        on_host = rollout.deal.sigma.tolist()
         places = {level: on_host.index(level) for level in sorted({*on_host}, reverse=True)}
         return by_level(out, sigma, {level: there[i] for level, i in places.items()})
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowkern.models import Conditioning, Model
 from flowkern.ops.matching_loss import add_noise, matching_loss
 from flowkern.ops.policy_loss import policy_loss
-from flowkern.rollout import Layout, Rollout, StepBatch
+from flowkern.rollout import Blocks, Layout, Rollout, StepBatch
 from flowkern.rollout import batch as gathered
 from flowkern.rollout.engine import Velocity, guided, slices
 from flowkern.rollout.layout import Points
@@ -112,7 +112,8 @@ class Replay:
     @property
     def sigma(self) -> Tensor:
         """(R,) float32, on the host."""
-        return self.rollout.layout.trained.sigma[self.site].float()
+        deal, sites = self.rollout.deal, self.rollout.layout.sites
+        return deal.sigma[deal.at(self.site, self.prompt, sites)].float()
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -128,19 +129,16 @@ class Replay:
     def _sampled(self) -> tuple[Rollout, list[Call]]:
         """What is not needed for the rows that are compared is answered with zeros, unasked."""
         task = self.task
-        recipe, seed = task.recipe, task.config.seed
-        layout = Layout(recipe.plan(task.model.sigmas, self.iteration, seed))
-        parts = list(_calls(layout, len(task.slots), self.size))
-        chosen, needed = _chosen(layout, parts)
-        wanted = [any(node in needed for node, _ in part) for part in parts]
-        site = {node: i for i, node in enumerate(layout.origins)}
+        blocks = task.sample(self.iteration, self.conditioning)
+        parts = list(_calls(blocks, self.size))
+        chosen, needed = _chosen(parts)
+        wanted = [any((layout, node) in needed for node, _ in part) for layout, part in parts]
         sites, prompts, calls = [], [], []
         with heard(task.model, wanted) as found:
-            blocks = task.sample(self.iteration, self.conditioning)
             for _ in blocks:
                 pass
-        for part, call in ((parts[i], found[i]) for i in chosen):
-            row = []
+        for (layout, part), call in ((parts[i], found[i]) for i in chosen):
+            row, site = [], {node: i for i, node in enumerate(layout.origins)}
             for node, prompt in part:
                 row.append(len(sites) if node in site else -1)
                 if node in site:
@@ -292,7 +290,7 @@ class Replay:
         return [self.others[i % 2] for i in range(count)]
 
     def _of_each_level(self) -> Tensor:
-        sigma = self.rollout.layout.trained.sigma[self.site].tolist()
+        sigma = self.sigma.tolist()
         seen: dict[float, int] = {}
         out = []
         for row, level in enumerate(sigma):
@@ -326,28 +324,32 @@ def heard(model: Model, wanted: Sequence[bool]) -> Iterator[list[Call | None]]:
         model.velocity = ask
 
 
-def _calls(layout: Layout, prompts: int, size: int) -> Iterator[list[tuple[int, int]]]:
-    """(node, prompt) of the rows of every network call that sampling makes, in its order."""
-    for wave in layout.waves[:-1]:
-        for part in slices(len(wave.sigma) * prompts, size):
-            rows = (divmod(row, prompts) for row in range(part.start, part.stop))
-            yield [(wave.nodes[place], prompt) for place, prompt in rows]
+def _calls(blocks: Blocks, size: int) -> Iterator[tuple[Layout, list[tuple[int, int]]]]:
+    """The plan, and (node, prompt) of the rows, of every network call that sampling makes, in its
+    order."""
+    for layout, block in blocks.parts():
+        prompts = block.stop - block.start
+        for wave in layout.waves[:-1]:
+            for part in slices(len(wave.sigma) * prompts, size):
+                rows = (divmod(row, prompts) for row in range(part.start, part.stop))
+                yield layout, [(wave.nodes[place], block.start + i) for place, i in rows]
 
 
 def _chosen(
-    layout: Layout, calls: Sequence[Sequence[tuple[int, int]]]
-) -> tuple[list[int], set[int]]:
+    calls: Sequence[tuple[Layout, Sequence[tuple[int, int]]]],
+) -> tuple[list[int], set[tuple[Layout, int]]]:
     """Of each depth the first call that has an origin of trained edges, and the nodes that lead
     to these origins; where points are matched, none, and those that lead to the first leaf."""
-    nodes, origins = layout.plan.nodes, set(layout.origins)
     first: dict[int, int] = {}
-    for i, call in enumerate(calls):
-        if any(node in origins for node, _ in call):
-            first.setdefault(nodes[call[0][0]].depth, i)
-    needed: set[int] = set()
-    ends = [node for i in first.values() for node, _ in calls[i] if node in origins]
-    for node in ends or [next(iter(layout.plan.leaves))]:
-        while node >= 0 and node not in needed:
-            needed.add(node)
-            node = nodes[node].parent
+    origins = {layout: {*layout.origins} for layout, _ in calls}
+    for i, (layout, call) in enumerate(calls):
+        if any(node in origins[layout] for node, _ in call):
+            first.setdefault(layout.plan.nodes[call[0][0]].depth, i)
+    needed: set[tuple[Layout, int]] = set()
+    asked = [calls[i] for i in first.values()]
+    ends = [(of, node) for of, call in asked for node, _ in call if node in origins[of]]
+    for layout, node in ends or [(of := calls[0][0], next(iter(of.plan.leaves)))]:
+        while node >= 0 and (layout, node) not in needed:
+            needed.add((layout, node))
+            node = layout.plan.nodes[node].parent
     return list(first.values()), needed

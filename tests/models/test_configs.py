@@ -67,6 +67,7 @@ DEFAULTS = {
     "dgpo": "dgpo_sd35m_ocr",
     "diffusion_nft": "diffusion_nft_sd35m_geneval",
     "diffusion_opd": "diffusion_opd_sd35m_ocr",
+    "flash_grpo": "flash_grpo_wan21_hps",
     "flow_dppo": "flow_dppo_sd35m_pickscore",
     "flow_grpo": "flow_grpo_sd35m_geneval",
     "flow_grpo_fast": "flow_grpo_fast_sd35m_geneval",

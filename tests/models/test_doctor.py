@@ -101,6 +101,7 @@ SOUND = {
     "flux": {"guidance_scale": 1.0, "name": "mixgrpo", "window": 2, "num_inference_steps": 4},
     "qwen_image": {"uncond_gradient": True},
     "wan": {"name": "tempflow_grpo", "num_seeds": 1},
+    "sd3": {"name": "flash_grpo", "num_inference_steps": 8},  # each prompt at another step
     "chroma": {"name": "awm", "num_train_timesteps": 2, "guidance_scale": 1.0},
 }
 
@@ -333,7 +334,8 @@ def test_the_command_says_it_in_a_table_and_in_json(tree, adapter, tmp_path, cap
     facts = report["facts"]
     assert facts["elements"] == 256 and facts["lora"]["hits"]["to_q"] == 2
     assert facts["clip_range"] == {
-        "configured": 1e-4, "paper": 1e-4, "fits": pytest.approx(1e-4 * (65_536 / 256) ** 0.5)
+        "configured": 1e-4, "paper": 1e-4, "elements": 65_536,
+        "fits": pytest.approx(1e-4 * (65_536 / 256) ** 0.5),
     }  # fmt: skip
     assert set(facts["backends"]) == {"native", "triton", "reference"}
     assert "clip_range: 0.0001 is 0.062 times" in said.replace("\n", " ")

@@ -44,6 +44,7 @@ SMALL = {
     "dgpo": {"num_inference_steps": 3, "num_train_timesteps": 2, "guidance_scale": 2.0},
     "diffusion_nft": {"num_inference_steps": 3},
     "diffusion_opd": {"num_inference_steps": 3, "guidance_scale": 2.0},
+    "flash_grpo": {"num_inference_steps": 4, "guidance_scale": 2.0},
     "flow_dppo": {"num_inference_steps": 4, "num_sde_steps": 2, "guidance_scale": 2.0},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
     "flow_grpo_fast": {"num_inference_steps": 4, "window": 2, "guidance_scale": 2.0},

@@ -225,6 +225,27 @@ def window(sigmas, drawn: Container[int], size: int, solver, level, own_root=Fal
     return [Walk(m if own_root else 0, m, path) for m in range(size)]
 
 
+def rectified(sigmas, drawn: Container[int], size: int, early: int, solver, levels) -> list[Walk]:
+    """Flash-GRPO: one of the first `early` steps is drawn, each sample from its own root, and
+    weighted with 1 / the slope of its log-density by the velocity: 1 on average over those steps.
+    """
+
+    def slope(i: int) -> float:
+        step = Step(sigmas[i + 1], solver, levels[i])
+        (at_0, std), (at_1, _) = (
+            mean_and_std(torch.zeros(()).double(), torch.tensor(v).double(), sigmas[i], step)
+            for v in (0.0, 1.0)
+        )
+        per_mean = 2 * std if solver == "cps" else 1 / std  # of a next state one std away
+        return abs(float(at_1 - at_0)) * per_mean
+
+    (i,) = drawn
+    weight = 1 / slope(i) / statistics.fmean(1 / slope(k) for k in range(early))
+    path = [Step(n) for n in sigmas[1:]]
+    path[i] = Step(sigmas[i + 1], solver, levels[i], weight)
+    return [Walk(m, m, path) for m in range(size)]
+
+
 def flash(steps: int, drawn: range, size: int, ratio: float, level=0.7, shift=3.0) -> list[Walk]:
     """MixGRPO-Flash: after the last drawn step, int((T - L) ratio) points are left, solved in the
     second order; one step at least.

@@ -21,7 +21,17 @@ import torch
 
 from flowkern.rl.algorithms import names, recipe
 from flowkern.rl.cost import network_calls
-from flowkern.rollout import Source, batch, network_batches, prompt_ids, run, takes_part
+from flowkern.rl.plans import cost_of, plans_of
+from flowkern.rollout import (
+    Blocks,
+    Deal,
+    Source,
+    batch,
+    network_batches,
+    prompt_ids,
+    run,
+    takes_part,
+)
 from flowkern.schedules import sd3_sigmas, shifted_sigmas
 
 SHAPE, SEED, SLOTS, UNCOND = (2, 4, 4), 11, (0, 1, 2, 3), 4
@@ -122,11 +132,11 @@ class Case:
 
     @property
     def recipe(self):
-        return recipe(self.name)(**self.options)
+        return recipe(self.name)(**self.options, prompts_per_rollout=len(SLOTS))
 
     @property
-    def plan(self):
-        return self.recipe.plan(sd3_sigmas, self.iteration, SEED)
+    def plans(self):
+        return plans_of(self.recipe, sd3_sigmas, self.iteration, SEED)
 
     @property
     def needs_all(self):
@@ -160,12 +170,15 @@ def by_name(scores, names):
     return {name: [[one[name] for one in images] for images in scores] for name in names}
 
 
-def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=lambda *_: False):
-    """The package, with the parts of `ranks` processes one after another.
+def engine(
+    case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=lambda *_: False, size=None
+):
+    """The package, with the parts of `ranks` processes one after another, `size` prompts of each at
+    a time.
 
     flat: slots whose images all have the same rewards. failed: (slot, image) -> has it none?
     """
-    algorithm, plan = case.recipe, case.plan
+    algorithm, plans = case.recipe, case.plans
     nets = {name: net.to(dtype) for name, net in networks().items()}
     updates = algorithm.updates_per_rollout
     each = len(SLOTS) // updates // ranks  # prompts of a rank in an optimizer step
@@ -173,20 +186,20 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
     slots = torch.tensor(SLOTS).view(updates, ranks, each).transpose(0, 1).flatten(1)
     order, uncond = slots.flatten().argsort(), slots.shape[1]
 
-    rollouts = [
-        run(
-            plan,
-            nets[algorithm.sampler].of(mine),
-            Source(SEED, prompt_ids(case.iteration, mine), SHAPE, dtype),
-            max_batch,
-            algorithm.guidance(uncond),
-            keep_velocity=updates > 1,
-            keep_uncond=each,
-            backend="reference",
-        )
-        for mine in slots
-    ]
-    latents = torch.cat([rollout.latents for rollout in rollouts])
+    rollouts, latents = [], []
+    for mine in slots:
+        velocity = nets[algorithm.sampler].of(mine)
+
+        def walk(layout, source, velocity=velocity):
+            guidance = algorithm.guidance(uncond)
+            keep = {"keep_velocity": updates > 1, "keep_uncond": max(0, each - source.first)}
+            return run(layout, velocity, source, max_batch, guidance, **keep, backend="reference")
+
+        source = Source(SEED, prompt_ids(case.iteration, mine), SHAPE, dtype)
+        blocks = Blocks(walk, source, Deal.dealt(plans, mine), size, each)
+        latents += [leaves for _, leaves in blocks]
+        rollouts.append(blocks.rollout)
+    latents = torch.cat(latents)
     scores = [
         [score(image * (slot not in flat), slot) for image in images]
         for slot, images in zip(slots.flatten().tolist(), latents, strict=True)
@@ -199,8 +212,8 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
     if ranks == 1 and case.teacher_scale is None:
         spoil(rollouts[0], rewards["likeness"].isnan())
     credit, shape = algorithm.credit(), (ranks, uncond, -1)
-    advantage = credit(rewards, case.weights, plan).view(shape)
-    kl_weight = credit.kl_weight(rewards, case.weights, plan)
+    advantage = credit(rewards, case.weights, plans[0]).view(shape)
+    kl_weight = credit.kl_weight(rewards, case.weights, plans[0])
     kl_weight = [None] * ranks if kl_weight is None else kl_weight.view(shape)
 
     objective = algorithm.objective(algorithm.guidance(uncond))
@@ -242,27 +255,30 @@ def engine(case, max_batch=1000, ranks=1, dtype=torch.float64, flat=(), failed=l
 
 def spoil(rollout, is_failed):
     """What leads to failed images (P, L) alone becomes NaN, which whatever sees it would spread."""
-    plan = rollout.plan
-    at = {node: is_failed[:, leaf].clone() for node, leaf in plan.leaves.items()}
-    for i in reversed(range(len(plan.nodes))):  # children come later
-        parent = plan.nodes[i].parent
-        at[parent] = at[parent] & at[i] if parent in at else at[i].clone()
-    for node, place in rollout.kept.items():
-        rollout.states[place, at[node]] = torch.nan
-    for leaf in range(len(plan.leaves)):
-        rollout.latents[is_failed[:, leaf], leaf] = torch.nan
+    for prompt, which in enumerate(rollout.deal.of.tolist()):
+        layout = rollout.deal.layouts[which]
+        plan = layout.plan
+        at = {node: bool(is_failed[prompt, leaf]) for node, leaf in plan.leaves.items()}
+        for i in reversed(range(len(plan.nodes))):  # children come later
+            parent = plan.nodes[i].parent
+            at[parent] = at.get(parent, True) and at[i]
+        kept = sorted({*plan.origins, *plan.trained})
+        rollout.states[[i for i, node in enumerate(kept) if at[node]], prompt] = torch.nan
+        if rollout.latents is not None:
+            rollout.latents[prompt, is_failed[prompt]] = torch.nan
 
 
 def loop(case, failed=lambda *_: False):
     """The naive loop, with the same split of the prompts into optimizer steps."""
-    algorithm, plan, nets = case.recipe, case.plan, networks()
+    algorithm, plans, nets = case.recipe, case.plans, networks()
     network, updates = nets[None], algorithm.updates_per_rollout
     sampler, scale = nets[algorithm.sampler].one, algorithm.guidance_scale
     world = naive.World(sampler, SHAPE, SEED, case.iteration, scale, UNCOND)
-    ways = case.ways(case.grid(algorithm.num_inference_steps).tolist(), trained_steps(plan))
-    images, moves = zip(*(naive.sample(world, slot, ways) for slot in SLOTS), strict=True)
+    sigmas = case.grid(algorithm.num_inference_steps).tolist()
+    ways = [case.ways(sigmas, trained_steps(plans[slot])) for slot in SLOTS]
+    images, moves = zip(*(naive.sample(world, slot, ways[slot]) for slot in SLOTS), strict=True)
     scores = [[score(image, slot) for image in images[slot]] for slot in SLOTS]
-    rewards, groups = by_name(scores, scores[0][0]), [way.group for way in ways]
+    rewards, groups = by_name(scores, scores[0][0]), [way.group for way in ways[0]]
     for table in rewards.values():  # one that is missing takes the others along
         for slot in SLOTS:
             row = enumerate(table[slot])
@@ -310,13 +326,15 @@ def loop(case, failed=lambda *_: False):
             speaks_for = sum(a == a for a in advantage[slot]) / max(1, len(kept))
             table.append([])
             if case.group_matching:
-                groups_of, row = grouped(plan, world, slot, images[slot], advantage[slot], failed)
+                groups_of, row = grouped(
+                    plans[slot], world, slot, images[slot], advantage[slot], failed
+                )
                 table[-1] += [case.unit * a for a in row]
                 for group in groups_of:
                     taught += len(group)
                     case.group_matching(nets, group).backward()
                 continue
-            choices = plan.points if case.matching else moves[slot].values()
+            choices = plans[slot].points if case.matching else moves[slot].values()
             for number, choice in enumerate(choices):
                 of = [choice[0]] if case.matching else choice.images
                 of = [image for image in of if not failed(slot, image)]
@@ -394,6 +412,29 @@ CASES = {
     "flow_grpo_fast": policy(
         "flow_grpo_fast", {"num_inference_steps": 8},
         lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "cps", 0.8, True), ALL_STD,
+    ),
+    "flow_grpo_fast, a window for each prompt": policy(
+        "flow_grpo_fast", GUIDED | {"num_inference_steps": 8, "window": 2,
+        "window_per_prompt": True},
+        lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "cps", 0.8, True), ALL_STD,
+        kl_coef=0.05,
+    ),
+    "flow_grpo_fast, branching for each prompt": policy(
+        "flow_grpo_fast", {"num_inference_steps": 8, "branching": True, "window_per_prompt": True},
+        lambda sigmas, steps: naive.window(sigmas, steps[0], 3, "cps", 0.8), ALL_STD,
+    ),
+    "flash_grpo": policy(
+        "flash_grpo", PLAIN | {"num_inference_steps": 8},
+        lambda sigmas, steps: naive.rectified(
+            sigmas, steps[0], 3, 4, "dance_sde", [s * sigmas[1] for s in sigmas]
+        ),
+        ALL_STD,
+    ),
+    "flash_grpo, cps, guidance and KL": policy(
+        "flash_grpo", GUIDED | {"num_inference_steps": 6, "timestep_fraction": 0.9,
+        "sde_type": "cps", "noise_level": 0.8, "uncond_gradient": False},
+        lambda sigmas, steps: naive.rectified(sigmas, steps[0], 3, 5, "cps", [0.8] * 6), ALL_STD,
+        kl_coef=0.05, iteration=2,
     ),
     "flow_grpo_fast, branching": policy(
         "flow_grpo_fast", {"num_inference_steps": 8, "branching": True, "guidance_scale": 2.5},
@@ -622,19 +663,20 @@ def test_the_engine_is_the_loop(name):
         assert 0 < clipped < found.advantage.numel() // len(found.gradients)
     case = CASES[name]
     if (found.advantage != 0).all() and not case.recipe.copies:  # nothing is left out
-        sized = dataclasses.replace(case.recipe, prompts_per_rollout=len(SLOTS))
-        sampled, trained = network_calls(sized, case.plan.cost(), case.iteration)
+        sampled, trained = network_calls(case.recipe, cost_of(case.plans), case.iteration)
         assert found.calls == [sampled, *trained]
 
 
-@pytest.mark.parametrize("name", ["flow_grpo", "g2rpo, [1, 2]", "awm"])
+@pytest.mark.parametrize(
+    "name", ["flow_grpo", "g2rpo, [1, 2]", "awm", "flow_grpo_fast, branching for each prompt"]
+)
 def test_any_max_batch_gives_the_same(name):
     """As few rows as there can be where a plan is of chains, of branches, or of points; on two
     ranks the next test has few rows of all.
     """
     rows_per_node = 1 if CASES[name].recipe.guidance_scale == 1 else 2
-    for max_batch in (rows_per_node, 3):
-        found = engine(CASES[name], max_batch)
+    for max_batch, size in ((rows_per_node, None), (3, 1)):
+        found = engine(CASES[name], max_batch, size=size)
         assert_equal(found, whole(name), 1e-12)
         for (few,), (one,) in zip(found.batches, whole(name).batches, strict=True):
             assert max(few) <= max_batch and [sum(few)] == one
@@ -711,7 +753,7 @@ def test_states_that_are_drawn_again_in_float32_give_the_gradient():
     """In float32 the states of many siblings are not kept, but drawn again from their keys."""
     case, slots = CASES["tempflow_grpo"], torch.tensor(SLOTS)
     source = Source(SEED, prompt_ids(0, slots), SHAPE)
-    assert run(case.plan, Network(0).float().of(slots), source, 1000).is_redrawn
+    assert run(case.plans[0], Network(0).float().of(slots), source, 1000).is_redrawn
     found, exact = engine(case, dtype=torch.float32), whole("tempflow_grpo")
     error = (found.gradients - exact.gradients).norm(dim=1) / exact.gradients.norm(dim=1)
     assert (error < 1e-5).all(), error

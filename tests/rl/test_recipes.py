@@ -3,18 +3,21 @@ released loops are not theirs.
 """
 
 import random
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import fields, replace
+from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from flowkern.checks import ConfigError
 from flowkern.ops.policy_loss import policy_loss
 from flowkern.rl import algorithms, objectives
 from flowkern.rl.algorithms import cost, names, recipe
 from flowkern.rl.cost import mean_cost
+from flowkern.rl.plans import plans_of
 from flowkern.rollout import Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
 
@@ -61,6 +64,8 @@ def test_a_recipe_is_one_short_file():
         ("gardo", {}, (217, 169, 24), (240, 192, 24)),
         ("gardo", {"init_same_noise": False}, (240, 192, 24), (240, 192, 24)),
         ("flow_grpo_fast", {}, (240, 72, 24), (240, 72, 24)),
+        ("flow_grpo_fast", {"window_per_prompt": True}, (240, 72, 24), (240, 72, 24)),
+        ("flash_grpo", {}, (160, 8, 8), (160, 8, 8)),
         ("flow_grpo_fast", {"window": 0}, (240, 216, 24), (240, 216, 24)),
         ("grpo_guard", {}, (240, 216, 24), (240, 216, 24)),
         ("dance_grpo", {"timestep_fraction": 1.0}, (181, 169, 12), (192, 180, 12)),
@@ -131,7 +136,7 @@ def test_the_tree_follows_from_iteration_and_seed_alone(name):
         return [replace(node, edge=None) for node in plan.nodes], edges, plan.groups, plan.points
 
     assert tree(0) == tree(1)
-    by_chance = "flow_dppo", "flow_grpo_fast", "dance_grpo", "pref_grpo", "mixgrpo"
+    by_chance = "flash_grpo", "flow_dppo", "flow_grpo_fast", "dance_grpo", "pref_grpo", "mixgrpo"
     if name in (*by_chance, "awm", "diffusion_nft", "dgpo", "crd"):
         for other in ({"iteration": 4}, {"seed": 6}):
             key, value = next(iter(other.items()))
@@ -148,6 +153,59 @@ def test_the_random_windows_go_everywhere():
         assert drawn == trained == {(m, step) for m in range(24) for step in window}
     drawn, trained = drawn_steps(plan_of("flow_grpo_fast", window=0))
     assert drawn == trained == {(m, step) for m in range(24) for step in range(9)}
+
+
+# ---- plans of a rollout ----
+
+
+@pytest.mark.parametrize("name", ["flash_grpo", "flow_grpo_fast"])
+def test_each_prompt_has_its_own_steps_and_all_samples_of_it_the_same(name):
+    options = {"window_per_prompt": True} if name == "flow_grpo_fast" else {}
+    made, seen = recipe(name)(**options), []
+    size, places, length = made.group_size, *{"flash_grpo": (10, 1)}.get(name, (3, 3))
+    for iteration in range(20):
+        plans = plans_of(made, sd3_sigmas, iteration, 5)
+        assert len(plans) == made.prompts_per_rollout
+        first = made.plan(sd3_sigmas, iteration, 5)
+        assert drawn_steps(first) == drawn_steps(plans[0])
+        for share in (plans[:24], plans[24:]):  # of an update
+            assert 1 < len([*groupby(share, id)]) == len({*map(id, share)}), "sampled together"
+        for plan in {id(plan): plan for plan in plans}.values():
+            drawn, trained = drawn_steps(plan)
+            start = min(step for _, step in drawn)
+            steps = range(start, start + length)
+            assert drawn == trained == {(m, step) for m in range(size) for step in steps}
+        seen += [min(plan.nodes[i].depth for i in plan.trained) - 1 for plan in plans]
+    count = np.bincount(seen, minlength=places)
+    assert len(count) == places, "and no step beyond"
+    assert np.abs(count / len(seen) - 1 / places).max() < 4 * (places * len(seen)) ** -0.5
+
+
+def test_the_rescaling_is_the_released_table():
+    """Its ten numbers are of Wan's grid, that of equal steps shifted by 3."""
+    table = [7.4770, 7.0414, 6.6112, 6.1867, 5.7682, 5.3559, 4.9502, 4.5513, 4.1596, 3.7754]
+    drawn = recipe("flash_grpo")().drawn(partial(shifted_sigmas, shift=3.0))
+    weights = [node.weight for i in range(10) for node in drawn(i).nodes if node.is_trained]
+    np.testing.assert_allclose(weights[::8], np.array(table) / np.mean(table), rtol=1e-3)
+    assert np.mean(weights) == pytest.approx(1, rel=1e-12)
+    std = [float(node.edge.std) for i in range(2) for node in drawn(i).nodes if node.is_trained]
+    sigma = shifted_sigmas(20, 3.0).tolist()
+    expected = [s * sigma[1] * (s - n) ** 0.5 for s, n in pairwise(sigma[:3])]
+    np.testing.assert_allclose(std[::8], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("more", [{"group_size": 3}, {"branching": True}, {"window": 2}])
+def test_the_plans_of_a_rollout_are_of_one_form(more):
+    one, other = recipe("flow_grpo_fast")(group_size=4), recipe("flow_grpo_fast")
+    other = other(**{"group_size": 4} | more)
+
+    class Mixed(type(one)):
+        def plans(self, *where):
+            return [one.plan(*where), other.plan(*where)] * 24
+
+    mixed = Mixed(**{field.name: getattr(one, field.name) for field in fields(one)})
+    with pytest.raises(ConfigError, match="^algorithm: plans: have 12, .* choices; expected plans"):
+        plans_of(mixed, sd3_sigmas)
 
 
 # ---- windows ----
@@ -356,7 +414,7 @@ def test_the_weights_of_all_others():
             if name == "grpo_guard":
                 dt = node.sigma - plan.nodes[node.parent].sigma
                 assert node.weight == pytest.approx(-1 / dt)
-            elif name != "tempflow_grpo":
+            elif name not in ("tempflow_grpo", "flash_grpo"):
                 assert node.weight == 1
 
 
@@ -444,6 +502,7 @@ def test_the_guarded_ratio_is_each_samples_own(monkeypatch):
 
 STATISTICS = {
     # ddof, eps, std of all rewards, scale
+    "flash_grpo": (0, 1e-4, True, 1.0),
     "flow_dppo": (0, 1e-4, True, 1.0),
     "flow_grpo": (0, 1e-4, True, 1.0),
     "flow_grpo_fast": (0, 1e-4, True, 1.0),
@@ -577,6 +636,8 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
         ),
         ("diffusion_opd", {"kl_coef": 0.0}, "kl_coef: got 0.0, expected a number above 0"),
         ("flow_grpo", {"group_size": 1}, "group_size: got 1, expected a number at least 2"),
+        ("flash_grpo", {"sde_type": "cps"}, "noise_level: got None, expected a number for 'cps'"),
+        ("flash_grpo", {"timestep_fraction": 0.0}, "timestep_fraction: got 0.0, expected"),
         ("flow_dppo", {"num_sde_steps": 6}, "num_sde_steps: got 6, expected at most 5"),
         ("flow_dppo", {"kl_mask_threshold": 0.0}, "kl_mask_threshold: got 0.0, expected"),
         (

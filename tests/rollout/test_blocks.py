@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowkern.rl.algorithms import recipe
-from flowkern.rollout import Blocks, Guidance, Layout, Source, batch, prompt_ids, run
+from flowkern.rollout import Blocks, Deal, Guidance, Layout, Source, batch, prompt_ids, run
 from flowkern.schedules import sd3_sigmas
 
 PROMPTS, ON_POLICY = 8, 5
@@ -31,12 +31,12 @@ def blocks_of(name, size, shape=(2, 4, 4), prompts=PROMPTS, max_batch=4):
     source = Source(11, prompt_ids(0, torch.arange(prompts)), shape)
     keep = 0 if layout.plan.points else ON_POLICY
 
-    def walk(part):
+    def walk(layout, part):
         left = max(0, keep - part.first)
         scale = Guidance(2.5, PROMPTS)
         return run(layout, field, part, max_batch, scale, keep_velocity=True, keep_uncond=left)
 
-    return Blocks(walk, source, len(layout.plan.leaves), size, keep)
+    return Blocks(walk, source, Deal.one(layout, prompts), size, keep)
 
 
 @pytest.mark.parametrize("name", SMALL)

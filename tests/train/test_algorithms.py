@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from flowkern.rl.algorithms import names
 from flowkern.rl.cost import network_calls
+from flowkern.rl.plans import cost_of
 from flowkern.train.config import ConfigError, from_dict, to_dict
 from flowkern.train.loop import Loop
 
@@ -43,9 +44,14 @@ SMALL = {
         "guidance_scale": 2.0,
         "teacher_guidance_scale": 1.5,
     },
+    "flash_grpo": {"num_inference_steps": 5},
     "flow_dppo": {"num_inference_steps": 5, "num_sde_steps": 2},
     "flow_grpo": {"num_inference_steps": 3, "guidance_scale": 2.0},
-    "flow_grpo_fast": {"num_inference_steps": 6, "window": 2},
+    "flow_grpo_fast": {
+        "num_inference_steps": 6,
+        "branching": True,
+        "window_per_prompt": True,
+    },  # whose windows cost another number of calls each
     "g2rpo": {"num_inference_steps": 6, "branch_steps": 2, "granularities": [1, 2, 3]},
     "gardo": {
         "num_inference_steps": 4,
@@ -177,7 +183,7 @@ def test_it_costs_what_its_plan_says_and_begins_on_policy(small, name):
     loop = Loop(small(name))
     recipe = loop.recipe
     for iteration in range(2):
-        cost = recipe.plan(loop.task.model.sigmas, loop.iteration, 0).cost()
+        cost = cost_of(recipe.plans(loop.task.model.sigmas, loop.iteration, 0))
         sampled, trained = network_calls(recipe, cost, loop.iteration)
         records = loop.step()
         assert records[0]["nfe/sample"] == sampled <= records[0]["nfe/naive_sample"]
@@ -330,7 +336,9 @@ def test_a_reward_that_credit_asks_is_there(small):
             Loop(from_dict(tree | {"algorithm": algorithm}))
 
 
-@pytest.mark.parametrize("name, scale", [("flow_grpo", 2), ("tempflow_grpo", 1), ("awm", 1)])
+@pytest.mark.parametrize(
+    "name, scale", [("flow_grpo", 2), ("tempflow_grpo", 1), ("awm", 1), ("flash_grpo", 2)]
+)
 def test_blocks_of_prompts_change_no_bit(small, lines, tmp_path, name, scale):
     """Every call has one state here, so that no network sees another batch."""
     found = []

@@ -20,6 +20,7 @@ ALGORITHMS = {
     "dgpo": "flowkern.rl.algorithms.dgpo:DGPO",
     "diffusion_nft": "flowkern.rl.algorithms.diffusion_nft:DiffusionNFT",
     "diffusion_opd": "flowkern.rl.algorithms.diffusion_opd:DiffusionOPD",
+    "flash_grpo": "flowkern.rl.algorithms.flash_grpo:FlashGRPO",
     "flow_dppo": "flowkern.rl.algorithms.flow_dppo:FlowDPPO",
     "flow_grpo": "flowkern.rl.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "flowkern.rl.algorithms.flow_grpo_fast:FlowGRPOFast",
