@@ -288,7 +288,7 @@ def loop(case, failed=lambda *_: False):
     advantage = naive.mixed(
         {name: rewards[name] for name in case.weights}, case.weights, groups, **case.credit
     )
-    has_kl = [[True] * len(ways)] * len(SLOTS)
+    has_kl = [[True] * len(groups)] * len(SLOTS)
     if case.kl_share:
         advantage = naive.by_distance(advantage, rewards["apart"])
         has_kl = naive.uncertain(rewards["likeness"], [rewards["tone"]], case.kl_share)
