@@ -220,8 +220,7 @@ class StepRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_asked = self.uncond_gradient and not type(self).uncond_gradient
-        if is_asked and self.guidance_scale <= 1:
+        if self.guidance_scale <= 1 and self.uncond_gradient > type(self).uncond_gradient:
             raise ValueError(
                 "uncond_gradient: got True, but there is no second half at guidance_scale "
                 f"{self.guidance_scale}; expected one above 1"
