@@ -38,6 +38,11 @@ def gathered(tree: Any, is_kept: bool = True) -> Any:
     return full.cpu() if is_kept else None
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's; all of it where it is not split."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """A whole value, which every process has, split as `like` is; as it is where that is not."""
     if not is_split(like):

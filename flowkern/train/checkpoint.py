@@ -38,6 +38,13 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def is_of_run(path: Path, output_dir: str | Path) -> bool:
+    """Is it a checkpoint of that run, or in one?"""
+    place, run = path.resolve(), Path(output_dir).resolve()
+    inside = place.relative_to(run).parts if place.is_relative_to(run) else ()
+    return bool(inside and _NAME.fullmatch(inside[0]))
+
+
 def find_checkpoint(
     name: str, output_dir: str | Path = ".", key: str = "train.resume_from_checkpoint"
 ) -> Path | None:

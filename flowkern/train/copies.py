@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowkern import torch_private
 from flowkern.checks import ConfigError
-from flowkern.split import part_of, swap
+from flowkern.split import own_part, part_of, swap
 
 REFERENCE = "reference"
 """The weights from which training started: those without their adapters, or a copy that is never
@@ -57,6 +57,10 @@ class Copies:
         self._current.discard(name)
         with self.using(name):
             load()
+
+    def is_finite(self, name: str) -> bool:
+        """Of weights that are split: is this process's part?"""
+        return all(bool(x.isfinite().all()) for x in map(own_part, self._copies[name]))
 
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:

@@ -24,6 +24,7 @@ from flowkern.train.config import Config, ConfigError, LoraConfig, sections, to_
 from flowkern.train.data import SPLITS, digest_of
 from flowkern.train.events import EVENTS
 from flowkern.train.lock import Lock
+from flowkern.train.teachers import digests
 from flowkern.train.trackers import Trackers
 from flowkern.train.tracking import flat
 from flowkern.train.verdict import Verdict, verdict
@@ -54,6 +55,7 @@ class RunDirectory:
         self.saved = self.logged = 0  # the steps of the newest checkpoint, of the last metrics
         self._taken: dict[str, tuple[Any, Any]] = {}
         self._lock: Lock | None = None
+        self._weights = digests(config) if self.is_main else {}
         self._trackers = Trackers(accelerator)
         files = (self.path / METRICS, self.path / VALIDATION)
         self._curves = [durable.Growing(path, rewards_of) for path in files]
@@ -105,8 +107,9 @@ class RunDirectory:
             stored = dict(json.loads((found / PROMPTS).read_bytes()))
         for key, digest in prompts.items():
             if stored.get(key) != digest:
+                of = "prompts" if key.startswith("data.") else "weights"
                 raise ConfigError(
-                    f"{key}: holds other prompts than when the run that is resumed began; "
+                    f"{key}: holds other {of} than when the run that is resumed began; "
                     "expected the same, or a new output_dir"
                 )
         return str(found)
@@ -138,8 +141,10 @@ class RunDirectory:
         return found.resolve().parent == self.path.resolve()
 
     def _prompts(self) -> dict[str, str | None]:
-        """A digest of each file of prompts, or data set, wherever it lies."""
-        return {f"data.{which}": digest_of(self.config.data, which) for which in SPLITS}
+        """A digest of each file of prompts, or data set, wherever it lies; and of weights that a
+        copy is read from."""
+        prompts = {f"data.{which}": digest_of(self.config.data, which) for which in SPLITS}
+        return prompts | self._weights
 
     # ---- what is written ----
 
@@ -330,7 +335,8 @@ def changes(found: Path, tree: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_same_path(key: str, *values: Any) -> bool:
-    if key not in ("model.path", "data.train_prompts", "data.test_prompts") or None in values:
+    is_path = key in ("model.path", "data.train_prompts", "data.test_prompts")
+    if not (is_path or key.startswith("algorithm.")) or not all(type(x) is str for x in values):
         return False
     return len({Path(value).resolve() for value in values}) == 1
 

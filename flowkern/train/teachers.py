@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from flowkern.checks import ConfigError
-from flowkern.train.checkpoint import MANIFEST, broken
+from flowkern.train.checkpoint import MANIFEST, broken, is_of_run
 from flowkern.train.config import Config
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ WANTED = "a folder checkpoint-N of a run, its ema, or what `flowkern export` wro
 def places(config: Config) -> dict[str, tuple[str, Path]]:
     """Of every such copy the option that names it, and its folder.
 
-    Raises ConfigError, naming the option, where there is none, a broken one, or an adapter of
-    another strength.
+    Raises ConfigError, naming the option, where there is none, a broken one, one of the run's own,
+    or an adapter of another strength.
     """
     found = {}
     for copy, option in config.algorithm.read_from.items():
@@ -34,6 +35,10 @@ def places(config: Config) -> dict[str, tuple[str, Path]]:
         directory = Path(place)
         if not directory.is_dir():
             raise ConfigError(f"{key}: there is no folder {place!r}; expected {WANTED}")
+        if is_of_run(directory, config.output_dir):
+            raise ConfigError(
+                f"{key}: {place!r} is of output_dir, whose checkpoints this run replaces"
+            )
         if (directory / MANIFEST).is_file() and (fault := broken(directory)):
             raise ConfigError(f"{key}: {place!r} is broken: {fault}")
         if config.lora is not None:
@@ -47,7 +52,7 @@ def _require_strength(key: str, directory: Path, alpha: float) -> None:
     path = directory / "adapter_config.json"
     try:
         said = json.loads(path.read_bytes())
-        alphas = {said["lora_alpha"], *(said.get("alpha_pattern") or {}).values()}
+        alphas = {said["lora_alpha"], *dict(said.get("alpha_pattern") or {}).values()}
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(
             f"{key}: {str(directory)!r} has no adapter (adapter_config.json); expected {WANTED}"
@@ -58,10 +63,31 @@ def _require_strength(key: str, directory: Path, alpha: float) -> None:
         raise ConfigError(f"{key}: {str(path)!r} has {found}, expected lora.alpha, {alpha}")
 
 
+def digests(config: Config) -> dict[str, str]:
+    """Of every such option, SHA-256 of the weights that are read: a resume learns from the same."""
+    options = config.algorithm.read_from.values()
+    return {f"algorithm.{o}": _digest(config, Path(getattr(config.algorithm, o))) for o in options}
+
+
+def _digest(config: Config, directory: Path) -> str:
+    pattern = "*/*.safetensors" if config.lora is None else "adapter_model.safetensors"
+    found = hashlib.sha256()
+    for path in sorted(directory.glob(pattern)):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
 def read_copies(loop: Loop, found: Mapping[str, tuple[str, Path]]) -> None:
-    """Fill these copies. Raises ConfigError, naming the option, for weights of another shape."""
+    """Fill these copies. Raises ConfigError, naming the option, for weights of another shape, or
+    that are not finite.
+    """
     for copy, (key, directory) in found.items():
         try:
             loop.copies.fill(copy, partial(loop.task.load, directory))
         except (ConfigError, OSError, SafetensorError) as error:
-            raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+            said = " ".join(str(error).split())
+            where = "" if str(directory) in said else f"{str(directory)!r} cannot be read: "
+            raise ConfigError(f"{key}: {where}{said}") from error
+        if not loop.copies.is_finite(copy):
+            raise ConfigError(f"{key}: {str(directory)!r} has weights that are not finite")

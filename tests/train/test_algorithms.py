@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from legend import unknown
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flowkern.rl.algorithms import names
 from flowkern.rl.cost import network_calls
@@ -318,10 +318,37 @@ def test_a_teacher_that_is_none_is_refused(small, teacher, tmp_path):
         with pytest.raises(ConfigError, match=f"^algorithm.teacher: {message}") as raised:
             Loop(from_dict(changed))
         assert "\n" not in str(raised.value)
-    weights = teacher() / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="^algorithm.teacher: "):
+    weights, said = teacher() / "adapter_model.safetensors", teacher() / "adapter_config.json"
+    stored = load_file(weights)
+    save_file({name: x / 0 for name, x in stored.items()}, weights)
+    with pytest.raises(ConfigError, match="^algorithm.teacher: '.*' has weights that are not fin"):
         Loop(from_dict(tree))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="^algorithm.teacher: '.*teacher' cannot be read: "):
+        Loop(from_dict(tree))
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"alpha_pattern": [4]}))
+    with pytest.raises(ConfigError, match="^algorithm.teacher: '.*' has no adapter"):
+        Loop(from_dict(tree))
+
+
+def test_a_teacher_stays_for_the_whole_of_a_run(small, teacher, tmp_path, monkeypatch):
+    tree = to_dict(small("diffusion_opd", steps=2, checkpointing_steps=2))
+    loop = Loop(from_dict(tree))
+    loop.begin()
+    loop.advance_to(2)
+    monkeypatch.chdir(tmp_path)
+    tree["train"] |= {"resume_from_checkpoint": "latest"}
+    tree["algorithm"] |= {"teacher": "teacher"}  # the same folder
+    Loop(from_dict(tree)).begin()
+    for own in ("run/checkpoint-2", "run/checkpoint-2/ema"):
+        Path(own).mkdir(exist_ok=True)
+        changed = tree | {"algorithm": tree["algorithm"] | {"teacher": own}}
+        with pytest.raises(ConfigError, match=f"^algorithm.teacher: '{own}' is of output_dir"):
+            Loop(from_dict(changed))
+    weights = teacher() / "adapter_model.safetensors"
+    save_file({name: x * 2 for name, x in load_file(weights).items()}, weights)
+    with pytest.raises(ConfigError, match="^algorithm.teacher: holds other weights than when"):
+        Loop(from_dict(tree)).begin()
 
 
 def test_a_reward_that_credit_asks_is_there(small):
