@@ -43,7 +43,8 @@ class UncertainKL(Credit):
     auxiliary_rewards: Sequence[str]
     """By name, larger is better; one that has no score of a leaf (NaN) is not asked there."""
     kl_share: float = 0.1
-    """Of the leaves, the most uncertain ones."""
+    """Of the leaves, the most uncertain ones: those above this quantile, and none that ties with
+    it; 1: all."""
     diversity_reward: str | None = None
     """By name: how far a leaf is from its group. A positive advantage is multiplied with it, over
     its mean in the group; None: with 1."""
@@ -77,8 +78,10 @@ class UncertainKL(Credit):
         own = _wins(sum(weight * reward for weight, reward in compared), self.min_std)
         others = [scores[name].double().flatten()[there] for name in self.auxiliary_rewards]
         uncertain = own - torch.stack([_wins(x, self.min_std) for x in others]).nanmean(0)
+        uncertain = uncertain.round(decimals=9)  # equal differences of shares are equal
         known = uncertain[~uncertain.isnan()]
-        least = known.quantile(1 - self.kl_share) if len(known) else 0.0
+        is_some = len(known) and self.kl_share < 1
+        least = known.quantile(1 - self.kl_share) if is_some else -torch.inf
         shape = len(scores[next(iter(weights))]), len(plan.groups)
         is_gated = torch.zeros(there.shape, dtype=torch.float64)
         is_gated = is_gated.masked_scatter(there, (uncertain > least).double()).view(shape)
