@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import solver_error as bench  # noqa: E402
 
+from flowkern.checks import ConfigError  # noqa: E402
 from flowkern.rl.algorithms import recipe  # noqa: E402
+from flowkern.rl.plans import plans_of  # noqa: E402
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas  # noqa: E402
 
 MATCHING = ("awm", "diffusion_nft", "dgpo", "crd")
@@ -60,3 +63,14 @@ def test_only_a_last_level_that_is_far_below_the_one_before_is_another():
         path = made.path(sigmas)
         assert path[:-2] == sigmas[:-2] and path[-2:] == [sigmas[-3] / 2, 0]
         assert recipe("crd")(last_sigma_ratio=0.0).path(sigmas) == sigmas
+    assert made.path([1.0, 0.7, 0.4, 0.0, 0.0]) == [1.0, 0.7, 0.4, 0.0, 0.0], "not above 0"
+    assert made.path([1.0, 0.0]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_what_cannot_be_sampled_is_refused_by_its_option(name):
+    twice = torch.tensor([1.0, 0.7, 0.4, 0.2, 0.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ConfigError, match="expected falling values"):
+        plans_of(recipe(name)(group_size=2, num_inference_steps=5), lambda _: twice)
+    with pytest.raises(ConfigError, match=r"algorithm\.solver_order: expected 1, 2 or 3, got 4"):
+        plans_of(recipe(name)(group_size=2, solver_order=4), sd3_sigmas)

@@ -9,7 +9,9 @@ from flowkern import rollout
 from flowkern.checks import ConfigError
 from flowkern.rl.recipe import Grid, Recipe
 
-_OPTIONS = {"kind": "sde_type", "is_trained": "sde_type", "needs_std": "sde_type"}
+_OPTIONS = {
+    "kind": "sde_type", "is_trained": "sde_type", "needs_std": "sde_type", "order": "solver_order",
+}  # fmt: skip
 """What a plan calls it -> the option that it comes from."""
 
 

@@ -366,8 +366,10 @@ class MatchingRecipe(Recipe):
 
     def path(self, sigmas: list[float]) -> list[float]:
         """The noise levels that are sampled on, of a grid's."""
-        *first, before, last, end = sigmas
-        return [*first, before, max(last, self.last_sigma_ratio * before), end]
+        path = [*sigmas]
+        if len(path) > 2 and path[-2] > 0:  # a grid that has 0 twice is refused as it is
+            path[-2] = max(path[-2], self.last_sigma_ratio * path[-3])
+        return path
 
     def sampled(self, plan: rollout.Plan, member: int, sigmas: list[float]) -> int:
         """The position of a sample's leaf, deterministic but for its root. sigmas: of the grid."""

@@ -19,7 +19,9 @@ from pydantic import (
     ConfigDict,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -109,6 +111,17 @@ class Section(BaseModel):
                 known = {"key": name, "known": list(cls.model_fields)}
                 raise PydanticCustomError("unknown", "unknown key", known)
         return tree
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_chosen(cls, value: Any, info: ValidationInfo) -> Any:
+        """Of a few integers: true equals 1, and 2.0 equals 2, for pydantic."""
+        hint = cls.model_fields[info.field_name].annotation
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        if all(type(one) is int for one in choices) and choices and type(value) is not int:
+            wanted = {"wanted": ", ".join(map(str, choices))}
+            raise PydanticCustomError("wanted", "one of {wanted}", wanted)
+        return value
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
