@@ -43,13 +43,13 @@ from algorithm_runs import (
     run_all,
 )
 from algorithm_tables import report
-from harness import describe_machine, results_folder
+from harness import at_least_one, describe_machine, recorded, results_folder
 
 
 def main() -> int:
     options = _arguments()
     if options.from_json:
-        result = json.loads(options.from_json.read_text())
+        result = recorded(options.from_json, "runs", "labels", "settings")
         report(result, options.from_json)
         return 0
     device = torch.device("cpu")
@@ -97,7 +97,7 @@ def kept_runs(
     """
     if not path.is_file():
         return []
-    old = json.loads(path.read_text())
+    old = recorded(path, "runs", "labels", "settings", "commands")
     if old["settings"] != result["settings"]:
         raise SystemExit(f"{path}: has other settings; expected {result['settings']}")
     names = set(result["labels"])
@@ -110,9 +110,9 @@ def kept_runs(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="names, separated by commas; default: all")
-    parser.add_argument("--seeds", type=int, help="how many, from 0; default 3, with --quick 2")
-    parser.add_argument("--budget", type=int, help="forward-equivalents of a run")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seeds", type=at_least_one, help="from 0; default 3, with --quick 2")
+    parser.add_argument("--budget", type=at_least_one, help="forward-equivalents of a run")
+    parser.add_argument("--processes", type=at_least_one, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="does every algorithm learn? a test")
     tune = "one seed, every learning rate, on the training prompts"
     parser.add_argument("--tune", action="store_true", help=tune)

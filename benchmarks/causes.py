@@ -13,7 +13,6 @@ measured with the same settings.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from statistics import mean
 import torch
 from algorithm_runs import ENTRIES, EVALUATION_STEPS, Entry, Job, Run, run_all
 from algorithms import compact, kept_runs
-from harness import describe_machine, results_folder
+from harness import at_least_one, describe_machine, recorded, results_folder
 from plot_algorithms import by_name, mean_to_reach
 from rich.console import Console
 from rich.table import Table
@@ -91,7 +90,8 @@ class Trial(Job):
 def main() -> int:
     options = _arguments()
     if options.from_json:
-        tell(options.table, json.loads(options.from_json.read_text()), options.from_json)
+        result = recorded(options.from_json, "runs", "labels", "seconds")
+        tell(options.table, result, options.from_json)
         return 0
     known, device = experiments(options.table), torch.device("cpu")
     labels = {name: experiment.label for name, experiment in known.items()}
@@ -129,10 +129,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", choices=TABLES, default=TABLES[0])
     parser.add_argument("--only", help="names, separated by commas; default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --first-seed")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="how many, from --first-seed")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--budget", type=int, default=BUDGET, help="forward-equivalents of a run")
-    parser.add_argument("--processes", type=int, default=1)
+    budget = "forward-equivalents of a run"
+    parser.add_argument("--budget", type=at_least_one, default=BUDGET, help=budget)
+    parser.add_argument("--processes", type=at_least_one, default=1)
     parser.add_argument("--from-json", type=Path, help="print a table again")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()

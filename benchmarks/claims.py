@@ -9,12 +9,13 @@ counted as `flowkern cost` does. What was not run yet says so.
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+import harness
 from algorithm_runs import JUDGED
 from jinja2 import Environment, StrictUndefined
 from plot_algorithms import LEVELS, by_name, column, common_level, to_reach
@@ -29,6 +30,8 @@ COUNTED = range(12, 300, 25)  # windows move every 25 of the papers' 300 rollout
 YES, PART, MEAN, NO = "reproduces", "in direction only", "in the mean only", "does not"
 UNTOLD, UNASKED = "cannot be told", "cannot be asked"
 OPEN, LATER = "not asked", "not measured yet"
+SEVERAL = {YES: "reproduce", NO: "do not"}
+"""As it is said of several headlines."""
 Verdict = tuple[str, str]
 """What was measured, and what that makes of the headline."""
 Runs = list[dict]
@@ -107,7 +110,10 @@ class Claims:
     def summary(self) -> str:
         counts = Counter(verdict for _, verdict in self.verdicts)
         order = (YES, PART, MEAN, NO, UNTOLD, UNASKED, OPEN, LATER)
-        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
+        found = [(verdict, counts[verdict]) for verdict in order if counts[verdict]]
+        return ", ".join(
+            f"{n} {verdict if n == 1 else SEVERAL.get(verdict, verdict)}" for verdict, n in found
+        )
 
 
 def judged(got: float, claimed: float | None, is_ahead: bool = True) -> str:
@@ -212,10 +218,12 @@ def page(claims: Claims) -> str:
 
 def recorded() -> Claims:
     names = "main", "final_turn"
-    planners = {name: json.loads((PLANNERS / f"{name}.json").read_text()) for name in names}
-    seeds = {name: planner["seeds"] for name, planner in planners.items()}
-    return Claims(json.loads(RUNS.read_text()), seeds)
+    seeds = {name: harness.recorded(PLANNERS / f"{name}.json", "seeds")["seeds"] for name in names}
+    return Claims(
+        harness.recorded(RUNS, "runs", "settings", "machine", "seconds", "iterations"), seeds
+    )
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(page(recorded()), encoding="utf-8")

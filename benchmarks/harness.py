@@ -8,7 +8,9 @@ as device_time.py says.
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
 import multiprocessing
 import os
 import platform
@@ -272,6 +274,25 @@ def can_fork(device: str) -> bool:
     probe.start()
     probe.join(60)
     return probe.exitcode == 0
+
+
+def recorded(path: Path, *keys: str) -> dict:
+    """The JSON of an earlier run. Exits with a line for what is none, or has not these keys."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read as a result: {error}") from None
+    missing = [key for key in keys if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise SystemExit(f"{path}: has no {missing[0]!r}, which a result of this benchmark has")
+    return result
+
+
+def at_least_one(text: str) -> int:
+    """A number on a command line."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+    return number
 
 
 def results_folder(device: torch.device, machine: dict) -> Path:

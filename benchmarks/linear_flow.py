@@ -16,7 +16,6 @@ first of them without a rollout.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from statistics import mean
 
 import torch
 from algorithms import compact
-from harness import describe_machine, results_folder
+from harness import at_least_one, describe_machine, recorded, results_folder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -228,12 +227,12 @@ def _of_steps(algorithm) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rollouts", type=int, default=ROLLOUTS, help="of a gradient")
+    parser.add_argument("--rollouts", type=at_least_one, default=ROLLOUTS, help="of a gradient")
     parser.add_argument("--from-json", type=Path, help="print the table again")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     if options.from_json:
-        report(json.loads(options.from_json.read_text()))
+        report(recorded(options.from_json, "lines"))
         return 0
     torch.set_num_threads(1)
     device = torch.device("cpu")

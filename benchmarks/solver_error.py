@@ -20,7 +20,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import torch
-from harness import ROOT, describe_machine, results_folder
+from harness import ROOT, at_least_one, describe_machine, results_folder
 
 from flowkern.rl.algorithms import recipe
 from flowkern.rollout import Plan, Source, prompt_ids, run
@@ -146,11 +146,12 @@ def demo(images: int) -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=120, help="of the demo model")
+    parser.add_argument("--images", type=at_least_one, default=120, help="of the demo model")
     parser.add_argument("--json", type=Path, help="where the results go")
     options, device = parser.parse_args(), torch.device("cpu")
     result = {"machine": describe_machine(device), "command": " ".join(("python", *sys.argv))}
     target = options.json or results_folder(device, result["machine"]) / "solver_error.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     for part, rows in (("gaussian", gaussians()), ("demo", demo(options.images))):
         for row in rows:
             result.setdefault(part, []).append(row)

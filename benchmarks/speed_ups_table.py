@@ -9,7 +9,6 @@ from its JSON in the same folder.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from statistics import mean
 
 from algorithm_runs import scores
 from causes import Experiment
+from harness import recorded
 from plot_algorithms import by_name
 from rich.console import Console
 from rich.table import Table
@@ -126,7 +126,7 @@ def cell(flow: list[dict], other: list[dict], factor: Factor) -> Iterator[str]:
 
 
 def report(result: dict, path: Path) -> None:
-    runs = by_name(json.loads(path.with_name("algorithms.json").read_text())["runs"])
+    runs = by_name(recorded(path.with_name("algorithms.json"), "runs")["runs"])
     runs |= by_name(result["runs"])
     table = Table(title="Flow-GRPO's over theirs: forward-equivalents / optimizer steps")
     for i, name in enumerate(("", "seeds", "AWM", "seeds", "TempFlow-GRPO", "Flow-GRPO took")):

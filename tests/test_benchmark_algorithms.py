@@ -15,6 +15,7 @@ import algorithm_runs  # noqa: E402
 import algorithm_tables  # noqa: E402
 import algorithms  # noqa: E402
 import claims as papers  # noqa: E402
+import harness  # noqa: E402
 import plot_algorithms as curves  # noqa: E402
 
 from flowkern.rl.algorithms import PLANNERS, names  # noqa: E402
@@ -206,6 +207,21 @@ def test_what_was_not_run_yet_says_so():
     ):
         assert line.endswith(papers.LATER)
     assert found.summary() == f"3 {papers.LATER}"
+    found.verdicts = [("a", papers.NO), ("b", papers.YES), ("c", papers.YES)]
+    assert found.summary() == "2 reproduce, 1 does not"
+    found.verdicts = [("a", papers.NO), ("b", papers.YES), ("c", papers.NO)]
+    assert found.summary() == "1 reproduces, 2 do not"
+
+
+def test_a_file_that_is_no_result_is_refused_in_a_line(tmp_path):
+    bad = {"none.json": None, "text.json": "{", "list.json": "[]", "other.json": '{"gaussian": 1}'}
+    for name, text in bad.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(SystemExit, match=name):
+            harness.recorded(tmp_path / name, "runs")
+    (tmp_path / "one.json").write_text('{"runs": []}')
+    assert harness.recorded(tmp_path / "one.json", "runs") == {"runs": []}
 
 
 def test_images_are_counted_as_flowkern_cost_does(capsys):

@@ -48,6 +48,12 @@ def test_the_configuration_is_one(tmp_path, monkeypatch):
     assert str(tmp_path / "runs/first") == config.output_dir
 
 
+def test_it_counts_the_algorithms():
+    from flowkern.rl.algorithms import names
+
+    assert re.findall(r"(\S+) algorithms run on one engine", README) == [str(len(names()))]
+
+
 def test_pictures_and_links_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert len(links) >= 8
