@@ -19,6 +19,7 @@ import torch
 
 from flowkern.checks import ConfigError
 from flowkern.ops._common.dispatch import backends
+from flowkern.rl.distillation import Distillation
 from flowkern.rl.objectives import TOLERATED, RatioClip, least_clipped
 from flowkern.rl.recipe import Recipe
 from flowkern.train import distributed, tracking
@@ -192,7 +193,7 @@ def _worst(levels: Sequence[Level]) -> Level:
 
 def _clip(objective: Any, elements: int) -> float | None:
     """Of a log-ratio, on either side, the nearer."""
-    if getattr(objective, "objective", None) == "nft":
+    if getattr(objective, "objective", None) == "nft" or isinstance(objective, Distillation):
         return None
     if isinstance(objective, RatioClip):
         return objective.least_clipped(elements)
@@ -325,6 +326,8 @@ def _notes(task: FlowTask, facts: Mapping[str, Any]) -> list[str]:
             "this objective matches points of its images: its ratio, if it has one, is of two "
             "passes in training, and sampling is not replayed"
         )
+    elif isinstance(task.objective, Distillation):
+        notes.append("this objective has no ratio: it follows a teacher")
     elif recipe.updates_per_rollout == 1 and recipe.sampler is None:
         notes.append("one update per rollout: its ratio is taken as 1, and nothing is clipped")
     else:

@@ -22,6 +22,7 @@ from flowkern.rl.algorithms import names
 from flowkern.rl.cost import network_calls
 from flowkern.rl.plans import cost_of
 from flowkern.train.config import ConfigError, from_dict, to_dict
+from flowkern.train.doctor import examine
 from flowkern.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -349,6 +350,14 @@ def test_a_teacher_stays_for_the_whole_of_a_run(small, teacher, tmp_path, monkey
     save_file({name: x * 2 for name, x in load_file(weights).items()}, weights)
     with pytest.raises(ConfigError, match="^algorithm.teacher: holds other weights than when"):
         Loop(from_dict(tree)).begin()
+
+
+def test_doctor_names_no_clip_range_where_a_teacher_is_followed(small):
+    options = {"noise_level": 1e-4, "num_inference_steps": 2}  # ratios that no loss has
+    tree = to_dict(small("diffusion_opd"))
+    report = examine(Loop(from_dict(tree | {"algorithm": tree["algorithm"] | options})))
+    assert report.clip is None and report.is_sound
+    assert not any("clip" in note for note in report.notes)
 
 
 def test_a_reward_that_credit_asks_is_there(small):
