@@ -53,8 +53,7 @@ RewardAggregation: TypeAlias = Literal[
 """How several rewards become one advantage, by TRL's words. sum_then_normalize: that of their
 weighted sum, as in Flow-GRPO's code; normalize_then_sum: the weighted sum of each reward's own
 advantages, as in GDPO (arXiv 2601.05242) and G2RPO's code; normalize_then_mean: over the sum of the
-sizes of the weights, so that a negative one stays a penalty, as MixGRPO's --multi_reward_mix
-advantage_aggr."""
+sizes of the weights, so that a negative one stays a penalty, as MixGRPO's advantage_aggr."""
 
 SDES = ("flow_sde", "dance_sde", "cps")
 """Of `schedules.KINDS`, those that have a noise level."""
@@ -160,11 +159,10 @@ class Recipe(AnyRecipe, ABC):
         """(prompts_per_rollout,): a place that chance has for each prompt, 0 to `places` - 1. In an
         update those of one place follow each other: which prompts they are is chance already.
         """
-        chance, out = shared_random(seed, iteration), []
-        count = -(-self.prompts_per_rollout // self.updates_per_rollout)
-        for first in range(0, self.prompts_per_rollout, count):
-            prompts = range(first, min(first + count, self.prompts_per_rollout))
-            drawn = [chance.randint(0, places - 1) for _ in prompts]
+        chance, out, total = shared_random(seed, iteration), [], self.prompts_per_rollout
+        count = -(-total // self.updates_per_rollout)
+        for first in range(0, total, count):
+            drawn = [chance.randint(0, places - 1) for _ in range(min(count, total - first))]
             out += sorted(drawn, key=drawn.index)
         return out
 
