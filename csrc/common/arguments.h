@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string>
 
 #include "latent.h"
@@ -159,16 +158,9 @@ class Reader {
     return rounded_.data();
   }
 
-  // Values in [0, most], looked at where they lie in the host's memory.
-  void check_values(const float* x, int64_t batch, float most, const char* name) {
+  void check_fraction(const float* x, int64_t batch, const char* name) {
     if (!torch.reads_values) return require(!x || is_checked_ || !is_debugging(), name);
-    for (int64_t b = 0; serves && b < batch; ++b) require(x[b] >= 0 && x[b] <= most, name);
-  }
-  // As `coefficient`, of each sample.
-  const float* coefficients_of_each(PyObject* x, PyObject* of, int64_t batch, const char* name) {
-    const float* values = vector<const float>(x, batch, name);
-    check_values(values, batch, std::numeric_limits<float>::max(), name);
-    return require(of != Py_None, name), values;
+    for (int64_t b = 0; serves && b < batch; ++b) require(x[b] >= 0 && x[b] <= 1, name);
   }
 
   // Python's own numbers; others are for Python to convert.

@@ -29,7 +29,8 @@ void read_matching(Reader& read, MatchingArguments& m, Given<kMatchingInputs> in
 // Of an anchor: a number, or (batch,).
 double anchor_coefficient(Reader& read, PyObject* x, PyObject* anchor, int64_t batch, const float*& each, const char* name) {
   if (PyFloat_CheckExact(x) || PyLong_CheckExact(x)) return read.coefficient(x, anchor, name);
-  each = read.coefficients_of_each(x, anchor, batch, name);
+  each = read.vector<const float>(x, batch, name);
+  read.require(is_given(anchor), name);
   return 0;
 }
 
@@ -46,7 +47,7 @@ py::object matching_forward(Given<kMatchingInputs + 1> given, Reader& read) {
     m.sigma_value = float(read.number(sigma, 0, 1, "sigma"));
   } else {
     m.sigma = read.vector<const float>(sigma, m.batch, "sigma");
-    read.check_values(m.sigma, m.batch, 1, "sigma");
+    read.check_fraction(m.sigma, m.batch, "sigma");
   }
   m.advantage = read.vector<const float>(advantage, m.batch, "advantage");
   const bool nft = read.choice(objective, {"awm", "nft"}, "objective");
@@ -97,7 +98,7 @@ py::object add_noise(Given<6> given, Reader& read) {
   n.x0 = read.first_latent(x0, n.batch, "x0");
   n.size = read.size;
   n.sigma = read.vector<const float>(sigma, n.batch, "sigma");
-  read.check_values(n.sigma, n.batch, 1, "sigma");
+  read.check_fraction(n.sigma, n.batch, "sigma");
   n.key = read.noise(noise, seed, sample_id, step, n.batch, kMatch, n.noise);
   read.require(is_given(noise) || is_given(sample_id), "noise");
   if (!read.serves) return py::none();

@@ -46,7 +46,8 @@ py::object policy_forward(Given<kPolicyInputs + 1> given, Reader& read) {
   if (PyFloat_CheckExact(kl_coef) || PyLong_CheckExact(kl_coef)) {
     p.kl_value = float(read.coefficient(kl_coef, velocity_ref, "kl_coef"));
   } else {
-    p.kl_coef = read.coefficients_of_each(kl_coef, velocity_ref, p.batch, "kl_coef");
+    p.kl_coef = read.vector<const float>(kl_coef, p.batch, "kl_coef");
+    read.require(is_given(velocity_ref), "velocity_ref");
   }
   p.step_weight = read.optional_vector<const float>(step_weight, p.batch, "step_weight");
   const double low = read.number(clip_low, 0, 1, "clip_low"), high = read.number(clip_high, 0, HUGE_VAL, "clip_high");

@@ -118,8 +118,6 @@ WRONG = {
     "sigma, NaN": of("matching_loss", sigma=float("nan")),
     "objective": of("matching_loss", objective=1),
     "no anchor": of("matching_loss", ema_coef=1.0),
-    "a weight of an anchor": of("matching_loss, t2, of each", ema_coef=-A.abs()),
-    "KL, infinite": of("policy_loss", velocity_ref=REF, kl_coef=A.abs() / 0),
     "noise and a key": of("matching_loss", noise=NOISE),
     "noise and a step": of("matching_loss, noise given", step=1),
 }

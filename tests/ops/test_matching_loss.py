@@ -549,8 +549,6 @@ def test_errors_name_the_argument():
         ({"nft_beta": 0.5}, ValueError, "nft_beta: 0.5 is of objective='nft', got 'awm'"),
         ({"ref_coef": torch.ones(2)}, ValueError, r"ref_coef: expected shape \(3,\), got \(2,\)"),
         ({"ref_coef": each, "velocity_ref": None}, ValueError, r"needed for ref_coef=\(B,\), got"),
-        ({"ref_coef": -each}, ValueError, "ref_coef: expected finite values >= 0, got -1.0 to -1"),
-        ({"ema_coef": each * nan}, ValueError, "ema_coef: expected finite values >= 0, got nan"),
         ({"reduction": "max"}, ValueError, "reduction: expected"),
         ({"clip_low": 1.1}, ValueError, "clip_low: expected 0 <= clip_low <= 1, got 1.1"),
         ({"clip_low": -0.1}, ValueError, "clip_low: expected"),

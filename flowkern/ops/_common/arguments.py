@@ -92,20 +92,10 @@ def check_index(name: str, index: Tensor, count: int, device: torch.device) -> T
 
 def check_fraction(name: str, x: Tensor) -> None:
     """Values in [0, 1], looked at where `check_index` looks."""
-    _check_bounds(name, x, 1.0, "values in [0, 1]")
-
-
-def check_coefficients(name: str, x: Tensor, batch: int, device: torch.device) -> None:
-    """A (B,) tensor as `check_per_sample` has it, of finite values >= 0, looked at likewise."""
-    check_per_sample(name, x, batch, device)
-    _check_bounds(name, x, torch.finfo(x.dtype).max, "finite values >= 0")
-
-
-def _check_bounds(name: str, x: Tensor, most: float, wanted: str) -> None:
     if _is_readable(x):
         low, high = (float(bound) for bound in x.detach().aminmax())
-        if not (low >= 0 and high <= most):
-            raise ValueError(f"{name}: expected {wanted}, got {low} to {high}")
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{name}: expected values in [0, 1], got {low} to {high}")
 
 
 def _is_readable(x: Tensor) -> bool:

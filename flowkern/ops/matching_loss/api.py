@@ -27,7 +27,6 @@ from torch import Tensor
 
 from flowkern.ops._common.arguments import (
     Noise,
-    check_coefficients,
     check_fraction,
     check_index,
     check_latent,
@@ -152,7 +151,7 @@ def matching_loss(
         old_velocity: (R, *D), of the old policy, at the same noise; None: the detached velocity
             (awm: log_ratio is exactly 0 and keeps its gradient).
         velocity_ref, velocity_ema: (R, *D) anchors, with ref_coef and ema_coef >= 0, floats or
-            (B,), whose values are looked at as sigma's are.
+            (B,); a tensor's values are not looked at, on any device.
         clip_low, clip_high: awm's clip range: 0 <= clip_low <= 1, where 1 is no lower clip.
         reduction: "mean" | "sum" | "none". backend: "native" | "triton" | "reference"; None takes
             the best that can serve.
@@ -267,7 +266,7 @@ def _check_coefficient(
 ) -> None:
     is_each = isinstance(value, Tensor)
     if is_each:
-        check_coefficients(name, value, inputs.x0.shape[0], inputs.x0.device)
+        check_per_sample(name, value, inputs.x0.shape[0], inputs.x0.device)
     elif not (is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number >= 0 or (B,), got {value!r}")
     if getattr(inputs, anchor) is None and _weighs(value):

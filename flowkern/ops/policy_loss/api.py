@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from flowkern.ops._common.arguments import (
-    check_coefficients,
     check_edges,
     check_guidance,
     check_index,
@@ -120,7 +119,7 @@ def policy_loss(
         velocity_uncond: (R, *D), with guidance_scale; uncond_gradient: it has one too, as in
             DanceGRPO and Flow-Factory; in Flow-GRPO it is a constant.
         velocity_ref: (R, *D), already guided, of the reference policy. kl_coef: >= 0, a float or
-            (B,), whose values are looked at on the CPU only.
+            (B,), whose values are not looked at.
         step_weight: (B,), multiplies the policy term and never the KL.
         clip_low, clip_high: the clip range; log_ratio is compared with log1p(-clip_low) and
             log1p(clip_high).
@@ -185,7 +184,7 @@ def _check_kl(i: PolicyInputs, batch: int, device: torch.device) -> float | Tens
         raise ValueError("velocity_ref: needed for a KL (kl_coef is not 0), got None")
     if not is_tensor:
         return float(kl_coef)
-    check_coefficients("kl_coef", kl_coef, batch, device)
+    check_per_sample("kl_coef", kl_coef, batch, device)
     return kl_coef
 
 
