@@ -26,6 +26,7 @@ from flowkern.train.report import TEMPLATES
 LICENSE = ("license", "license_name", "license_link")
 CURVE, GRID = "reward_curve.png", "samples.png"
 CALLED = ("height", "width", "num_frames", "max_sequence_length")  # of the model's options
+FIELDS = ("reinforcement-learning", "distillation")  # of algorithms without and with a teacher
 DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
@@ -37,6 +38,7 @@ def write_card(
     run = _until(run_dir, config, step)
     base, family = str(run.option("model.path")), _family(run)
     algorithm = str(run.option("algorithm.name"))
+    is_taught = run.option("algorithm.teacher") is not None
     is_planner, is_adapter = algorithm in PLANNERS, (directory / "adapter_config.json").is_file()
     link = f"[{base}](https://huggingface.co/{base})"
     license = _license(base, run.option("model.revision"))
@@ -44,7 +46,7 @@ def write_card(
         base_model=base if is_hub_id(base) else None,
         library_name="transformers" if is_planner else "diffusers",
         pipeline_tag="text-generation" if is_planner else _pipeline_tag(family),
-        tags=["flowkern", "reinforcement-learning", *(["lora"] if is_adapter else [])],
+        tags=["flowkern", FIELDS[is_taught], *(["lora"] if is_adapter else [])],
         **license,
     )
     environment = Environment(
@@ -62,6 +64,7 @@ def write_card(
         base_name=base_name(base),
         option=run.option,
         algorithm=algorithm,
+        how="from a teacher" if is_taught else "by reinforcement",
         is_planner=is_planner,
         is_adapter=is_adapter,
         is_merged=(directory / INDEX).is_file(),

@@ -136,7 +136,7 @@ def _recipe(tree: Any) -> AnyRecipe:
     if isinstance(tree, AnyRecipe):
         return tree
     if not isinstance(tree, Mapping) or not isinstance(tree.get("name"), str):
-        raise ConfigError(f"algorithm.name: missing in {shown(tree)}, expected an algorithm's name")
+        raise ConfigError(f"algorithm.name: missing in {shown(tree)}, expected algorithm.name=NAME")
     kind, options = recipe(tree["name"]), {n: v for n, v in tree.items() if n != "name"}
     try:
         found = _options_of(kind).model_validate(options)

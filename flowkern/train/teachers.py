@@ -55,7 +55,8 @@ def _require_strength(key: str, directory: Path, alpha: float) -> None:
         alphas = {said["lora_alpha"], *dict(said.get("alpha_pattern") or {}).values()}
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(
-            f"{key}: {str(directory)!r} has no adapter (adapter_config.json); expected {WANTED}"
+            f"{key}: {str(directory)!r} has no adapter (adapter_config.json); expected {WANTED}, "
+            "without --merged"
         ) from None
     if alphas != {alpha} or said.get("use_rslora"):
         found = f"lora_alpha {', '.join(map(str, alphas))}"

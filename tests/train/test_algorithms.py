@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from huggingface_hub import ModelCard
 from legend import unknown
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from flowkern.rl.cost import network_calls
 from flowkern.rl.plans import cost_of
 from flowkern.train.config import ConfigError, from_dict, to_dict
 from flowkern.train.doctor import examine
+from flowkern.train.export import export
 from flowkern.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,7 +312,7 @@ def test_a_teacher_that_is_none_is_refused(small, teacher, tmp_path):
     for section, options, message in (
         ("algorithm", {"teacher": None}, "got null, expected a folder checkpoint-N"),
         ("algorithm", {"teacher": str(tmp_path / "no")}, "there is no folder '.*no'"),
-        ("algorithm", {"teacher": str(tmp_path / "empty")}, "'.*empty' has no adapter"),
+        ("algorithm", {"teacher": str(tmp_path / "empty")}, "'.*empty' has no adapter.*without --merged"),
         ("lora", {"alpha": 64}, ".*lora_alpha 32.*, expected lora.alpha, 64"),
         ("lora", {"rank": 2}, r"lora.rank: '.*' has shape .*, expected \("),
         ("lora", {"target_modules": ["to_q"]}, "lora.target_modules: .* holds '.*'; expected"),
@@ -338,6 +340,9 @@ def test_a_teacher_stays_for_the_whole_of_a_run(small, teacher, tmp_path, monkey
     loop.begin()
     loop.advance_to(2)
     monkeypatch.chdir(tmp_path)
+    card = ModelCard.load(export(Path("run/checkpoint-2")) / "README.md")
+    assert "distillation" in card.data.tags and "learned from a teacher" in card.text
+    assert not any("reinforcement" in said for said in (card.text, *card.data.tags))
     tree["train"] |= {"resume_from_checkpoint": "latest"}
     tree["algorithm"] |= {"teacher": "teacher"}  # the same folder
     Loop(from_dict(tree)).begin()
