@@ -31,7 +31,6 @@ LABELS = {"flow": "Flow-GRPO", "awm": "AWM", "temp": "TempFlow-GRPO"}
 ENTRY = {"flow": "flow_grpo", "awm": "awm", "temp": "tempflow_grpo"}
 SHARES = {"flow": 2.0, "awm": 1.6, "temp": 1.6}
 """Evaluations are 12,000 to 15,000 apart."""
-OWN_GRID = {"awm": ("last_sigma_ratio=0",)}  # as in the runs of algorithms.json
 KL = {"flow": "kl_coef=0.004", "awm": "ref_coef=0.001", "temp": "kl_coef=0.004"}
 GROUPS = {
     "flow": ("group_size=24", "prompts_per_rollout=6"),
@@ -49,7 +48,7 @@ def with_guidance(trainer):
 
 
 def _of(key: str, what: str, *options: str, **more) -> Experiment:
-    overrides = tuple(f"algorithm.{option}" for option in (*OWN_GRID.get(key, ()), *options))
+    overrides = tuple(f"algorithm.{option}" for option in options)
     more = {"share": SHARES[key], "until": ((REWARD, LEVEL),)} | more
     return Experiment(f"{LABELS[key]}: {what}", ENTRY[key], overrides, **more)
 
