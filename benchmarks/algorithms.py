@@ -9,7 +9,8 @@ reference and other copies count as they are called; held-out evaluation is not 
 are counted at the network. Runs go through a pool of processes of one thread each; seconds are the
 processor time of such a process, which what else the machine does hardly changes. --quick is a
 test: every algorithm has to raise the held-out reward by MARGIN, and the judge by JUDGED of that;
-the exit status says whether all did. Writes a JSON file and a PNG chart; with --only, what the file
+the exit status says whether all did. --tune goes on beyond the grid of learning rates until none is
+best at an edge of those it tried. Writes a JSON file and a PNG chart; with --only, what the file
 holds of other algorithms stays, provided that it was measured with the same settings.
 """
 
@@ -44,6 +45,7 @@ from algorithm_runs import (
 )
 from algorithm_tables import report
 from harness import at_least_one, describe_machine, recorded, results_folder
+from plot_algorithms import by_name
 
 
 def main() -> int:
@@ -72,11 +74,15 @@ def main() -> int:
     begin, before = time.perf_counter(), result.pop("seconds", 0)
 
     def write(new: list[Run]) -> None:  # what is cut short counts
-        runs = sorted([*kept, *new], key=lambda run: [*ENTRIES].index(run["name"]))
+        order = [*ENTRIES]
+        runs = [*kept, *new]
+        runs.sort(key=lambda run: (order.index(run["name"]), run["seed"], run.get("learning_rate", 0)))
         result.update(runs=runs, seconds=before + time.perf_counter() - begin)
         path.write_text(compact(result))
 
     runs = run_all(_jobs(options), options.processes, write)
+    while options.tune and (jobs := _beyond(options, runs)):
+        runs += run_all(jobs, options.processes, lambda new: write([*runs, *new]))
     if not options.quick and not options.tune and set(COSTED) <= set(options.only):
         result["iterations"] = iteration_costs()
         path.write_text(compact(result))
@@ -137,14 +143,35 @@ def _arguments() -> argparse.Namespace:
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
-    where = {"prompts": TUNING_PROMPTS} if options.tune else {}
-    rates = [(f"train.learning_rate={rate}",) for rate in LEARNING_RATES] if options.tune else [()]
     return [
-        Job(name, seed, options.budget, rate, is_quick=options.quick, **where)
+        _job(options, name, seed, rate)
         for seed in options.seeds  # what is cut short has whole seeds
         for name in options.only
-        for rate in rates
+        for rate in (LEARNING_RATES if options.tune else (None,))
     ]
+
+
+def _job(options: argparse.Namespace, name: str, seed: int, rate: float | None) -> Job:
+    """rate: None: the configuration's."""
+    overrides = () if rate is None else (f"train.learning_rate={rate:g}",)
+    where = {"prompts": TUNING_PROMPTS} if options.tune else {}
+    return Job(name, seed, options.budget, overrides, is_quick=options.quick, **where)
+
+
+def _beyond(options: argparse.Namespace, runs: list[Run]) -> list[Job]:
+    """The next learning rate of each algorithm whose best is the lowest or the highest tried."""
+    jobs = []
+    for name, group in by_name(runs).items():
+        tried, best = [run["learning_rate"] for run in group], best_rate(group)
+        further = {min(tried): best / 2, max(tried): best * 2}.get(best)
+        jobs += [] if further is None else [_job(options, name, TUNING_SEED, further)]
+    return jobs
+
+
+def best_rate(runs: Sequence[Run]) -> float:
+    """Of one algorithm's runs: whose reward at the end is highest."""
+    whole = [run for run in runs if "failed" not in run] or runs
+    return max(whole, key=lambda run: run["curve"][-1]["reward"])["learning_rate"]
 
 
 def failures(runs: list[Run]) -> list[str]:

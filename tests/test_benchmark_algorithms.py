@@ -66,8 +66,6 @@ def test_every_algorithm_has_a_configuration_and_a_line():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_differ_in_the_algorithm_alone(path):
-    config = load_config(path)
-    assert config.train.learning_rate in algorithm_runs.LEARNING_RATES
     tree, other = (to_dict(load_config(p)) for p in (path, path.with_name("flow_grpo.yaml")))
     assert tree["algorithm"]["name"] == path.stem
     for each in (tree, other):
