@@ -74,9 +74,7 @@ def main() -> int:
     begin, before = time.perf_counter(), result.pop("seconds", 0)
 
     def write(new: list[Run]) -> None:  # what is cut short counts
-        order = [*ENTRIES]
-        runs = [*kept, *new]
-        runs.sort(key=lambda run: (order.index(run["name"]), run["seed"], run.get("learning_rate", 0)))
+        runs = sorted([*kept, *new], key=_place)
         result.update(runs=runs, seconds=before + time.perf_counter() - begin)
         path.write_text(compact(result))
 
@@ -93,6 +91,11 @@ def main() -> int:
     if bad:
         print("did not learn: " + "; ".join(bad), file=sys.stderr)
     return 1 if bad else 0
+
+
+def _place(run: Run) -> tuple[int, int, float]:
+    """In the file, whichever run ended first."""
+    return [*ENTRIES].index(run["name"]), run["seed"], run.get("learning_rate", 0.0)
 
 
 def kept_runs(

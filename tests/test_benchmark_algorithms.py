@@ -78,6 +78,34 @@ def test_configurations_differ_in_the_algorithm_alone(path):
     assert tree == other  # and in rewards that are asked and not optimized
 
 
+def test_the_runs_of_the_comparison_have_the_rates_that_tuning_found(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = papers.RUNS.with_stem("algorithms-tuning")
+    tuned = curves.by_name(harness.recorded(path, "runs")["runs"])
+    for name, entry in algorithm_runs.ENTRIES.items():
+        config = load_config(algorithm_runs.CONFIGS / f"{entry.config}.yaml", entry.overrides)
+        runs = tuned[entry.config]
+        tried, best = sorted(one["learning_rate"] for one in runs), algorithms.best_rate(runs)
+        assert config.train.learning_rate == best and best in tried[1:-1], name
+
+
+def test_tuning_goes_on_while_an_edge_is_best():
+    def further(*rewards):
+        rates = (1.5e-3, 3e-3, 6e-3)
+        runs = [
+            run("awm", 1000, [0.5, reward], learning_rate=rate)
+            for rate, reward in zip(rates, rewards, strict=True)
+        ]
+        options = algorithms.argparse.Namespace(tune=True, budget=1, quick=False)
+        return [job.overrides for job in algorithms._beyond(options, runs)]
+
+    assert further(0.6, 0.7, 0.65) == []
+    assert further(0.8, 0.7, 0.65) == [("train.learning_rate=0.00075",)]
+    assert further(0.6, 0.7, 0.75) == [("train.learning_rate=0.012",)]
+    crashed = run("awm", 1000, [0.5, 0.9], learning_rate=6e-3, failed="step 3: the loss is nan")
+    assert algorithms.best_rate([crashed, run("awm", 1000, [0.5, 0.6])]) == 3e-3
+
+
 @pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_guided", "g2rpo", "awm"])
 def test_calls_are_counted_as_the_plan_predicts(name, monkeypatch):
     monkeypatch.chdir(ROOT)
