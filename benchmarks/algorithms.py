@@ -78,9 +78,11 @@ def main() -> int:
         result.update(runs=runs, seconds=before + time.perf_counter() - begin)
         path.write_text(compact(result))
 
-    runs = run_all(_jobs(options), options.processes, write)
+    runs = new = run_all(_jobs(options), options.processes, write)
     while options.tune and (jobs := _beyond(options, runs)):
-        runs += run_all(jobs, options.processes, lambda new: write([*runs, *new]))
+        kept += new
+        new = run_all(jobs, options.processes, write)
+        runs = [*runs, *new]
     if not options.quick and not options.tune and set(COSTED) <= set(options.only):
         result["iterations"] = iteration_costs()
         path.write_text(compact(result))
