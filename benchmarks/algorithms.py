@@ -35,6 +35,7 @@ from algorithm_runs import (
     LEARNING_RATES,
     QUICK_BUDGET,
     QUICK_IMAGES,
+    TIE,
     TUNING_PROMPTS,
     TUNING_SEED,
     Job,
@@ -174,9 +175,12 @@ def _beyond(options: argparse.Namespace, runs: list[Run]) -> list[Job]:
 
 
 def best_rate(runs: Sequence[Run]) -> float:
-    """Of one algorithm's runs: whose reward at the end is highest."""
+    """Of one algorithm's runs: the lowest whose reward at the end is TIE below the highest, or
+    nearer."""
     whole = [run for run in runs if "failed" not in run] or runs
-    return max(whole, key=lambda run: run["curve"][-1]["reward"])["learning_rate"]
+    ends = [run["curve"][-1]["reward"] for run in whole]
+    rates = (run["learning_rate"] for run in whole)
+    return min(rate for rate, end in zip(rates, ends, strict=True) if end >= max(ends) - TIE)
 
 
 def failures(runs: list[Run]) -> list[str]:
