@@ -312,7 +312,11 @@ def test_a_teacher_that_is_none_is_refused(small, teacher, tmp_path):
     for section, options, message in (
         ("algorithm", {"teacher": None}, "got null, expected a folder checkpoint-N"),
         ("algorithm", {"teacher": str(tmp_path / "no")}, "there is no folder '.*no'"),
-        ("algorithm", {"teacher": str(tmp_path / "empty")}, "'.*empty' has no adapter.*without --merged"),
+        (
+            "algorithm",
+            {"teacher": str(tmp_path / "empty")},
+            "'.*empty' has no adapter.*without --merged",
+        ),
         ("lora", {"alpha": 64}, ".*lora_alpha 32.*, expected lora.alpha, 64"),
         ("lora", {"rank": 2}, r"lora.rank: '.*' has shape .*, expected \("),
         ("lora", {"target_modules": ["to_q"]}, "lora.target_modules: .* holds '.*'; expected"),
