@@ -326,8 +326,9 @@ def loop(case, failed=lambda *_: False):
             speaks_for = sum(a == a for a in advantage[slot]) / max(1, len(kept))
             table.append([])
             if case.group_matching:
+                shares = algorithm.use_shared_noise
                 groups_of, row = grouped(
-                    plans[slot], world, slot, images[slot], advantage[slot], failed
+                    plans[slot].points, shares, world, slot, images[slot], advantage[slot], failed
                 )
                 table[-1] += [case.unit * a for a in row]
                 for group in groups_of:
@@ -354,10 +355,15 @@ def loop(case, failed=lambda *_: False):
     return Result(latents, tensor(rewards["likeness"]), tensor(table), torch.stack(gradients))
 
 
-def grouped(plan, world, slot, images, advantage, failed):
-    """The points of a prompt by noise level, without failed images, and all their advantages."""
-    groups, row = {}, []
-    for (image, sigma), noise in zip(plan.points, plan.noises, strict=True):
+def grouped(points, shares, world, slot, images, advantage, failed):
+    """The points of a prompt by noise level, without failed images, and all their advantages.
+
+    shares: at a level all images have the noise of the first.
+    """
+    groups, row, first = {}, [], {}
+    for number, (image, sigma) in enumerate(points):
+        own = image, number
+        noise = first.setdefault(sigma, own) if shares else own
         row.append(math.nan if failed(slot, image) else naive.clamp(advantage[image]))
         if not failed(slot, image):
             point = images[image], world.noise(slot, *noise, "match"), sigma, slot, row[-1]
