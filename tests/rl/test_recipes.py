@@ -383,6 +383,74 @@ def test_nft_matches_nine_of_ten_levels_of_every_image():
     assert decay(1, 10, updates_per_rollout=2) == pytest.approx(0.02), "it counts optimizer steps"
 
 
+def test_a_group_is_matched_at_levels_of_its_own():
+    """DGPO's are four of the first seven, CRD's nine of ten; others in each rollout."""
+    for name, few, early in (("dgpo", 4, 7), ("crd", 9, 10)):
+        grid, seen = sd3_sigmas(10).tolist(), set()
+        for iteration in range(20):
+            plan = plan_of(name, iteration)
+            levels = [sigma for leaf, sigma in plan.points if leaf == 0]
+            assert len({*levels}) == few and {*levels} <= {*grid[:early]}
+            assert plan.points == [(leaf, s) for leaf in range(len(plan.leaves)) for s in levels]
+            seen |= {*levels}
+        assert seen == {*grid[:early]}
+        for is_one in (False, True):
+            noises = plan_of(name, use_shared_noise=is_one).noises
+            assert len({*noises}) == (few if is_one else len(noises))
+    assert {s for _, s in plan_of("dgpo", trunc_steps=3).points} == {*grid[:4]}
+    assert len(plan_of("crd", timestep_fraction=0.5).points) == 24 * 5
+
+
+def test_what_samples_and_what_a_group_is_held_against():
+    dgpo, crd = recipe("dgpo")(), recipe("crd")()
+    assert (dgpo.sampler, crd.sampler) == ("old", "sampling")
+    assert [dgpo.copies["old"](n) for n in (1, 100, 900)] == pytest.approx([0.001, 0.1, 0.3])
+    twice = recipe("dgpo")(updates_per_rollout=2).copies["old"]
+    assert twice(10) == pytest.approx(0.02), "it counts optimizer steps"
+    assert [crd.copies["old"](n) for n in (0, 10, 900)] == pytest.approx([0.25, 0.3, 0.999])
+    still = [crd.copies["sampling"](n) for n in (74, 75, 95, 900)]
+    assert still == pytest.approx([0, 0, 0.15, 0.999])
+    assert {*dgpo.objective(None).anchors} == {"old", "reference"}
+    moving = recipe("dgpo")(use_ema_ref=True, ref_coef=0.0).objective(None)
+    assert {*moving.anchors} == {"old"}
+    assert {*crd.objective(None).anchors} == {"old", "reference"}
+
+
+def test_dppo_draws_some_of_the_early_steps():
+    for options, few, early in (({}, 3, 5), ({"num_sde_steps": 2, "timestep_fraction": 1.0}, 2, 9)):
+        seen = set()
+        for iteration in range(60):
+            drawn, trained = drawn_steps(plan_of("flow_dppo", iteration, **options))
+            steps = {step for _, step in drawn}
+            assert drawn == trained == {(m, step) for m in range(16) for step in steps}
+            assert len(steps) == few
+            seen |= steps
+        assert seen == {*range(early)}
+
+
+def test_a_state_splits_into_as_many_as_there_are():
+    """Samples are shared out evenly."""
+
+    def states(**options):
+        plan = plan_of("branch_grpo", num_inference_steps=6, split_steps=[0, 3], **options)
+        depths = [node.depth for node in plan.nodes]
+        return [depths.count(depth) for depth in range(1, 7)]
+
+    assert states(group_size=4) == [2, 2, 2, 4, 4, 4]
+    assert states(group_size=9, branch_factor=3) == [3, 3, 3, 9, 9, 9]
+    assert states(group_size=5, branch_factor=3) == [3, 3, 3, 5, 5, 5]
+
+
+def test_the_window_of_a_tree_slides_as_one_of_mixgrpo_does():
+    every = recipe("tree_rpo")(window_iterations=1)
+    assert [every.window_start(i) for i in (0, 1, 18, 19, 20, 99)] == [0, 1, 18, 19, 19, 19]
+    assert recipe("tree_rpo")().window_start(49) == 1
+    assert recipe("tree_rpo")(window_iterations=1, stride=0).window_start(99) == 0
+    for start in (0, 5):
+        drawn, trained = drawn_steps(every.plan(sd3_sigmas, start))
+        assert {step for _, step in drawn} == {*range(start, start + 4)} and drawn == trained
+
+
 # ---- weights, ratio and KL of the steps ----
 
 
@@ -571,6 +639,29 @@ def test_each_algorithm_has_its_own_statistics(name):
         recipe(name)(**options).credit()({"toy": high, **more}, {"toy": 1.0}, plan).abs().max()
         <= 5 * scale
     )
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_what_advantages_are_divided_by_is_an_option(name):
+    """By nothing, by the std of a group, or by that of all: the second prompt's rewards have ten
+    times the spread of the first's."""
+    kind, options = recipe(name), {"num_inference_steps": 10, "group_size": 4, "adv_clip_max": 1e3}
+    options |= {"split_steps": [0, 3]} if name == "branch_grpo" else {}
+    plan = plan_of(name, **options)
+    reward = torch.randn(1, len(plan.leaves), generator=torch.Generator().manual_seed(0)).double()
+    scores = {"toy": torch.cat([reward, 10 * reward]), "diversity": torch.ones(2, reward.numel())}
+
+    def credited(**more):
+        return kind(**options | more).credit()(scores, {"toy": 1.0}, plan)
+
+    plain, divided = credited(scale_rewards=False), credited(scale_rewards=True)
+    is_rate = name == "pref_grpo"  # which rewards' spread is nothing to
+    torch.testing.assert_close(plain[1], plain[0] * (1 if is_rate else 10))
+    assert not torch.allclose(plain, divided)
+    if "global_std" in kind.__dataclass_fields__:
+        for is_global, factor in ((True, 10), (False, 1)):
+            of_all = credited(scale_rewards=True, global_std=is_global)
+            torch.testing.assert_close(of_all[1], of_all[0] * factor, rtol=1e-3, atol=1e-6)
 
 
 def test_seed_groups_stay_seed_groups():
