@@ -441,6 +441,12 @@ def test_a_state_splits_into_as_many_as_there_are():
     assert states(group_size=5, branch_factor=3) == [3, 3, 3, 5, 5, 5]
 
 
+def test_a_clip_range_is_for_the_latents_that_it_was_released_for():
+    others = {name: getattr(recipe(name), "clip_elements", 65_536) for name in names()}
+    others = {name: elements for name, elements in others.items() if elements != 65_536}
+    assert others == {"branch_grpo": 90 * 90 * 16, "flash_grpo": 21 * 60 * 104 * 16}
+
+
 def test_the_window_of_a_tree_slides_as_one_of_mixgrpo_does():
     every = recipe("tree_rpo")(window_iterations=1)
     assert [every.window_start(i) for i in (0, 1, 18, 19, 20, 99)] == [0, 1, 18, 19, 19, 19]

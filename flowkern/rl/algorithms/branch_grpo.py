@@ -30,6 +30,7 @@ class BranchGRPO(TreeRecipe):
     sde_type: SdeType = "dance_sde"
     clip_range: float = 1e-3
     """As released, for 129,600 latent elements."""
+    clip_elements = 129_600
     split_steps: list[int] = field(default_factory=lambda: [0, 3, 6, 9])
     """The steps at which every state splits, counted from 0."""
 
