@@ -214,7 +214,7 @@ class StepRecipe(Recipe):
     """The weights that it is to: the reference, or a copy."""
     uncond_gradient: bool = False
     """Does the unconditional half of guidance learn too, as in DanceGRPO's and Flow-Factory's code?
-    It does not in Flow-GRPO's of July 2025; the gradient is then shorter, so the rate higher."""
+    It does not in Flow-GRPO's of July 2025. A rate belongs to one of both (docs/choosing.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
