@@ -23,7 +23,7 @@ MIDDLE, RUN = 150, range(0, 300, 5)  # windows move every 20 or 25 rollouts
 
 def rows(recipe: Recipe, iteration: int, is_plain: bool) -> dict[str, float]:
     """Of one prompt, in a rollout of the middle of a run with one optimizer step."""
-    objective = recipe.objective(recipe.guidance(uncond=0))
+    objective = recipe.objective_at(uncond=0)
     halves = 1 if recipe.guidance(uncond=0) is None else 2
     if is_plain:  # with guidance both halves go through the network together, and back
         cost = recipe.released(iteration)

@@ -48,7 +48,7 @@ def network_calls(
     cost: of a prompt of that rollout. Training takes fewer calls where rewards are all alike.
     """
     guidance = recipe.guidance(uncond=0)
-    objective, updates = recipe.objective(guidance), recipe.updates_per_rollout
+    objective, updates = recipe.objective_at(uncond=0), recipe.updates_per_rollout
     prompts = recipe.prompts_per_rollout
     # At the first update copies are the weights where they have just been made so, or all begin.
     moving = {n: decay for n, decay in recipe.copies.items() if n not in recipe.read_from}
@@ -63,5 +63,5 @@ def released_calls(recipe: Recipe, iteration: int = 0, seed: int = 0) -> tuple[i
     """The same of the authors' loop: in sampling, in training."""
     cost, guidance = recipe.released(iteration, seed), recipe.guidance(uncond=0)
     prompts, halves = recipe.prompts_per_rollout, 1 if guidance is None else 2
-    calls = recipe.objective(guidance).calls()
+    calls = recipe.objective_at(uncond=0).calls()
     return round(prompts * halves * cost.sample), round(prompts * calls * cost.train)

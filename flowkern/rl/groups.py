@@ -52,11 +52,11 @@ class GroupMatching(Matching):
     def __call__(
         self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> Outcome:
-        x_t, others = self.answers(batch, anchors)
+        x_t, others = self.answers(batch, velocity, anchors)
         v = velocity(x_t, batch.sigma, batch.prompt, batch.on_host)
         with torch.no_grad():
             advantage, said = self.weigh(batch, v.detach(), others)
-        more = {"velocity_ref": others.get("reference") if self.ref_coef > 0 else None}
+        more = {"velocity_ref": others.get(self.pulls_to) if self.ref_coef > 0 else None}
         more["ref_coef"] = of_choices(self.ref_coef, batch)
         out = self.matched(batch, v, advantage, reduction="sum", **more)
         found = statistics_of(said.ratio, said.clipped_high, said.clipped_low, out.ref)

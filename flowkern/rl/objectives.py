@@ -249,8 +249,8 @@ class RatioClip:
 class Matching:
     """Advantage-weighted matching of the forward process over the leaves; see `matching_loss`.
 
-    The statistic "kl" is the mean squared distance to the reference velocity. Guidance belongs to
-    sampling only.
+    The statistic "kl" is the mean squared distance to the reference velocity. The weights learn
+    without guidance, whatever sampling has.
     """
 
     objective: str
@@ -271,6 +271,8 @@ class Matching:
     clip_low: float = 1.0
     clip_high: float = 1.0
     backend: str | None = None
+    ref_guidance: Guidance | None = None
+    """Of the reference's velocity that ref_coef pulls to; the weights themselves have none."""
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -278,8 +280,16 @@ class Matching:
         ema = self.ema if self.ema_coef > 0 else None
         return tuple(dict.fromkeys(name for name in (self.old, reference, ema) if name))
 
+    @property
+    def pulls_to(self) -> str:
+        """Among the answers, what ref_coef is of."""
+        return "reference" if self.ref_guidance is None else "guided reference"
+
     def calls(self, is_on_policy: bool = False, current: Collection[str] = ()) -> int:
-        return 1 + len({*self.anchors} - {*current})
+        asked = 1 + len({*self.anchors} - {*current})
+        if self.ref_guidance is None or not self.ref_coef:
+            return asked
+        return asked + (2 if "reference" in current else 1)
 
     @property
     def together(self) -> int:
@@ -301,7 +311,7 @@ class Matching:
     def __call__(
         self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> Outcome:
-        x_t, v = self.answers(batch, anchors)
+        x_t, v = self.answers(batch, velocity, anchors)
         ref, ema = self.ref_coef, self.ema_coef if self.ema in v else 0.0
         out = matching_loss(
             velocity(x_t, batch.sigma, batch.prompt, batch.on_host),
@@ -313,7 +323,7 @@ class Matching:
             ghuber_power=self.ghuber_power,
             nft_beta=self.nft_beta,
             old_velocity=v.get(self.old),
-            velocity_ref=v.get("reference"),
+            velocity_ref=v.get(self.pulls_to),
             velocity_ema=v.get(self.ema) if self.ema_coef > 0 else None,
             ref_coef=of_choices(_at(batch.sigma, ref, self.kl_weight), batch),
             ema_coef=_at(batch.sigma, ema, self.kl_ema_weight),
@@ -327,14 +337,27 @@ class Matching:
             out.loss, statistics_of(out.ratio, out.clipped_high, out.clipped_low, out.ref)
         )
 
+    @torch.no_grad()
     def answers(
-        self, batch: PointBatch, anchors: Mapping[str, Velocity]
+        self, batch: PointBatch, velocity: Velocity, anchors: Mapping[str, Velocity]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The noised images (B, *D), and what the anchors say of them, without gradient."""
         x_t = add_noise(batch.x0, batch.sigma, **batch.key, backend=self.backend)
-        with torch.no_grad():
-            where = x_t, batch.sigma, batch.prompt, batch.on_host
-            return x_t, {n: ask(*where) for n, ask in anchors.items() if n in self.anchors}
+        where = x_t, batch.sigma, batch.prompt, batch.on_host
+        found = {n: ask(*where) for n, ask in anchors.items() if n in self.anchors}
+        if self.ref_guidance is not None and self.ref_coef > 0:
+            ask = anchors.get("reference", velocity)  # left out, it equals the weights
+            v = found["reference"] if "reference" in found else ask(*where)
+            found[self.pulls_to] = self._guided(ask, v, x_t, batch)
+        return x_t, found
+
+    def _guided(self, ask: Velocity, v: Tensor, x_t: Tensor, batch: PointBatch) -> Tensor:
+        """v: (B, *D), the conditional half."""
+        none, on_host = self.ref_guidance.uncond, batch.on_host
+        no_prompt = torch.full_like(batch.prompt, none)
+        uncond = ask(x_t, batch.sigma, no_prompt, on_host.without_prompt(none))
+        v, guide = self.ref_guidance.combined(v, uncond, batch.sigma)
+        return guided(v, **guide)
 
 
 def of_choices(coefficient: float | Tensor, batch: StepBatch | PointBatch) -> float | Tensor:

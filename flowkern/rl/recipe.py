@@ -33,7 +33,6 @@ __all__ = [
     "EvenGridRecipe",
     "Grid",
     "Levels",
-    "MatchingRecipe",
     "NoiseLevel",
     "PolicyRecipe",
     "Recipe",
@@ -196,6 +195,10 @@ class Recipe(AnyRecipe, ABC):
         """uncond: the row of the conditioning without a prompt. guide: of the model's family."""
         return rollout.Guidance.of(self.guidance_scale, uncond, guide)
 
+    def objective_at(self, uncond: int, guide: rollout.Guide | None = None) -> rl.Objective:
+        """The loss, with the guidance of all that it asks; arguments as of `guidance`."""
+        return self.objective(self.guidance(uncond, guide))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecipe(Recipe):
@@ -343,56 +346,6 @@ class EvenGridRecipe(ShiftedRecipe):
     def credit(self) -> rl.Credit:
         trimmed, best_of = self.trimmed_ratio, self.best_of
         return self.group_credit(eps=1e-8, unbiased=True, trimmed_ratio=trimmed, best_of=best_of)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchingRecipe(Recipe):
-    """Trains at chosen noise levels of each image, `num_train_timesteps`, with bounded
-    advantages."""
-
-    global_std: bool = True
-    """Divide by the population std of all rewards of the rollout, not the group's own."""
-    solver_order: Literal[1, 2, 3] = 2
-    """Of DPM-Solver++, which samples (1 is Euler's method); the step to 0 is always of order 1."""
-    last_sigma_ratio: Annotated[float, BELOW_1] = 0.5
-    """Of the noise levels that are sampled on, the last above 0 is at least this share of the one
-    before: SD3's own fall from .28 to .009 there, a step too long for order 2, and AWM's code goes
-    to half. 0: the model's own, as in DiffusionNFT's code. Matching stays at the model's own."""
-
-    def credit(self) -> rl.Credit:
-        return self.group_credit(global_std=self.global_std, scale=1 / self.adv_clip_max)
-
-    def path(self, sigmas: list[float]) -> list[float]:
-        """The noise levels that are sampled on, of a grid's."""
-        path = [*sigmas]
-        if len(path) > 2 and path[-2] > 0:  # a grid that has 0 twice is refused as it is
-            path[-2] = max(path[-2], self.last_sigma_ratio * path[-3])
-        return path
-
-    def sampled(self, plan: rollout.Plan, member: int, sigmas: list[float]) -> int:
-        """The position of a sample's leaf, deterministic but for its root. sigmas: of the grid."""
-        node = plan.root(member)
-        for sigma in self.path(sigmas)[1:]:
-            node = plan.step(node, sigma, self.solver_order)
-        return plan.leaf(node)
-
-    def matched(self, sigmas: list[float], levels: list[float], is_one_noise: bool) -> rollout.Plan:
-        """A group of samples, all matched at the same noise levels.
-
-        sigmas: of the grid. is_one_noise: at a level all of them are noised with one noise.
-        """
-        plan, first = rollout.Plan(), {}
-        for member in range(self.group_size):
-            leaf = self.sampled(plan, member, sigmas)
-            for sigma in levels:
-                point = plan.match(leaf, sigma, first.get(sigma))
-                if is_one_noise:
-                    first.setdefault(sigma, point)
-        return plan
-
-    def released(self, iteration: int = 0, seed: int = 0) -> rollout.Cost:
-        size = self.group_size
-        return rollout.Cost(size * self.num_inference_steps, size * self.num_train_timesteps, size)
 
 
 def shared_random(seed: int, iteration: int) -> random.Random:

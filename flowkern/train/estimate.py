@@ -119,7 +119,7 @@ class _Run:
         plans = plans_of(self.recipe, self.model.sigmas, 1, config.seed)
         self.cost, self.layout = cost_of(plans), Layout(plans[0])
         self.weights = [p for p in self.model.network.parameters() if p.requires_grad]
-        self.objective: Objective = self.recipe.objective(self.recipe.guidance(0))
+        self.objective: Objective = self.recipe.objective_at(0)
         self.held = held(config, self.model.network, self.blocks, processes)
         self.elements = torch.Size(self.model.latent_shape).numel()
         share(self.recipe.prompts_per_rollout, 0, processes, self.recipe.updates_per_rollout)

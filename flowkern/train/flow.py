@@ -122,7 +122,7 @@ class FlowTask:
         self.facts += set_blocks(self.model, config, self.device)
         shard(self.model, config, accelerator)
         self.guidance = self.recipe.guidance(len(self.slots), guide_of(self.model))
-        self.objective = self.recipe.objective(self.guidance)
+        self.objective = self.recipe.objective_at(len(self.slots), guide_of(self.model))
         # Where there is no adapter to be left out, or to leave it out would be another graph.
         needs_copy = config.lora is None or config.model.compile
         needs_copy = needs_copy and REFERENCE in self.objective.anchors
@@ -178,17 +178,18 @@ class FlowTask:
     def _check_guidance(self) -> None:
         """Of a model that has one way through the network only, and of a batch that holds less than
         two."""
-        scales = {"algorithm": self.recipe, "validation": self.config.validation}
-        for section, options in scales.items():
-            require_guidance(self.model, options.guidance_scale, f"{section}.guidance_scale")
-        least = self.recipe.objective(self.recipe.guidance(0)).together
+        objective, validated = self.recipe.objective_at(0), self.config.validation
+        ref = getattr(objective, "ref_guidance", None)
+        scales = {"algorithm.": self.recipe.guidance_scale, "validation.": validated.guidance_scale}
+        for key, scale in (scales | ({"algorithm.ref_": ref.scale} if ref else {})).items():
+            require_guidance(self.model, scale, f"{key}guidance_scale")
+        least, size = objective.together, self.recipe.group_size
         if (most := self.config.train.max_batch) < least:
             raise ConfigError(
                 f"train.max_batch: got {most}, expected at least {least}: both halves of guidance "
                 "learn together"
             )
-        size = self.recipe.group_size
-        if self.recipe.objective(None).compares and most < size:
+        if objective.compares and most < size:
             raise ConfigError(
                 f"train.max_batch: got {most}, expected at least {size}, algorithm.group_size: "
                 "what is compared learns in one batch"

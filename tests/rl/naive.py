@@ -588,21 +588,29 @@ def errors(network: Network, x0: Tensor, e: Tensor, t: float, slot: int) -> tupl
     return v, v - (e - x0)
 
 
+def guided(network: Network, scale: float, no_prompt: int) -> Network:
+    def velocity(x: Tensor, sigma: float, prompt: int) -> Tensor:
+        uncond = network(x, sigma, no_prompt)
+        return uncond + scale * (network(x, sigma, prompt) - uncond)
+
+    return velocity
+
+
 def dgpo_loss(
     network: Network, against: Network, old: Network, group: Group, size: int, beta: float,
-    clip: float, kl: float = 0.0,
+    clip: float, kl: float = 0.0, pull_to: Network | None = None,
 ) -> Tensor:  # fmt: skip
     """-log sigmoid of the group's preference, whose slope at 0 is that of the errors."""
     preference, pulls = 0.0, 0.0
     for *point, a in group:
         v, error = errors(network, *point)
-        v_against, error_against = errors(against, *point)
+        error_against = errors(against, *point)[1]
         d, d_old = (error**2).mean(), (errors(old, *point)[1] ** 2).mean()
         ratio = float((d_old - d).detach().exp())
         if ratio > 1 + clip if a > 0 else ratio < 1 - clip:
             d = d.detach()
         preference = preference - beta / size * a * (d - (error_against**2).mean().detach())
-        pulls = pulls + kl * ((v - v_against.detach()) ** 2).mean()
+        pulls = pulls + kl * ((v - errors(pull_to or against, *point)[0].detach()) ** 2).mean()
     return -size / beta * torch.nn.functional.logsigmoid(preference) + pulls
 
 

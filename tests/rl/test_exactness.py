@@ -216,7 +216,7 @@ def engine(
     kl_weight = credit.kl_weight(rewards, case.weights, plans[0])
     kl_weight = [None] * ranks if kl_weight is None else kl_weight.view(shape)
 
-    objective = algorithm.objective(algorithm.guidance(uncond))
+    objective = algorithm.objective_at(uncond)
     objective = dataclasses.replace(objective, backend="reference")
     gradients, batches, clipped, calls = [], [], [], [0]
 
@@ -581,10 +581,14 @@ CASES = {
         ),
     ),
     "dgpo": Case(
-        "dgpo", {"num_inference_steps": 6, "group_size": 3, "beta_dpo": 3.0, "ref_coef": 0.1},
+        "dgpo", {
+            "num_inference_steps": 6, "group_size": 3, "beta_dpo": 3.0, "ref_coef": 0.1,
+            "ref_guidance_scale": 3.0,
+        },
         lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD,
         group_matching=lambda nets, group: naive.dgpo_loss(
-            nets[None].one, nets["reference"].one, nets["old"].one, group, 3, 3.0, 1e-3, 0.1
+            nets[None].one, nets["reference"].one, nets["old"].one, group, 3, 3.0, 1e-3, 0.1,
+            naive.guided(nets["reference"].one, 3.0, UNCOND),
         ),
     ),
     "dgpo, noises apart, over the copy": Case(
@@ -602,14 +606,15 @@ CASES = {
         "crd", {"num_inference_steps": 4, "group_size": 3, "ref_coef": 0.3},
         lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
         group_matching=lambda nets, group: naive.crd_loss(
-            nets[None].one, nets["old"].one, nets["reference"].one, group, kl=0.3
+            nets[None].one, nets["old"].one, naive.guided(nets["reference"].one, 4.5, UNCOND),
+            group, kl=0.3,
         ),
     ),
     "crd, plain": Case(
         "crd", {
             "num_inference_steps": 4, "group_size": 3, "ref_coef": 0.3, "crd_beta": 0.4,
             "adaptive_logp": False, "reward_adaptive_kl": False, "use_shared_noise": True,
-            "last_sigma_ratio": 0.3,
+            "last_sigma_ratio": 0.3, "ref_guidance_scale": 1.0,
         },
         lambda sigmas, _: naive.nft(sigmas, 3, ratio=0.3), ALL_STD, unit=1 / 5,
         group_matching=lambda nets, group: naive.crd_loss(
@@ -628,10 +633,13 @@ CASES = {
         ),
     ),
     "diffusion_nft": Case(
-        "diffusion_nft", {"num_inference_steps": 6, "group_size": 3, "ref_coef": 0.1},
+        "diffusion_nft", {
+            "num_inference_steps": 6, "group_size": 3, "ref_coef": 0.1, "ref_guidance_scale": 2.0,
+        },
         lambda sigmas, _: naive.nft(sigmas, 3), ALL_STD, unit=1 / 5,
         matching=lambda nets, *point: naive.nft_loss(
-            nets[None].one, nets["old"].one, *point, pulls=[(0.1, nets["reference"].one)]
+            nets[None].one, nets["old"].one, *point,
+            pulls=[(0.1, naive.guided(nets["reference"].one, 2.0, UNCOND))],
         ),
     ),
 }  # fmt: skip

@@ -141,6 +141,27 @@ def test_matching_noises_every_leaf_anew_and_pulls_to_its_anchors():
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+def test_a_guided_reference_that_equals_the_weights_still_pulls():
+    """It is left out among the anchors: with guidance it says something else than they do."""
+    plan = Plan()
+    plan.match(plan.leaf(plan.step(plan.root(0), 0.0)), 0.6)
+    module = network(0)
+    points = everything(rollout_of(module, None, False, plan))
+    objective = Matching("awm", ref_coef=0.3, ref_guidance=Guidance(3.0, uncond=0))
+    assert objective.calls() == 3 and objective.calls(current=["reference"]) == 3
+    asked = []
+
+    def counted(x_t, sigma, prompt, on_host=None):
+        asked.append(len(x_t))
+        return velocity_of(module)(x_t, sigma, prompt)
+
+    out = objective(points, counted, {})
+    there = objective(points, velocity_of(module), {"reference": velocity_of(module)})
+    assert sum(asked) == 3 * len(points.x0)
+    assert (out.statistics["kl"] > 0).any()
+    torch.testing.assert_close(out.statistics["kl"], there.statistics["kl"], rtol=0, atol=0)
+
+
 def test_algorithms_are_found_by_name():
     assert "flow_grpo" in names()
     with pytest.raises(

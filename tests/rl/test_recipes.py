@@ -16,7 +16,7 @@ from flowkern.checks import ConfigError
 from flowkern.ops.policy_loss import policy_loss
 from flowkern.rl import algorithms, objectives
 from flowkern.rl.algorithms import cost, names, recipe
-from flowkern.rl.cost import mean_cost
+from flowkern.rl.cost import mean_cost, network_calls
 from flowkern.rl.plans import plans_of
 from flowkern.rollout import Plan, Source, batch, prompt_ids, run
 from flowkern.schedules import flux_sigmas, sd3_sigmas, shifted_sigmas
@@ -416,6 +416,18 @@ def test_what_samples_and_what_a_group_is_held_against():
     assert {*crd.objective(None).anchors} == {"old", "reference"}
 
 
+@pytest.mark.parametrize("name", ["awm", "diffusion_nft", "dgpo", "crd"])
+def test_a_guided_reference_is_one_call_more(name):
+    """Of what is trained, in what is counted; none where nothing pulls to it."""
+    plain, guided = (recipe(name)(ref_guidance_scale=scale) for scale in (1.0, 2.5))
+    trained = plain.prompts_per_rollout * plan_of(name).cost().train
+    cost = plan_of(name).cost()
+    counted = [network_calls(it, cost, 3) for it in (plain, guided)]
+    assert counted[0][0] == counted[1][0]
+    assert sum(counted[1][1]) - sum(counted[0][1]) == trained
+    assert recipe("crd")(ref_coef=0.0).objective_at(0).ref_guidance is None
+
+
 def test_dppo_draws_some_of_the_early_steps():
     for options, few, early in (({}, 3, 5), ({"num_sde_steps": 2, "timestep_fraction": 1.0}, 2, 9)):
         seen = set()
@@ -771,6 +783,10 @@ def test_best_of_and_trimming_are_options_of_the_even_grid():
         ("dgpo", {"trunc_steps": 2}, "num_train_timesteps: got 4, expected at most 3"),
         ("dgpo", {"clip_range": 0.0}, "clip_range: got 0.0, expected"),
         ("crd", {"crd_beta": 0.0}, "crd_beta: got 0.0, expected"),
+        *(
+            (name, {"ref_coef": 0.0, "ref_guidance_scale": 3.0}, "ref_guidance_scale: got 3.0, whi")
+            for name in ("awm", "diffusion_nft", "dgpo", "crd")
+        ),
         ("awm", {"ema_coef": -1.0}, "ema_coef: got -1.0"),
         ("awm", {"ghuber_power": 0.0}, "ghuber_power: got 0.0"),
         ("awm", {"weighting": "t2", "ghuber_power": 0.5}, "ghuber_power: got 0.5, expected"),

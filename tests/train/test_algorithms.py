@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from huggingface_hub import ModelCard
 from legend import unknown
 from safetensors.torch import load_file, save_file
 
+from flowkern.models import Guidance
 from flowkern.rl.algorithms import names
 from flowkern.rl.cost import network_calls
 from flowkern.rl.plans import cost_of
@@ -40,7 +42,7 @@ SMALL = {
     "dance_grpo": {"num_inference_steps": 4},
     "dense_grpo": {"num_inference_steps": 3},
     "crd": {"num_inference_steps": 3},
-    "dgpo": {"num_inference_steps": 4, "num_train_timesteps": 2},
+    "dgpo": {"num_inference_steps": 4, "num_train_timesteps": 2, "ref_guidance_scale": 2.0},
     "diffusion_nft": {"num_inference_steps": 4},
     "diffusion_opd": {
         "num_inference_steps": 3,
@@ -367,6 +369,15 @@ def test_doctor_names_no_clip_range_where_a_teacher_is_followed(small):
     report = examine(Loop(from_dict(tree | {"algorithm": tree["algorithm"] | options})))
     assert report.clip is None and report.is_sound
     assert not any("clip" in note for note in report.notes)
+
+
+def test_a_reference_is_not_guided_where_the_model_takes_no_guidance(small):
+    tree, model = to_dict(small("crd")), SimpleNamespace(guidance=Guidance("none"))
+    tree["validation"]["guidance_scale"] = 1.0
+    with pytest.raises(
+        ConfigError, match=r"^algorithm.ref_guidance_scale: got 4.5, .*no guidance$"
+    ):
+        Loop(from_dict(tree), model)
 
 
 def test_a_reward_that_credit_asks_is_there(small):

@@ -1,7 +1,7 @@
 """AWM, advantage weighted matching (arXiv 2509.25050; code: scxue/advantage_weighted_matching).
 
-The forward process over images of any solver is matched at a few noise levels, weighted with their
-advantages. Where the released rollout takes a stochastic SA-Solver, Flow-GRPO's SDE draws here.
+Images of any solver, noised anew, are matched at a few noise levels, weighted with advantages; for
+the released rollout's stochastic SA-Solver Flow-GRPO's SDE draws here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from flowkern import rl, rollout
 from flowkern.checks import AT_LEAST_0, SHARE, Range
-from flowkern.rl.recipe import Grid, Levels, MatchingRecipe, shared_random
+from flowkern.rl.matching import Grid, Levels, MatchingRecipe, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class AWM(MatchingRecipe):
     def plan(self, grid: Grid, iteration: int = 0, seed: int = 0) -> rollout.Plan:
         plan, steps, count = rollout.Plan(), self.num_inference_steps, self.num_train_timesteps
         sigmas, chance = grid(steps).tolist(), shared_random(seed, iteration)
-        first, last = 0 if self.from_noise else 1, max(1, int(steps * self.timestep_fraction))
+        first, last = int(not self.from_noise), max(1, int(steps * self.timestep_fraction))
         bounds = [first + (last - first) * i // count for i in range(count + 1)]
         for member in range(self.group_size):
             node = plan.root(member)

@@ -5,8 +5,8 @@ A model's implicit reward of an image is how much better it matches it than an o
 its mean over the images of a prompt it is matched to the reward, less its mean: what depends on the
 prompt alone cancels. Another copy samples, so that the old one may lag behind. Group sizes are
 DiffusionNFT's, as the paper's could not be looked up. Flow-Factory centres over the batches of all
-processes; here, as the paper says, over a prompt's images. `kl_cfg`, by which the paper's reference
-is guided, `weight_temp`, `crd_loss_type: bce` and `use_old_for_loss: false` are not offered.
+processes; here, as the paper says, over a prompt's images. `weight_temp`, `crd_loss_type: bce` and
+`use_old_for_loss: false` are not offered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, SHARE
-from flowkern.rl.recipe import Grid, MatchingRecipe, shared_random
+from flowkern.rl.matching import Grid, MatchingRecipe, shared_random
 
 LEAST_KL = 1e-4
 
@@ -37,6 +37,7 @@ class CRD(MatchingRecipe):
     """Are the squared errors in the implicit reward over their own mean size?"""
     ref_coef: Annotated[float, AT_LEAST_0] = 0.1
     """Of the squared distance to the reference's velocity, the released `kl_beta`."""
+    ref_guidance_scale: Annotated[float, AT_LEAST_0] = 4.5
     reward_adaptive_kl: bool = True
     """Is that of the best reward, and falls to 1e-4 with the reward?"""
     use_shared_noise: bool = False

@@ -3,8 +3,7 @@
 Images of DPM-Solver++, sampled by a copy that trails the weights. A prompt's group is noised with
 one noise at a few noise levels, and its images are matched with their advantages, weighted by how
 well the group as a whole is told apart already. The released loop samples with the copy from its
-step `switch_ema_ref` on, and with the weights before. `kl_cfg` above 1, a guided reference, is not
-offered.
+step `switch_ema_ref` on, and with the weights before.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, Range, count
-from flowkern.rl.recipe import Grid, Levels, MatchingRecipe, shared_random
+from flowkern.rl.matching import Grid, Levels, MatchingRecipe, shared_random
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from flowkern import rl, rollout
 from flowkern.checks import ABOVE_0, AT_LEAST_0, SHARE
-from flowkern.rl.recipe import Grid, MatchingRecipe, shared_random
+from flowkern.rl.matching import Grid, MatchingRecipe, shared_random
 
 DECAYS: tuple[Callable[[int], float], ...] = (
     lambda step: 0.0,
