@@ -17,7 +17,10 @@ from plot_algorithms import by_name, column, look
 from flowkern.checks import counted
 
 PANELS = {"mix": "MixGRPO at 3e-3", "star": "MixGRPO-Flash* at 6e-3"}
-LINES = ("falls", "narrow", "random", "once", "tail", "still", "roots", "undivided")
+LINES = (
+    "falls", "wide", "once", "random", "still", "tail",
+    "narrow_long", "slow_long", "slow_narrow_long",
+)  # fmt: skip
 """Of experiments, in the order of the legend; those that a file has are drawn."""
 OFF = "reward_off_below"
 
