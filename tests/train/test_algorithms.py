@@ -374,9 +374,7 @@ def test_doctor_names_no_clip_range_where_a_teacher_is_followed(small):
 def test_a_reference_is_not_guided_where_the_model_takes_no_guidance(small):
     tree, model = to_dict(small("crd")), SimpleNamespace(guidance=Guidance("none"))
     tree["validation"]["guidance_scale"] = 1.0
-    with pytest.raises(
-        ConfigError, match=r"^algorithm.ref_guidance_scale: got 4.5, .*guidance$"
-    ):
+    with pytest.raises(ConfigError, match=r"^algorithm.ref_guidance_scale: got 4.5, .*guidance$"):
         Loop(from_dict(tree), model)
 
 
