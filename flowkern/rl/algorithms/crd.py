@@ -38,6 +38,7 @@ class CRD(MatchingRecipe):
     ref_coef: Annotated[float, AT_LEAST_0] = 0.1
     """Of the squared distance to the reference's velocity, the released `kl_beta`."""
     ref_guidance_scale: Annotated[float, AT_LEAST_0] = 4.5
+    """Of the reference's velocity, as the paper's `kl_cfg`; up to 1: none."""
     reward_adaptive_kl: bool = True
     """Is that of the best reward, and falls to 1e-4 with the reward?"""
     use_shared_noise: bool = False
