@@ -234,9 +234,9 @@ def main() -> int:
     if options.from_json:
         report(recorded(options.from_json, "lines"))
         return 0
-    torch.set_num_threads(1)
     device = torch.device("cpu")
     machine = describe_machine(device)
+    torch.set_num_threads(1)
     path = options.json or results_folder(device, machine) / "linear_flow.json"
     settings = {"seeds": SEEDS, "rollouts": options.rollouts, "rates": RATES, "goal": GOAL}
     result = {"machine": machine, "command": " ".join(("python", *sys.argv))}
