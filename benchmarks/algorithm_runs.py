@@ -34,7 +34,7 @@ class Entry:
 
 
 CONFIGS = ROOT / "configs" / "digits"
-TUNED = ("train.learning_rate=6e-3",)  # for this budget; the configuration's is for a longer run
+TUNED = ("train.learning_rate=6e-3",)  # for this budget; the configurations' are for longer runs
 PAPERS_SETTING = ("algorithm.guidance_scale=2.0", "algorithm.kl_coef=0.004")
 ENTRIES = {
     "flow_grpo": Entry("Flow-GRPO", "flow_grpo", TUNED),
@@ -47,7 +47,7 @@ ENTRIES = {
         (*TUNED, *PAPERS_SETTING, "algorithm.uncond_gradient=true"),
         is_variant=True,
     ),
-    "gardo": Entry("GARDO", "gardo"),
+    "gardo": Entry("GARDO", "gardo", TUNED),
     "flash_grpo": Entry("Flash-GRPO", "flash_grpo"),
     "flow_dppo": Entry("Flow-DPPO", "flow_dppo"),
     "flow_grpo_fast": Entry("Flow-GRPO-Fast", "flow_grpo_fast"),

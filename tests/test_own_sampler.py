@@ -169,10 +169,6 @@ def test_every_recipe_that_draws_steps_takes_every_sampler(name):
         kind(sde_type="ode")
 
 
-# diffusion_opd's is one number, which may be 0.
-DRAWN = [n for n in names() if issubclass(recipe(n), StepRecipe) and n != "diffusion_opd"]
-
-
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_recipe_that_draws_steps_takes_a_noise_level_for_each(name):
     """A list's are those of the grid's steps, wherever a window lies."""

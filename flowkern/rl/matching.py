@@ -25,7 +25,6 @@ class MatchingRecipe(Recipe):
     """Of the noise levels that are sampled on, the last above 0 is at least this share of the one
     before: SD3's own fall from .28 to .009 there, a step too long for order 2, and AWM's code goes
     to half. 0: the model's own, as in DiffusionNFT's code. Matching stays at the model's own."""
-
     ref_guidance_scale: Annotated[float, AT_LEAST_0] = 1.0
     """Of the reference's velocity in the pull to it, the released `kl_cfg`: the weights then match
     without guidance what the reference says with it. Up to 1: none."""
